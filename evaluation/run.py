@@ -1,0 +1,197 @@
+"""Evaluate schemes on one model and one set of windows: the main job."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from tqdm import tqdm
+
+from fxquant import conversion
+from fxquant.batches import check_ids
+from fxquant.errors import FxquantError
+from fxquant.evaluation.data import Windows, cut_windows, load_dataset_text, load_text
+from fxquant.evaluation.models import LoadedModel, load_model, versions
+from fxquant.evaluation.perplexity import evaluate
+from fxquant.evaluation.results import Provenance, Row, prepare_folder, write_results
+from fxquant.evaluation.tables import format_table
+from fxquant.graph import GraphInfo, float_dtype, info
+from fxquant.passes import Integerize, Quantize
+from fxquant.pipeline import Pipeline
+from fxquant.schemes import Scheme
+from fxquant.size import bits_per_weight
+from fxquant.tracing import trace
+
+
+@dataclass(frozen=True)
+class Job:
+    """What ``fxquant evaluate`` is asked: see its --help."""
+
+    model: str
+    schemes: tuple[str, ...]
+    dataset: str | None = None
+    text: str = "builtin"
+    windows: int = 8
+    length: int = 512
+    batch_size: int = 1
+    calibration_windows: int = 16
+    device: str = "cpu"
+    dtype: str = "auto"
+    revision: str | None = None
+    seed: int = 0
+    output: Path | None = None
+    overwrite: bool = False
+    command: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Finished rows, what made them, and whether all schemes are there."""
+
+    rows: list[Row]
+    provenance: Provenance
+    complete: bool
+
+
+def run(job: Job, say: Callable[[str], None] = print) -> Outcome:
+    """Evaluate every scheme of the job, the float model first; rows are written as they finish.
+
+    Raises FxquantError for bad input before any model is loaded or converted where that can be
+    known. An interruption (Ctrl-C) keeps the finished rows: ``complete`` is False then.
+    """
+    schemes = ordered_schemes(job.schemes)
+    for scheme in schemes:
+        enough: tuple[Tensor, ...] | None = (torch.empty(0),) if job.calibration_windows else None
+        conversion.recipe(scheme, calibration=enough)
+    if job.output is not None:
+        prepare_folder(job.output, job.overwrite)
+    source = load_text(job.text) if job.dataset is None else load_dataset_text(job.dataset)
+    loaded = load_model(job.model, dtype=job.dtype, device=job.device, revision=job.revision)
+    windows = cut_windows(
+        source,
+        loaded.tokenizer,
+        count=job.windows,
+        length=job.length,
+        calibration=job.calibration_windows,
+        seed=job.seed,
+    )
+    torch.manual_seed(job.seed)
+    graph = trace(loaded.model)
+    check_ids(windows.evaluation, info(graph), "evaluation windows")
+    provenance = _provenance(job, loaded, graph, source.name, source.digest)
+    return _rows(job, schemes, graph, windows, provenance, say)
+
+
+def ordered_schemes(texts: tuple[str, ...]) -> list[Scheme]:
+    """Parsed, without repetitions, ``fp`` first whether asked for or not."""
+    parsed = [Scheme(), *(Scheme.parse(text) for text in texts)]
+    return list(dict.fromkeys(parsed))
+
+
+def _rows(
+    job: Job,
+    schemes: list[Scheme],
+    graph: GraphModule,
+    windows: Windows,
+    provenance: Provenance,
+    say: Callable[[str], None],
+) -> Outcome:
+    rows: list[Row] = []
+    converter = Converter(graph, windows.calibration)
+
+    def keep(complete: bool) -> None:
+        if job.output is not None:
+            write_results(job.output, rows, provenance, format_table(rows), complete=complete)
+
+    try:
+        for scheme in tqdm(schemes, "schemes", unit="scheme", disable=None):
+            rows.append(_row(converter, scheme, windows, job.batch_size, rows))
+            keep(complete=len(rows) == len(schemes))
+    except KeyboardInterrupt:
+        where = f" in {job.output}" if job.output is not None and rows else ""
+        say(f"interrupted: {len(rows)} of {len(schemes)} rows are finished and kept{where}")
+        return Outcome(rows, provenance, complete=False)
+    return Outcome(rows, provenance, complete=True)
+
+
+def _row(
+    converter: Converter, scheme: Scheme, windows: Windows, batch_size: int, before: list[Row]
+) -> Row:
+    started = time.perf_counter()
+    try:
+        converted = converter.convert(scheme)
+    except FxquantError as error:
+        error.add_note(f"while converting to {scheme}")
+        raise
+    convert_seconds = time.perf_counter() - started
+    measured = evaluate(converted, windows.evaluation, batch_size=batch_size, label=str(scheme))
+    return Row(
+        scheme=str(scheme),
+        loss=measured.loss,
+        perplexity=measured.perplexity,
+        delta_loss=measured.loss - before[0].loss if before else 0.0,
+        bits_per_weight=bits_per_weight(converted),
+        share_clipped=measured.share_clipped,
+        convert_seconds=convert_seconds,
+        evaluate_seconds=measured.seconds,
+        left_in_float=tuple(f"{e.path}: {e.reason}" for e in info(converted).left_in_float),
+    )
+
+
+@dataclass
+class Converter:
+    """Converts one float graph to many schemes; calibrates once for all that observe alike."""
+
+    graph: GraphModule
+    calibration: Tensor
+    observed: dict[frozenset[str], GraphModule] = field(default_factory=dict)
+
+    def convert(self, scheme: Scheme) -> GraphModule:
+        if not scheme.needs_calibration or scheme.repairs:
+            batches = self.calibration.split(1) if len(self.calibration) else None
+            return conversion.convert(self.graph, scheme, calibration=batches, progress=True)
+        named = conversion.convert(self.graph, scheme, level="float")
+        static = static_sites(info(named), scheme)
+        if static not in self.observed:
+            self.observed[static] = conversion.convert(
+                self.graph,
+                scheme,
+                calibration=self.calibration.split(1),
+                level="observed",
+                progress=True,
+            )
+        return Pipeline((Quantize(scheme), Integerize())).run(self.observed[static])
+
+
+def static_sites(facts: GraphInfo, scheme: Scheme) -> frozenset[str]:
+    """Paths of the sites whose input range is calibrated."""
+    activations = (
+        (site.path, scheme.spec_for(site.path, site.role).activation) for site in facts.sites
+    )
+    return frozenset(path for path, spec in activations if spec is not None and not spec.dynamic)
+
+
+def _provenance(
+    job: Job, loaded: LoadedModel, graph: GraphModule, dataset: str, digest: str
+) -> Provenance:
+    return Provenance(
+        model=loaded.name,
+        revision=loaded.revision,
+        dataset=dataset,
+        text_hash=digest,
+        windows=job.windows,
+        length=job.length,
+        calibration_windows=job.calibration_windows,
+        batch_size=job.batch_size,
+        dtype=str(float_dtype(graph)).removeprefix("torch."),
+        device=job.device,
+        seed=job.seed,
+        threads=torch.get_num_threads(),
+        versions=versions(),
+        command=job.command,
+    )

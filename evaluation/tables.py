@@ -1,0 +1,96 @@
+"""The table of an evaluation, and the sentences that its numbers say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from tabulate import tabulate
+
+from fxquant.evaluation.results import Row
+from fxquant.schemes import Scheme
+
+HEADERS = ("scheme", "loss", "ppl", "Δloss", "bits/weight", "clipped", "seconds")
+
+
+def format_table(rows: Sequence[Row], style: str = "github") -> str:
+    """The rows as text; ``style`` is one of tabulate's."""
+    body = [
+        (
+            row.scheme,
+            f"{row.loss:.4f}",
+            f"{row.perplexity:.2f}" if row.perplexity < 1e6 else f"{row.perplexity:.2e}",
+            f"{row.delta_loss:+.4f}",
+            f"{row.bits_per_weight:.2f}",
+            "-" if row.share_clipped is None else f"{row.share_clipped:.4%}",
+            f"{row.convert_seconds + row.evaluate_seconds:.1f}",
+        )
+        for row in rows
+    ]
+    align = ("left", *("right",) * (len(HEADERS) - 1))
+    return tabulate(body, HEADERS, tablefmt=style, disable_numparse=True, colalign=align)
+
+
+def _cost(row: Row) -> str:
+    return f"{row.scheme} {row.delta_loss:+.4f}"
+
+
+def sentences(rows: Sequence[Row]) -> list[str]:
+    """What a reader needs to know, said from the numbers: nothing where rows are missing."""
+    kinds: dict[str, list[Row]] = {"weight": [], "dynamic": [], "static": []}
+    for row in rows[1:]:
+        activation = Scheme.parse(row.scheme).spec.activation
+        if activation is not None:
+            kinds["dynamic" if activation.dynamic else "static"].append(row)
+        elif Scheme.parse(row.scheme).spec.weight is not None:
+            kinds["weight"].append(row)
+    said = [_weights(rows[0], kinds["weight"]), _dynamic(kinds["dynamic"])]
+    said += [_static(rows[0], kinds["static"]), _clipping(kinds["static"])]
+    return [sentence for sentence in said if sentence]
+
+
+def _weights(reference: Row, rows: list[Row]) -> str:
+    if not rows:
+        return ""
+    worst = max(rows, key=lambda row: abs(row.delta_loss))
+    share = abs(worst.delta_loss) / reference.loss
+    return (
+        f"Weights alone: {', '.join(map(_cost, rows))} nats a token against a float loss of "
+        f"{reference.loss:.4f}; the largest change is {share:.2%} of it."
+    )
+
+
+def _dynamic(rows: list[Row]) -> str:
+    if not rows:
+        return ""
+    ordered = sorted(rows, key=lambda row: row.delta_loss)
+    text = f"Activations with dynamic ranges: {', '.join(map(_cost, ordered))}"
+    best, worst = ordered[0], ordered[-1]
+    if len(ordered) > 1 and best.delta_loss > 0:
+        text += f", {worst.delta_loss / best.delta_loss:.0f} times as much as {best.scheme}"
+    return f"{text}."
+
+
+def _static(reference: Row, rows: list[Row]) -> str:
+    if not rows:
+        return ""
+    worst = max(rows, key=lambda row: row.delta_loss)
+    factor = math.exp(min(worst.loss - reference.loss, 700))
+    return (
+        f"Static ranges: {', '.join(map(_cost, rows))}; {worst.scheme} multiplies perplexity by "
+        f"{factor:.3g}."
+    )
+
+
+def _clipping(rows: list[Row]) -> str:
+    clipped = [row for row in rows if row.share_clipped is not None]
+    if len(clipped) < 2:
+        return ""
+    least = min(clipped, key=lambda row: row.share_clipped or 0)
+    most = max(clipped, key=lambda row: row.share_clipped or 0)
+    verdict = "more" if most.delta_loss > least.delta_loss else "less"
+    return (
+        f"{most.scheme} clips {most.share_clipped:.4%} of the activation elements, {least.scheme} "
+        f"{least.share_clipped:.4%}; on shares this small, the former loses "
+        f"{abs(most.delta_loss - least.delta_loss):.4f} nats {verdict}."
+    )

@@ -1,0 +1,12 @@
+"""fxquant: a torch.fx graph-transformation compiler for post-training quantization."""
+
+from fxquant.conversion import convert as convert
+from fxquant.conversion import recipe as recipe
+from fxquant.errors import FxquantError as FxquantError
+from fxquant.pipeline import Pass as Pass
+from fxquant.pipeline import Pipeline as Pipeline
+from fxquant.schemes import Scheme as Scheme
+from fxquant.specs import TensorSpec as TensorSpec
+from fxquant.tracing import trace as trace
+
+__version__ = "0.1.0"

@@ -1,0 +1,100 @@
+"""An attention and a mask function that the HF fx tracer can follow, registered while tracing.
+
+transformers builds masks with torch.vmap over tensors, which Proxies cannot pass. The official
+registries take other functions; ours evaluate the same mask by broadcasting index tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+NAME = "fxquant"
+
+
+def traceable_mask(
+    batch_size: Any,
+    cache_position: Tensor,
+    kv_length: Any,
+    kv_offset: Any = 0,
+    mask_function: Callable[..., Tensor] | None = None,
+    attention_mask: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    """Boolean [batch, 1, queries, keys], True where a query attends."""
+    assert mask_function is not None
+    device = cache_position.device
+    batch = torch.arange(batch_size, device=device)[:, None, None, None]
+    head = torch.arange(1, device=device)[None, :, None, None]
+    keys = (torch.arange(kv_length, device=device) + kv_offset)[None, None, None, :]
+    mask = mask_function(batch, head, cache_position[None, None, :, None], keys)
+    if attention_mask is not None:
+        mask = mask & attention_mask[:, None, None, :].to(torch.bool)
+    return mask
+
+
+def _repeat_heads(x: Tensor, groups: int) -> Tensor:
+    """[batch, kv_heads, length, width] to [batch, kv_heads * groups, length, width]."""
+    batch, heads, length, width = x.shape
+    x = x[:, :, None].expand(batch, heads, groups, length, width)
+    return x.reshape(batch, heads * groups, length, width)
+
+
+def attention_like(implementation: str | None) -> Callable[..., tuple[Tensor, None]]:
+    """An attention function equal to transformers' ``implementation`` in what it computes.
+
+    "sdpa" ignores ``softcap`` (Gemma 2), the others apply it; so does the returned function.
+    """
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        groups = getattr(module, "num_key_value_groups", 1)
+        if groups > 1:
+            key, value = _repeat_heads(key, groups), _repeat_heads(value, groups)
+        # OPT's own mask is one column too long under a tracer.
+        attention_mask = attention_mask[:, :, :, : key.shape[-2]]
+        if softcap is not None and implementation != "sdpa":
+            out = _softcapped(query, key, value, attention_mask, scaling, softcap)
+        else:
+            out = nn.functional.scaled_dot_product_attention(
+                query, key, value, attn_mask=attention_mask, scale=scaling
+            )
+        return out.transpose(1, 2).contiguous(), None
+
+    return attention
+
+
+def _softcapped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, softcap: float
+) -> Tensor:
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    scores = torch.tanh(torch.matmul(query, key.transpose(2, 3)) * scale / softcap) * softcap
+    # The lowest finite number, not -inf: a row of padding must not become NaN.
+    scores = scores.float().masked_fill(torch.logical_not(mask), torch.finfo(torch.float32).min)
+    return torch.matmul(torch.softmax(scores, dim=-1).to(query.dtype), value)
+
+
+@contextlib.contextmanager
+def registered(implementation: str | None) -> Iterator[str]:
+    """Register both functions under the yielded name, and take them away again."""
+    AttentionInterface.register(NAME, attention_like(implementation))
+    AttentionMaskInterface.register(NAME, traceable_mask)
+    try:
+        yield NAME
+    finally:
+        for registry in (AttentionInterface, AttentionMaskInterface):
+            registry._global_mapping.pop(NAME, None)

@@ -1,0 +1,67 @@
+"""Token batches as users give them: LongTensor [batch, length] or dicts of model inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxquant.errors import CalibrationError, DataError, FxquantError
+from fxquant.graph import GraphInfo
+
+Batch = Tensor | Mapping[str, Any]
+Batches = Iterable[Batch]
+
+
+def model_inputs(batch: Batch, facts: GraphInfo, index: int) -> dict[str, Tensor]:
+    """``{"input_ids": int64 [batch, length], "attention_mask": ...}``, checked.
+
+    Raises CalibrationError naming batch ``index``: wrong type or shape, unknown inputs, ids
+    outside the vocabulary, more positions than the model has.
+    """
+    where = f"batch {index}"
+    if isinstance(batch, Tensor):
+        batch = {"input_ids": batch}
+    if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
+        raise CalibrationError(
+            f"{where}: expected a LongTensor [batch, length] or a dict with input_ids, "
+            f"got {type(batch).__name__}"
+        )
+    unknown = set(batch) - {"input_ids", "attention_mask"}
+    if unknown:
+        raise CalibrationError(f"{where}: the graph takes no input {sorted(unknown)}")
+    ids = batch["input_ids"]
+    if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
+        raise CalibrationError(
+            f"{where}: input_ids must be integers [batch, length], got {ids.dtype} "
+            f"{list(ids.shape)}"
+        )
+    check_ids(ids, facts, where, CalibrationError)
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return {"input_ids": ids}
+    if mask.shape != ids.shape:
+        raise CalibrationError(
+            f"{where}: attention_mask {list(mask.shape)} does not fit input_ids {list(ids.shape)}"
+        )
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def check_ids(
+    ids: Tensor, facts: GraphInfo, where: str, error: type[FxquantError] = DataError
+) -> None:
+    """Raise ``error`` for ids outside the vocabulary or rows longer than the positions."""
+    if ids.numel():
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= facts.vocab_size:
+            raise error(
+                f"{where}: token ids {low}..{high} are outside the vocabulary of "
+                f"{facts.vocab_size}: was another model's tokenizer used?"
+            )
+    if facts.max_positions is not None and ids.shape[1] > facts.max_positions:
+        raise error(
+            f"{where}: rows of {ids.shape[1]} tokens, but the model has {facts.max_positions} "
+            "positions; cut shorter windows"
+        )

@@ -1,0 +1,32 @@
+"""The command line: ``fxquant evaluate``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from fxquant.errors import FxquantError
+from fxquant.evaluation.arguments import add_arguments, evaluate_command
+
+FAILED = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; errors of fxquant become one message on stderr and exit code 2."""
+    parser = argparse.ArgumentParser(prog="fxquant", description=__doc__)
+    commands = parser.add_subparsers(dest="command_name", required=True, metavar="COMMAND")
+    evaluate = commands.add_parser("evaluate", help="loss and perplexity of a model per scheme")
+    add_arguments(evaluate)
+    evaluate.set_defaults(run=evaluate_command)
+    options = parser.parse_args(argv)
+    try:
+        return int(options.run(options))
+    except FxquantError as error:
+        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+        print(f"fxquant: error: {error}{notes}", file=sys.stderr)
+        return FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

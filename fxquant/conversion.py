@@ -1,0 +1,131 @@
+"""Recipes: from a scheme to a pipeline, and ``convert``, which is trace + pipeline."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sized
+
+from torch.fx import GraphModule
+from transformers import PreTrainedModel
+
+from fxquant.batches import Batch, Batches
+from fxquant.errors import CalibrationError, SchemeError
+from fxquant.graph import Level
+from fxquant.passes import Calibrate, Fp32Gemm, Integerize, NameSites, Observe, Quantize
+from fxquant.pipeline import AfterPass, Pass, Pipeline
+from fxquant.schemes import Scheme, as_scheme
+from fxquant.tracing import trace
+
+LEVELS = tuple(str(level) for level in Level)
+
+
+def recipe(
+    scheme: str | Scheme,
+    *,
+    calibration: Batches | None = None,
+    level: str = "integer",
+    progress: bool = False,
+    after_pass: AfterPass | None = None,
+) -> Pipeline:
+    """The passes that lower a float graph to ``level`` under ``scheme``.
+
+    Raises SchemeError (unknown scheme, pass or level) and CalibrationError (static ranges without
+    calibration data) before any work is done.
+    """
+    scheme = as_scheme(scheme)
+    _check_repairs(scheme)
+    if level == "kernels":
+        raise SchemeError(
+            "level 'kernels' (packed or fused kernels) does not exist yet: use level='integer', "
+            "whose results are exact"
+        )
+    if level not in LEVELS:
+        raise SchemeError(f"unknown level {level!r}: known are {', '.join(LEVELS)}")
+    if scheme.needs_calibration and level != "float" and calibration is None:
+        raise CalibrationError(
+            f"scheme {scheme} has static activation ranges and needs calibration data: pass "
+            "calibration=batches (LongTensors [batch, length]), or take a dynamic scheme such as "
+            "w8a8-dynamic"
+        )
+    return Pipeline(_passes(scheme, calibration, level, progress), after_pass)
+
+
+def _check_repairs(scheme: Scheme) -> None:
+    if scheme.repairs:
+        names = ", ".join(name for name, _ in scheme.repairs)
+        raise SchemeError(
+            f"unknown pass in scheme {scheme}: {names}; this version has no repair passes"
+        )
+
+
+def _passes(
+    scheme: Scheme, calibration: Batches | None, level: str, progress: bool
+) -> tuple[Pass, ...]:
+    passes: list[Pass] = [NameSites()]
+    if level == Level.FLOAT:
+        return tuple(passes)
+    if scheme.fp32_gemm:
+        return (*passes, Fp32Gemm())
+    if not any(spec.weight for spec in scheme.specs):
+        return tuple(passes)
+    if scheme.needs_calibration or level == Level.OBSERVED:
+        passes.append(Observe(scheme))
+    if scheme.needs_calibration and calibration is not None:
+        passes.append(Calibrate(_started(calibration), progress))
+    if level != Level.OBSERVED:
+        passes.append(Quantize(scheme))
+    if level == Level.INTEGER:
+        passes.append(Integerize())
+    return tuple(passes)
+
+
+def _started(batches: Batches) -> Batches:
+    """The batches, after a look that there is a first one; a sized collection stays sized."""
+    if isinstance(batches, Sized):
+        if len(batches) == 0:
+            raise _no_batches()
+        return batches
+    iterator: Iterator[Batch] = iter(batches)
+    first = next(iterator, None)
+    if first is None:
+        raise _no_batches()
+    return itertools.chain([first], iterator)
+
+
+def _no_batches() -> CalibrationError:
+    return CalibrationError(
+        "calibration is empty: static ranges need at least one batch with a token in it "
+        "(was a one-shot iterator used up?)"
+    )
+
+
+def convert(
+    model: PreTrainedModel | GraphModule,
+    scheme: str | Scheme,
+    *,
+    calibration: Batches | None = None,
+    level: str = "integer",
+    pipeline: Pipeline | None = None,
+    progress: bool = False,
+) -> GraphModule:
+    """Quantize a causal LM: trace it, run the scheme's pipeline, return the lowered graph.
+
+    Args:
+        model: a Hugging Face causal LM, or a float graph from ``trace``. Never modified; weights
+            that stay float share its storage.
+        scheme: text such as ``"w8a8-static"`` (docs/schemes.md) or a Scheme.
+        calibration: iterable of LongTensor [batch, length] or dicts of input_ids and
+            attention_mask; needed by static schemes, read once.
+        level: "float", "observed", "qdq" or "integer".
+        pipeline: runs instead of the scheme's own.
+        progress: progress bars, on a terminal.
+
+    Returns a GraphModule: ``qmodel(input_ids=ids, attention_mask=mask)`` gives logits
+    [batch, length, vocab]. It scores text; it does not generate (no cache).
+
+    Raises SchemeError, CalibrationError, ModelError, TracingError, NonFiniteError, each before
+    work starts where it can be known, and VerificationError if a pass breaks its promise.
+    """
+    steps = pipeline or recipe(scheme, calibration=calibration, level=level, progress=progress)
+    graph = model if isinstance(model, GraphModule) else trace(model)
+    return steps.run(graph)

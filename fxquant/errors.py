@@ -1,0 +1,33 @@
+"""The errors that users see. Each says what was wrong, where, and what to do."""
+
+
+class FxquantError(Exception):
+    """Base of every error that fxquant raises on purpose."""
+
+
+class SchemeError(FxquantError, ValueError):
+    """A scheme's text or a combination of its parts is not valid."""
+
+
+class ModelError(FxquantError, ValueError):
+    """The model is not one that can be traced or quantized."""
+
+
+class TracingError(FxquantError, RuntimeError):
+    """The model could not be traced, or the traced graph disagrees with the model."""
+
+
+class CalibrationError(FxquantError, ValueError):
+    """Calibration data are missing, empty, used up or unusable."""
+
+
+class NonFiniteError(FxquantError, ValueError):
+    """NaN or infinity where a finite number is needed; the message names the site."""
+
+
+class VerificationError(FxquantError, RuntimeError):
+    """The result of a pass breaks what the pass or its level promises."""
+
+
+class DataError(FxquantError, ValueError):
+    """Text, windows or an output folder cannot serve an evaluation."""

@@ -1,0 +1,75 @@
+"""Run a graph from one node to another, for many batches, keeping only what is live at the cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Interpreter, Node
+
+OnNode = Callable[[Node, Any], Any]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A run stopped before ``position``: the values still needed from there on."""
+
+    position: int
+    values: Mapping[Node, Any]
+
+
+class Executor:
+    """Interprets a GraphModule with liveness: a value is dropped after its last use.
+
+    ``on_node(node, value)`` sees every value and returns what goes on in its place. The caller
+    chooses the grad mode. The graph must not change while an Executor of it is in use.
+    """
+
+    def __init__(self, gm: GraphModule) -> None:
+        self._interpreter = Interpreter(gm, garbage_collect_values=False)
+        self.nodes: tuple[Node, ...] = tuple(gm.graph.nodes)
+        self.position = {node: index for index, node in enumerate(self.nodes)}
+        last_use: dict[Node, Node] = {}
+        for node in self.nodes:
+            for used in (node, *node.all_input_nodes):
+                last_use[used] = node
+        self._dead_after: dict[Node, list[Node]] = {}
+        for used, user in last_use.items():
+            self._dead_after.setdefault(user, []).append(used)
+
+    def start(self, **inputs: Any) -> Cut:
+        """The cut behind the placeholders; raises TypeError for missing or unknown inputs."""
+        values: dict[Node, Any] = {}
+        placeholders = [node for node in self.nodes if node.op == "placeholder"]
+        for node in placeholders:
+            if node.target not in inputs and not node.args:
+                raise TypeError(f"the graph needs input {node.target!r}")
+            values[node] = inputs.get(str(node.target), node.args[0] if node.args else None)
+        unknown = set(inputs) - {str(node.target) for node in placeholders}
+        if unknown:
+            raise TypeError(f"the graph takes no input {sorted(unknown)}")
+        return Cut(len(placeholders), values)
+
+    def advance(self, cut: Cut, until: Node | None = None, on_node: OnNode | None = None) -> Cut:
+        """Run from ``cut`` up to, not including, ``until`` (None: to the end)."""
+        end = len(self.nodes) if until is None else self.position[until]
+        env = dict(cut.values)
+        for node in self.nodes[cut.position : end]:
+            value = self._run(node, env)
+            env[node] = value if on_node is None else on_node(node, value)
+            for dead in self._dead_after.get(node, ()):
+                if node.op != "output":
+                    del env[dead]
+        return Cut(end, env)
+
+    def run(self, on_node: OnNode | None = None, **inputs: Any) -> Any:
+        """The graph's output."""
+        return self.advance(self.start(**inputs), on_node=on_node).values[self.nodes[-1]]
+
+    def _run(self, node: Node, env: Mapping[Node, Any]) -> Any:
+        if node.op == "output":
+            return torch.fx.node.map_arg(node.args[0], lambda n: env[n])
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
+        return getattr(self._interpreter, node.op)(node.target, args, kwargs)

@@ -1,0 +1,77 @@
+"""Exact integer GEMM: int8 codes in, int32 sums out, on every device.
+
+An fp32 sum of integers is exact while every partial sum stays within 2**24. A product of two
+int8 codes is at most 128 * 128 = 2**14, so 1024 of them always fit: K is cut into chunks of 1024
+whose fp32 products are summed in int32. Where the weights' row sums prove that the whole row fits
+(`certified_chunk`), one fp32 GEMM is exact.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EXACT_LIMIT = 2**24
+CHUNK = 1024
+# sum of (x_q - z_x)(w_q - z_w) is at most 255 * 255 * K and must fit int32.
+MAX_LENGTH = (2**31 - 1) // (255 * 255)
+
+
+def certified_chunk(weight_codes: Tensor, max_code: int) -> int:
+    """0 if one fp32 GEMM is exact for every input with ``|x_q| <= max_code``, else CHUNK.
+
+    ``weight_codes`` int8 [N, K]. Bounds every partial sum by max over rows of sum_k |w_q| times
+    max_code, which must stay below 2**24.
+    """
+    if weight_codes.numel() == 0:
+        return 0
+    largest_row = int(weight_codes.to(torch.int32).abs().sum(dim=-1).max())
+    return 0 if largest_row * max_code < EXACT_LIMIT else CHUNK
+
+
+def reference_int_gemm(x_codes: Tensor, weight_codes: Tensor) -> Tensor:
+    """int64 product ``x_q @ w_q.T``, obviously right and slow: [..., K] by [N, K] to [..., N]."""
+    return x_codes.to(torch.int64) @ weight_codes.to(torch.int64).t()
+
+
+def float_int_gemm(x_codes: Tensor, weight_codes: Tensor, chunk: int) -> Tensor:
+    """The same through fp32 GEMMs of at most ``chunk`` columns (0: all at once); int32 [M, N].
+
+    ``x_codes`` is [M, K]. Exact if chunk is 0 and certified, or at most CHUNK. Autocast would
+    compute the GEMM in half precision, so it is switched off here.
+    """
+    length = weight_codes.shape[-1]
+    with torch.autocast(device_type=x_codes.device.type, enabled=False):
+        if not chunk or length <= chunk:
+            x = x_codes.to(torch.float32)
+            return torch.mm(x, weight_codes.to(torch.float32).t()).to(torch.int32)
+        parts = (
+            torch.mm(xs.to(torch.float32), ws.to(torch.float32).t()).to(torch.int32)
+            for xs, ws in zip(x_codes.split(chunk, 1), weight_codes.split(chunk, 1), strict=True)
+        )
+        total = next(parts)
+        for part in parts:
+            total = total + part
+        return total
+
+
+def int_mm_supported(rows: int, length: int, columns: int) -> bool:
+    """Whether ``torch._int_mm`` on CUDA takes [rows, length] by [length, columns].
+
+    cuBLASLt wants more than 16 rows and multiples of 8 elsewhere. The fake kernel accepts
+    other shapes too, so this predicate is the only guard.
+    """
+    return rows > 16 and length > 0 and columns > 0 and length % 8 == 0 and columns % 8 == 0
+
+
+def cuda_int_gemm(x_codes: Tensor, weight_codes: Tensor, chunk: int) -> Tensor:
+    """int8 tensor cores through ``torch._int_mm`` within its limits, else fp32 without TF32."""
+    if int_mm_supported(x_codes.shape[0], x_codes.shape[1], weight_codes.shape[0]):
+        return torch._int_mm(x_codes.contiguous(), weight_codes.t())
+    matmul = torch.backends.cuda.matmul
+    precision = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        return float_int_gemm(x_codes, weight_codes, chunk)
+    finally:
+        matmul.fp32_precision = precision

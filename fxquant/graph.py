@@ -1,0 +1,262 @@
+"""What fxquant knows about a graph and its nodes, typed, and the one way to make nodes.
+
+``GraphModule.meta`` holds one GraphInfo, ``Node.meta`` one Tag; passes use these accessors only.
+"""
+
+from __future__ import annotations
+
+import copy
+import enum
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from transformers.pytorch_utils import Conv1D
+
+from fxquant.schemes import Role
+
+LINEAR = (nn.Linear, Conv1D)
+
+_KEY = "fxquant"
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+class Level(enum.StrEnum):
+    """How far a graph has been lowered."""
+
+    FLOAT = "float"
+    OBSERVED = "observed"
+    QDQ = "qdq"
+    INTEGER = "integer"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place that a scheme may quantize; ``shape`` is the weight's [N, K] as F.linear has it."""
+
+    path: str
+    role: Role
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class LeftInFloat:
+    """Something that multiplies or looks up weights and stays float, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass did.
+
+    ``difference`` is the largest relative output difference on the probe, None for lossy passes.
+    """
+
+    name: str
+    added: int
+    removed: int
+    sites: int
+    milliseconds: float
+    difference: float | None
+
+
+@dataclass(frozen=True)
+class GraphInfo:
+    """What a graph is: filled by trace, extended by passes."""
+
+    model: str
+    vocab_size: int
+    max_positions: int | None
+    blocks: tuple[str, ...]
+    head: str | None
+    embeddings: str | None
+    level: Level = Level.FLOAT
+    scheme: str = "fp"
+    sites: tuple[Site, ...] = ()
+    left_in_float: tuple[LeftInFloat, ...] = ()
+    history: tuple[PassRecord, ...] = field(default=(), repr=False)
+
+
+def info(gm: GraphModule) -> GraphInfo:
+    """The GraphInfo of a graph that fxquant.trace made; TypeError for any other."""
+    found = gm.meta.get(_KEY)
+    if not isinstance(found, GraphInfo):
+        raise TypeError("this GraphModule was not made by fxquant.trace or fxquant.convert")
+    return found
+
+
+def set_info(gm: GraphModule, value: GraphInfo) -> None:
+    gm.meta[_KEY] = value
+
+
+def update_info(gm: GraphModule, **changes: Any) -> None:
+    """Replace fields of the graph's GraphInfo."""
+    set_info(gm, replace(info(gm), **changes))
+
+
+@dataclass(frozen=True)
+class Tag:
+    """A node's provenance: its site, the pass that made it, whether it ends the site."""
+
+    site: str | None = None
+    origin: str = "trace"
+    is_output: bool = False
+
+
+def tag(node: Node) -> Tag:
+    found = node.meta.get(_KEY)
+    return found if isinstance(found, Tag) else Tag()
+
+
+def set_tag(node: Node, value: Tag) -> None:
+    node.meta[_KEY] = value
+
+
+def site_outputs(gm: GraphModule) -> Iterator[tuple[Site, Node]]:
+    """Each site with the node that holds its output, in graph order."""
+    sites = {site.path: site for site in info(gm).sites}
+    for node in gm.graph.nodes:
+        if tag(node).is_output:
+            yield sites[tag(node).site or ""], node
+
+
+def clone_sharing_storage(module: ModuleT) -> ModuleT:
+    """A deep copy whose parameters and buffers are new objects over the same storage, ties kept.
+
+    What is done to the copy (``half``, ``to``, ``train``, new leaves) never reaches the original;
+    only writing into a tensor in place would, and nothing here does.
+    """
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+    for buffer in module.buffers():
+        memo[id(buffer)] = buffer.detach()
+    return copy.deepcopy(module, memo)
+
+
+class QuantizedParameters(nn.Module):
+    """Where a quantized site's codes, scales and bias live, at the path of the layer it replaces.
+
+    Scales stay float32 and codes integer when the model changes dtype; only ``bias`` and ``like``
+    (an empty tensor that holds the model's dtype) follow.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        for name, value in tensors.items():
+            self.register_buffer(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedParameters:
+        for name, value in self._buffers.items():
+            if value is not None:
+                moved = fn(value)
+                follows = name in ("bias", "like") or moved.dtype == value.dtype
+                self._buffers[name] = moved if follows else value.to(moved.device)
+        return self
+
+
+@dataclass(frozen=True)
+class Builder:
+    """The one helper that makes nodes: copies meta, sets site and the pass that made them."""
+
+    gm: GraphModule
+    origin: str
+    site: str
+
+    def call(
+        self,
+        target: Callable[..., Any],
+        *args: Any,
+        name: str | None = None,
+        is_output: bool = False,
+    ) -> Node:
+        node = self.gm.graph.create_node("call_function", target, args, name=self._named(name))
+        set_tag(node, Tag(self.site, self.origin, is_output))
+        return node
+
+    def attribute(self, name: str) -> Node:
+        """Read buffer ``name`` of the site's QuantizedParameters."""
+        node = self.gm.graph.create_node("get_attr", f"{self.site}.{name}", name=self._named(name))
+        set_tag(node, Tag(self.site, self.origin))
+        return node
+
+    def item(self, source: Node, index: int, name: str) -> Node:
+        return self.call(operator.getitem, source, index, name=name)
+
+    def module(self, path: str, *args: Node) -> Node:
+        node = self.gm.graph.create_node("call_module", path, args, name=self._named("observer"))
+        set_tag(node, Tag(self.site, self.origin))
+        return node
+
+    def replace(self, old: Node, new: Node) -> None:
+        """Let the users of ``old`` use ``new``, which takes its meta, and erase ``old``."""
+        meta = {key: value for key, value in old.meta.items() if key != _KEY}
+        new.meta = {**meta, **new.meta}
+        old.replace_all_uses_with(new)
+        self.gm.graph.erase_node(old)
+
+    def _named(self, name: str | None) -> str | None:
+        return None if name is None else f"{self.site.replace('.', '_')}_{name}"
+
+
+def arguments(node: Node) -> tuple[Any, ...]:
+    """The node's positional arguments, for passes that know the operator's schema."""
+    return tuple(node.args)
+
+
+def source_of(node: Node) -> Node:
+    """The node's first argument, which is a node."""
+    source = node.args[0]
+    assert isinstance(source, Node)
+    return source
+
+
+def linear_parameters(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Detached weight [N, K] as F.linear has it (a view for Conv1D's [K, N]), and bias [N]."""
+    weight, bias = module.weight, getattr(module, "bias", None)
+    assert isinstance(weight, Tensor)
+    weight = weight.detach()
+    if isinstance(module, Conv1D):
+        weight = weight.t()
+    return weight, bias.detach() if isinstance(bias, Tensor) else None
+
+
+def get_tensor(gm: GraphModule, node: Node) -> Tensor:
+    """The parameter or buffer that a get_attr node reads."""
+    owner, _, name = str(node.target).rpartition(".")
+    value = getattr(gm.get_submodule(owner), name)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def is_op(node: object, op: Any) -> bool:
+    """Whether ``node`` calls ``op``, an ``torch.ops`` overload or a function."""
+    return isinstance(node, Node) and node.op == "call_function" and node.target is op
+
+
+def install(gm: GraphModule, path: str, module: nn.Module) -> None:
+    """Put ``module`` at ``path``, in place of what stands there."""
+    gm.add_submodule(path, module)
+
+
+def float_dtype(gm: GraphModule) -> torch.dtype:
+    """The dtype of the graph's float parameters (bias, norms, embeddings), fp32 if it has none."""
+    for module in gm.modules():
+        if not isinstance(module, QuantizedParameters):
+            for parameter in module.parameters(recurse=False):
+                if parameter.is_floating_point():
+                    return parameter.dtype
+    return torch.float32
+
+
+def device_of(gm: GraphModule) -> torch.device:
+    """The device of the graph's first parameter or buffer."""
+    for value in (*gm.parameters(), *gm.buffers()):
+        return value.device
+    return torch.device("cpu")

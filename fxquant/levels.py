@@ -1,0 +1,114 @@
+"""Which node forms are legal at which level, as data, and the verifier that reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+import fxquant.operators  # noqa: F401  (registers torch.ops.fxquant)
+from fxquant.errors import VerificationError
+from fxquant.graph import Level, QuantizedParameters, arguments, get_tensor, info, is_op, tag
+from fxquant.observers import Observer
+
+OPS: Any = torch.ops.fxquant
+F, O, Q, I = Level.FLOAT, Level.OBSERVED, Level.QDQ, Level.INTEGER  # noqa: E741
+
+
+@dataclass(frozen=True)
+class Form:
+    """One node form beyond plain float nodes, and the levels where it may stand."""
+
+    name: str
+    target: Any
+    levels: tuple[Level, ...]
+    meaning: str
+
+
+LEGAL = (
+    Form("observer", Observer, (O,), "sees its input, has no users"),
+    Form("choose_qparams", OPS.choose_qparams.default, (Q, I), "dynamic scale and zero point"),
+    Form("quantize", OPS.quantize.default, (Q, I), "float to integer codes"),
+    Form("unpack_int4", OPS.unpack_int4.default, (Q, I), "two codes a byte to int8 codes"),
+    Form("dequantize", OPS.dequantize.default, (Q, I), "codes to float; at integer: weights only"),
+    Form("code_sum", OPS.code_sum.default, (I,), "row sums of codes, for weight zero points"),
+    Form("int_gemm", OPS.int_gemm.default, (I,), "int8 codes to exact int32"),
+    Form("grouped_gemm", OPS.grouped_gemm.default, (I,), "int32 per group, rescaled per group"),
+    Form("rescale", OPS.rescale.default, (I,), "int32 to float"),
+    Form("add_bias", OPS.add_bias.default, (I,), "bias in fp32, then one cast"),
+)
+
+
+def verify(gm: GraphModule, after: str) -> None:
+    """Check the graph against its level; VerificationError names the pass, site and node."""
+    _check_order(gm, after)
+    try:
+        gm.graph.lint()
+    except (RuntimeError, ValueError) as error:
+        raise VerificationError(f"after {after}: the graph is not well-formed: {error}") from error
+    level = info(gm).level
+    for node in gm.graph.nodes:
+        form = form_of(gm, node)
+        if form is not None and level not in form.levels:
+            _fail(after, node, f"{form.name} may not stand at level {level}")
+        if is_op(node, OPS.dequantize.default):
+            _check_dequantize(gm, node, level, after)
+    _check_orphans(gm, after)
+
+
+def form_of(gm: GraphModule, node: Node) -> Form | None:
+    """The row of LEGAL that describes ``node``, None for a plain float node."""
+    for form in LEGAL:
+        if isinstance(form.target, type):
+            if node.op == "call_module" and isinstance(
+                gm.get_submodule(str(node.target)), form.target
+            ):
+                return form
+        elif is_op(node, form.target):
+            return form
+    return None
+
+
+def _fail(after: str, node: Node, what: str) -> None:
+    raise VerificationError(
+        f"after {after}: {tag(node).site or 'no site'}: node {node.name}: {what}"
+    )
+
+
+def _check_order(gm: GraphModule, after: str) -> None:
+    seen: set[Node] = set()
+    for node in gm.graph.nodes:
+        for used in node.all_input_nodes:
+            if used not in seen:
+                _fail(after, node, f"uses {used.name} before it is computed")
+        seen.add(node)
+
+
+def _check_dequantize(gm: GraphModule, node: Node, level: Level, after: str) -> None:
+    codes, scale, _, group_size, _ = arguments(node)
+    if level is I and is_op(codes, OPS.quantize.default):
+        _fail(after, node, "an activation is still dequantized at level integer")
+    attributes = [n for n in (codes, scale) if isinstance(n, Node) and n.op == "get_attr"]
+    if len(attributes) < 2:
+        return
+    shape = tuple(get_tensor(gm, attributes[0]).shape)
+    scales = tuple(get_tensor(gm, attributes[1]).shape)
+    groups = -(-shape[-1] // group_size) if group_size else 1
+    if scales not in ((), (shape[0], groups)):
+        _fail(after, node, f"scale of shape {list(scales)} does not fit codes {list(shape)}")
+
+
+def _check_orphans(gm: GraphModule, after: str) -> None:
+    """Every parameter, buffer and leaf module must be read by some node."""
+    used = {str(n.target) for n in gm.graph.nodes if n.op in ("call_module", "get_attr")}
+    prefixes = tuple(f"{path}." for path in used)
+    tensors = (name for name, _ in (*gm.named_parameters(), *gm.named_buffers()))
+    for name in tensors:
+        if name not in used and not name.startswith(prefixes):
+            owner = gm.get_submodule(name.rpartition(".")[0])
+            site = name.rpartition(".")[0] if isinstance(owner, QuantizedParameters) else "no site"
+            raise VerificationError(
+                f"after {after}: {site}: {name} is left behind, no node reads it"
+            )

@@ -1,0 +1,203 @@
+"""Pass and Pipeline: named rewrites with contracts that are checked on every result."""
+
+from __future__ import annotations
+
+import abc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fxquant.errors import VerificationError
+from fxquant.execution import Executor
+from fxquant.graph import (
+    Level,
+    PassRecord,
+    clone_sharing_storage,
+    device_of,
+    float_dtype,
+    info,
+    site_outputs,
+    tag,
+    update_info,
+)
+from fxquant.levels import verify
+
+Effect = Literal["exact", "equivalent", "lossy"]
+
+
+class Pass(abc.ABC):
+    """One rewrite: a frozen dataclass whose fields are its options.
+
+    Class attributes: ``name``; ``requires``, the levels it accepts; ``ensures``, the level it
+    leaves (None: as it was); ``effect`` on the function: "exact" (bit for bit), "equivalent" (to
+    ``tolerance``, at every site's output) or "lossy".
+    """
+
+    name: ClassVar[str]
+    requires: ClassVar[tuple[Level, ...]]
+    ensures: ClassVar[Level | None] = None
+    effect: ClassVar[Effect]
+
+    @abc.abstractmethod
+    def rewrite(self, gm: GraphModule) -> GraphModule:
+        """Change ``gm``, which the pipeline owns, and return it."""
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """Largest difference of a site's output over its largest magnitude, if "equivalent".
+
+        In fp32, K-term dot products summed in another order differ by about sqrt(K) eps of the
+        largest term: 1e-4 holds K to 16384 with a factor of 6. In half precision the operands
+        themselves are rounded to the dtype's eps.
+        """
+        return max(1e-4, 16 * torch.finfo(dtype).eps)
+
+    def __call__(self, gm: GraphModule) -> GraphModule:
+        """The pass alone on a copy of ``gm``, verified and recorded."""
+        return Pipeline((self,)).run(gm)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A small batch with padding on which passes are compared."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+    @classmethod
+    def random(
+        cls, vocab_size: int, device: torch.device, batch: int = 2, length: int = 12
+    ) -> Probe:
+        """Deterministic tokens; the first row is padded on the left, the last on the right."""
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(vocab_size, (batch, length), generator=generator)
+        mask = torch.ones_like(ids)
+        if length > 2:
+            mask[0, : length // 3] = 0
+            mask[-1, length - length // 4 :] = 0
+        return cls(ids.to(device), mask.to(device))
+
+    def attended(self, logits: Tensor) -> Tensor:
+        """Rows [tokens, vocab] of logits that are not padding."""
+        return logits[self.attention_mask.bool()]
+
+
+@torch.no_grad()
+def run_probe(
+    gm: GraphModule, probe: Probe, forced: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits and each site's output on the probe.
+
+    Outputs in ``forced`` (by site) replace the computed ones, so that every site is compared on
+    the very inputs it had before, and differences cannot add up along the graph.
+    """
+    outputs: dict[str, Tensor] = {}
+
+    def on_node(node: Node, value: Tensor) -> Tensor:
+        if not tag(node).is_output:
+            return value
+        site = tag(node).site or ""
+        outputs[site] = value
+        return forced.get(site, value)
+
+    logits = Executor(gm).run(
+        on_node, input_ids=probe.input_ids, attention_mask=probe.attention_mask
+    )
+    return logits, outputs
+
+
+def relative_difference(before: Tensor, after: Tensor) -> float:
+    """max |after - before| / max |before|; infinite where shapes, NaN or infinities differ."""
+    if before.shape != after.shape or before.dtype != after.dtype:
+        return float("inf")
+    if torch.equal(before, after):
+        return 0.0
+    largest = before.abs().max().clamp(min=torch.finfo(before.dtype).tiny)
+    difference = float((after.double() - before.double()).abs().max() / largest)
+    return difference if difference == difference else float("inf")
+
+
+AfterPass = Callable[[Pass, GraphModule], None]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes in the order in which they run.
+
+    ``after_pass`` sees every result (to print it, say). ``run`` works on a copy that shares the
+    input's storage; nothing is written in place.
+    """
+
+    passes: tuple[Pass, ...]
+    after_pass: AfterPass | None = None
+
+    def run(self, gm: GraphModule) -> GraphModule:
+        """The lowered graph; VerificationError names the pass that broke its promise."""
+        gm = clone_sharing_storage(gm)
+        for current in self.passes:
+            gm = _run_checked(current, gm)
+            if self.after_pass is not None:
+                self.after_pass(current, gm)
+        return gm
+
+
+def _run_checked(current: Pass, gm: GraphModule) -> GraphModule:
+    found = info(gm).level
+    if found not in current.requires:
+        wanted = " or ".join(current.requires)
+        raise VerificationError(
+            f"pass {current.name} needs level {wanted}, the graph is at {found}"
+        )
+    started = time.perf_counter()
+    probe = _probe_for(gm)
+    before = run_probe(gm, probe, {}) if current.effect != "lossy" else None
+    nodes = set(gm.graph.nodes)
+    gm = current.rewrite(gm)
+    if current.ensures is not None:
+        update_info(gm, level=current.ensures)
+    verify(gm, current.name)
+    gm.recompile()
+    difference = None if before is None else _compare(current, gm, probe, *before)
+    after = set(gm.graph.nodes)
+    touched = {tag(node).site for node in nodes ^ after} - {None}
+    record = PassRecord(
+        current.name,
+        added=len(after - nodes),
+        removed=len(nodes - after),
+        sites=len(touched),
+        milliseconds=1e3 * (time.perf_counter() - started),
+        difference=difference,
+    )
+    update_info(gm, history=(*info(gm).history, record))
+    return gm
+
+
+def _probe_for(gm: GraphModule) -> Probe:
+    facts = info(gm)
+    length = min(12, facts.max_positions or 12)
+    return Probe.random(facts.vocab_size, device_of(gm), length=length)
+
+
+def _compare(
+    current: Pass, gm: GraphModule, probe: Probe, logits: Tensor, outputs: dict[str, Tensor]
+) -> float:
+    exact = current.effect == "exact"
+    new_logits, new_outputs = run_probe(gm, probe, {} if exact else outputs)
+    differences = {
+        site: relative_difference(outputs[site], new_outputs[site])
+        for site, _ in ((s.path, n) for s, n in site_outputs(gm))
+        if site in outputs
+    }
+    differences["logits"] = relative_difference(probe.attended(logits), probe.attended(new_logits))
+    worst = max(differences, key=lambda place: differences[place])
+    allowed = 0.0 if exact else current.tolerance(float_dtype(gm))
+    if differences[worst] > allowed:
+        raise VerificationError(
+            f"after {current.name}: {worst}: relative difference {differences[worst]:.3g} on the "
+            f"probe batch, but the pass is {current.effect} (at most {allowed:.3g})"
+        )
+    return differences[worst]

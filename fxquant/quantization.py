@@ -1,0 +1,262 @@
+"""Quantization numerics: scales, zero points, codes, errors. Only torch is needed here.
+
+Conventions, used everywhere:
+
+* ``codes = clamp(round_half_even(x / scale) + zero_point, qmin, qmax)`` and
+  ``x_hat = (codes - zero_point) * scale`` (Jacob et al. 2018, equation 1).
+* Scales are float32 whatever the dtype of ``x``; zero points are int32.
+* Granularity is the shape of the scale: ``()`` per tensor, ``[N, 1]`` per channel of a weight
+  ``[N, K]``, ``[..., 1]`` per token of an activation ``[..., K]``, ``[N, G]`` per group along K.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxquant.errors import NonFiniteError
+
+# The smallest scale: the reciprocal of any smaller (subnormal) number may be infinite.
+MIN_SCALE = torch.finfo(torch.float32).tiny
+
+
+class Clipping(NamedTuple):
+    """Fractions of elements (0-dim float32) whose rounded code fell outside [qmin, qmax]."""
+
+    low: Tensor
+    high: Tensor
+
+
+def integer_range(bits: int, symmetric: bool) -> tuple[int, int]:
+    """``(qmin, qmax)`` of signed ``bits``-bit codes; symmetric ranges leave the lowest code out.
+
+    >>> integer_range(8, symmetric=True), integer_range(4, symmetric=False)
+    ((-127, 127), (-8, 7))
+    """
+    if not 2 <= bits <= 8:
+        raise ValueError(f"bits must be 2..8, got {bits}")
+    qmax = 2 ** (bits - 1) - 1
+    return (-qmax if symmetric else -qmax - 1), qmax
+
+
+def check_finite(x: Tensor, what: str, site: str) -> None:
+    """Raise NonFiniteError naming ``what`` and ``site`` if ``x`` holds NaN or infinity."""
+    bad = x.numel() - int(torch.isfinite(x).sum())
+    if bad:
+        raise NonFiniteError(
+            f"{site}: {what} holds {bad} NaN or infinite value(s) of {x.numel()}; "
+            "quantization needs finite numbers: check the checkpoint and the dtype "
+            "(fp16 overflows beyond 65504)"
+        )
+
+
+def _safe_scale(scale: Tensor) -> Tensor:
+    """Scale 1 where the range is empty (all zeros), never subnormal elsewhere."""
+    return torch.where(scale == 0, 1.0, scale.clamp(min=MIN_SCALE))
+
+
+def calc_qparams_symmetric(
+    x: Tensor, qmax: int, dim: int | tuple[int, ...] | None = None
+) -> Tensor:
+    """The symmetric scale ``max|x| / qmax``, float32.
+
+    Args:
+        x: any float tensor.
+        qmax: largest code, at least 1.
+        dim: reduce over these dimensions, kept with size 1; ``None`` reduces all to shape ``()``.
+            Pass ``()`` when ``x`` already holds maxima, one scale for each element.
+
+    All-zero slices get scale 1 (their codes and values are exactly 0). Subnormal quotients are
+    raised to the smallest normal float32, so that neither scale nor 1/scale is 0 or infinite.
+    """
+    magnitude = x.abs()
+    if dim is None:
+        magnitude = magnitude.amax()
+    elif dim != ():
+        magnitude = magnitude.amax(dim, keepdim=True)
+    return _safe_scale(magnitude.to(torch.float32) / qmax)
+
+
+def activation_qparams_from_range(
+    low: Tensor, high: Tensor, qmin: int, qmax: int
+) -> tuple[Tensor, Tensor]:
+    """Affine scale (float32) and zero point (int32) of the range ``[low, high]``, elementwise.
+
+    The range is widened to contain 0, so that 0 has an exact code (padding, ReLU zeros).
+    An empty range (only zeros) gives scale 1 and the code 0 moved into [qmin, qmax].
+    """
+    low = low.to(torch.float32).clamp(max=0)
+    high = high.to(torch.float32).clamp(min=0)
+    steps = qmax - qmin
+    # Divided before they are subtracted: high - low may overflow float32.
+    scale = _safe_scale(high / steps - low / steps)
+    zero_point = torch.round(qmin - low / scale).clamp(qmin, qmax)
+    return scale, zero_point.to(torch.int32)
+
+
+def group_count(length: int, group_size: int) -> int:
+    """How many groups cover ``length`` columns; the last one may be shorter."""
+    return -(-length // group_size)
+
+
+def expand_groups(values: Tensor, length: int, group_size: int | None) -> Tensor:
+    """Spread per-group values ``[..., G]`` over columns: ``[..., length]``.
+
+    Values whose last dimension already broadcasts (0-dim, size 1, or ``length``) are returned
+    as they are. Without ``group_size`` the groups must divide the length evenly.
+    """
+    if values.dim() == 0 or values.shape[-1] in (1, length):
+        return values
+    groups = values.shape[-1]
+    size = group_size if group_size is not None else length // groups
+    if group_count(length, size) != groups or (group_size is None and length % groups):
+        raise ValueError(
+            f"{groups} groups do not cover {length} columns in groups of "
+            f"{group_size or 'equal size'}; give group_size= (the last group may be shorter)"
+        )
+    return values.repeat_interleave(size, dim=-1)[..., :length]
+
+
+def group_ranges(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum of each group of the last dimension: two tensors ``[..., G]``.
+
+    A last group that is short is filled with zeros, which is harmless: every range holds 0.
+    """
+    length = x.shape[-1]
+    groups = group_count(length, group_size)
+    padded = torch.nn.functional.pad(x, (0, groups * group_size - length))
+    grouped = padded.unflatten(-1, (groups, group_size))
+    return grouped.amin(-1), grouped.amax(-1)
+
+
+def choose_qparams(
+    x: Tensor,
+    qmin: int,
+    qmax: int,
+    *,
+    symmetric: bool,
+    granularity: str = "tensor",
+    group_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point from the extremes of ``x`` itself (round-to-nearest, "min-max").
+
+    Args:
+        x: float tensor ``[..., K]``.
+        granularity: ``"tensor"`` (scale ``()``), ``"channel"`` or ``"token"`` (``[..., 1]``),
+            ``"group"`` (``[..., G]`` with ``group_size`` columns each, the last may be short).
+
+    Returns scale float32 and zero_point int32 (all 0 when symmetric) of one shape.
+    """
+    if symmetric:
+        if granularity == "group":
+            low, high = group_ranges(x, _need_group_size(group_size))
+            scale = calc_qparams_symmetric(torch.maximum(-low, high), qmax, ())
+        else:
+            scale = calc_qparams_symmetric(x, qmax, None if granularity == "tensor" else -1)
+        return scale, torch.zeros_like(scale, dtype=torch.int32)
+    if granularity == "tensor":
+        low, high = torch.aminmax(x)
+    elif granularity == "group":
+        low, high = group_ranges(x, _need_group_size(group_size))
+    else:
+        # Twice as many reads as aminmax, yet 6 times faster: amin and amax are vectorized.
+        low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    return activation_qparams_from_range(low, high, qmin, qmax)
+
+
+def _need_group_size(group_size: int | None) -> int:
+    if group_size is None or group_size < 1:
+        raise ValueError(f"granularity 'group' needs group_size >= 1, got {group_size}")
+    return group_size
+
+
+def _rounded(x: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int | None) -> Tensor:
+    """Unclamped float32 codes in a fresh tensor."""
+    length = x.shape[-1] if x.dim() else 1
+    codes = torch.div(x.to(torch.float32), expand_groups(scale, length, group_size)).round_()
+    if zero_point is not None:
+        codes.add_(expand_groups(zero_point, length, group_size))
+    return codes
+
+
+def encode(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    qmin: int,
+    qmax: int,
+    dtype: torch.dtype = torch.int8,
+    group_size: int | None = None,
+) -> Tensor:
+    """The codes alone, without statistics: what stands in a graph."""
+    return _rounded(x, scale, zero_point, group_size).clamp_(qmin, qmax).to(dtype)
+
+
+def quantize_affine(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    qmin: int,
+    qmax: int,
+    dtype: torch.dtype = torch.int8,
+    *,
+    group_size: int | None = None,
+) -> tuple[Tensor, Clipping]:
+    """Codes ``clamp(round(x / scale) + zero_point, qmin, qmax)`` and the clipped fractions.
+
+    Args:
+        x: float tensor of any shape and dtype; the division is float32.
+        scale, zero_point: broadcast against ``x``; ``[..., G]`` for groups of the last dimension.
+        group_size: needed only where the groups do not divide the last dimension.
+
+    Raises ValueError if ``dtype`` cannot hold [qmin, qmax] or the groups do not fit. Ties round
+    to even. NaN has no code: see check_finite.
+    """
+    info = torch.iinfo(dtype)
+    if not info.min <= qmin < qmax <= info.max:
+        raise ValueError(f"codes {qmin}..{qmax} do not fit {dtype}")
+    codes = _rounded(x, scale, zero_point, group_size)
+    count = max(codes.numel(), 1)
+    clipping = Clipping((codes < qmin).sum() / count, (codes > qmax).sum() / count)
+    return codes.clamp_(qmin, qmax).to(dtype), clipping
+
+
+def quantize_symmetric(
+    x: Tensor,
+    scale: Tensor,
+    qmax: int,
+    dtype: torch.dtype = torch.int8,
+    *,
+    group_size: int | None = None,
+) -> tuple[Tensor, Clipping]:
+    """Codes in [-qmax, qmax] without zero point, and the clipped fractions: see quantize_affine."""
+    return quantize_affine(x, scale, None, -qmax, qmax, dtype, group_size=group_size)
+
+
+def dequantize(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    group_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """``(codes - zero_point) * scale``, computed in float32, then cast to ``dtype``."""
+    length = codes.shape[-1] if codes.dim() else 1
+    if zero_point is not None:
+        codes = codes.to(torch.int32) - expand_groups(zero_point, length, group_size)
+    return (codes.to(torch.float32) * expand_groups(scale, length, group_size)).to(dtype)
+
+
+def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
+    """Signal to quantization noise ratio in dB: 10 log10(sum ref^2 / sum (ref - approx)^2).
+
+    Summed in float64. Infinite where nothing differs, -inf for a zero reference that differs.
+    """
+    signal = reference.to(torch.float64).square().sum()
+    noise = (reference.to(torch.float64) - approximation.to(torch.float64)).square().sum()
+    if noise == 0:
+        return float("inf")
+    return float(10 * torch.log10(signal / noise))

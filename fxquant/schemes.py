@@ -1,0 +1,123 @@
+"""Scheme: what to do at the sites of a model, as a frozen dataclass, as text and as JSON.
+
+    scheme = ("fp" | "fp32-gemm" | weight ["/" activation]) {"+" pass}
+
+docs/schemes.md has the whole grammar; ``Scheme.parse`` and ``str`` are inverse to each other.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+from fxquant.errors import SchemeError
+from fxquant.specs import FLOAT, SiteSpec
+from fxquant.spelling import Options, Scanner, scan_repair, scan_site, spell_repair, spell_site
+
+Role = Literal["linear", "head", "embeddings"]
+ROLES: tuple[Role, ...] = ("linear", "head", "embeddings")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What to do at the sites of a model.
+
+    Attributes:
+        spec: for every linear inside the decoder blocks.
+        repairs: passes to run, in order: (name, ((option, value), ...)) pairs.
+        overrides: (pattern, SiteSpec) pairs; a pattern is a glob over site paths, or ``head`` or
+            ``embeddings``, which stay float otherwise. The last match counts.
+        fp32_gemm: every site's GEMM in fp32 inside an fp16 or bf16 model; excludes spec.
+    """
+
+    spec: SiteSpec = FLOAT
+    repairs: tuple[tuple[str, Options], ...] = ()
+    overrides: tuple[tuple[str, SiteSpec], ...] = ()
+    fp32_gemm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.fp32_gemm and (self.spec != FLOAT or self.overrides):
+            raise SchemeError("fp32-gemm leaves every site in float; it takes no other spec")
+        for pattern, spec in self.overrides:
+            if pattern == "embeddings" and spec.activation is not None:
+                raise SchemeError("an embedding is a lookup: it has a weight, but no activation")
+
+    @classmethod
+    def parse(cls, text: str) -> Scheme:
+        """Read a scheme's text, or its JSON form where it begins with ``{``.
+
+        Raises SchemeError with a caret under the place where the text is not understood.
+        """
+        text = text.strip()
+        if text.startswith("{"):
+            return cls.from_json(text)
+        scanner = Scanner(text)
+        fp32_gemm = scanner.accept("fp32-gemm")
+        spec = FLOAT if fp32_gemm or scanner.accept("fp") else scan_site(scanner)
+        repairs = []
+        while scanner.accept("+"):
+            repairs.append(scan_repair(scanner))
+        if not scanner.at_end():
+            scanner.fail("unexpected text")
+        return cls(spec, tuple(repairs), fp32_gemm=fp32_gemm)
+
+    def __str__(self) -> str:
+        if self.overrides:
+            return self.to_json()
+        return self._base()
+
+    def _base(self) -> str:
+        base = "fp32-gemm" if self.fp32_gemm else spell_site(self.spec)
+        return "+".join((base, *(spell_repair(*repair) for repair in self.repairs)))
+
+    def to_json(self) -> str:
+        """``{"scheme": text, "overrides": {pattern: text, ...}}``."""
+        overrides = {pattern: spell_site(spec) for pattern, spec in self.overrides}
+        return json.dumps({"scheme": self._base(), "overrides": overrides})
+
+    @classmethod
+    def from_json(cls, text: str) -> Scheme:
+        """The inverse of to_json; raises SchemeError."""
+        try:
+            data = json.loads(text)
+            base, overrides = data["scheme"], data.get("overrides", {})
+            pairs = tuple((str(pattern), _parse_site(spec)) for pattern, spec in overrides.items())
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+            raise SchemeError(
+                f"scheme JSON not understood ({type(error).__name__}: {error}); expected "
+                '{"scheme": "w8", "overrides": {"head": "w8", "*.fc2": "fp"}}'
+            ) from error
+        scheme = cls.parse(base)
+        return cls(scheme.spec, scheme.repairs, pairs, scheme.fp32_gemm)
+
+    def spec_for(self, path: str, role: Role) -> SiteSpec:
+        """The spec of the site at ``path``."""
+        spec = self.spec if role == "linear" else FLOAT
+        for pattern, override in self.overrides:
+            if pattern == role or (pattern not in ROLES and fnmatch.fnmatchcase(path, pattern)):
+                spec = override
+        return spec
+
+    @property
+    def specs(self) -> tuple[SiteSpec, ...]:
+        """Every spec that may occur."""
+        return (self.spec, *(spec for _, spec in self.overrides))
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether any activation is static."""
+        return any(spec.activation and not spec.activation.dynamic for spec in self.specs)
+
+
+def _parse_site(text: str) -> SiteSpec:
+    scheme = Scheme.parse(text)
+    if scheme.repairs or scheme.overrides or scheme.fp32_gemm:
+        raise SchemeError(f"an override is one site's spec such as 'w8' or 'fp', not {text!r}")
+    return scheme.spec
+
+
+def as_scheme(scheme: str | Scheme) -> Scheme:
+    """A Scheme as it is, text parsed."""
+    return Scheme.parse(scheme) if isinstance(scheme, str) else scheme

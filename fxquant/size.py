@@ -1,0 +1,32 @@
+"""What a graph's weights occupy."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fxquant.graph import QuantizedParameters, info
+
+
+def bits_per_weight(gm: GraphModule) -> float:
+    """Stored bits of the block linears' weights over their number: codes, scales, zero points.
+
+    Codes of up to 4 bits occupy 4 bits (two a byte); biases and static activation scales do not
+    count. A graph without such sites: nan.
+    """
+    bits, weights = 0, 0
+    for site in info(gm).sites:
+        if site.role == "linear":
+            rows, columns = site.shape
+            weights += rows * columns
+            bits += sum(8 * t.numel() * t.element_size() for t in _weight_tensors(gm, site.path))
+    return bits / weights if weights else float("nan")
+
+
+def _weight_tensors(gm: GraphModule, path: str) -> list[Tensor]:
+    module = gm.get_submodule(path)
+    names = ["weight"]
+    if isinstance(module, QuantizedParameters):
+        names += ["weight_scale", "weight_zero_point"]
+    found = (getattr(module, name, None) for name in names)
+    return [value for value in found if isinstance(value, Tensor)]

@@ -1,0 +1,201 @@
+"""The spelling of schemes: a scanner whose errors point at the place, and the way back to text.
+
+weight     = "w" bits ["-tensor" | "-g" size] ["-asym"]
+activation = "a" bits ("-dynamic" ["-token"] | "-static") ["-asym"] [":" estimator]
+estimator  = "absmax" | "p" percent | "mse" | "entropy"
+pass       = name ["(" option "=" value {"," option "=" value} ")"]
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NoReturn
+
+from fxquant.errors import SchemeError
+from fxquant.specs import (
+    DEFAULT_ESTIMATOR,
+    ActivationSpec,
+    Estimator,
+    Granularity,
+    SiteSpec,
+    TensorSpec,
+)
+
+OptionValue = str | int | float | bool
+Options = tuple[tuple[str, OptionValue], ...]
+
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?")
+_DIGITS = re.compile(r"\d+")
+
+EXAMPLES = (
+    "fp, fp32-gemm, w8, w4-g128-asym, w8a8-dynamic, w8a8-dynamic-token, w8a8-static, "
+    "w8a8-static:absmax|p99.99|mse|entropy, w8a8-static-asym, w4-g128/a8-dynamic-token"
+)
+
+
+class Scanner:
+    """A position in a scheme's text. ``fail`` raises SchemeError with a caret under it."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.position = 0
+
+    def accept(self, literal: str) -> bool:
+        found = self.text.startswith(literal, self.position)
+        self.position += len(literal) if found else 0
+        return found
+
+    def match(self, pattern: re.Pattern[str], expected: str) -> str:
+        found = pattern.match(self.text, self.position)
+        if not found:
+            self.fail(f"expected {expected}")
+        self.position = found.end()
+        return found.group()
+
+    def peek(self, pattern: str) -> bool:
+        return re.compile(pattern).match(self.text, self.position) is not None
+
+    def at_end(self) -> bool:
+        return self.position == len(self.text)
+
+    def fail(self, message: str, at: int | None = None) -> NoReturn:
+        caret = " " * (self.position if at is None else at) + "^"
+        raise SchemeError(
+            f"scheme not understood: {message}\n  {self.text}\n  {caret}\n"
+            f"known: {EXAMPLES}; docs/schemes.md has the grammar"
+        )
+
+
+def scan_site(scanner: Scanner) -> SiteSpec:
+    """Read ``weight ["/" activation]`` or the short ``w8a8-...``."""
+    start = scanner.position
+    try:
+        weight = _scan_weight(scanner)
+        joined = scanner.peek(r"a\d") and scanner.text[scanner.position - 1].isdigit()
+        activation = _scan_activation(scanner) if joined or scanner.accept("/") else None
+        return SiteSpec(weight, activation)
+    except SchemeError as error:
+        if str(error).startswith("scheme not"):
+            raise
+        scanner.fail(str(error), at=start)
+
+
+def _scan_bits(scanner: Scanner) -> int:
+    start = scanner.position
+    bits = int(scanner.match(_DIGITS, "a number of bits"))
+    if not 2 <= bits <= 8:
+        scanner.fail(f"bits must be 2..8, got {bits}", at=start)
+    return bits
+
+
+def _scan_weight(scanner: Scanner) -> TensorSpec:
+    if not scanner.accept("w"):
+        scanner.fail('expected "fp", "fp32-gemm" or a weight such as "w8"')
+    bits = _scan_bits(scanner)
+    granularity: Granularity = "channel"
+    group_size = None
+    if scanner.accept("-tensor"):
+        granularity = "tensor"
+    elif scanner.accept("-g"):
+        granularity = "group"
+        group_size = int(scanner.match(_DIGITS, "a group size"))
+    return TensorSpec(bits, not scanner.accept("-asym"), granularity, group_size)
+
+
+def _scan_activation(scanner: Scanner) -> ActivationSpec:
+    if not scanner.accept("a"):
+        scanner.fail('expected an activation such as "a8-dynamic"')
+    bits = _scan_bits(scanner)
+    if not scanner.peek("-static|-dynamic"):
+        scanner.fail('expected "-dynamic" or "-static"')
+    static = scanner.accept("-static")
+    token = not static and scanner.accept("-dynamic") and scanner.accept("-token")
+    symmetric = not scanner.accept("-asym")
+    estimator = None
+    if scanner.peek(":") and not static:
+        scanner.fail("a range estimator is for static activations only")
+    if static:
+        estimator = _scan_estimator(scanner) if scanner.accept(":") else DEFAULT_ESTIMATOR
+    tensor = TensorSpec(bits, symmetric, "token" if token else "tensor")
+    return ActivationSpec(tensor, estimator)
+
+
+def _scan_estimator(scanner: Scanner) -> Estimator:
+    for kind in ("absmax", "mse", "entropy"):
+        if scanner.accept(kind):
+            return Estimator(kind)
+    if not scanner.accept("p"):
+        scanner.fail('expected an estimator: "absmax", "p99.9" (any percentile), "mse", "entropy"')
+    start = scanner.position
+    percent = float(scanner.match(re.compile(r"\d+(\.\d+)?(e-?\d+)?"), "a percentile such as 99.9"))
+    try:
+        return Estimator("percentile", percent)
+    except SchemeError as error:
+        scanner.fail(str(error), at=start)
+
+
+def scan_repair(scanner: Scanner) -> tuple[str, Options]:
+    """Read ``name(option=value, ...)``."""
+    name = scanner.match(_NAME, "the name of a pass")
+    options: list[tuple[str, OptionValue]] = []
+    if scanner.accept("("):
+        while True:
+            start = scanner.position
+            option = scanner.match(_NAME, "the name of an option")
+            if option in dict(options):
+                scanner.fail(f"option {option} is given twice", at=start)
+            if not scanner.accept("="):
+                scanner.fail('expected "="')
+            options.append((option, _scan_value(scanner)))
+            if scanner.accept(")"):
+                break
+            if not scanner.accept(","):
+                scanner.fail('expected "," or ")"')
+    return name, tuple(options)
+
+
+def _scan_value(scanner: Scanner) -> OptionValue:
+    if scanner.peek(_NUMBER.pattern):
+        text = scanner.match(_NUMBER, "a number")
+        return int(text) if re.fullmatch(r"[-+]?\d+", text) else float(text)
+    word = scanner.match(_WORD, "a value: a number, true, false or a word")
+    return {"true": True, "false": False}.get(word, word)
+
+
+def spell_site(spec: SiteSpec) -> str:
+    """The text of a SiteSpec, short where it can be: ``w8a8-static``, ``w4-g128/a8-dynamic``."""
+    if spec.weight is None:
+        return "fp"
+    weight = _spell_weight(spec.weight)
+    if spec.activation is None:
+        return weight
+    return weight + ("" if weight[1:].isdigit() else "/") + _spell_activation(spec.activation)
+
+
+def _spell_weight(spec: TensorSpec) -> str:
+    grain = {"tensor": "-tensor", "group": f"-g{spec.group_size}"}.get(spec.granularity, "")
+    return f"w{spec.bits}{grain}{'' if spec.symmetric else '-asym'}"
+
+
+def _spell_activation(spec: ActivationSpec) -> str:
+    text = f"a{spec.tensor.bits}-{'dynamic' if spec.dynamic else 'static'}"
+    text += "-token" if spec.tensor.granularity == "token" else ""
+    text += "" if spec.tensor.symmetric else "-asym"
+    if spec.estimator is not None and spec.estimator != DEFAULT_ESTIMATOR:
+        text += f":{spell_estimator(spec.estimator)}"
+    return text
+
+
+def spell_estimator(estimator: Estimator) -> str:
+    """``absmax``, ``p99.9``, ``mse`` or ``entropy``."""
+    if estimator.percent is None:
+        return estimator.kind
+    return "p" + repr(float(estimator.percent)).removesuffix(".0")
+
+
+def spell_repair(name: str, options: Options) -> str:
+    """``smooth(alpha=0.5)``."""
+    values = ((key, str(v).lower() if isinstance(v, bool) else str(v)) for key, v in options)
+    return name + (f"({','.join(f'{key}={value}' for key, value in values)})" if options else "")

@@ -1,0 +1,61 @@
+"""fp32_gemm: compute every linear of the decoder blocks in fp32 inside a half-precision model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from fxquant.graph import (
+    LeftInFloat,
+    Level,
+    info,
+    install,
+    linear_parameters,
+    site_outputs,
+    update_info,
+)
+from fxquant.pipeline import Pass
+
+
+class Fp32Linear(nn.Module):
+    """``F.linear`` in fp32 whatever the dtype of the operands, cast back to the input's dtype."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            y = nn.functional.linear(x.float(), self.weight.float(), bias)
+        return y.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Fp32Gemm(Pass):
+    """The reference between the model's dtype and quantization: same weights, fp32 arithmetic.
+
+    before:  y = call_module layers.0.fc1(x)        nn.Linear in fp16
+    after:   y = call_module layers.0.fc1(x)        Fp32Linear, weight still stored in fp16
+    """
+
+    name = "fp32_gemm"
+    requires = (Level.FLOAT,)
+    effect = "equivalent"
+
+    def rewrite(self, gm: GraphModule) -> GraphModule:
+        left = list(info(gm).left_in_float)
+        for site, _ in site_outputs(gm):
+            if site.role != "linear":
+                left.append(LeftInFloat(site.path, f"{site.role}: not a linear of the blocks"))
+                continue
+            install(gm, site.path, Fp32Linear(*linear_parameters(gm.get_submodule(site.path))))
+        update_info(gm, scheme="fp32-gemm", left_in_float=tuple(left))
+        return gm

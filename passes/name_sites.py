@@ -1,0 +1,106 @@
+"""name_sites: find every place that a scheme may quantize, and name it by its module path."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from torch.fx import GraphModule, Node
+from transformers.pytorch_utils import Conv1D
+
+from fxquant.graph import (
+    LINEAR,
+    GraphInfo,
+    LeftInFloat,
+    Level,
+    Site,
+    Tag,
+    info,
+    set_tag,
+    update_info,
+)
+from fxquant.pipeline import Pass
+from fxquant.schemes import Role
+
+
+@dataclass(frozen=True)
+class NameSites(Pass):
+    """Tag linears in the decoder blocks, the head and the token embedding as sites.
+
+    before:  y = call_module layers.0.fc1(x)
+    after:   y = call_module layers.0.fc1(x)        # site layers.0.fc1
+
+    Found by structure: a linear layer below one of the model's repeated blocks. What multiplies
+    or looks up weights elsewhere is listed as left in float, with the reason.
+    """
+
+    name = "name_sites"
+    requires = (Level.FLOAT,)
+    effect = "exact"
+
+    def rewrite(self, gm: GraphModule) -> GraphModule:
+        facts = info(gm)
+        sites: list[Site] = []
+        left: list[LeftInFloat] = []
+        calls = [node for node in gm.graph.nodes if node.op == "call_module"]
+        targets = [str(node.target) for node in calls]
+        for node in calls:
+            path = str(node.target)
+            module = gm.get_submodule(path)
+            if not isinstance(module, (*LINEAR, nn.Embedding, nn.Conv1d)):
+                continue
+            role = _role(path, module, facts)
+            reason = _obstacle(path, module, role, targets.count(path))
+            if role is None or reason:
+                if path not in [entry.path for entry in left]:
+                    left.append(LeftInFloat(path, reason))
+                continue
+            sites.append(Site(path, role, weight_shape(module)))
+            set_tag(node, Tag(site=path, origin="trace", is_output=True))
+        left.extend(_attention_products(gm))
+        update_info(gm, sites=tuple(sites), left_in_float=tuple(left))
+        return gm
+
+
+def weight_shape(module: nn.Module) -> tuple[int, int]:
+    """[N, K] as F.linear has it (Conv1D stores [K, N]; an embedding is [rows, width])."""
+    rows, columns = module.weight.shape  # type: ignore[misc]
+    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+
+
+def _role(path: str, module: nn.Module, facts: GraphInfo) -> Role | None:
+    if path == facts.head:
+        return "head"
+    if path == facts.embeddings and isinstance(module, nn.Embedding):
+        return "embeddings"
+    inside = any(path.startswith(f"{block}.") for block in facts.blocks)
+    return "linear" if inside and isinstance(module, LINEAR) else None
+
+
+def _obstacle(path: str, module: nn.Module, role: Role | None, calls: int) -> str:
+    if role is None:
+        if isinstance(module, nn.Embedding):
+            return "an embedding that does not look up tokens"
+        if isinstance(module, nn.Conv1d):
+            return "a convolution, not a linear layer"
+        return "a linear layer outside the decoder blocks"
+    if calls > 1:
+        return f"one module called {calls} times: its inputs need not share a range"
+    return ""
+
+
+def _attention_products(gm: GraphModule) -> list[LeftInFloat]:
+    products: dict[str, int] = {}
+    for node in gm.graph.nodes:
+        if node.op in ("call_function", "call_method"):
+            name = _function_name(node)
+            if name in ("scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "einsum"):
+                products[name] = products.get(name, 0) + 1
+    return [
+        LeftInFloat(f"{name} x{count}", "products of activations (attention and rotary tables)")
+        for name, count in products.items()
+    ]
+
+
+def _function_name(node: Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

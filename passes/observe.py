@@ -1,0 +1,72 @@
+"""observe: put an observer on the input of every site whose range is static."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import GraphModule, Node
+
+from fxquant.errors import VerificationError
+from fxquant.graph import Builder, Level, info, install, site_outputs, source_of
+from fxquant.observers import HistogramObserver
+from fxquant.pipeline import Pass
+from fxquant.schemes import Scheme
+
+CONTAINER = "fxquant_observers"
+
+
+@dataclass(frozen=True)
+class Observe(Pass):
+    """Insert one HistogramObserver for each input that feeds static sites.
+
+    before:  y = call_module layers.0.fc1(x)
+    after:   _ = call_module fxquant_observers.layers_0_fc1(x, attention_mask)
+             y = call_module layers.0.fc1(x)
+
+    Sites that share an input (q, k and v; gate and up) share its observer.
+    """
+
+    scheme: Scheme
+    name = "observe"
+    requires = (Level.FLOAT,)
+    ensures = Level.OBSERVED
+    effect = "exact"
+
+    def rewrite(self, gm: GraphModule) -> GraphModule:
+        mask = attention_mask_node(gm)
+        seen: set[Node] = set()
+        for site, node in list(site_outputs(gm)):
+            activation = self.scheme.spec_for(site.path, site.role).activation
+            source = source_of(node)
+            if activation is None or activation.dynamic or source in seen:
+                continue
+            seen.add(source)
+            path = f"{CONTAINER}.{site.path.replace('.', '_')}"
+            install(gm, path, HistogramObserver(site.path))
+            with gm.graph.inserting_before(node):
+                Builder(gm, self.name, site.path).module(path, source, mask)
+        return gm
+
+
+def attention_mask_node(gm: GraphModule) -> Node:
+    """The node that holds the attention mask with its default filled in."""
+    placeholder = next(
+        node
+        for node in gm.graph.nodes
+        if node.op == "placeholder" and node.target == "attention_mask"
+    )
+    filled: Node | None = next(iter(placeholder.users), None)
+    if filled is not None:
+        return filled
+    raise VerificationError(f"{info(gm).model}: the graph does not read attention_mask")
+
+
+def observers(gm: GraphModule) -> dict[Node, HistogramObserver]:
+    """The observer of each observed node."""
+    found: dict[Node, HistogramObserver] = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_module":
+            module = gm.get_submodule(str(node.target))
+            if isinstance(module, HistogramObserver):
+                found[source_of(node)] = module
+    return found

@@ -1,0 +1,231 @@
+"""quantize: replace each site by quantize-dequantize on its input and integer weight codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from fxquant.graph import (
+    Builder,
+    LeftInFloat,
+    Level,
+    QuantizedParameters,
+    Site,
+    info,
+    install,
+    linear_parameters,
+    site_outputs,
+    source_of,
+    update_info,
+)
+from fxquant.levels import OPS
+from fxquant.observers import HistogramObserver
+from fxquant.operators import pack_int4
+from fxquant.passes.observe import CONTAINER, observers
+from fxquant.pipeline import Pass
+from fxquant.quantization import (
+    activation_qparams_from_range,
+    calc_qparams_symmetric,
+    check_finite,
+    choose_qparams,
+    encode,
+)
+from fxquant.ranges import estimate_range
+from fxquant.schemes import Scheme
+from fxquant.specs import ActivationSpec, SiteSpec, TensorSpec
+
+
+@dataclass(frozen=True)
+class Quantize(Pass):
+    """Lower every site of the scheme to fake quantization (level qdq).
+
+    before:  y = call_module layers.0.fc1(x)
+    after:   x_q = quantize(x, scale, zero_point, qmin, qmax, int8)
+             x_dq = dequantize(x_q, scale, zero_point)
+             w = dequantize(weight codes, weight_scale, weight_zero_point)
+             y = linear(x_dq, w, bias)
+
+    Static scales come from the observers, which go away; dynamic ones from choose_qparams nodes.
+    Sites that read one input with one spec share its codes. The float weight is dropped.
+    """
+
+    scheme: Scheme
+    name = "quantize"
+    requires = (Level.FLOAT, Level.OBSERVED)
+    ensures = Level.QDQ
+    effect = "lossy"
+
+    def rewrite(self, gm: GraphModule) -> GraphModule:
+        inputs = _Inputs(gm, observers(gm), {})
+        left = list(info(gm).left_in_float)
+        for site, node in list(site_outputs(gm)):
+            spec = self.scheme.spec_for(site.path, site.role)
+            if spec.weight is None:
+                left.append(LeftInFloat(site.path, _why_float(site, self.scheme)))
+                continue
+            if site.role == "embeddings":
+                _lower_embedding(gm, site, node, spec.weight)
+            else:
+                _lower_linear(gm, site, node, spec, inputs)
+        for node in list(gm.graph.nodes):
+            if node.op == "call_module" and str(node.target).startswith(f"{CONTAINER}."):
+                gm.graph.erase_node(node)
+        gm.delete_all_unused_submodules()
+        update_info(gm, left_in_float=tuple(left), scheme=str(self.scheme))
+        return gm
+
+
+def _why_float(site: Site, scheme: Scheme) -> str:
+    if scheme.overrides and site.role == "linear":
+        return "an override of the scheme leaves it in float"
+    if site.role == "linear":
+        return "the scheme quantizes no weights"
+    return f"{site.role}: float unless the scheme's overrides name {site.role!r}"
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """Quantized inputs, shared by the sites that read one node with one spec."""
+
+    gm: GraphModule
+    observers: dict[Node, HistogramObserver]
+    done: dict[tuple[Node, ActivationSpec], Node]
+
+    def dequantized(
+        self, builder: Builder, source: Node, spec: ActivationSpec, owner: QuantizedParameters
+    ) -> Node:
+        """The node of the dequantized input; static scales become buffers of ``owner``."""
+        if (source, spec) in self.done:
+            return self.done[source, spec]
+        qmin, qmax = spec.tensor.qrange
+        if spec.dynamic:
+            chosen = builder.call(
+                OPS.choose_qparams.default,
+                source,
+                spec.tensor.granularity,
+                spec.tensor.symmetric,
+                qmin,
+                qmax,
+                name="qparams",
+            )
+            scale = builder.item(chosen, 0, "input_scale")
+            zero_point = (
+                None if spec.tensor.symmetric else builder.item(chosen, 1, "input_zero_point")
+            )
+        else:
+            for name, value in static_qparams(self.observers[source], spec).items():
+                owner.register_buffer(name, value)
+            scale = builder.attribute("input_scale")
+            zero_point = None if spec.tensor.symmetric else builder.attribute("input_zero_point")
+        codes = builder.call(
+            OPS.quantize.default, source, scale, zero_point, qmin, qmax, torch.int8, name="x_q"
+        )
+        result = builder.call(
+            OPS.dequantize.default, codes, scale, zero_point, 0, source, name="x_dq"
+        )
+        self.done[source, spec] = result
+        return result
+
+
+def static_qparams(observer: HistogramObserver, spec: ActivationSpec) -> dict[str, Tensor]:
+    """Buffers ``input_scale`` and, when affine, ``input_zero_point``, both 0-dim."""
+    assert spec.estimator is not None
+    low, high = estimate_range(observer, spec.estimator, spec.tensor)
+    device = observer.counts.device
+    qmin, qmax = spec.tensor.qrange
+    if spec.tensor.symmetric:
+        limit = torch.tensor(high, dtype=torch.float32, device=device)
+        return {"input_scale": calc_qparams_symmetric(limit, qmax)}
+    ends = torch.tensor([low, high], dtype=torch.float32, device=device)
+    scale, zero_point = activation_qparams_from_range(ends[0], ends[1], qmin, qmax)
+    return {"input_scale": scale, "input_zero_point": zero_point}
+
+
+def quantize_weight(weight: Tensor, spec: TensorSpec, site: str) -> dict[str, Tensor]:
+    """Buffers of a weight [N, K]: int8 codes (two a byte up to 4 bits), scale, zero point.
+
+    ``weight_scale`` is (), [N, 1] or [N, G]; ``weight_zero_point`` only when affine.
+    Raises NonFiniteError naming the site.
+    """
+    check_finite(weight, "its weight", site)
+    qmin, qmax = spec.qrange
+    scale, zero_point = choose_qparams(
+        weight,
+        qmin,
+        qmax,
+        symmetric=spec.symmetric,
+        granularity=spec.granularity,
+        group_size=spec.group_size,
+    )
+    shift = None if spec.symmetric else zero_point
+    codes = encode(weight, scale, shift, qmin, qmax, torch.int8, spec.group_size)
+    tensors = {"weight": pack_int4(codes) if spec.bits <= 4 else codes, "weight_scale": scale}
+    if shift is not None:
+        tensors["weight_zero_point"] = shift
+    return tensors
+
+
+def _weight_node(builder: Builder, spec: TensorSpec, length: int, like: Node) -> Node:
+    codes = builder.attribute("weight")
+    if spec.bits <= 4:
+        codes = builder.call(OPS.unpack_int4.default, codes, length, name="w_q")
+    scale = builder.attribute("weight_scale")
+    zero_point = None if spec.symmetric else builder.attribute("weight_zero_point")
+    return builder.call(
+        OPS.dequantize.default, codes, scale, zero_point, spec.group_size or 0, like, name="w"
+    )
+
+
+def _lower_linear(gm: GraphModule, site: Site, node: Node, spec: SiteSpec, inputs: _Inputs) -> None:
+    assert spec.weight is not None
+    weight, bias = linear_parameters(gm.get_submodule(site.path))
+    source = source_of(node)
+    tensors = quantize_weight(weight, spec.weight, site.path)
+    if bias is not None:
+        tensors["bias"] = bias
+    parameters = QuantizedParameters(tensors)
+    install(gm, site.path, parameters)
+    builder = Builder(gm, Quantize.name, site.path)
+    with gm.graph.inserting_before(node):
+        x = source
+        if spec.activation is not None:
+            x = inputs.dequantized(builder, source, spec.activation, parameters)
+        w = _weight_node(builder, spec.weight, site.shape[1], source)
+        b = None if bias is None else builder.attribute("bias")
+        y = builder.call(nn.functional.linear, x, w, b, name="y", is_output=True)
+    builder.replace(node, y)
+
+
+def _lower_embedding(gm: GraphModule, site: Site, node: Node, spec: TensorSpec) -> None:
+    """Look up codes and their scales, then dequantize only the rows found."""
+    weight, _ = linear_parameters(gm.get_submodule(site.path))
+    tensors = quantize_weight(weight, spec, site.path)
+    install(gm, site.path, QuantizedParameters({**tensors, "like": weight.new_empty(0)}))
+    builder = Builder(gm, Quantize.name, site.path)
+
+    def rows(name: str) -> Node | None:
+        if name not in tensors:
+            return None
+        table = builder.attribute(name)
+        if tensors[name].dim() == 0:
+            return table
+        return builder.call(nn.functional.embedding, node.args[0], table, name=f"{name}_rows")
+
+    with gm.graph.inserting_before(node):
+        codes = rows("weight")
+        if spec.bits <= 4:
+            codes = builder.call(OPS.unpack_int4.default, codes, site.shape[1], name="w_q")
+        y = builder.call(
+            OPS.dequantize.default,
+            codes,
+            rows("weight_scale"),
+            rows("weight_zero_point"),
+            spec.group_size or 0,
+            builder.attribute("like"),
+            name="y",
+            is_output=True,
+        )
+    builder.replace(node, y)

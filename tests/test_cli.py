@@ -1,0 +1,58 @@
+"""The command line, as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fxquant.cli import main
+from tests.models import SMALL_OPT
+
+SHORT = ["--windows", "2", "--length", "48", "--calibration-windows", "2"]
+
+
+def test_evaluate_prints_table_provenance_and_sentences(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", str(SMALL_OPT), "--schemes", "w8", "w8a8-static", *SHORT]
+    assert main(["evaluate", *options, "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert [line.split("|")[1].strip() for line in printed.splitlines()[2:5]] == [
+        "fp",
+        "w8",
+        "w8a8-static",
+    ]
+    assert "2 windows of 48 tokens" in printed
+    assert "Weights alone: w8" in printed
+    assert len(json.loads((tmp_path / "results.json").read_text())["rows"]) == 3
+
+
+def test_errors_are_one_message_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--model", "x", "--schemes", "w8x"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fxquant: error: scheme not understood")
+    assert "\n  w8x\n    ^\n" in error
+
+
+def test_module_form_is_the_same_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fxquant.evaluation", "--model", str(SMALL_OPT)]
+    command += ["--schemes", "fp", *SHORT, "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "| fp" in done.stdout
+    # No terminal: progress bars stay quiet.
+    assert "%|" not in done.stderr
+    recorded = json.loads((tmp_path / "results.json").read_text())["provenance"]["command"]
+    assert recorded.startswith("fxquant evaluate --model")
+    assert "--schemes fp" in recorded
+
+
+def test_a_text_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "some.txt"
+    text.write_text(" ".join(f"The {n}th sentence is about the number {n}." for n in range(400)))
+    options = ["--model", str(SMALL_OPT), "--schemes", "fp", "--text", str(text), *SHORT]
+    assert main(["evaluate", *options]) == 0
+    assert "some.txt" in capsys.readouterr().out

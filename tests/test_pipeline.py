@@ -1,0 +1,421 @@
+"""Contracts of passes are checked on what they leave; broken promises are found and named."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+import fxquant
+from fxquant.errors import VerificationError
+from fxquant.graph import (
+    Builder,
+    Level,
+    PassRecord,
+    QuantizedParameters,
+    info,
+    is_op,
+    set_tag,
+    site_outputs,
+    source_of,
+    tag,
+    update_info,
+)
+from fxquant.levels import OPS
+from fxquant.passes import Integerize, NameSites, Observe, Quantize
+from fxquant.pipeline import Pass, Pipeline, relative_difference
+from fxquant.schemes import Scheme
+from tests.architectures import llama, opt, token_ids
+
+FC1 = "model.decoder.layers.1.fc1"
+
+
+@functools.cache
+def graph(scheme: str = "fp", level: str = "float") -> GraphModule:
+    """Shared; passes work on copies."""
+    return fxquant.convert(opt(), scheme, level=level)
+
+
+def site_node(gm: GraphModule, path: str) -> Node:
+    return next(node for site, node in site_outputs(gm) if site.path == path)
+
+
+def call(gm: GraphModule, target: object, site: str) -> Node:
+    return next(node for node in gm.graph.nodes if is_op(node, target) and tag(node).site == site)
+
+
+@dataclass(frozen=True)
+class WrongScaleShape(Pass):
+    """A scale for another number of rows: broadcasting would fail, or worse, not fail."""
+
+    shape: tuple[int, ...]
+    name = "wrong_scale_shape"
+    requires = (Level.QDQ, Level.INTEGER)
+    effect = "lossy"
+
+    def rewrite(self, gm: GraphModule) -> GraphModule:
+        gm.get_submodule(FC1).register_buffer("weight_scale", torch.ones(self.shape))
+        return gm
+
+
+@dataclass(frozen=True)
+class OrphanBuffer(Pass):
+    """The float weight beside its codes, forgotten."""
+
+    name = "orphan_buffer"
+    requires = (Level.QDQ,)
+    effect = "lossy"
+
+    def rewrite(self, gm: GraphModule) -> GraphModule:
+        gm.get_submodule(FC1).register_buffer("float_weight", torch.ones(64, 32))
+        return gm
+
+
+@dataclass(frozen=True)
+class OrphanModule(Pass):
+    """A linear that no node calls any more."""
+
+    name = "orphan_module"
+    requires = (Level.FLOAT,)
+    effect = "lossy"
+
+    def rewrite(self, gm: GraphModule) -> GraphModule:
+        gm.add_submodule("model.decoder.spare", nn.Linear(2, 2))
+        return gm
+
+
+@dataclass(frozen=True)
+class OutOfOrder(Pass):
+    """A value is used before it is computed."""
+
+    name = "out_of_order"
+    requires = (Level.FLOAT,)
+    effect = "lossy"
+
+    def rewrite(self, gm: GraphModule) -> GraphModule:
+        node = site_node(gm, FC1)
+        next(iter(node.users)).append(node)
+        return gm
+
+
+@dataclass(frozen=True)
+class MissingTarget(Pass):
+    """A module that nobody installed."""
+
+    name = "missing_target"
+    requires = (Level.FLOAT,)
+    effect = "lossy"
+
+    def rewrite(self, gm: GraphModule) -> GraphModule:
+        site_node(gm, FC1).target = "model.decoder.layers.1.fc3"
+        return gm
+
+
+@dataclass(frozen=True)
+class CodesAtFloat(Pass):
+    """A quantize node in a graph that claims to be float."""
+
+    name = "codes_at_float"
+    requires = (Level.FLOAT,)
+    effect = "lossy"
+
+    def rewrite(self, gm: GraphModule) -> GraphModule:
+        node = site_node(gm, FC1)
+        builder = Builder(gm, self.name, FC1)
+        with gm.graph.inserting_before(node):
+            chosen = builder.call(
+                OPS.choose_qparams.default, source_of(node), "tensor", True, -127, 127
+            )
+            builder.item(chosen, 0, "scale")
+        return gm
+
+
+@dataclass(frozen=True)
+class StaysAtQdq(Pass):
+    """Says that it leaves integers, but leaves activations dequantized."""
+
+    name = "stays_at_qdq"
+    requires = (Level.QDQ,)
+    ensures = Level.INTEGER
+    effect = "lossy"
+
+    def rewrite(self, gm: GraphModule) -> GraphModule:
+        return gm
+
+
+def scale_norm(gm: GraphModule, factor: float) -> GraphModule:
+    """A new norm, ``factor`` times the old one, before fc1 of the last layer."""
+    path = "model.decoder.layers.1.final_layer_norm"
+    old = gm.get_submodule(path)
+    assert isinstance(old, nn.LayerNorm)
+    new = nn.LayerNorm(32)
+    new.weight = nn.Parameter(old.weight.detach() * factor)
+    new.bias = nn.Parameter(old.bias.detach() * factor)
+    gm.add_submodule(path, new)
+    return gm
+
+
+@dataclass(frozen=True)
+class ScaleNorm(Pass):
+    """Claims to be exact."""
+
+    factor: float
+    name = "scale_norm"
+    requires = (Level.FLOAT,)
+    effect = "exact"
+
+    def rewrite(self, gm: GraphModule) -> GraphModule:
+        return scale_norm(gm, self.factor)
+
+
+@dataclass(frozen=True)
+class NearlyScaleNorm(ScaleNorm):
+    """Claims to be equivalent."""
+
+    name = "nearly_scale_norm"
+    effect = "equivalent"
+
+
+@dataclass(frozen=True)
+class DropBias(Pass):
+    """Only the very last layer changes, whose output no site follows."""
+
+    name = "drop_bias"
+    requires = (Level.FLOAT,)
+    effect = "equivalent"
+
+    def rewrite(self, gm: GraphModule) -> GraphModule:
+        path = "model.decoder.final_layer_norm"
+        old = gm.get_submodule(path)
+        assert isinstance(old, nn.LayerNorm)
+        new = nn.LayerNorm(32, bias=False)
+        new.weight = old.weight
+        gm.add_submodule(path, new)
+        return gm
+
+
+@dataclass(frozen=True)
+class Poison(Pass):
+    """NaN everywhere: no comparison of numbers may let it through."""
+
+    name = "poison"
+    requires = (Level.FLOAT,)
+    effect = "equivalent"
+
+    def rewrite(self, gm: GraphModule) -> GraphModule:
+        return scale_norm(gm, float("nan"))
+
+
+@dataclass(frozen=True)
+class ForgetSite(Pass):
+    """Loses the tag of a site's output: the site could not be checked or found any more."""
+
+    name = "forget_site"
+    requires = (Level.FLOAT,)
+    effect = "exact"
+
+    def rewrite(self, gm: GraphModule) -> GraphModule:
+        node = site_node(gm, FC1)
+        set_tag(node, type(tag(node))())
+        return gm
+
+
+@dataclass(frozen=True)
+class Nothing(Pass):
+    """Changes nothing, and says so."""
+
+    name = "nothing"
+    requires = (Level.FLOAT, Level.QDQ, Level.INTEGER)
+    effect = "exact"
+
+    def rewrite(self, gm: GraphModule) -> GraphModule:
+        return gm
+
+
+BROKEN: dict[str, tuple[Pass, str, str]] = {
+    "scale of other rows": (WrongScaleShape((32, 1)), "qdq", rf"{FC1}: node \S+: scale of shape"),
+    "scale of columns": (WrongScaleShape((1, 32)), "qdq", rf"{FC1}: node \S+: scale of shape"),
+    "scale at integer": (WrongScaleShape((32, 1)), "integer", rf"{FC1}"),
+    "orphan buffer": (OrphanBuffer(), "qdq", rf"{FC1}: {FC1}\.float_weight is left behind"),
+    "orphan module": (OrphanModule(), "float", r"model\.decoder\.spare\.weight is left behind"),
+    "out of order": (OutOfOrder(), "float", "before it is computed"),
+    "missing target": (MissingTarget(), "float", r"not well-formed: .*fc3"),
+    "illegal at float": (CodesAtFloat(), "float", rf"{FC1}: node \S+: choose_qparams may not"),
+    "illegal at integer": (StaysAtQdq(), "qdq", "an activation is still dequantized"),
+    "not exact": (ScaleNorm(1 + 1e-6), "float", r"exact \(at most 0\)"),
+    "not equivalent": (NearlyScaleNorm(1.001), "float", rf"{FC1}.*equivalent \(at most"),
+    "not equivalent at the end": (DropBias(), "float", "(lm_head|logits).*equivalent"),
+    "NaN": (Poison(), "float", "relative difference inf"),
+    "forgotten site": (ForgetSite(), "float", FC1),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_broken_passes_are_caught_by_name(what: str) -> None:
+    broken, level, message = BROKEN[what]
+    scheme = "fp" if level == "float" else "w8a8-dynamic-token"
+    with pytest.raises(VerificationError, match=rf"(?s)after {broken.name}: .*{message}"):
+        broken(graph(scheme, level))
+
+
+def test_passes_within_their_tolerance_are_let_through() -> None:
+    """A factor of 1.00001 is 1e-5 at the next site: equivalent (1e-4), not exact."""
+    result = NearlyScaleNorm(1 + 1e-5)(graph())
+    difference = info(result).history[-1].difference
+    assert difference is not None
+    assert 1e-6 < difference < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("wrong", "level", "found"),
+    [
+        (Integerize(), "float", "pass integerize needs level qdq, the graph is at float"),
+        (
+            Quantize(Scheme.parse("w8")),
+            "integer",
+            "pass quantize needs level float or observed, the graph is at integer",
+        ),
+        (NameSites(), "qdq", "pass name_sites needs level float, the graph is at qdq"),
+    ],
+)
+def test_wrong_input_level(wrong: Pass, level: str, found: str) -> None:
+    with pytest.raises(VerificationError, match=found):
+        wrong(graph("fp" if level == "float" else "w8a8-dynamic-token", level))
+
+
+def snapshot(gm: GraphModule) -> tuple[object, ...]:
+    modules = tuple((name, type(module).__name__) for name, module in gm.named_modules())
+    versions = tuple((n, id(t), t._version) for n, t in gm.state_dict(keep_vars=True).items())
+    metas = tuple((node.name, tag(node)) for node in gm.graph.nodes)
+    return str(gm.graph), info(gm), modules, versions, metas
+
+
+@pytest.mark.parametrize(
+    ("step", "scheme", "level"),
+    [
+        (NameSites(), "fp", "float"),
+        (Observe(Scheme.parse("w8a8-static")), "fp", "float"),
+        (Quantize(Scheme.parse("w4-g12-asym/a8-dynamic")), "fp", "float"),
+        (Integerize(), "w8a8-dynamic-token", "qdq"),
+        (NearlyScaleNorm(1.00001), "fp", "float"),
+        (ScaleNorm(2.0), "fp", "float"),
+    ],
+)
+def test_a_pass_leaves_its_input(step: Pass, scheme: str, level: str) -> None:
+    """Also when it fails."""
+    before, ids = graph(scheme, level), token_ids(2, 7)
+    was, logits = snapshot(before), before(ids)
+    if step == ScaleNorm(2.0):
+        with pytest.raises(VerificationError):
+            step(before)
+    else:
+        result = step(before)
+        assert result is not before
+        assert not {id(m) for m in result.modules()} & {id(m) for m in before.modules()}
+    assert snapshot(before) == was
+    assert torch.equal(before(ids), logits)
+
+
+def test_history_records_every_pass() -> None:
+    facts = info(fxquant.convert(opt(), "w8a8-static", calibration=[token_ids(1, 4)]))
+    history = {record.name: record for record in facts.history}
+    names = ["name_sites", "observe", "calibrate", "quantize", "integerize"]
+    assert [record.name for record in facts.history] == names
+    assert all(record.milliseconds > 0 for record in facts.history)
+    assert (history["name_sites"].added, history["name_sites"].difference) == (0, 0.0)
+    # Inputs: q/k/v share one, so 4 of 6 linears in each of 2 layers get an observer.
+    assert (history["observe"].added, history["observe"].removed) == (8, 0)
+    assert history["observe"].difference == 0.0
+    assert history["quantize"].difference is None
+    assert history["quantize"].sites == 12
+    # 12 linears and 8 observers go.
+    assert history["quantize"].removed == 20
+    difference = history["integerize"].difference
+    assert difference is not None
+    assert 0 < difference < 1e-5
+    assert facts.level == Level.INTEGER
+    assert facts.scheme == "w8a8-static"
+
+
+def test_passes_run_in_order_and_the_callback_sees_each() -> None:
+    seen: list[tuple[str, Level, int]] = []
+
+    def after(step: Pass, gm: GraphModule) -> None:
+        seen.append((step.name, info(gm).level, len(info(gm).history)))
+        gm(token_ids(1, 3))  # it runs
+
+    steps = (NameSites(), Quantize(Scheme.parse("w8a8-dynamic")), Nothing(), Integerize())
+    Pipeline(steps, after).run(fxquant.trace(opt()))
+    assert seen == [
+        ("name_sites", Level.FLOAT, 1),
+        ("quantize", Level.QDQ, 2),
+        ("nothing", Level.QDQ, 3),
+        ("integerize", Level.INTEGER, 4),
+    ]
+
+
+def test_after_a_failure_no_later_pass_runs() -> None:
+    seen: list[str] = []
+    steps = (Nothing(), ScaleNorm(2.0), NearlyScaleNorm(1.0))
+    with pytest.raises(VerificationError, match="after scale_norm"):
+        Pipeline(steps, lambda step, _: seen.append(step.name)).run(graph())
+    assert seen == ["nothing"]
+
+
+def test_convert_takes_a_pipeline() -> None:
+    steps = Pipeline((NameSites(), Nothing(), Quantize(Scheme.parse("w4"))))
+    gm = fxquant.convert(opt(), "w4", pipeline=steps)
+    assert [record.name for record in info(gm).history] == ["name_sites", "nothing", "quantize"]
+    assert info(gm).level == Level.QDQ
+    assert isinstance(gm.get_submodule(FC1), QuantizedParameters)
+    assert torch.equal(gm(token_ids(1, 5)), fxquant.convert(opt(), "w4")(token_ids(1, 5)))
+
+
+def test_an_empty_pipeline_is_a_pipeline() -> None:
+    gm = fxquant.convert(opt(), "w8", pipeline=Pipeline(()))
+    assert info(gm).history == ()
+    assert not any(isinstance(module, QuantizedParameters) for module in gm.modules())
+
+
+def test_new_nodes_carry_their_site_and_origin() -> None:
+    before = set(fxquant.trace(llama()).graph.nodes)
+    gm = fxquant.convert(llama(), "w8a8-dynamic-token")
+    names = {node.name for node in before}
+    sites = {site.path for site in info(gm).sites}
+    new = [node for node in gm.graph.nodes if node.name not in names]
+    assert len(new) > 14 * 5
+    for node in new:
+        assert tag(node).site in sites
+        assert tag(node).origin in ("quantize", "integerize")
+
+
+Pair = Callable[[Tensor], Tensor]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda x: x.clone(), 0.0),
+        (lambda x: x + 0.5, 0.125),
+        (lambda x: x * float("nan"), float("inf")),
+        (lambda x: x * float("inf"), float("inf")),
+        (lambda x: x[:1], float("inf")),
+        (lambda x: x.half(), float("inf")),
+    ],
+)
+def test_relative_difference(change: Pair, expected: float) -> None:
+    assert relative_difference(torch.tensor([1.0, -4.0]), change(torch.tensor([1.0, -4.0]))) == (
+        expected
+    )
+
+
+def test_records_are_values() -> None:
+    assert PassRecord("a", 1, 2, 3, 4.0, None) == PassRecord("a", 1, 2, 3, 4.0, None)
+    copy = graph()
+    update_info(copy, scheme="fp")
+    assert info(copy).scheme == "fp"

@@ -1,0 +1,113 @@
+"""``convert`` against an independent module swap in float64 (tests/reference.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from transformers import PreTrainedModel
+
+import fxquant
+from fxquant.execution import Executor
+from fxquant.graph import is_op, tag
+from fxquant.levels import OPS
+from tests import reference
+from tests.architectures import gpt2, llama, opt, padding_mask, token_ids
+from tests.reference import PLAIN
+
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {"opt": opt, "gpt2": gpt2, "llama": llama}
+
+# Ours computes in float32, the reference in float64: x / scale, at most 127, is off by a few times
+# 127 * 2^-24 = 1e-5, with what earlier layers add. So about one code in twenty thousand lies near
+# enough to a tie to be rounded to the other side, and never by more than one step.
+FLIPPED = 1e-4
+# With the codes given, only float32 arithmetic differs: some tens of operations, 2^-24 each.
+SAME_CODES = 3e-6
+
+
+def batches(count: int, seed: int) -> list[dict[str, Tensor]]:
+    """Padded on the left: padding must not count in static ranges."""
+    return [
+        {
+            "input_ids": token_ids(3, 14, seed + index),
+            "attention_mask": padding_mask(3, 14, "left"),
+        }
+        for index in range(count)
+    ]
+
+
+def run_with_codes(
+    qmodel: GraphModule, given: dict[str, Tensor], inputs: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, tuple[int, int]]]:
+    """Logits when each site's input codes are replaced by ``given``.
+
+    With them, for each site whose codes the graph computes: (codes that differ, largest step),
+    each counted on inputs that the given codes produced, so that no difference follows another.
+    """
+    flips: dict[str, tuple[int, int]] = {}
+
+    def on_node(node: Node, value: Any) -> Any:
+        if not is_op(node, OPS.quantize.default):
+            return value
+        site = tag(node).site or ""
+        wanted = given[site].reshape(value.shape).to(value.dtype)
+        steps = (wanted.int() - value.int()).abs()
+        flips[site] = int((steps > 0).sum()), int(steps.max())
+        return wanted
+
+    return Executor(qmodel).run(on_node, **inputs), flips
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", PLAIN)
+@pytest.mark.parametrize("name", MODELS)
+def test_agrees_with_the_module_swap(name: str, scheme: str) -> None:
+    model, calibration = MODELS[name](), batches(3, seed=7)
+    swapped = reference.swap(model, PLAIN[scheme], calibration)
+    qmodel = fxquant.convert(model, scheme, calibration=calibration)
+    # No padding: a dynamic range is of all that the operator sees, and eager attention is free
+    # to put anything into padding rows.
+    inputs = {"input_ids": token_ids(3, 17, seed=3)}
+    wanted, unquantized = swapped(**inputs).logits, model(**inputs).logits
+    effect = float((wanted - unquantized).norm())
+    assert effect > 1e-3 * float(unquantized.norm())  # else the comparison says nothing
+
+    given = reference.codes(swapped)
+    found, flips = run_with_codes(qmodel, given, inputs)
+    assert float((found - wanted).norm()) <= SAME_CODES * float(unquantized.norm())
+    assert all(step <= 1 for _, step in flips.values())
+    flipped, total = (
+        sum(count for count, _ in flips.values()),
+        sum(map(torch.numel, given.values())),
+    )
+    assert flipped <= FLIPPED * total
+    assert bool(flips) == (PLAIN[scheme].activation is not None)
+
+    free = float((qmodel(**inputs) - wanted).norm())
+    # After a flip later layers round what follows anew: at most another draw of the same noise.
+    assert free <= (0.05 if flipped == 0 else 1.0) * effect
+
+
+@torch.no_grad()
+def test_the_reference_notices_a_wrong_scale() -> None:
+    """A comparison that passes for another model would be worthless: scale one site by 1.01."""
+    model, inputs = opt(), {"input_ids": token_ids(3, 17, seed=3)}
+    qmodel = fxquant.convert(model, "w8a8-dynamic-token")
+    qmodel.get_submodule("model.decoder.layers.0.fc1").weight_scale *= 1.01
+    swapped = reference.swap(model, PLAIN["w8a8-dynamic-token"])
+    wanted = swapped(**inputs).logits
+    found, _ = run_with_codes(qmodel, reference.codes(swapped), inputs)
+    assert float((found - wanted).norm()) > 10 * SAME_CODES * float(wanted.norm())
+
+
+@torch.no_grad()
+def test_padding_does_not_count_in_the_reference_either() -> None:
+    batch = batches(1, seed=0)[0]
+    full = {**batch, "attention_mask": torch.ones_like(batch["attention_mask"])}
+    masked, unmasked = (reference.input_ranges(opt(), [b]) for b in (batch, full))
+    assert masked.keys() == unmasked.keys()
+    assert any(bool(masked[site][1] != unmasked[site][1]) for site in masked)
