@@ -48,7 +48,7 @@ class Observer(nn.Module):
         if rows.numel() == 0:
             return
         low, high = torch.aminmax(rows)
-        if not bool(torch.isfinite(high - low)):
+        if not (bool(torch.isfinite(low)) and bool(torch.isfinite(high))):
             raise NonFiniteError(
                 f"{self.site}: its input holds NaN or infinite activations during calibration; "
                 "the model overflows its dtype or its weights are damaged"

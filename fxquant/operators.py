@@ -54,7 +54,7 @@ def unpack_int4(packed: Tensor, length: int) -> Tensor:
     # Shifting a signed byte right carries its sign down.
     low = (packed << 4).view(torch.int8) >> 4
     high = packed.view(torch.int8) >> 4
-    return torch.stack((low, high), dim=-1).flatten(-2)[..., :length].contiguous()
+    return torch.stack((low, high), dim=-1).flatten(-2).narrow(-1, 0, length).contiguous()
 
 
 def int_gemm(x_codes: Tensor, weight_codes: Tensor, chunk: int) -> Tensor:
@@ -94,11 +94,11 @@ def grouped_gemm(
         sums = _correct(
             sums,
             zero_point,
-            None if weight_sum is None else weight_sum[:, g],
-            None if weight_zero_point is None else weight_zero_point[:, g],
+            None if weight_sum is None else weight_sum.select(1, g),
+            None if weight_zero_point is None else weight_zero_point.select(1, g),
             None if weight_zero_point is None else code_sum(xs),
         )
-        part = sums.to(torch.float32) * weight_scale[:, g]
+        part = sums.to(torch.float32) * weight_scale.select(1, g)
         total = part if total is None else total.add_(part)
     assert total is not None
     return total
@@ -174,6 +174,10 @@ _LIBRARY.impl("int_gemm_cuda", gemm.cuda_int_gemm, "CUDA")
 
 
 def _fake_int_gemm_cuda(x_codes: Tensor, weight_codes: Tensor, chunk: int) -> Tensor:
+    torch._check(
+        x_codes.device == weight_codes.device,
+        lambda: f"found at least two devices: {x_codes.device} and {weight_codes.device}",
+    )
     return x_codes.new_empty((x_codes.shape[0], weight_codes.shape[0]), dtype=torch.int32)
 
 

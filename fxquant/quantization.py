@@ -110,13 +110,16 @@ def expand_groups(values: Tensor, length: int, group_size: int | None) -> Tensor
     if values.dim() == 0 or values.shape[-1] in (1, length):
         return values
     groups = values.shape[-1]
-    size = group_size if group_size is not None else length // groups
-    if group_count(length, size) != groups or (group_size is None and length % groups):
+    size = length // groups if group_size is None else group_size
+    divides = length == groups * size if group_size is None else True
+    if size < 1 or not divides or group_count(length, size) != groups:
         raise ValueError(
             f"{groups} groups do not cover {length} columns in groups of "
-            f"{group_size or 'equal size'}; give group_size= (the last group may be shorter)"
+            f"{'equal size' if group_size is None else group_size}; give group_size= (the last "
+            "group may be shorter)"
         )
-    return values.repeat_interleave(size, dim=-1)[..., :length]
+    # narrow, not [..., :length]: fake CUDA tensors cannot be indexed without a CUDA build.
+    return values.repeat_interleave(size, dim=-1).narrow(-1, 0, length)
 
 
 def group_ranges(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:

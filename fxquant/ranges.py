@@ -159,6 +159,7 @@ def _least_divergence(
 
     Symmetric: |x| against ``2**(bits-1)`` levels, as TensorRT. Affine: x against ``2**bits``.
     """
+    low, high = min(low, 0.0), max(high, 0.0)
     if spec.symmetric:
         start, levels, source = 0.0, 2 ** (spec.bits - 1), seen.magnitude()
     else:
@@ -191,7 +192,8 @@ def _divergence(histogram: Tensor, first: int, last: int, levels: int) -> float:
     mass = torch.zeros(levels, dtype=torch.float64).index_add_(0, level, inside)
     width = torch.zeros(levels, dtype=torch.float64).index_add_(0, level, filled)
     quantized = (mass / width.clamp(min=1))[level] * filled
-    p, q = clipped / clipped.sum(), quantized / quantized.sum().clamp(min=1e-300)
+    # Both over all counts: what Q lacks of them was clipped, and costs -log(share inside).
+    p, q = clipped / histogram.sum(), quantized / histogram.sum()
     used = p > 0
     # A clipped bin that was empty inside has no counterpart in Q; TensorRT smooths it likewise.
     return float((p[used] * (p[used] / q[used].clamp(min=1e-12)).log()).sum())

@@ -40,7 +40,10 @@ class Scheme:
     def __post_init__(self) -> None:
         if self.fp32_gemm and (self.spec != FLOAT or self.overrides):
             raise SchemeError("fp32-gemm leaves every site in float; it takes no other spec")
+        patterns = [pattern for pattern, _ in self.overrides]
         for pattern, spec in self.overrides:
+            if patterns.count(pattern) > 1:
+                raise SchemeError(f"the override {pattern!r} is given twice")
             if pattern == "embeddings" and spec.activation is not None:
                 raise SchemeError("an embedding is a lookup: it has a weight, but no activation")
 
@@ -83,14 +86,18 @@ class Scheme:
         try:
             data = json.loads(text)
             base, overrides = data["scheme"], data.get("overrides", {})
-            pairs = tuple((str(pattern), _parse_site(spec)) for pattern, spec in overrides.items())
+            pairs = tuple(overrides.items())
         except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-            raise SchemeError(
-                f"scheme JSON not understood ({type(error).__name__}: {error}); expected "
-                '{"scheme": "w8", "overrides": {"head": "w8", "*.fc2": "fp"}}'
-            ) from error
+            raise _bad_json(f"{type(error).__name__}: {error}") from error
+        unknown = set(data) - {"scheme", "overrides"}
+        if unknown:
+            raise _bad_json(f"unknown keys {sorted(unknown)}")
+        texts = (base, *(spec for _, spec in pairs))
+        if not all(isinstance(each, str) and not each.startswith("{") for each in texts):
+            raise _bad_json("a scheme inside JSON is text such as 'w8'")
         scheme = cls.parse(base)
-        return cls(scheme.spec, scheme.repairs, pairs, scheme.fp32_gemm)
+        specs = tuple((pattern, _parse_site(spec)) for pattern, spec in pairs)
+        return cls(scheme.spec, scheme.repairs, specs, scheme.fp32_gemm)
 
     def spec_for(self, path: str, role: Role) -> SiteSpec:
         """The spec of the site at ``path``."""
@@ -109,6 +116,13 @@ class Scheme:
     def needs_calibration(self) -> bool:
         """Whether any activation is static."""
         return any(spec.activation and not spec.activation.dynamic for spec in self.specs)
+
+
+def _bad_json(reason: str) -> SchemeError:
+    return SchemeError(
+        f"scheme JSON not understood ({reason}); expected "
+        '{"scheme": "w8", "overrides": {"head": "w8", "*.fc2": "fp"}}'
+    )
 
 
 def _parse_site(text: str) -> SiteSpec:

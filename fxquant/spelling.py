@@ -100,7 +100,10 @@ def _scan_weight(scanner: Scanner) -> TensorSpec:
         granularity = "tensor"
     elif scanner.accept("-g"):
         granularity = "group"
+        start = scanner.position
         group_size = int(scanner.match(_DIGITS, "a group size"))
+        if group_size < 1:
+            scanner.fail(f"a group size must be at least 1, got {group_size}", at=start)
     return TensorSpec(bits, not scanner.accept("-asym"), granularity, group_size)
 
 

@@ -6,7 +6,7 @@ from typing import Final
 import torch
 from transformers import OPTForCausalLM, PreTrainedTokenizerFast
 
-SMALL_OPT: Final = Path(__import__("os").environ.get("SO", str(Path(__file__).parent / "small_opt" / "model")))
+SMALL_OPT: Final = Path(__file__).parent / "small_opt" / "model"
 
 
 def small_opt() -> tuple[OPTForCausalLM, PreTrainedTokenizerFast]:

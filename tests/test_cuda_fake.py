@@ -1,15 +1,17 @@
-"""CUDA without a GPU: every scheme's graph runs on fake CUDA tensors; device mistakes are caught."""
+"""CUDA without a GPU: every scheme's graph runs on fake CUDA tensors, which catch mistakes."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
+from torch.overrides import TorchFunctionMode
 
 import fxquant
 from fxquant import gemm
@@ -48,13 +50,64 @@ def fake_cuda(gm: GraphModule, mode: FakeTensorMode, left: str | None = None) ->
     return copy
 
 
+def view(x: Tensor, index: Any) -> Tensor:
+    """``x[index]`` of None, slices, integers and ``...``, by operators."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    if Ellipsis in parts:
+        at = parts.index(Ellipsis)
+        named = sum(part is not None and part is not Ellipsis for part in parts)
+        parts[at : at + 1] = [slice(None)] * (x.dim() - named)
+    dim = 0
+    for part in parts:
+        if isinstance(part, int):
+            x = x.select(dim, part)
+            continue
+        assert part is None or isinstance(part, slice)
+        if part is None:
+            x = x.unsqueeze(dim)
+        else:
+            x = torch.ops.aten.slice.Tensor(x, dim, part.start, part.stop, part.step or 1)
+        dim += 1
+    return x
+
+
+class Brackets(TorchFunctionMode):
+    """Brackets on a fake CUDA tensor ask for a real CUDA, which a CPU-only torch lacks."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.__getitem__:
+            return view(*args)
+        if func is Tensor.__setitem__:
+            return torch.ops.aten.copy_(view(*args[:2]), args[2])
+        return func(*args, **(kwargs or {}))
+
+
 @torch.no_grad()
 def run_fake(gm: GraphModule, mode: FakeTensorMode, mask: bool = False) -> Tensor:
-    with mode:
+    with mode, Brackets():
         ids = torch.zeros(2, 10, dtype=torch.int64, device="cuda")
         logits = gm(ids, torch.ones_like(ids)) if mask else gm(ids)
     assert isinstance(logits, Tensor)
     return logits
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        2,
+        None,
+        slice(1, 3),
+        (slice(None), None, slice(None, None, 2)),
+        (..., -1),
+        (None, ..., slice(-2, None)),
+        (0, ..., None),
+    ],
+)
+def test_brackets_by_operators(index: Any) -> None:
+    x = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(view(x, index), x[index])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -19,7 +19,7 @@ from fxquant.evaluation.data import Source, load_dataset_text
 from fxquant.evaluation.models import load_model, package_model, resolve_dtype
 from fxquant.evaluation.perplexity import evaluate
 from fxquant.evaluation.results import prepare_folder
-from fxquant.evaluation.run import Converter, ordered_schemes
+from fxquant.evaluation.job import Converter, ordered_schemes
 from fxquant.evaluation.tables import sentences
 from fxquant.levels import OPS
 from fxquant.size import bits_per_weight
@@ -192,7 +192,7 @@ def test_interruption_keeps_finished_rows(tmp_path: Path, monkeypatch: pytest.Mo
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr("fxquant.evaluation.run.evaluate", interrupted)
+    monkeypatch.setattr("fxquant.evaluation.job.evaluate", interrupted)
     outcome = run(job(output=tmp_path), said.append)
     assert not outcome.complete
     data = json.loads((tmp_path / "results.json").read_text())
@@ -221,7 +221,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError("work was started")
 
-    monkeypatch.setattr("fxquant.evaluation.run.load_model", forbidden)
+    monkeypatch.setattr("fxquant.evaluation.job.load_model", forbidden)
 
 
 @pytest.mark.usefixtures("no_work")
@@ -272,7 +272,7 @@ def test_errors_before_conversion(
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError("conversion was started")
 
-    monkeypatch.setattr("fxquant.evaluation.run._rows", forbidden)
+    monkeypatch.setattr("fxquant.evaluation.job._rows", forbidden)
     with pytest.raises(FxquantError, match=message):
         run(job(**changes))
 

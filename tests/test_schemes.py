@@ -304,7 +304,6 @@ def test_the_caret_counts_from_the_stripped_text() -> None:
         Scheme.parse("   w8-foo ")
 
 
-@pytest.mark.xfail(strict=True, reason="ugly: the error stands under the scheme's start")
 def test_the_caret_of_a_group_size_of_zero() -> None:
     with pytest.raises(SchemeError, match=r"at least 1, got 0\n  w4-g0\n      \^\n"):
         Scheme.parse("w4-g0")
@@ -339,28 +338,24 @@ def test_an_override_is_one_sites_spec(spec: str) -> None:
         Scheme.parse(json.dumps({"scheme": "w8", "overrides": {"head": spec}}))
 
 
-@pytest.mark.xfail(strict=True, reason="bug: parse(base) stands outside from_json's try")
 @pytest.mark.parametrize("base", [5, None, ["w8"]])
 def test_json_whose_scheme_is_no_text(base: object) -> None:
     with pytest.raises(SchemeError):
         Scheme.parse(json.dumps({"scheme": base}))
 
 
-@pytest.mark.xfail(strict=True, reason="bug: unknown keys are dropped silently")
 @pytest.mark.parametrize("key", ["overides", "repairs"])
 def test_json_with_an_unknown_key(key: str) -> None:
     with pytest.raises(SchemeError, match=key):
         Scheme.parse(json.dumps({"scheme": "w8", key: {"head": "w8"}}))
 
 
-@pytest.mark.xfail(strict=True, reason="bug: the overrides of a nested JSON scheme are dropped")
 def test_json_inside_json() -> None:
     inner = json.dumps({"scheme": "w8", "overrides": {"head": "w8"}})
     with pytest.raises(SchemeError):
         Scheme.parse(json.dumps({"scheme": inner}))
 
 
-@pytest.mark.xfail(strict=True, reason="bug: a repeated pattern moves to its first place in JSON")
 def test_a_pattern_given_twice_is_refused() -> None:
     w8, w4 = SiteSpec(CHANNEL8), SiteSpec(TensorSpec(4))
     with pytest.raises(SchemeError, match=r"'\*'"):
