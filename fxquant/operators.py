@@ -54,7 +54,8 @@ def unpack_int4(packed: Tensor, length: int) -> Tensor:
     # Shifting a signed byte right carries its sign down.
     low = (packed << 4).view(torch.int8) >> 4
     high = packed.view(torch.int8) >> 4
-    return torch.stack((low, high), dim=-1).flatten(-2).narrow(-1, 0, length).contiguous()
+    both = torch.stack((low, high), dim=-1).flatten(-2)
+    return both if both.shape[-1] == length else both.narrow(-1, 0, length)
 
 
 def int_gemm(x_codes: Tensor, weight_codes: Tensor, chunk: int) -> Tensor:

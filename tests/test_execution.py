@@ -43,7 +43,7 @@ def test_whole_runs_equal_the_graph(name: str) -> None:
     for batch, length in [(3, 11), (1, 1), (2, 20)]:
         ids = token_ids(batch, length)
         assert torch.equal(executor.run(input_ids=ids), graph(name)(ids))
-    assert torch.equal(executor.run(**inputs()), graph(name)(**inputs()))
+    assert torch.equal(executor.run(None, **inputs()), graph(name)(**inputs()))
 
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def test_whole_runs_equal_the_graph(name: str) -> None:
 def test_cut_anywhere_and_resume(name: str) -> None:
     """Stop at each node in turn, and go on from the cut; the cut holds exactly what is needed."""
     executor = Executor(graph(name))
-    whole = executor.run(**inputs())
+    whole = executor.run(None, **inputs())
     cut = executor.start(**inputs())
     for until in executor.nodes[cut.position :]:
         cut = executor.advance(cut, until=until)
@@ -106,7 +106,7 @@ def test_one_cut_serves_many_runs() -> None:
     first, changed, again = last(cut), last(cut, 2.0), last(cut)
     assert torch.equal(first, again)
     assert torch.equal(changed, 2 * first)  # the last module is the head
-    assert torch.equal(first, executor.run(**inputs()))
+    assert torch.equal(first, executor.run(None, **inputs()))
     for node, value in copies.items():
         same = cut.values[node]
         assert torch.equal(same, value) if isinstance(value, Tensor) else same == value

@@ -19,7 +19,6 @@ from fxquant.graph import (
     PassRecord,
     QuantizedParameters,
     info,
-    is_op,
     set_tag,
     site_outputs,
     source_of,
@@ -43,10 +42,6 @@ def graph(scheme: str = "fp", level: str = "float") -> GraphModule:
 
 def site_node(gm: GraphModule, path: str) -> Node:
     return next(node for site, node in site_outputs(gm) if site.path == path)
-
-
-def call(gm: GraphModule, target: object, site: str) -> Node:
-    return next(node for node in gm.graph.nodes if is_op(node, target) and tag(node).site == site)
 
 
 @dataclass(frozen=True)
@@ -174,11 +169,16 @@ class ScaleNorm(Pass):
 
 
 @dataclass(frozen=True)
-class NearlyScaleNorm(ScaleNorm):
+class NearlyScaleNorm(Pass):
     """Claims to be equivalent."""
 
+    factor: float
     name = "nearly_scale_norm"
+    requires = (Level.FLOAT,)
     effect = "equivalent"
+
+    def rewrite(self, gm: GraphModule) -> GraphModule:
+        return scale_norm(gm, self.factor)
 
 
 @dataclass(frozen=True)

@@ -275,6 +275,15 @@ def test_entropy_keeps_what_needs_no_clipping() -> None:
         assert high > 0.97
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_exact_zeros_do_not_move_entropy_ranges(symmetric: bool) -> None:
+    # They have a code of their own and cost nothing, however many there are (post-ReLU inputs).
+    x, tensor = samples("normal", torch.seed() % 2**32), spec(8, symmetric)
+    many = torch.cat((x, torch.zeros(20000)))
+    wanted = estimate_range(observed(x), Estimator("entropy"), tensor)
+    assert estimate_range(observed(many), Estimator("entropy"), tensor) == wanted
+
+
 def test_entropy_counts_what_it_clips() -> None:
     # The candidate range [-3, 3] holds one sample: clipped to its end, 5000 others look the same.
     x = torch.cat((torch.tensor([2.999]), torch.linspace(3.001, 8, 5000)))

@@ -6,10 +6,11 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast
 
 from fxquant.evaluation import builtin_text as module
 from fxquant.evaluation.builtin_text import Split, builtin_text
@@ -35,7 +36,7 @@ def record() -> dict[str, Any]:
 
 def test_no_long_paragraph_occurs_in_two_splits() -> None:
     train, calibration, evaluation = (long_paragraphs(builtin_text(split)) for split in SPLITS)
-    assert train and calibration and evaluation
+    assert min(len(train), len(calibration), len(evaluation)) > 50
     assert not train & calibration | train & evaluation | calibration & evaluation
 
 
@@ -61,6 +62,7 @@ def test_unknown_split_lists_the_known_ones() -> None:
 NAMES = st.sampled_from(["assert", "binary", "calls", "class", "raise", "types", "with", "yield"])
 
 
+@settings(deadline=None)
 @given(st.dictionaries(NAMES, st.sets(st.integers(0, 6), min_size=1)))
 def test_topics_that_share_a_paragraph_share_a_split(holdings: Mapping[str, set[int]]) -> None:
     topics = {
@@ -83,7 +85,8 @@ def test_the_committed_directory_is_small() -> None:
 def test_it_is_a_pre_layernorm_relu_opt(record: dict[str, Any]) -> None:
     model, tokenizer = small_opt()
     config = model.config
-    assert config.do_layer_norm_before and config.enable_bias and config.tie_word_embeddings
+    assert config.do_layer_norm_before
+    assert config.enable_bias
     assert config.activation_function == "relu"
     assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
     assert len(tokenizer) == config.vocab_size
@@ -106,9 +109,12 @@ def test_it_has_learned_what_the_record_says(record: dict[str, Any]) -> None:
     assert loss == pytest.approx(record["evaluation_loss"], abs=0.02)
 
 
-@given(st.text())
-def test_the_tokenizer_gives_every_text_back(text: str) -> None:
-    assert TOKENIZER.decode(TOKENIZER(text)["input_ids"]) == text
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return small_opt()[1]
 
 
-TOKENIZER = small_opt()[1]
+@settings(deadline=None)
+@given(text=st.text())
+def test_the_tokenizer_gives_every_text_back(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
