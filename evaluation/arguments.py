@@ -7,8 +7,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from fxquant.evaluation.models import DTYPES
 from fxquant.evaluation.job import Job, run
+from fxquant.evaluation.models import DTYPES
 from fxquant.evaluation.tables import format_table, sentences
 
 INTERRUPTED = 130

@@ -137,7 +137,11 @@ def clone_sharing_storage(module: ModuleT) -> ModuleT:
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
     for buffer in module.buffers():
         memo[id(buffer)] = buffer.detach()
-    return copy.deepcopy(module, memo)
+    clone = copy.deepcopy(module, memo)
+    for part in clone.modules():
+        for hooks in (part._forward_hooks, part._forward_pre_hooks):
+            hooks.clear()  # they are the user's, and would see our probes
+    return clone
 
 
 class QuantizedParameters(nn.Module):

@@ -10,7 +10,17 @@ from torch.fx import GraphModule, Node
 
 import fxquant.operators  # noqa: F401  (registers torch.ops.fxquant)
 from fxquant.errors import VerificationError
-from fxquant.graph import Level, QuantizedParameters, arguments, get_tensor, info, is_op, tag
+from fxquant.graph import (
+    Level,
+    QuantizedParameters,
+    arguments,
+    get_tensor,
+    info,
+    is_op,
+    site_outputs,
+    source_of,
+    tag,
+)
 from fxquant.observers import Observer
 
 OPS: Any = torch.ops.fxquant
@@ -55,6 +65,9 @@ def verify(gm: GraphModule, after: str) -> None:
             _fail(after, node, f"{form.name} may not stand at level {level}")
         if is_op(node, OPS.dequantize.default):
             _check_dequantize(gm, node, level, after)
+        if is_op(node, OPS.rescale.default):
+            _check_rescale(gm, node, after)
+    _check_sites(gm, after)
     _check_orphans(gm, after)
 
 
@@ -98,6 +111,31 @@ def _check_dequantize(gm: GraphModule, node: Node, level: Level, after: str) -> 
     groups = -(-shape[-1] // group_size) if group_size else 1
     if scales not in ((), (shape[0], groups)):
         _fail(after, node, f"scale of shape {list(scales)} does not fit codes {list(shape)}")
+
+
+def _check_rescale(gm: GraphModule, node: Node, after: str) -> None:
+    sums, _, row = arguments(node)[:3]
+    if row is None:  # grouped_gemm's sums carry the weight scales
+        return
+    rows = int_gemm_rows(gm, sums)
+    scales = get_tensor(gm, source_of(row)).numel()
+    if scales not in (1, rows):
+        _fail(after, node, f"{scales} weight scales for {rows} output columns")
+
+
+def int_gemm_rows(gm: GraphModule, sums: Node) -> int:
+    """N of an int_gemm node."""
+    codes = arguments(sums)[1]
+    if is_op(codes, OPS.unpack_int4.default):
+        codes = source_of(codes)
+    return get_tensor(gm, codes).shape[0]
+
+
+def _check_sites(gm: GraphModule, after: str) -> None:
+    kept = {site.path for site, _ in site_outputs(gm)}
+    for site in info(gm).sites:
+        if site.path not in kept:
+            raise VerificationError(f"after {after}: {site.path}: no node is the site's output")
 
 
 def _check_orphans(gm: GraphModule, after: str) -> None:

@@ -176,6 +176,14 @@ _LIBRARY.impl("int_gemm_cuda", gemm.cuda_int_gemm, "CUDA")
 
 def _fake_int_gemm_cuda(x_codes: Tensor, weight_codes: Tensor, chunk: int) -> Tensor:
     torch._check(
+        x_codes.dtype == weight_codes.dtype == torch.int8
+        and x_codes.shape[1] == weight_codes.shape[1],
+        lambda: (
+            f"int8 [M, K] and [N, K] expected, got {x_codes.dtype} {list(x_codes.shape)} and "
+            f"{weight_codes.dtype} {list(weight_codes.shape)}"
+        ),
+    )
+    torch._check(
         x_codes.device == weight_codes.device,
         lambda: f"found at least two devices: {x_codes.device} and {weight_codes.device}",
     )

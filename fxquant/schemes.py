@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +19,11 @@ from fxquant.spelling import Options, Scanner, scan_repair, scan_site, spell_rep
 
 Role = Literal["linear", "head", "embeddings"]
 ROLES: tuple[Role, ...] = ("linear", "head", "embeddings")
+
+
+def matches(pattern: str, path: str, role: Role) -> bool:
+    """Whether an override's pattern, a glob or a role, covers a site."""
+    return pattern == role or (pattern not in ROLES and fnmatch.fnmatchcase(path, pattern))
 
 
 @dataclass(frozen=True)
@@ -103,9 +109,19 @@ class Scheme:
         """The spec of the site at ``path``."""
         spec = self.spec if role == "linear" else FLOAT
         for pattern, override in self.overrides:
-            if pattern == role or (pattern not in ROLES and fnmatch.fnmatchcase(path, pattern)):
+            if matches(pattern, path, role):
                 spec = override
         return spec
+
+    def check_overrides(self, sites: Iterable[tuple[str, Role]]) -> None:
+        """Raise SchemeError if an override matches none of the (path, role) pairs."""
+        found = list(sites)
+        for pattern, _ in self.overrides:
+            if not any(matches(pattern, *site) for site in found):
+                raise SchemeError(
+                    f"the override {pattern!r} matches no site of this model; its sites are "
+                    f"{', '.join(path for path, _ in found[:8])}{', ...' if len(found) > 8 else ''}"
+                )
 
     @property
     def specs(self) -> tuple[SiteSpec, ...]:

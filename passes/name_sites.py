@@ -57,6 +57,7 @@ class NameSites(Pass):
                 continue
             sites.append(Site(path, role, weight_shape(module)))
             set_tag(node, Tag(site=path, origin="trace", is_output=True))
+        left.extend(_functional_weights(gm))
         left.extend(_attention_products(gm))
         update_info(gm, sites=tuple(sites), left_in_float=tuple(left))
         return gm
@@ -87,6 +88,21 @@ def _obstacle(path: str, module: nn.Module, role: Role | None, calls: int) -> st
     if calls > 1:
         return f"one module called {calls} times: its inputs need not share a range"
     return ""
+
+
+def _functional_weights(gm: GraphModule) -> list[LeftInFloat]:
+    """Weights that a module of its own kind multiplies or looks up by a function."""
+    functions = {nn.functional.embedding: "lookup", nn.functional.linear: "linear"}
+    return [
+        LeftInFloat(
+            str(operand.target).rpartition(".")[0],
+            f"a {functions[node.target]} inside a module of the model's own class",
+        )
+        for node in gm.graph.nodes
+        if node.op == "call_function" and node.target in functions
+        for operand in node.all_input_nodes
+        if operand.op == "get_attr" and str(operand.target).endswith("weight")
+    ]
 
 
 def _attention_products(gm: GraphModule) -> list[LeftInFloat]:

@@ -33,6 +33,7 @@ class Observe(Pass):
     effect = "exact"
 
     def rewrite(self, gm: GraphModule) -> GraphModule:
+        self.scheme.check_overrides((site.path, site.role) for site in info(gm).sites)
         mask = attention_mask_node(gm)
         seen: set[Node] = set()
         for site, node in list(site_outputs(gm)):

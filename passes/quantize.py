@@ -59,6 +59,7 @@ class Quantize(Pass):
     effect = "lossy"
 
     def rewrite(self, gm: GraphModule) -> GraphModule:
+        self.scheme.check_overrides((site.path, site.role) for site in info(gm).sites)
         inputs = _Inputs(gm, observers(gm), {})
         left = list(info(gm).left_in_float)
         for site, node in list(site_outputs(gm)):

@@ -16,10 +16,10 @@ import fxquant
 from fxquant.errors import DataError, FxquantError, ModelError
 from fxquant.evaluation import Job, cut_windows, load_text, run
 from fxquant.evaluation.data import Source, load_dataset_text
+from fxquant.evaluation.job import Converter, ordered_schemes
 from fxquant.evaluation.models import load_model, package_model, resolve_dtype
 from fxquant.evaluation.perplexity import evaluate
 from fxquant.evaluation.results import prepare_folder
-from fxquant.evaluation.job import Converter, ordered_schemes
 from fxquant.evaluation.tables import sentences
 from fxquant.levels import OPS
 from fxquant.size import bits_per_weight
@@ -165,7 +165,9 @@ def test_windows_do_not_overlap() -> None:
     stream = torch.tensor(tokenizer(text)["input_ids"])
     windows = cut_windows(source, tokenizer, count=5, length=LENGTH, calibration=7, seed=3)
     assert torch.equal(windows.evaluation.flatten(), stream[: 5 * LENGTH])
-    grid = [tuple(row) for row in stream[: len(stream) // LENGTH * LENGTH].view(-1, LENGTH).tolist()]
+    grid = [
+        tuple(row) for row in stream[: len(stream) // LENGTH * LENGTH].view(-1, LENGTH).tolist()
+    ]
     places = [grid.index(tuple(row)) for row in windows.calibration.tolist()]
     assert min(places) >= 5
     assert len(set(places)) == 7
