@@ -1,4 +1,4 @@
-"""Every Python block in README and docs runs, in order, file by file; every link leads somewhere."""
+"""Every Python block in README and docs runs, file by file; every link leads somewhere."""
 
 from __future__ import annotations
 

@@ -215,7 +215,7 @@ def test_sentences_follow_the_numbers(outcome: tuple[Path, Any]) -> None:
     assert sentences(rows[:1]) == []
 
 
-# --- bad input: one clear error, before the model is loaded where that can be known ----------------
+# --- bad input: one clear error, before work starts where that can be known --------------------
 
 
 @pytest.fixture
@@ -320,13 +320,13 @@ def test_activations_that_overflow_name_the_site() -> None:
     ).evaluation
     graph = fxquant.trace(model)
     with torch.no_grad():
-        graph.get_submodule("model.decoder.layers.2.fc1").weight.mul_(math.inf)
+        graph.get_parameter("model.decoder.layers.2.fc1.weight").mul_(math.inf)
     named = fxquant.convert(graph, "fp", level="float")
     with pytest.raises(FxquantError, match=r"model\.decoder\.layers\.2\.fc1: NaN"):
         evaluate(named, windows)
 
 
-# --- loading ---------------------------------------------------------------------------------------
+# --- loading ---------------------------------------------------------------------------------
 
 
 def test_dtype_is_the_stored_one_on_cuda_and_fp32_on_the_cpu() -> None:

@@ -398,7 +398,8 @@ def test_not_a_causal_lm(what: str) -> None:
 
 @pytest.mark.parametrize("version", ["4.52.2", "4.52.0", "4.52"])
 def test_broken_transformers_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf, "__version__", version)
+    # Lazy loading leaves two module objects called transformers; this is the one that is read.
+    monkeypatch.setattr("fxquant.tracing.transformers.__version__", version)
     with pytest.raises(ModelError, match=rf"transformers {version} computes OPT wrongly.*4\.57\.6"):
         fxquant.trace(opt())
 
