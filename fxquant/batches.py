@@ -38,13 +38,16 @@ def model_inputs(batch: Batch, facts: GraphInfo, index: int) -> dict[str, Tensor
             f"{where}: input_ids must be integers [batch, length], got {ids.dtype} "
             f"{list(ids.shape)}"
         )
+    if ids.numel() == 0:
+        raise CalibrationError(f"{where}: input_ids {list(ids.shape)} hold no token")
     check_ids(ids, facts, where, CalibrationError)
     mask = batch.get("attention_mask")
     if mask is None:
         return {"input_ids": ids}
-    if mask.shape != ids.shape:
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise CalibrationError(
-            f"{where}: attention_mask {list(mask.shape)} does not fit input_ids {list(ids.shape)}"
+            f"{where}: attention_mask {shape} does not fit input_ids {list(ids.shape)}"
         )
     return {"input_ids": ids, "attention_mask": mask}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sized
+from collections.abc import Iterable, Iterator, Sized
 
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
@@ -85,6 +85,11 @@ def _started(batches: Batches) -> Batches:
         if len(batches) == 0:
             raise _no_batches()
         return batches
+    if not isinstance(batches, Iterable):
+        raise CalibrationError(
+            f"calibration is a {type(batches).__name__}, not an iterable of batches such as "
+            "LongTensors [batch, length]"
+        )
     iterator: Iterator[Batch] = iter(batches)
     first = next(iterator, None)
     if first is None:

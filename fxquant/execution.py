@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,13 @@ class Cut:
 class Executor:
     """Interprets a GraphModule with liveness: a value is dropped after its last use.
 
-    ``on_node(node, value)`` sees every value and returns what goes on in its place. The caller
-    chooses the grad mode. The graph must not change while an Executor of it is in use.
+    ``on_node(node, value)`` sees every value and returns what goes on in its place. Nodes in
+    ``skip``, which have no users, are not run. The caller chooses the grad mode. The graph must
+    not change while an Executor of it is in use.
     """
 
-    def __init__(self, gm: GraphModule) -> None:
+    def __init__(self, gm: GraphModule, skip: Collection[Node] = ()) -> None:
+        self._skip = frozenset(skip)
         self._interpreter = Interpreter(gm, garbage_collect_values=False)
         self.nodes: tuple[Node, ...] = tuple(gm.graph.nodes)
         self.position = {node: index for index, node in enumerate(self.nodes)}
@@ -69,6 +71,8 @@ class Executor:
         return self.advance(self.start(**inputs), on_node=on_node).values[self.nodes[-1]]
 
     def _run(self, node: Node, env: Mapping[Node, Any]) -> Any:
+        if node in self._skip:
+            return None
         if node.op == "output":
             return torch.fx.node.map_arg(node.args[0], lambda n: env[n])
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])

@@ -8,6 +8,10 @@ whose fp32 products are summed in int32. Where the weights' row sums prove that 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -34,25 +38,41 @@ def reference_int_gemm(x_codes: Tensor, weight_codes: Tensor) -> Tensor:
     return x_codes.to(torch.int64) @ weight_codes.to(torch.int64).t()
 
 
+@contextlib.contextmanager
+def exact_fp32(device: str) -> Iterator[None]:
+    """fp32 GEMMs in fp32: no autocast, and neither TF32 nor bf16 in their place."""
+    mkldnn: Any = torch.backends.mkldnn
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        with torch.autocast(device_type=device, enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
 def float_int_gemm(x_codes: Tensor, weight_codes: Tensor, chunk: int) -> Tensor:
     """The same through fp32 GEMMs of at most ``chunk`` columns (0: all at once); int32 [M, N].
 
-    ``x_codes`` is [M, K]. Exact if chunk is 0 and certified, or at most CHUNK. Autocast would
-    compute the GEMM in half precision, so it is switched off here.
+    ``x_codes`` is [M, K]. Exact if chunk is 0 and certified, or at most CHUNK.
     """
-    length = weight_codes.shape[-1]
-    with torch.autocast(device_type=x_codes.device.type, enabled=False):
-        if not chunk or length <= chunk:
-            x = x_codes.to(torch.float32)
-            return torch.mm(x, weight_codes.to(torch.float32).t()).to(torch.int32)
-        parts = (
-            torch.mm(xs.to(torch.float32), ws.to(torch.float32).t()).to(torch.int32)
-            for xs, ws in zip(x_codes.split(chunk, 1), weight_codes.split(chunk, 1), strict=True)
-        )
+    with exact_fp32(x_codes.device.type):
+        if not chunk or weight_codes.shape[-1] <= chunk:
+            return _float_product(x_codes, weight_codes)
+        xs, ws = x_codes.split(chunk, 1), weight_codes.split(chunk, 1)
+        parts = (_float_product(x, w) for x, w in zip(xs, ws, strict=True))
         total = next(parts)
         for part in parts:
             total = total + part
         return total
+
+
+def _float_product(x_codes: Tensor, weight_codes: Tensor) -> Tensor:
+    product = torch.mm(x_codes.to(torch.float32), weight_codes.to(torch.float32).t())
+    return product.to(torch.int32)
 
 
 def int_mm_supported(rows: int, length: int, columns: int) -> bool:
@@ -67,11 +87,5 @@ def int_mm_supported(rows: int, length: int, columns: int) -> bool:
 def cuda_int_gemm(x_codes: Tensor, weight_codes: Tensor, chunk: int) -> Tensor:
     """int8 tensor cores through ``torch._int_mm`` within its limits, else fp32 without TF32."""
     if int_mm_supported(x_codes.shape[0], x_codes.shape[1], weight_codes.shape[0]):
-        return torch._int_mm(x_codes.contiguous(), weight_codes.t())
-    matmul = torch.backends.cuda.matmul
-    precision = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
-    try:
-        return float_int_gemm(x_codes, weight_codes, chunk)
-    finally:
-        matmul.fp32_precision = precision
+        return torch._int_mm(x_codes.contiguous(), weight_codes.contiguous().t())
+    return float_int_gemm(x_codes, weight_codes, chunk)

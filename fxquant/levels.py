@@ -71,6 +71,12 @@ def verify(gm: GraphModule, after: str) -> None:
     _check_orphans(gm, after)
 
 
+def is_observer(gm: GraphModule, node: Node) -> bool:
+    """Whether the node calls an Observer."""
+    form = form_of(gm, node) if node.op == "call_module" else None
+    return form is not None and form.target is Observer
+
+
 def form_of(gm: GraphModule, node: Node) -> Form | None:
     """The row of LEGAL that describes ``node``, None for a plain float node."""
     for form in LEGAL:

@@ -25,7 +25,7 @@ from fxquant.graph import (
     tag,
     update_info,
 )
-from fxquant.levels import verify
+from fxquant.levels import is_observer, verify
 
 Effect = Literal["exact", "equivalent", "lossy"]
 
@@ -104,7 +104,9 @@ def run_probe(
         outputs[site] = value
         return forced.get(site, value)
 
-    logits = Executor(gm).run(
+    # An observer that saw the probe would calibrate on it.
+    observers = [node for node in gm.graph.nodes if is_observer(gm, node)]
+    logits = Executor(gm, skip=observers).run(
         on_node, input_ids=probe.input_ids, attention_mask=probe.attention_mask
     )
     return logits, outputs

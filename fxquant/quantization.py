@@ -152,6 +152,8 @@ def choose_qparams(
 
     Returns scale float32 and zero_point int32 (all 0 when symmetric) of one shape.
     """
+    if granularity not in ("tensor", "channel", "token", "group"):
+        raise ValueError(f"unknown granularity {granularity!r}: tensor, channel, token or group")
     if symmetric:
         if granularity == "group":
             low, high = group_ranges(x, _need_group_size(group_size))

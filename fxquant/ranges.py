@@ -144,6 +144,7 @@ def _least_mse(
         return low, high
     # Then each end alone: the tails of an affine range are rarely alike.
     ends = torch.linspace(0.25, 1.5, _CANDIDATES // 2, dtype=torch.float64)
+    ends = torch.cat((ends, torch.ones(1, dtype=torch.float64)))
     full_low, full_high = float(seen.lower[0]), float(seen.upper[-1])
     lows = (low * ends).clamp(min=min(full_low, 0))
     low = float(lows[_squared_error(seen, lows, torch.full_like(lows, high), spec).argmin()])
@@ -192,8 +193,8 @@ def _divergence(histogram: Tensor, first: int, last: int, levels: int) -> float:
     mass = torch.zeros(levels, dtype=torch.float64).index_add_(0, level, inside)
     width = torch.zeros(levels, dtype=torch.float64).index_add_(0, level, filled)
     quantized = (mass / width.clamp(min=1))[level] * filled
-    # Both over all counts: what Q lacks of them was clipped, and costs -log(share inside).
+    # Both over all counts: what Q lacks of them was clipped, and costs to second order.
     p, q = clipped / histogram.sum(), quantized / histogram.sum()
     used = p > 0
     # A clipped bin that was empty inside has no counterpart in Q; TensorRT smooths it likewise.
-    return float((p[used] * (p[used] / q[used].clamp(min=1e-12)).log()).sum())
+    return float((p[used] * (p[used] / q[used].clamp(min=1e-12)).log()).sum() + q.sum() - 1)

@@ -22,8 +22,15 @@ ROLES: tuple[Role, ...] = ("linear", "head", "embeddings")
 
 
 def matches(pattern: str, path: str, role: Role) -> bool:
-    """Whether an override's pattern, a glob or a role, covers a site."""
-    return pattern == role or (pattern not in ROLES and fnmatch.fnmatchcase(path, pattern))
+    """Whether an override's pattern covers a site: its role, or a glob over its path.
+
+    An embedding, which has no input to quantize, is covered by its role or exact path only.
+    """
+    if pattern in ROLES:
+        return pattern == role
+    if role == "embeddings":
+        return pattern == path
+    return fnmatch.fnmatchcase(path, pattern)
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ class Scheme:
     def from_json(cls, text: str) -> Scheme:
         """The inverse of to_json; raises SchemeError."""
         try:
-            data = json.loads(text)
+            data = json.loads(text, object_pairs_hook=_unique)
             base, overrides = data["scheme"], data.get("overrides", {})
             pairs = tuple(overrides.items())
         except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
@@ -99,7 +106,7 @@ class Scheme:
         if unknown:
             raise _bad_json(f"unknown keys {sorted(unknown)}")
         texts = (base, *(spec for _, spec in pairs))
-        if not all(isinstance(each, str) and not each.startswith("{") for each in texts):
+        if not all(isinstance(each, str) and not each.lstrip().startswith("{") for each in texts):
             raise _bad_json("a scheme inside JSON is text such as 'w8'")
         scheme = cls.parse(base)
         specs = tuple((pattern, _parse_site(spec)) for pattern, spec in pairs)
@@ -116,6 +123,9 @@ class Scheme:
     def check_overrides(self, sites: Iterable[tuple[str, Role]]) -> None:
         """Raise SchemeError if an override matches none of the (path, role) pairs."""
         found = list(sites)
+        for path, role in found:
+            if role == "embeddings" and self.spec_for(path, role).activation is not None:
+                raise SchemeError(f"{path} is a lookup: it has a weight, but no activation")
         for pattern, _ in self.overrides:
             if not any(matches(pattern, *site) for site in found):
                 raise SchemeError(
@@ -132,6 +142,13 @@ class Scheme:
     def needs_calibration(self) -> bool:
         """Whether any activation is static."""
         return any(spec.activation and not spec.activation.dynamic for spec in self.specs)
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise KeyError("a key is given twice")
+    return found
 
 
 def _bad_json(reason: str) -> SchemeError:

@@ -27,7 +27,7 @@ Options = tuple[tuple[str, OptionValue], ...]
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?")
-_DIGITS = re.compile(r"\d+")
+_DIGITS = re.compile(r"\d{1,9}")
 
 EXAMPLES = (
     "fp, fp32-gemm, w8, w4-g128-asym, w8a8-dynamic, w8a8-dynamic-token, w8a8-static, "
@@ -73,7 +73,9 @@ def scan_site(scanner: Scanner) -> SiteSpec:
     start = scanner.position
     try:
         weight = _scan_weight(scanner)
-        joined = scanner.peek(r"a\d") and scanner.text[scanner.position - 1].isdigit()
+        # "w8a8" is short for "w8/a8"; behind "-g128" the slash must stand.
+        plain = re.fullmatch(r"w\d+", scanner.text[start : scanner.position])
+        joined = plain is not None and scanner.peek(r"a\d")
         activation = _scan_activation(scanner) if joined or scanner.accept("/") else None
         return SiteSpec(weight, activation)
     except SchemeError as error:

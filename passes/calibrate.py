@@ -13,7 +13,7 @@ from fxquant.batches import Batches, model_inputs
 from fxquant.errors import CalibrationError
 from fxquant.execution import Executor
 from fxquant.graph import Level, device_of, info
-from fxquant.observers import Observer
+from fxquant.levels import is_observer
 from fxquant.pipeline import Pass
 
 
@@ -35,11 +35,7 @@ class Calibrate(Pass):
     def rewrite(self, gm: GraphModule) -> GraphModule:
         facts, device = info(gm), device_of(gm)
         executor = Executor(gm)
-        found = [
-            index
-            for index, node in enumerate(executor.nodes)
-            if node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), Observer)
-        ]
+        found = [i for i, node in enumerate(executor.nodes) if is_observer(gm, node)]
         if not found:
             return gm
         end = executor.nodes[found[-1] + 1]

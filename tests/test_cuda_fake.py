@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -20,11 +19,10 @@ import fxquant
 from fxquant import gemm, operators
 from fxquant.graph import clone_sharing_storage
 from tests.architectures import ARCHITECTURES, gpt2, llama, opt, token_ids
-from tests.test_conversion import ACTIVATION_SCHEMES, FEW, WEIGHT_SCHEMES, calibration
+from tests.test_conversion import ACTIVATION_SCHEMES, ESTIMATED, FEW, WEIGHT_SCHEMES, calibration
 
 SCHEMES = ["fp", "fp32-gemm", *WEIGHT_SCHEMES, *ACTIVATION_SCHEMES]
-# How a static range was found leaves no trace in the graph: one estimator serves for all.
-GRAPHS = [scheme for scheme in SCHEMES if not re.search(":(mse|entropy|p99)", scheme)]
+GRAPHS = [scheme for scheme in SCHEMES if scheme not in ESTIMATED]
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 CASES = [("opt", scheme, dtype) for scheme in GRAPHS for dtype in (HALF, BRAIN)]
 CASES += [("gpt2", scheme, HALF) for scheme in ("fp", "fp32-gemm", *FEW)]

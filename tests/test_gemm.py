@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxquant import gemm
 from fxquant.gemm import (
     CHUNK,
     EXACT_LIMIT,
@@ -219,24 +218,26 @@ def test_cuda_route_takes_int_mm_where_it_may(monkeypatch: pytest.MonkeyPatch) -
 def test_cuda_fallback_switches_tf32_off(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
     seen: list[str] = []
 
-    def spy(x: Tensor, w: Tensor, chunk: int) -> Tensor:
-        seen.append(torch.backends.cuda.matmul.fp32_precision)
-        return float_int_gemm(x, w, chunk)
+    real = torch.mm
 
-    monkeypatch.setattr(gemm, "float_int_gemm", spy)
+    def spy(x: Tensor, w: Tensor) -> Tensor:
+        seen.append(torch.backends.cuda.matmul.fp32_precision)
+        return real(x, w)
+
+    monkeypatch.setattr(torch, "mm", spy)
     x, w = codes("random", 3, 2000), codes("random", 5, 2000)
     assert torch.equal(cuda_int_gemm(x, w, CHUNK), exact(x, w))
-    assert seen == ["ieee"]
+    assert seen == ["ieee", "ieee"]
     assert torch.backends.cuda.matmul.fp32_precision == precision
 
 
 def test_cuda_fallback_restores_precision_after_an_error(
     monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
-    def fail(x: Tensor, w: Tensor, chunk: int) -> Tensor:
+    def fail(x: Tensor, w: Tensor) -> Tensor:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(gemm, "float_int_gemm", fail)
+    monkeypatch.setattr(torch, "mm", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         cuda_int_gemm(codes("random", 3, 8), codes("random", 8, 8), 0)
     assert torch.backends.cuda.matmul.fp32_precision == precision
