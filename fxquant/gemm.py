@@ -8,8 +8,6 @@ whose fp32 products are summed in int32. Where the weights' row sums prove that 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -38,41 +36,34 @@ def reference_int_gemm(x_codes: Tensor, weight_codes: Tensor) -> Tensor:
     return x_codes.to(torch.int64) @ weight_codes.to(torch.int64).t()
 
 
-@contextlib.contextmanager
-def exact_fp32(device: str) -> Iterator[None]:
-    """fp32 GEMMs in fp32: no autocast, and neither TF32 nor bf16 in their place."""
-    mkldnn: Any = torch.backends.mkldnn
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, mkldnn.matmul)
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.autocast(device_type=device, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+def exact_dtype(device: str) -> torch.dtype:
+    """float32, or float64 where autocast, TF32 or bf16 would make an fp32 GEMM something less.
+
+    float64 is slower but exempt from all of them, and no global switch has to be thrown.
+    """
+    backend: Any = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
+    reduced = backend.matmul.fp32_precision not in ("none", "ieee")
+    return torch.float64 if reduced or torch.is_autocast_enabled(device) else torch.float32
 
 
 def float_int_gemm(x_codes: Tensor, weight_codes: Tensor, chunk: int) -> Tensor:
-    """The same through fp32 GEMMs of at most ``chunk`` columns (0: all at once); int32 [M, N].
+    """The same through float GEMMs of at most ``chunk`` columns (0: all at once); int32 [M, N].
 
     ``x_codes`` is [M, K]. Exact if chunk is 0 and certified, or at most CHUNK.
     """
-    with exact_fp32(x_codes.device.type):
-        if not chunk or weight_codes.shape[-1] <= chunk:
-            return _float_product(x_codes, weight_codes)
-        xs, ws = x_codes.split(chunk, 1), weight_codes.split(chunk, 1)
-        parts = (_float_product(x, w) for x, w in zip(xs, ws, strict=True))
-        total = next(parts)
-        for part in parts:
-            total = total + part
-        return total
+    dtype = exact_dtype(x_codes.device.type)
+    if not chunk or weight_codes.shape[-1] <= chunk:
+        return _float_product(x_codes, weight_codes, dtype)
+    xs, ws = x_codes.split(chunk, 1), weight_codes.split(chunk, 1)
+    parts = (_float_product(x, w, dtype) for x, w in zip(xs, ws, strict=True))
+    total = next(parts)
+    for part in parts:
+        total = total + part
+    return total
 
 
-def _float_product(x_codes: Tensor, weight_codes: Tensor) -> Tensor:
-    product = torch.mm(x_codes.to(torch.float32), weight_codes.to(torch.float32).t())
-    return product.to(torch.int32)
+def _float_product(x_codes: Tensor, weight_codes: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.mm(x_codes.to(dtype), weight_codes.to(dtype).t()).to(torch.int32)
 
 
 def int_mm_supported(rows: int, length: int, columns: int) -> bool:
@@ -85,7 +76,7 @@ def int_mm_supported(rows: int, length: int, columns: int) -> bool:
 
 
 def cuda_int_gemm(x_codes: Tensor, weight_codes: Tensor, chunk: int) -> Tensor:
-    """int8 tensor cores through ``torch._int_mm`` within its limits, else fp32 without TF32."""
+    """int8 tensor cores through ``torch._int_mm`` within its limits, else float_int_gemm."""
     if int_mm_supported(x_codes.shape[0], x_codes.shape[1], weight_codes.shape[0]):
         return torch._int_mm(x_codes.contiguous(), weight_codes.contiguous().t())
     return float_int_gemm(x_codes, weight_codes, chunk)

@@ -136,7 +136,9 @@ def rescale(
     whose sums carry it); weight_sum and weight_zero_point int32 () or [N]; x_sum int32 [..., 1].
     """
     corrected = _correct(sums, zero_point, weight_sum, weight_zero_point, x_sum)
-    y = corrected.to(torch.float32) * scale
+    # A conversion is a fresh tensor to write in; sums that are fp32 already are not ours.
+    converted = corrected.dtype != torch.float32
+    y = corrected.to(torch.float32).mul_(scale) if converted else corrected * scale
     if weight_scale is not None:
         y = y.mul_(weight_scale)
     return y if like is None else y.to(like.dtype)

@@ -71,11 +71,12 @@ def calc_qparams_symmetric(
     All-zero slices get scale 1 (their codes and values are exactly 0). Subnormal quotients are
     raised to the smallest normal float32, so that neither scale nor 1/scale is 0 or infinite.
     """
-    magnitude = x.abs()
-    if dim is None:
-        magnitude = magnitude.amax()
-    elif dim != ():
-        magnitude = magnitude.amax(dim, keepdim=True)
+    if dim == ():
+        magnitude = x.abs()
+    else:
+        # Two reductions read twice but write no |x|: faster than one of a large temporary.
+        axes, keep = ((), False) if dim is None else (dim, True)
+        magnitude = torch.maximum(x.amax(axes, keepdim=keep), -x.amin(axes, keepdim=keep))
     return _safe_scale(magnitude.to(torch.float32) / qmax)
 
 

@@ -34,7 +34,7 @@ from fxquant.quantization import (
     encode,
 )
 from fxquant.ranges import estimate_range
-from fxquant.schemes import Scheme
+from fxquant.schemes import Scheme, matches
 from fxquant.specs import ActivationSpec, SiteSpec, TensorSpec
 
 
@@ -80,7 +80,7 @@ class Quantize(Pass):
 
 
 def _why_float(site: Site, scheme: Scheme) -> str:
-    if scheme.overrides and site.role == "linear":
+    if any(matches(pattern, site.path, site.role) for pattern, _ in scheme.overrides):
         return "an override of the scheme leaves it in float"
     if site.role == "linear":
         return "the scheme quantizes no weights"

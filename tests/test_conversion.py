@@ -429,7 +429,7 @@ def test_text_and_scheme_are_the_same() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("backend", "dynamic"), [("inductor", False), ("aot_eager", True)])
+@pytest.mark.parametrize(("backend", "dynamic"), [("inductor", False), ("eager", True)])
 def test_compiled(backend: str, dynamic: bool) -> None:
     """One graph without breaks.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from fxquant.gemm import (
     MAX_LENGTH,
     certified_chunk,
     cuda_int_gemm,
+    exact_dtype,
     float_int_gemm,
     int_mm_supported,
     reference_int_gemm,
@@ -188,16 +189,6 @@ def test_int_mm_supported(rows: int, length: int, columns: int, supported: bool)
     assert int_mm_supported(rows, length, columns) is supported
 
 
-@pytest.fixture(params=["tf32", "ieee", "none"])
-def precision(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The user's own setting before the call."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = request.param
-    yield request.param
-    matmul.fp32_precision = before
-
-
 def test_cuda_route_takes_int_mm_where_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[tuple[Tensor, Tensor]] = []
     real = torch._int_mm
@@ -215,29 +206,28 @@ def test_cuda_route_takes_int_mm_where_it_may(monkeypatch: pytest.MonkeyPatch) -
     assert len(called) == 1
 
 
-def test_cuda_fallback_switches_tf32_off(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
-    seen: list[str] = []
-
-    real = torch.mm
-
-    def spy(x: Tensor, w: Tensor) -> Tensor:
-        seen.append(torch.backends.cuda.matmul.fp32_precision)
-        return real(x, w)
-
-    monkeypatch.setattr(torch, "mm", spy)
-    x, w = codes("random", 3, 2000), codes("random", 5, 2000)
-    assert torch.equal(cuda_int_gemm(x, w, CHUNK), exact(x, w))
-    assert seen == ["ieee", "ieee"]
-    assert torch.backends.cuda.matmul.fp32_precision == precision
+PRECISIONS = {"cuda": torch.backends.cuda, "cpu": torch.backends.mkldnn}
 
 
-def test_cuda_fallback_restores_precision_after_an_error(
-    monkeypatch: pytest.MonkeyPatch, precision: str
-) -> None:
-    def fail(x: Tensor, w: Tensor) -> Tensor:
-        raise RuntimeError("out of memory")
+@pytest.mark.parametrize(
+    ("device", "precision"), [("cuda", "tf32"), ("cpu", "bf16"), ("cpu", "tf32")]
+)
+def test_float64_where_fp32_would_be_less(device: str, precision: str) -> None:
+    matmul: Any = PRECISIONS[device].matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = precision
+        assert exact_dtype(device) is torch.float64
+        x, w = codes("random", 20, 2000), codes("random", 5, 2000)
+        assert torch.equal(float_int_gemm(x, w, CHUNK), exact(x, w))
+        matmul.fp32_precision = "ieee"
+        assert exact_dtype(device) is torch.float32
+    finally:
+        matmul.fp32_precision = before
 
-    monkeypatch.setattr(torch, "mm", fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        cuda_int_gemm(codes("random", 3, 8), codes("random", 8, 8), 0)
-    assert torch.backends.cuda.matmul.fp32_precision == precision
+
+def test_float64_under_autocast() -> None:
+    assert exact_dtype("cpu") is torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert exact_dtype("cpu") is torch.float64
+    assert exact_dtype("cpu") is torch.float32
