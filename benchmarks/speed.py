@@ -2,8 +2,8 @@
 
     python -m benchmarks.speed [--rounds 7] [--no-compile]
 
-Each round runs every candidate once (A B C A B C ...), so that a slow spell of the machine hits
-all of them; a ratio is that of medians. Writes benchmarks/speed.json. Measure alone.
+Each candidate alternates with the eager float model (A B A B ...), so that a slow spell of the
+machine hits both; a ratio is that of medians. Writes benchmarks/speed.json. Measure alone.
 """
 
 from __future__ import annotations
@@ -44,6 +44,16 @@ def interleaved(steps: dict[str, Step], rounds: int) -> dict[str, float]:
             if index:
                 seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def ratios_to(base: str, steps: dict[str, Step], rounds: int) -> dict[str, float]:
+    """Each step against ``base`` alone, A B A B: other candidates would empty the caches."""
+    found: dict[str, float] = {}
+    for name, step in steps.items():
+        if name != base:
+            pair = interleaved({base: steps[base], name: step}, rounds)
+            found[name] = pair[name] / pair[base]
+    return found
 
 
 def memory() -> dict[str, int]:
@@ -105,8 +115,7 @@ def measure(rounds: int, compiled: bool) -> dict[str, Any]:
     model, ids = loaded.model, windows.evaluation
     memory_bytes = memory()
     size, codes, grown = memory_bytes.values()
-    forward = interleaved(forwards(model, ids, compiled), rounds)
-    base = forward["float model, eager"]
+    ratios = ratios_to("float model, eager", forwards(model, ids, compiled), rounds)
     work = interleaved(conversions(model, ids, windows.calibration), max(3, rounds // 2))
     many = next(name for name in work if name.startswith("observe") and "1 window" not in name)
     extra = len(windows.calibration) - 1
@@ -119,9 +128,9 @@ def measure(rounds: int, compiled: bool) -> dict[str, Any]:
         "versions": versions(),
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
-        "seconds": {**forward, **work},
+        "seconds": work,
         "ratios": {
-            **{name: seconds / base for name, seconds in forward.items()},
+            **ratios,
             "convert w8a8-dynamic-token / forward": work["convert w8a8-dynamic-token"]
             / work["one forward"],
             "calibration per window / forward": calibrate / work["one forward"],
