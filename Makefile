@@ -34,4 +34,4 @@ bench: venv
 	$(BIN)/python -m benchmarks.speed
 
 clean:
-	rm -rf .venv results build dist *.egg-info
+	rm -rf .venv results/demo build dist *.egg-info

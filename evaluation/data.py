@@ -72,6 +72,15 @@ class Windows:
     calibration: Tensor
 
 
+def check_counts(count: int, length: int, calibration: int) -> None:
+    """Raise DataError for numbers of windows or tokens that make no evaluation."""
+    if count < 1 or length < 2 or calibration < 0:
+        raise DataError(
+            f"need at least 1 window of 2 tokens and 0 calibration windows, got {count} windows "
+            f"of {length} and {calibration}"
+        )
+
+
 def cut_windows(
     source: Source, tokenizer: Tokenizer, *, count: int, length: int, calibration: int, seed: int
 ) -> Windows:
@@ -82,11 +91,7 @@ def cut_windows(
     from what the evaluation windows leave of a single text. Raises DataError when a text is too
     short, with the number of windows it has.
     """
-    if count < 1 or length < 2 or calibration < 0:
-        raise DataError(
-            f"need at least 1 window of 2 tokens and 0 calibration windows, got {count} windows "
-            f"of {length} and {calibration}"
-        )
+    check_counts(count, length, calibration)
     stream = _tokens(source.evaluation, tokenizer)
     evaluation = _grid(stream, length)
     available = len(evaluation)

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from fxquant import conversion
 from fxquant.batches import check_ids
-from fxquant.errors import FxquantError
-from fxquant.evaluation.data import Windows, cut_windows, load_dataset_text, load_text
-from fxquant.evaluation.models import LoadedModel, load_model, versions
+from fxquant.errors import DataError, FxquantError
+from fxquant.evaluation.data import Windows, check_counts, cut_windows, load_dataset_text, load_text
+from fxquant.evaluation.models import LoadedModel, check_device, load_model, resolve_dtype, versions
 from fxquant.evaluation.perplexity import evaluate
 from fxquant.evaluation.results import Provenance, Row, prepare_folder, write_results
 from fxquant.evaluation.tables import format_table
@@ -64,6 +64,11 @@ def run(job: Job, say: Callable[[str], None] = print) -> Outcome:
     Raises FxquantError for bad input before any model is loaded or converted where that can be
     known. An interruption (Ctrl-C) keeps the finished rows: ``complete`` is False then.
     """
+    if job.batch_size < 1:
+        raise DataError(f"batch size must be at least 1, got {job.batch_size}")
+    check_counts(job.windows, job.length, job.calibration_windows)
+    check_device(job.device)
+    resolve_dtype(job.dtype, job.device)
     schemes = ordered_schemes(job.schemes)
     for scheme in schemes:
         enough: tuple[Tensor, ...] | None = (torch.empty(0),) if job.calibration_windows else None
@@ -108,6 +113,7 @@ def _rows(
         if job.output is not None:
             write_results(job.output, rows, provenance, format_table(rows), complete=complete)
 
+    keep(complete=False)  # an older run's results must not pass for this one's
     try:
         for scheme in tqdm(schemes, "schemes", unit="scheme", disable=None):
             rows.append(_row(converter, scheme, windows, job.batch_size, rows))

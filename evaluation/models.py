@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -39,6 +40,7 @@ def load_model(
     ``dtype`` "auto" is the stored one on CUDA and float32 on the CPU. Raises ModelError that
     says what is missing.
     """
+    check_device(device)
     if name.startswith(PACKAGE_PREFIX):
         directory = package_model(name.removeprefix(PACKAGE_PREFIX))
     else:
@@ -49,15 +51,32 @@ def load_model(
     torch_dtype = resolve_dtype(dtype, device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=torch_dtype)
-    except (OSError, ValueError, ImportError) as error:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source, revision=revision, dtype=torch_dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ModelError(
             f"cannot load {name}: {reason} (a hub name needs the network or a filled cache; a "
             "directory needs what save_pretrained writes for a causal LM and its tokenizer)"
         ) from error
+    if loading["missing_keys"]:
+        raise ModelError(
+            f"{name} lacks weights of a causal LM, which would stay random: "
+            f"{', '.join(sorted(loading['missing_keys'])[:4])}"
+        )
     found = weights_hash(directory) if directory.is_dir() else model.config._commit_hash
     return LoadedModel(model.to(device).eval(), tokenizer, name, str(found))
+
+
+def check_device(device: str) -> None:
+    """Raise ModelError for a device that torch does not know or does not have."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(
+            f"device {device!r} cannot be used: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def resolve_dtype(dtype: str, device: str) -> torch.dtype | str:
@@ -123,9 +142,10 @@ def _convert_gguf(source: Path, target: Path) -> None:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         partial.rename(target)
-    except OSError:
+    except BaseException as error:  # Ctrl-C too must not leave half a model behind
         shutil.rmtree(partial, ignore_errors=True)
-        if not target.exists():  # another process may have been faster
+        # Another process may have been faster.
+        if not (isinstance(error, OSError) and target.exists()):
             raise
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from fxquant.errors import NonFiniteError
 from fxquant.execution import Executor
-from fxquant.graph import arguments, device_of, is_op, tag
+from fxquant.graph import arguments, device_of, is_op, source_of, tag
 from fxquant.levels import OPS
 from fxquant.loss import mean_loss, window_losses
 from fxquant.quantization import quantize_affine
@@ -44,6 +44,9 @@ class ClippingCounter:
     def __init__(self, gm: GraphModule) -> None:
         self.quantizers = [n for n in gm.graph.nodes if is_op(n, OPS.quantize.default)]
         self._operands = {arg for node in self.quantizers for arg in node.all_input_nodes}
+        # Inputs are let go after their last quantizer; scales are small.
+        last = {source_of(node): node for node in self.quantizers}
+        self._last = {user: source for source, user in last.items()}
         self._values: dict[Node, Tensor] = {}
         self.clipped = 0.0
         self.total = 0
@@ -53,9 +56,16 @@ class ClippingCounter:
             self._values[node] = value
         if node in self.quantizers:
             args: list[Any] = [self._values.get(a, a) for a in arguments(node)]
+            if not bool(torch.isfinite(args[0]).all()):
+                raise NonFiniteError(
+                    f"{tag(node).site}: its input holds NaN or infinite activations, which have no "
+                    "code; the model overflows its dtype here"
+                )
             codes, clipping = quantize_affine(*args)
             self.clipped += float(clipping.low + clipping.high) * codes.numel()
             self.total += codes.numel()
+            if node in self._last:
+                self._values.pop(self._last[node], None)
         return value
 
     @property

@@ -84,13 +84,15 @@ def _static(reference: Row, rows: list[Row]) -> str:
 
 def _clipping(rows: list[Row]) -> str:
     clipped = [row for row in rows if row.share_clipped is not None]
-    if len(clipped) < 2:
+    if not clipped:
         return ""
     least = min(clipped, key=lambda row: row.share_clipped or 0)
     most = max(clipped, key=lambda row: row.share_clipped or 0)
+    if most.share_clipped == least.share_clipped:
+        return ""
     verdict = "more" if most.delta_loss > least.delta_loss else "less"
     return (
         f"{most.scheme} clips {most.share_clipped:.4%} of the activation elements, {least.scheme} "
-        f"{least.share_clipped:.4%}; on shares this small, the former loses "
+        f"{least.share_clipped:.4%}; the former loses "
         f"{abs(most.delta_loss - least.delta_loss):.4f} nats {verdict}."
     )

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from fxquant.errors import FxquantError
-from fxquant.evaluation.arguments import add_arguments, evaluate_command
+from fxquant.evaluation.arguments import INTERRUPTED, add_arguments, evaluate_command
 
 FAILED = 2
 
@@ -22,6 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         return int(options.run(options))
+    except KeyboardInterrupt:
+        print("fxquant: interrupted before the first result", file=sys.stderr)
+        return INTERRUPTED
     except FxquantError as error:
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
         print(f"fxquant: error: {error}{notes}", file=sys.stderr)

@@ -279,6 +279,21 @@ def _compare_with_eager(gm: GraphModule, eager: PreTrainedModel) -> None:
             f"{transformers.__version__} (tested {TESTED_TRANSFORMERS}), torch "
             f"{importlib.metadata.version('torch')}"
         )
+    _check_causal(gm, inputs, type(eager).__name__)
+
+
+def _check_causal(gm: GraphModule, inputs: dict[str, Tensor], name: str) -> None:
+    """Another last token must not change what is predicted before it (BERT sees both sides)."""
+    ids, mask = inputs["input_ids"][:1], torch.ones_like(inputs["attention_mask"][:1])
+    changed = ids.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % gm.meta["fxquant"].vocab_size
+    with torch.no_grad():
+        before, after = (gm(input_ids=i, attention_mask=mask)[:, :-1] for i in (ids, changed))
+    if before.numel() and relative_difference(before, after) > 1e-3:
+        raise ModelError(
+            f"{name} is not causal: a token changes the logits before it, so its loss would be no "
+            "perplexity (an encoder loaded as a decoder?)"
+        )
 
 
 Outputs = dict[str, Tensor]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from fxquant.errors import CalibrationError
 from fxquant.graph import (
     Builder,
     LeftInFloat,
@@ -117,6 +118,11 @@ class _Inputs:
                 None if spec.tensor.symmetric else builder.item(chosen, 1, "input_zero_point")
             )
         else:
+            if source not in self.observers:
+                raise CalibrationError(
+                    f"{builder.site}: its range is static, but its input was not observed; run "
+                    "Observe and Calibrate before Quantize"
+                )
             for name, value in static_qparams(self.observers[source], spec).items():
                 owner.register_buffer(name, value)
             scale = builder.attribute("input_scale")

@@ -236,6 +236,10 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"calibration_windows": 0}, "w8a8-static has static.*calibration"),
         ({"text": "/nowhere/text.txt"}, "cannot read text"),
         ({"dataset": "c4"}, "unknown dataset 'c4'"),
+        ({"batch_size": 0}, "batch size must be at least 1"),
+        ({"windows": 0}, "at least 1 window"),
+        ({"device": "warp"}, "device 'warp' cannot be used"),
+        ({"dtype": "int8"}, "unknown dtype 'int8'"),
     ],
 )
 def test_errors_before_the_model_is_loaded(changes: dict[str, Any], message: str) -> None:
@@ -263,9 +267,7 @@ def test_damaged_results(tmp_path: Path) -> None:
         ({"windows": 100_000}, "too short.*windows of 64"),
         ({"calibration_windows": 100_000}, "calibration text.*has"),
         ({"length": 600, "windows": 1}, "600 tokens, but the model has 512 positions"),
-        ({"windows": 0}, "at least 1 window"),
         ({"model": "./nowhere"}, "no model directory"),
-        ({"dtype": "int8"}, "unknown dtype 'int8'"),
     ],
 )
 def test_errors_before_conversion(
@@ -373,3 +375,10 @@ def test_wikitext_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(DataError, match=r"(?s)no route.*--text FILE"):
         load_dataset_text("wikitext2")
+
+
+def test_a_headless_checkpoint_is_refused(tmp_path: Path) -> None:
+    model, _ = small_opt()
+    model.config.tie_word_embeddings = False
+    with pytest.raises(ModelError, match=r"lacks weights.*lm_head"):
+        load_model(saved(OPTModel(model.config), tmp_path))

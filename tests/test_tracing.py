@@ -420,3 +420,18 @@ def test_builders_are_deterministic_and_lively() -> None:
     assert torch.equal(logits[0], logits[1])
     assert not torch.allclose(logits[0], logits[2], atol=0.5)
     assert float(logits[0].std(dim=(0, 1)).min()) > 0.1
+
+
+def test_an_encoder_that_loads_as_a_causal_lm_is_refused() -> None:
+    from transformers import BertConfig, BertLMHeadModel
+
+    config = BertConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        initializer_range=0.5,
+    )
+    with pytest.raises((ModelError, TracingError), match="BertLMHeadModel"):
+        fxquant.trace(BertLMHeadModel(config).eval())
