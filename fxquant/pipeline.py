@@ -106,9 +106,11 @@ def run_probe(
 
     # An observer that saw the probe would calibrate on it.
     observers = [node for node in gm.graph.nodes if is_observer(gm, node)]
-    logits = Executor(gm, skip=observers).run(
-        on_node, input_ids=probe.input_ids, attention_mask=probe.attention_mask
-    )
+    # The user's autocast would round the float side of a comparison only.
+    with torch.autocast(probe.input_ids.device.type, enabled=False):
+        logits = Executor(gm, skip=observers).run(
+            on_node, input_ids=probe.input_ids, attention_mask=probe.attention_mask
+        )
     return logits, outputs
 
 

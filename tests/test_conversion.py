@@ -29,7 +29,16 @@ from fxquant.passes.integerize import Integerize
 from fxquant.pipeline import Probe
 from fxquant.schemes import Scheme
 from tests import test_tracing
-from tests.architectures import POSITIONS, VOCABULARY, gpt2, llama, opt, padding_mask, token_ids
+from tests.architectures import (
+    ARCHITECTURES,
+    POSITIONS,
+    VOCABULARY,
+    gpt2,
+    llama,
+    opt,
+    padding_mask,
+    token_ids,
+)
 from tests.test_tracing import state, unchanged
 
 MODELS: dict[str, Callable[..., PreTrainedModel]] = {"opt": opt, "gpt2": gpt2, "llama": llama}
@@ -754,3 +763,11 @@ def test_state_sees_a_change() -> None:
         different = [k for k in before if k not in ("bytes", "random") and before[k] != after[k]]
         same_bytes = same_tensors(before["bytes"], after["bytes"])
         assert different or not same_bytes
+
+
+def test_convert_under_the_users_autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = fxquant.convert(ARCHITECTURES["llama"](), "w8a8-dynamic-token")
+    outside = fxquant.convert(ARCHITECTURES["llama"](), "w8a8-dynamic-token")
+    for name, value in outside.state_dict().items():
+        assert torch.equal(value, inside.state_dict()[name]), name
