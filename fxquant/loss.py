@@ -26,15 +26,10 @@ def mean_loss(losses: Tensor) -> float:
     return float(losses.to(torch.float64).mean())
 
 
-def batches(windows: Tensor, batch_size: int) -> Iterator[Tensor]:
-    """Rows [batch_size, L] of windows [N, L]; the last batch may be smaller."""
-    yield from windows.split(batch_size)
-
-
 @torch.no_grad()
 def window_losses(
     forward: Callable[[Tensor], Tensor], windows: Tensor, batch_size: int = 1
 ) -> Iterator[Tensor]:
     """token_nll of each batch of windows, on the CPU; ``forward`` maps input_ids to logits."""
-    for ids in batches(windows, batch_size):
+    for ids in windows.split(batch_size):
         yield token_nll(forward(ids), ids).cpu()
