@@ -13,6 +13,7 @@ from fxquant.errors import CalibrationError, SchemeError
 from fxquant.graph import Level
 from fxquant.passes import Calibrate, Fp32Gemm, Integerize, NameSites, Observe, Quantize
 from fxquant.pipeline import AfterPass, Pass, Pipeline
+from fxquant.repairs import check_repairs, resolve_repairs
 from fxquant.schemes import Scheme, as_scheme
 from fxquant.tracing import trace
 
@@ -33,7 +34,7 @@ def recipe(
     calibration data) before any work is done.
     """
     scheme = as_scheme(scheme)
-    _check_repairs(scheme)
+    check_repairs(scheme, calibration)
     if level == "kernels":
         raise SchemeError(
             "level 'kernels' (packed or fused kernels) does not exist yet: use level='integer', "
@@ -50,18 +51,13 @@ def recipe(
     return Pipeline(_passes(scheme, calibration, level, progress), after_pass)
 
 
-def _check_repairs(scheme: Scheme) -> None:
-    if scheme.repairs:
-        names = ", ".join(name for name, _ in scheme.repairs)
-        raise SchemeError(
-            f"unknown pass in scheme {scheme}: {names}; this version has no repair passes"
-        )
-
-
 def _passes(
     scheme: Scheme, calibration: Batches | None, level: str, progress: bool
 ) -> tuple[Pass, ...]:
-    passes: list[Pass] = [NameSites()]
+    if calibration is not None:
+        calibration = _started(calibration)
+    repairs = resolve_repairs(scheme, calibration, progress)
+    passes: list[Pass] = [NameSites(), *(r for r in repairs if not r.after_calibration)]
     if level == Level.FLOAT:
         return tuple(passes)
     if scheme.fp32_gemm:
@@ -71,8 +67,9 @@ def _passes(
     if scheme.needs_calibration or level == Level.OBSERVED:
         passes.append(Observe(scheme))
     if scheme.needs_calibration and calibration is not None:
-        passes.append(Calibrate(_started(calibration), progress))
+        passes.append(Calibrate(calibration, progress))
     if level != Level.OBSERVED:
+        passes.extend(r for r in repairs if r.after_calibration)
         passes.append(Quantize(scheme))
     if level == Level.INTEGER:
         passes.append(Integerize())

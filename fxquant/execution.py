@@ -23,13 +23,20 @@ class Cut:
 class Executor:
     """Interprets a GraphModule with liveness: a value is dropped after its last use.
 
-    ``on_node(node, value)`` sees every value and returns what goes on in its place. Nodes in
-    ``skip``, which have no users, are not run. The caller chooses the grad mode. The graph must
+    ``on_node(node, value)`` sees every value and returns what goes on in its place. A node in
+    ``instead`` is computed by that function of its arguments. Nodes in ``skip``, which have no
+    users, are not run. The caller chooses the grad mode. The graph must
     not change while an Executor of it is in use.
     """
 
-    def __init__(self, gm: GraphModule, skip: Collection[Node] = ()) -> None:
+    def __init__(
+        self,
+        gm: GraphModule,
+        skip: Collection[Node] = (),
+        instead: Mapping[Node, Callable[..., Any]] | None = None,
+    ) -> None:
         self._skip = frozenset(skip)
+        self._instead = dict(instead or {})
         self._interpreter = Interpreter(gm, garbage_collect_values=False)
         self.nodes: tuple[Node, ...] = tuple(gm.graph.nodes)
         self.position = {node: index for index, node in enumerate(self.nodes)}
@@ -76,4 +83,6 @@ class Executor:
         if node.op == "output":
             return torch.fx.node.map_arg(node.args[0], lambda n: env[n])
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
+        if node in self._instead:
+            return self._instead[node](*args, **kwargs)
         return getattr(self._interpreter, node.op)(node.target, args, kwargs)

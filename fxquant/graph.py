@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 from transformers.pytorch_utils import Conv1D
 
 from fxquant.schemes import Role
+from fxquant.specs import TensorSpec
 
 LINEAR = (nn.Linear, Conv1D)
 
@@ -52,6 +53,15 @@ class LeftInFloat:
 
 
 @dataclass(frozen=True)
+class Note:
+    """What a pass has to say about a site: why it left it alone, what it chose there."""
+
+    origin: str
+    site: str
+    text: str
+
+
+@dataclass(frozen=True)
 class PassRecord:
     """What one pass did.
 
@@ -81,6 +91,7 @@ class GraphInfo:
     sites: tuple[Site, ...] = ()
     left_in_float: tuple[LeftInFloat, ...] = ()
     history: tuple[PassRecord, ...] = field(default=(), repr=False)
+    notes: tuple[Note, ...] = field(default=(), repr=False)
 
 
 def info(gm: GraphModule) -> GraphInfo:
@@ -98,6 +109,11 @@ def set_info(gm: GraphModule, value: GraphInfo) -> None:
 def update_info(gm: GraphModule, **changes: Any) -> None:
     """Replace fields of the graph's GraphInfo."""
     set_info(gm, replace(info(gm), **changes))
+
+
+def add_note(gm: GraphModule, origin: str, site: str, text: str) -> None:
+    """Keep what pass ``origin`` has to say about ``site``; printouts show it."""
+    update_info(gm, notes=(*info(gm).notes, Note(origin, site, text)))
 
 
 @dataclass(frozen=True)
@@ -163,6 +179,26 @@ class QuantizedParameters(nn.Module):
                 follows = name in ("bias", "like") or moved.dtype == value.dtype
                 self._buffers[name] = moved if follows else value.to(moved.device)
         return self
+
+
+class CodedLinear(nn.Linear):
+    """A float linear whose codes a repair has chosen; the function is that of the float weight.
+
+    ``codes`` holds what ``passes.quantize.quantize_weight`` returns (packed up to 4 bits), chosen
+    for ``spec``; the quantize pass takes them instead of rounding to nearest. A pass that changes
+    the weight installs a plain linear, and the choice is gone.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, spec: TensorSpec, codes: dict[str, Tensor]
+    ) -> None:
+        rows, columns = weight.shape
+        super().__init__(columns, rows, bias=False, device="meta")
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        if bias is not None:
+            self.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        self.spec = spec
+        self.codes = QuantizedParameters(codes)
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxquant.errors import CalibrationError
+from fxquant.errors import CalibrationError, VerificationError
 from fxquant.graph import (
     Builder,
+    CodedLinear,
     LeftInFloat,
     Level,
     QuantizedParameters,
@@ -151,6 +152,20 @@ def static_qparams(observer: HistogramObserver, spec: ActivationSpec) -> dict[st
     return {"input_scale": scale, "input_zero_point": zero_point}
 
 
+def site_codes(module: nn.Module, spec: TensorSpec, site: str) -> dict[str, Tensor]:
+    """The codes that a repair chose for the site, else its weight rounded to nearest.
+
+    Raises VerificationError if they were chosen for another spec.
+    """
+    if not isinstance(module, CodedLinear):
+        return quantize_weight(linear_parameters(module)[0], spec, site)
+    if module.spec != spec:
+        raise VerificationError(
+            f"quantize: {site}: its codes were chosen for {module.spec}, the scheme asks for {spec}"
+        )
+    return dict(module.codes.named_buffers())
+
+
 def quantize_weight(weight: Tensor, spec: TensorSpec, site: str) -> dict[str, Tensor]:
     """Buffers of a weight [N, K]: int8 codes (two a byte up to 4 bits), scale, zero point.
 
@@ -188,9 +203,10 @@ def _weight_node(builder: Builder, spec: TensorSpec, length: int, like: Node) ->
 
 def _lower_linear(gm: GraphModule, site: Site, node: Node, spec: SiteSpec, inputs: _Inputs) -> None:
     assert spec.weight is not None
-    weight, bias = linear_parameters(gm.get_submodule(site.path))
+    module = gm.get_submodule(site.path)
+    _, bias = linear_parameters(module)
     source = source_of(node)
-    tensors = quantize_weight(weight, spec.weight, site.path)
+    tensors = site_codes(module, spec.weight, site.path)
     if bias is not None:
         tensors["bias"] = bias
     parameters = QuantizedParameters(tensors)

@@ -20,10 +20,10 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("quantization",),
     ("specs", "spelling", "schemes", "gemm", "operators", "observers", "ranges", "loss"),
-    ("graph", "execution", "levels", "pipeline", "batches", "attention", "size"),
+    ("graph", "execution", "levels", "pipeline", "batches", "attention", "size", "repair"),
     ("tracing",),
     ("passes",),
-    ("conversion",),
+    ("repairs", "conversion"),
     ("evaluation",),
     ("cli",),
 )

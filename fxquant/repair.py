@@ -1,0 +1,37 @@
+"""Repair: a pass that a scheme names behind ``+``, and what every such pass is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import ClassVar
+
+from fxquant.batches import Batches
+from fxquant.pipeline import Pass
+from fxquant.schemes import Scheme
+
+_GIVEN = ("scheme", "batches", "progress")
+
+
+@dataclass(frozen=True)
+class Repair(Pass):
+    """A pass on the named float graph; further fields are its options, spelled ``name(a=1)``.
+
+    Class attributes: ``needs_calibration``, whether it reads ``batches``; ``after_calibration``,
+    whether it runs behind calibrate, just before quantize, rather than in front of observe.
+
+    Args:
+        scheme: the scheme being built: which sites become codes, and of what kind.
+        batches: calibration data that can be read more than once; None if there is none.
+    """
+
+    needs_calibration: ClassVar[bool] = True
+    after_calibration: ClassVar[bool] = False
+
+    scheme: Scheme = field(kw_only=True, repr=False)
+    batches: Batches | None = field(default=None, kw_only=True, repr=False, compare=False)
+    progress: bool = field(default=False, kw_only=True, repr=False)
+
+    @classmethod
+    def option_names(cls) -> tuple[str, ...]:
+        """The options that a scheme may set."""
+        return tuple(f.name for f in fields(cls) if f.name not in _GIVEN)

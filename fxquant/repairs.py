@@ -1,0 +1,62 @@
+"""The explicit table of repairs, and how a scheme's ``+name(option=value)`` become passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fxquant.batches import Batches
+from fxquant.errors import CalibrationError, SchemeError
+from fxquant.repair import Repair
+from fxquant.schemes import Scheme
+
+_KNOWN: tuple[type[Repair], ...] = ()
+REPAIRS: dict[str, type[Repair]] = {repair.name: repair for repair in _KNOWN}
+
+
+def check_repairs(scheme: Scheme, calibration: Batches | None) -> None:
+    """Raise SchemeError or CalibrationError where the scheme's repairs cannot be built."""
+    repairs = resolve_repairs(scheme, calibration, progress=False)
+    hungry = [repair.name for repair in repairs if repair.needs_calibration]
+    if hungry and calibration is None:
+        raise CalibrationError(
+            f"scheme {scheme}: {', '.join(hungry)} needs calibration data: pass "
+            "calibration=batches (LongTensors [batch, length])"
+        )
+    readers = len(hungry) + scheme.needs_calibration
+    if readers > 1 and isinstance(calibration, Iterator):
+        raise CalibrationError(
+            f"scheme {scheme} reads the calibration data {readers} times, and an iterator can be "
+            "read once: pass a list or tensor of batches"
+        )
+
+
+def resolve_repairs(
+    scheme: Scheme, calibration: Batches | None, progress: bool
+) -> tuple[Repair, ...]:
+    """The scheme's repairs as passes, in the order written; SchemeError names what is unknown."""
+    strangers = ", ".join(name for name, _ in scheme.repairs if name not in REPAIRS)
+    if strangers:
+        known = ", ".join(REPAIRS) or "none in this version"
+        raise SchemeError(f"unknown pass in scheme {scheme}: {strangers}; known: {known}")
+    return tuple(
+        _resolve(scheme, name, dict(options), calibration, progress)
+        for name, options in scheme.repairs
+    )
+
+
+def _resolve(
+    scheme: Scheme,
+    name: str,
+    options: dict[str, str | int | float | bool],
+    calibration: Batches | None,
+    progress: bool,
+) -> Repair:
+    kind = REPAIRS[name]
+    unknown = [option for option in options if option not in kind.option_names()]
+    if unknown:
+        known = ", ".join(kind.option_names()) or "none"
+        raise SchemeError(f"{name} has no option {', '.join(unknown)}; its options: {known}")
+    try:
+        return kind(scheme=scheme, batches=calibration, progress=progress, **options)
+    except TypeError as error:
+        raise SchemeError(f"scheme {scheme}: {name}: {error}") from error
