@@ -41,9 +41,14 @@ def exact_dtype(device: str) -> torch.dtype:
 
     float64 is slower but exempt from all of them, and no global switch has to be thrown.
     """
+    reduced = reduced_precision(device) or torch.is_autocast_enabled(device)
+    return torch.float64 if reduced else torch.float32
+
+
+def reduced_precision(device: str) -> bool:
+    """Whether the user's settings let an fp32 GEMM round its operands to TF32 or bf16."""
     backend: Any = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
-    reduced = backend.matmul.fp32_precision not in ("none", "ieee")
-    return torch.float64 if reduced or torch.is_autocast_enabled(device) else torch.float32
+    return backend.matmul.fp32_precision not in ("none", "ieee")
 
 
 def float_int_gemm(x_codes: Tensor, weight_codes: Tensor, chunk: int) -> Tensor:

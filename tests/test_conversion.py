@@ -771,3 +771,17 @@ def test_convert_under_the_users_autocast() -> None:
     outside = fxquant.convert(ARCHITECTURES["llama"](), "w8a8-dynamic-token")
     for name, value in outside.state_dict().items():
         assert torch.equal(value, inside.state_dict()[name]), name
+
+
+def test_integerize_allows_for_the_float_side_under_reduced_precision_settings() -> None:
+    strict = Integerize().tolerance(torch.float32)
+    matmul: Any = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "bf16"
+        # Operands of the float side round to bf16, by 2**-8 of their size.
+        assert Integerize().tolerance(torch.float32) >= 2**-8
+        fxquant.convert(ARCHITECTURES["llama"](), "w8a8-dynamic-token")
+    finally:
+        matmul.fp32_precision = before
+    assert Integerize().tolerance(torch.float32) == strict
