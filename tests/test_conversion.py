@@ -775,7 +775,8 @@ def test_convert_under_the_users_autocast() -> None:
 
 def test_integerize_allows_for_the_float_side_under_reduced_precision_settings() -> None:
     strict = Integerize().tolerance(torch.float32)
-    matmul: Any = torch.backends.mkldnn.matmul
+    backend: Any = torch.backends.mkldnn
+    matmul = backend.matmul
     before = matmul.fp32_precision
     try:
         matmul.fp32_precision = "bf16"
