@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from transformers.pytorch_utils import Conv1D
 
+from fxquant.records import PassRecord as PassRecord
+from fxquant.records import SiteRecord as SiteRecord
+from fxquant.records import Tag as Tag
 from fxquant.schemes import Role
 from fxquant.specs import TensorSpec
 
@@ -62,21 +65,6 @@ class Note:
 
 
 @dataclass(frozen=True)
-class PassRecord:
-    """What one pass did.
-
-    ``difference`` is the largest relative output difference on the probe, None for lossy passes.
-    """
-
-    name: str
-    added: int
-    removed: int
-    sites: int
-    milliseconds: float
-    difference: float | None
-
-
-@dataclass(frozen=True)
 class GraphInfo:
     """What a graph is: filled by trace, extended by passes."""
 
@@ -92,6 +80,7 @@ class GraphInfo:
     left_in_float: tuple[LeftInFloat, ...] = ()
     history: tuple[PassRecord, ...] = field(default=(), repr=False)
     notes: tuple[Note, ...] = field(default=(), repr=False)
+    site_records: tuple[SiteRecord, ...] = field(default=(), repr=False)
 
 
 def info(gm: GraphModule) -> GraphInfo:
@@ -114,15 +103,6 @@ def update_info(gm: GraphModule, **changes: Any) -> None:
 def add_note(gm: GraphModule, origin: str, site: str, text: str) -> None:
     """Keep what pass ``origin`` has to say about ``site``; printouts show it."""
     update_info(gm, notes=(*info(gm).notes, Note(origin, site, text)))
-
-
-@dataclass(frozen=True)
-class Tag:
-    """A node's provenance: its site, the pass that made it, whether it ends the site."""
-
-    site: str | None = None
-    origin: str = "trace"
-    is_output: bool = False
 
 
 def tag(node: Node) -> Tag:
@@ -203,11 +183,18 @@ class CodedLinear(nn.Linear):
 
 @dataclass(frozen=True)
 class Builder:
-    """The one helper that makes nodes: copies meta, sets site and the pass that made them."""
+    """The one helper that makes nodes: copies meta, sets site, origin and what they are made from.
+
+    Args:
+        origin: name of the pass that builds.
+        site: path of the site that it builds at.
+        made_from: the nodes that the new ones stand for; they may go afterwards.
+    """
 
     gm: GraphModule
     origin: str
     site: str
+    made_from: tuple[Node, ...] = ()
 
     def call(
         self,
@@ -217,29 +204,34 @@ class Builder:
         is_output: bool = False,
     ) -> Node:
         node = self.gm.graph.create_node("call_function", target, args, name=self._named(name))
-        set_tag(node, Tag(self.site, self.origin, is_output))
-        return node
+        return self._tagged(node, is_output)
 
     def attribute(self, name: str) -> Node:
         """Read buffer ``name`` of the site's QuantizedParameters."""
         node = self.gm.graph.create_node("get_attr", f"{self.site}.{name}", name=self._named(name))
-        set_tag(node, Tag(self.site, self.origin))
-        return node
+        return self._tagged(node)
 
     def item(self, source: Node, index: int, name: str) -> Node:
         return self.call(operator.getitem, source, index, name=name)
 
     def module(self, path: str, *args: Node) -> Node:
         node = self.gm.graph.create_node("call_module", path, args, name=self._named("observer"))
-        set_tag(node, Tag(self.site, self.origin))
-        return node
+        return self._tagged(node)
 
     def replace(self, old: Node, new: Node) -> None:
         """Let the users of ``old`` use ``new``, which takes its meta, and erase ``old``."""
         meta = {key: value for key, value in old.meta.items() if key != _KEY}
         new.meta = {**meta, **new.meta}
+        made_from = tuple(dict.fromkeys((*tag(new).made_from, old.name)))
+        scope = tag(old).scope
+        set_tag(new, replace(tag(new), made_from=made_from, replaces=old.name, scope=scope))
         old.replace_all_uses_with(new)
         self.gm.graph.erase_node(old)
+
+    def _tagged(self, node: Node, is_output: bool = False) -> Node:
+        made_from = tuple(source.name for source in self.made_from)
+        set_tag(node, Tag(self.site, self.origin, is_output, made_from))
+        return node
 
     def _named(self, name: str | None) -> str | None:
         return None if name is None else f"{self.site.replace('.', '_')}_{name}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 import torch
@@ -26,6 +26,11 @@ from fxquant.graph import (
     update_info,
 )
 from fxquant.levels import is_observer, verify
+from fxquant.snapshot import Snapshot
+from fxquant.spelling import spell_repair
+
+# What a pass is given to work on is no option of it.
+_NOT_OPTIONS = ("scheme", "batches", "progress")
 
 Effect = Literal["exact", "equivalent", "lossy"]
 
@@ -55,6 +60,11 @@ class Pass(abc.ABC):
         themselves are rounded to the dtype's eps.
         """
         return max(1e-4, 16 * torch.finfo(dtype).eps)
+
+    def __str__(self) -> str:
+        """The name with its options: ``smooth(alpha=0.5)``."""
+        shown = (f.name for f in fields(self) if f.repr and f.name not in _NOT_OPTIONS)  # type: ignore[arg-type]
+        return spell_repair(self.name, tuple((name, getattr(self, name)) for name in shown))
 
     def __call__(self, gm: GraphModule) -> GraphModule:
         """The pass alone on a copy of ``gm``, verified and recorded."""
@@ -142,14 +152,16 @@ class Pipeline:
     def run(self, gm: GraphModule) -> GraphModule:
         """The lowered graph; VerificationError names the pass that broke its promise."""
         gm = clone_sharing_storage(gm)
+        snapshot = Snapshot.take(gm)
         for current in self.passes:
-            gm = _run_checked(current, gm)
+            gm, snapshot = _run_checked(current, gm, snapshot)
             if self.after_pass is not None:
                 self.after_pass(current, gm)
         return gm
 
 
-def _run_checked(current: Pass, gm: GraphModule) -> GraphModule:
+def _run_checked(current: Pass, gm: GraphModule, before: Snapshot) -> tuple[GraphModule, Snapshot]:
+    """The result of the pass, verified and recorded, and its snapshot."""
     found = info(gm).level
     if found not in current.requires:
         wanted = " or ".join(current.requires)
@@ -158,26 +170,38 @@ def _run_checked(current: Pass, gm: GraphModule) -> GraphModule:
         )
     started = time.perf_counter()
     probe = _probe_for(gm)
-    before = run_probe(gm, probe, {}) if current.effect != "lossy" else None
-    nodes = set(gm.graph.nodes)
+    outputs = run_probe(gm, probe, {}) if current.effect != "lossy" else None
     gm = current.rewrite(gm)
     if current.ensures is not None:
         update_info(gm, level=current.ensures)
     verify(gm, current.name)
     gm.recompile()
-    difference = None if before is None else _compare(current, gm, probe, *before)
-    after = set(gm.graph.nodes)
-    touched = {tag(node).site for node in nodes ^ after} - {None}
-    record = PassRecord(
+    difference = None if outputs is None else _compare(current, gm, probe, *outputs)
+    after = Snapshot.take(gm)
+    record = _record(current, before, after, started, difference)
+    update_info(gm, history=(*info(gm).history, record))
+    return gm, after
+
+
+def _record(
+    current: Pass, before: Snapshot, after: Snapshot, started: float, difference: float | None
+) -> PassRecord:
+    delta, sites = after.since(before)
+    old, new = before.nodes(), after.nodes()
+    gone, came = old - new, new - old
+    names = {node.name for node in gone}
+    replaced = len({tag(node).replaces for node in came} & names)
+    return PassRecord(
         current.name,
-        added=len(after - nodes),
-        removed=len(nodes - after),
-        sites=len(touched),
+        added=len(came) - replaced,
+        removed=len(gone) - replaced,
+        sites=len(sites),
         milliseconds=1e3 * (time.perf_counter() - started),
         difference=difference,
+        replaced=replaced,
+        spelling=str(current),
+        delta=delta,
     )
-    update_info(gm, history=(*info(gm).history, record))
-    return gm
 
 
 def _probe_for(gm: GraphModule) -> Probe:

@@ -45,6 +45,23 @@ class Distribution:
         inside = 1 - float((cumulative[index] - target) / self.counts[index])
         return float(self.lower[index] + (self.upper[index] - self.lower[index]) * inside)
 
+    def share_outside(self, low: float, high: float) -> float:
+        """Share of the counts below ``low`` or above ``high``, linear inside a bin."""
+        width = (self.upper - self.lower).clamp(min=torch.finfo(torch.float64).tiny)
+        inside = (self.upper.clamp(max=high) - self.lower.clamp(min=low)) / width
+        single = self.upper == self.lower
+        within = (self.lower >= low) & (self.upper <= high)
+        share = torch.where(single, within.double(), inside.clamp(0, 1))
+        return float(((1 - share) * self.counts).sum() / self.total)
+
+    def histogram(self, bins: int) -> tuple[int, ...]:
+        """Counts in equal bins from the smallest to the largest value, by each bin's centre."""
+        low, high = float(self.lower[0]), float(self.upper[-1])
+        centre = ((self.lower + self.upper) / 2 - low) / max(high - low, 1e-300)
+        index = (centre * bins).long().clamp(0, bins - 1)
+        counts = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, self.counts)
+        return tuple(map(int, counts.tolist()))
+
     def points(self) -> tuple[Tensor, Tensor]:
         """Representative values and their weights: a few evenly inside each bin."""
         steps = (torch.arange(_POINTS_PER_BIN, dtype=torch.float64) + 0.5) / _POINTS_PER_BIN
@@ -77,16 +94,20 @@ def distribution(observer: HistogramObserver) -> Distribution:
 
 
 def estimate_range(
-    observer: HistogramObserver, estimator: Estimator, spec: TensorSpec
+    observer: HistogramObserver,
+    estimator: Estimator,
+    spec: TensorSpec,
+    seen: Distribution | None = None,
 ) -> tuple[float, float]:
     """The range of a static per-tensor quantizer.
 
     Symmetric specs get ``(-t, t)``. Percentile p of |x| (symmetric), or the quantiles that leave
     (100 - p)/2 percent outside at each end (affine), so that both clip the same share. MSE: the
     range with the least expected squared error. Entropy: the least Kullback-Leibler divergence
-    (Migacz, "8-bit inference with TensorRT", 2017) over ranges shrunk evenly.
+    (Migacz, "8-bit inference with TensorRT", 2017) over ranges shrunk evenly. ``seen``: the
+    observer's distribution, where it is at hand.
     """
-    seen = distribution(observer)
+    seen = seen or distribution(observer)
     low, high = float(observer.min_value), float(observer.max_value)
     if spec.symmetric:
         high = max(-low, high)

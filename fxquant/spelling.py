@@ -173,18 +173,18 @@ def spell_site(spec: SiteSpec) -> str:
     """The text of a SiteSpec, short where it can be: ``w8a8-static``, ``w4-g128/a8-dynamic``."""
     if spec.weight is None:
         return "fp"
-    weight = _spell_weight(spec.weight)
+    weight = spell_weight(spec.weight)
     if spec.activation is None:
         return weight
-    return weight + ("" if weight[1:].isdigit() else "/") + _spell_activation(spec.activation)
+    return weight + ("" if weight[1:].isdigit() else "/") + spell_activation(spec.activation)
 
 
-def _spell_weight(spec: TensorSpec) -> str:
+def spell_weight(spec: TensorSpec) -> str:
     grain = {"tensor": "-tensor", "group": f"-g{spec.group_size}"}.get(spec.granularity, "")
     return f"w{spec.bits}{grain}{'' if spec.symmetric else '-asym'}"
 
 
-def _spell_activation(spec: ActivationSpec) -> str:
+def spell_activation(spec: ActivationSpec) -> str:
     text = f"a{spec.tensor.bits}-{'dynamic' if spec.dynamic else 'static'}"
     text += "-token" if spec.tensor.granularity == "token" else ""
     text += "" if spec.tensor.symmetric else "-asym"

@@ -24,7 +24,15 @@ from transformers.utils.fx import HFTracer
 
 from fxquant.attention import registered
 from fxquant.errors import ModelError, NonFiniteError, TracingError
-from fxquant.graph import LINEAR, GraphInfo, clone_sharing_storage, float_dtype, set_info
+from fxquant.graph import (
+    LINEAR,
+    GraphInfo,
+    Tag,
+    clone_sharing_storage,
+    float_dtype,
+    set_info,
+    set_tag,
+)
 from fxquant.levels import verify
 from fxquant.pipeline import Probe, relative_difference
 
@@ -197,6 +205,8 @@ def _stripped(root: nn.Module, graph: torch.fx.Graph, class_name: str) -> GraphM
             leaf = getattr(root.get_submodule(owner), name)
             node.target = path.removeprefix("model.")
             leaves[node.target] = leaf
+        scopes = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+        set_tag(node, Tag(scope=scopes[-1].removeprefix("model.") if scopes else ""))
     return GraphModule(leaves, graph, class_name).eval()
 
 

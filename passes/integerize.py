@@ -54,6 +54,8 @@ class Pattern:
 
     output: Node
     source: Node
+    codes_dequantized: Node
+    weight_dequantized: Node
     codes: Node
     scale: Node
     zero_point: Node | None
@@ -78,6 +80,8 @@ def match(node: Node) -> Pattern | None:
     return Pattern(
         output=node,
         source=source,
+        codes_dequantized=x,
+        weight_dequantized=w,
         codes=codes,
         scale=scale,
         zero_point=zero_point,
@@ -104,7 +108,8 @@ def _lower(gm: GraphModule, site: Site, p: Pattern) -> None:
             f"integerize: {site.path}: {length} input columns may overflow int32 (at most "
             f"{MAX_LENGTH}); leave the site in float or stop at level='qdq'"
         )
-    builder = Builder(gm, Integerize.name, site.path)
+    sources = (p.codes_dequantized, p.weight_dequantized, p.output)
+    builder = Builder(gm, Integerize.name, site.path, sources)
     codes = _weight_codes(gm, p.weight)
     with gm.graph.inserting_before(p.output):
         weight_sum = _weight_sum(gm, builder, p, codes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from torch.fx import GraphModule, Node
@@ -14,9 +14,9 @@ from fxquant.graph import (
     LeftInFloat,
     Level,
     Site,
-    Tag,
     info,
     set_tag,
+    tag,
     update_info,
 )
 from fxquant.pipeline import Pass
@@ -56,7 +56,7 @@ class NameSites(Pass):
                     left.append(LeftInFloat(path, reason))
                 continue
             sites.append(Site(path, role, weight_shape(module)))
-            set_tag(node, Tag(site=path, origin="trace", is_output=True))
+            set_tag(node, replace(tag(node), site=path, is_output=True))
         left.extend(_functional_weights(gm))
         left.extend(_attention_products(gm))
         update_info(gm, sites=tuple(sites), left_in_float=tuple(left))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from fxquant.graph import (
     Level,
     QuantizedParameters,
     Site,
+    SiteRecord,
     info,
     install,
     linear_parameters,
@@ -25,7 +27,7 @@ from fxquant.graph import (
 )
 from fxquant.levels import OPS
 from fxquant.observers import HistogramObserver
-from fxquant.operators import pack_int4
+from fxquant.operators import pack_int4, unpack_int4
 from fxquant.passes.observe import CONTAINER, observers
 from fxquant.pipeline import Pass
 from fxquant.quantization import (
@@ -33,11 +35,15 @@ from fxquant.quantization import (
     calc_qparams_symmetric,
     check_finite,
     choose_qparams,
+    dequantize,
     encode,
 )
-from fxquant.ranges import estimate_range
+from fxquant.ranges import distribution, estimate_range
 from fxquant.schemes import Scheme, matches
 from fxquant.specs import ActivationSpec, SiteSpec, TensorSpec
+from fxquant.spelling import spell_estimator, spell_site
+
+HISTOGRAM_BINS = 40
 
 
 @dataclass(frozen=True)
@@ -62,22 +68,25 @@ class Quantize(Pass):
 
     def rewrite(self, gm: GraphModule) -> GraphModule:
         self.scheme.check_overrides((site.path, site.role) for site in info(gm).sites)
-        inputs = _Inputs(gm, observers(gm), {})
+        inputs = _Inputs(gm, observers(gm), {}, {})
         left = list(info(gm).left_in_float)
+        records: list[SiteRecord] = []
         for site, node in list(site_outputs(gm)):
             spec = self.scheme.spec_for(site.path, site.role)
             if spec.weight is None:
                 left.append(LeftInFloat(site.path, _why_float(site, self.scheme)))
                 continue
             if site.role == "embeddings":
-                _lower_embedding(gm, site, node, spec.weight)
+                records.append(_lower_embedding(gm, site, node, spec.weight))
             else:
-                _lower_linear(gm, site, node, spec, inputs)
+                records.append(_lower_linear(gm, site, node, spec, inputs))
         for node in list(gm.graph.nodes):
             if node.op == "call_module" and str(node.target).startswith(f"{CONTAINER}."):
                 gm.graph.erase_node(node)
         gm.delete_all_unused_submodules()
-        update_info(gm, left_in_float=tuple(left), scheme=str(self.scheme))
+        update_info(
+            gm, left_in_float=tuple(left), scheme=str(self.scheme), site_records=tuple(records)
+        )
         return gm
 
 
@@ -96,6 +105,7 @@ class _Inputs:
     gm: GraphModule
     observers: dict[Node, HistogramObserver]
     done: dict[tuple[Node, ActivationSpec], Node]
+    records: dict[tuple[Node, ActivationSpec], StaticRange]
 
     def dequantized(
         self, builder: Builder, source: Node, spec: ActivationSpec, owner: QuantizedParameters
@@ -124,7 +134,8 @@ class _Inputs:
                     f"{builder.site}: its range is static, but its input was not observed; run "
                     "Observe and Calibrate before Quantize"
                 )
-            for name, value in static_qparams(self.observers[source], spec).items():
+            buffers, self.records[source, spec] = static_input(self.observers[source], spec)
+            for name, value in buffers.items():
                 owner.register_buffer(name, value)
             scale = builder.attribute("input_scale")
             zero_point = None if spec.tensor.symmetric else builder.attribute("input_zero_point")
@@ -138,11 +149,45 @@ class _Inputs:
         return result
 
 
-def static_qparams(observer: HistogramObserver, spec: ActivationSpec) -> dict[str, Tensor]:
-    """Buffers ``input_scale`` and, when affine, ``input_zero_point``, both 0-dim."""
+@dataclass(frozen=True)
+class StaticRange:
+    """What a static input's SiteRecord says; see there."""
+
+    scale: float
+    zero_point: int
+    estimator: str
+    low: float
+    high: float
+    seen_low: float
+    seen_high: float
+    clipped: float
+    histogram: tuple[int, ...]
+
+
+def static_input(
+    observer: HistogramObserver, spec: ActivationSpec
+) -> tuple[dict[str, Tensor], StaticRange]:
+    """Buffers ``input_scale`` and, when affine, ``input_zero_point``, 0-dim; and their record."""
     assert spec.estimator is not None
-    low, high = estimate_range(observer, spec.estimator, spec.tensor)
-    device = observer.counts.device
+    seen = distribution(observer)
+    low, high = estimate_range(observer, spec.estimator, spec.tensor, seen)
+    buffers = _static_qparams(low, high, spec, observer.counts.device)
+    return buffers, StaticRange(
+        scale=float(buffers["input_scale"]),
+        zero_point=int(buffers.get("input_zero_point", 0)),
+        estimator=spell_estimator(spec.estimator),
+        low=low,
+        high=high,
+        seen_low=float(observer.min_value),
+        seen_high=float(observer.max_value),
+        clipped=seen.share_outside(low, high),
+        histogram=seen.histogram(HISTOGRAM_BINS),
+    )
+
+
+def _static_qparams(
+    low: float, high: float, spec: ActivationSpec, device: torch.device
+) -> dict[str, Tensor]:
     qmin, qmax = spec.tensor.qrange
     if spec.tensor.symmetric:
         limit = torch.tensor(high, dtype=torch.float32, device=device)
@@ -190,6 +235,24 @@ def quantize_weight(weight: Tensor, spec: TensorSpec, site: str) -> dict[str, Te
     return tensors
 
 
+def weight_sqnr(weight: Tensor, tensors: dict[str, Tensor], spec: TensorSpec) -> float:
+    """SQNR in dB of the codes of a weight [N, K] against it, with norms in float32."""
+    codes = tensors["weight"]
+    if spec.bits <= 4:
+        codes = unpack_int4(codes, weight.shape[1])
+    error = dequantize(
+        codes,
+        tensors["weight_scale"],
+        tensors.get("weight_zero_point"),
+        group_size=spec.group_size,
+    ).sub_(weight)
+    noise = float(torch.linalg.vector_norm(error))
+    signal = float(torch.linalg.vector_norm(weight, dtype=torch.float32))
+    if noise == 0:
+        return math.inf
+    return 20 * math.log10(signal / noise) if signal else -math.inf
+
+
 def _weight_node(builder: Builder, spec: TensorSpec, length: int, like: Node) -> Node:
     codes = builder.attribute("weight")
     if spec.bits <= 4:
@@ -201,17 +264,20 @@ def _weight_node(builder: Builder, spec: TensorSpec, length: int, like: Node) ->
     )
 
 
-def _lower_linear(gm: GraphModule, site: Site, node: Node, spec: SiteSpec, inputs: _Inputs) -> None:
+def _lower_linear(
+    gm: GraphModule, site: Site, node: Node, spec: SiteSpec, inputs: _Inputs
+) -> SiteRecord:
     assert spec.weight is not None
     module = gm.get_submodule(site.path)
-    _, bias = linear_parameters(module)
+    weight, bias = linear_parameters(module)
     source = source_of(node)
     tensors = site_codes(module, spec.weight, site.path)
+    sqnr = weight_sqnr(weight, tensors, spec.weight)
     if bias is not None:
         tensors["bias"] = bias
     parameters = QuantizedParameters(tensors)
     install(gm, site.path, parameters)
-    builder = Builder(gm, Quantize.name, site.path)
+    builder = Builder(gm, Quantize.name, site.path, (node,))
     with gm.graph.inserting_before(node):
         x = source
         if spec.activation is not None:
@@ -220,14 +286,17 @@ def _lower_linear(gm: GraphModule, site: Site, node: Node, spec: SiteSpec, input
         b = None if bias is None else builder.attribute("bias")
         y = builder.call(nn.functional.linear, x, w, b, name="y", is_output=True)
     builder.replace(node, y)
+    static = None if spec.activation is None else inputs.records.get((source, spec.activation))
+    return SiteRecord(site.path, spell_site(spec), sqnr, **({} if static is None else vars(static)))
 
 
-def _lower_embedding(gm: GraphModule, site: Site, node: Node, spec: TensorSpec) -> None:
+def _lower_embedding(gm: GraphModule, site: Site, node: Node, spec: TensorSpec) -> SiteRecord:
     """Look up codes and their scales, then dequantize only the rows found."""
     weight, _ = linear_parameters(gm.get_submodule(site.path))
     tensors = quantize_weight(weight, spec, site.path)
+    sqnr = weight_sqnr(weight, tensors, spec)
     install(gm, site.path, QuantizedParameters({**tensors, "like": weight.new_empty(0)}))
-    builder = Builder(gm, Quantize.name, site.path)
+    builder = Builder(gm, Quantize.name, site.path, (node,))
 
     def rows(name: str) -> Node | None:
         if name not in tensors:
@@ -252,3 +321,4 @@ def _lower_embedding(gm: GraphModule, site: Site, node: Node, spec: TensorSpec) 
             is_output=True,
         )
     builder.replace(node, y)
+    return SiteRecord(site.path, spell_site(SiteSpec(spec)), sqnr)

@@ -333,8 +333,9 @@ def test_history_records_every_pass() -> None:
     assert history["observe"].difference == 0.0
     assert history["quantize"].difference is None
     assert history["quantize"].sites == 12
-    # 12 linears and 8 observers go.
-    assert history["quantize"].removed == 20
+    # 8 observers go, 12 linears are replaced.
+    assert (history["quantize"].removed, history["quantize"].replaced) == (8, 12)
+    assert history["integerize"].replaced == 12
     difference = history["integerize"].difference
     assert difference is not None
     assert 0 < difference < 1e-5
