@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -19,7 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluate = commands.add_parser("evaluate", help="loss and perplexity of a model per scheme")
     add_arguments(evaluate)
     evaluate.set_defaults(run=evaluate_command)
-    options = parser.parse_args(argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = parser.parse_args(arguments)
+    options.command = shlex.join([parser.prog, *arguments])
     try:
         return int(options.run(options))
     except KeyboardInterrupt:
