@@ -1,127 +1,204 @@
-"""Text, cut once into windows of tokens: evaluation and calibration, never overlapping."""
+"""Windows of tokens, cut once for every scheme: evaluation and calibration, never overlapping."""
 
 from __future__ import annotations
 
 import hashlib
+import random
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fxquant.errors import DataError
-from fxquant.evaluation.builtin_text import builtin_text
-
-WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Text to evaluate on and text to calibrate on.
-
-    ``calibration`` None: both come from ``evaluation``, windows from its two ends.
-    """
-
-    name: str
-    evaluation: str
-    calibration: str | None
-
-    @property
-    def digest(self) -> str:
-        both = f"{self.evaluation}\0{self.calibration or ''}"
-        return f"sha256:{hashlib.sha256(both.encode()).hexdigest()}"
-
-
-def load_text(text: str) -> Source:
-    """``builtin`` (English prose that CPython ships) or the path of a UTF-8 file."""
-    if text == "builtin":
-        return Source("builtin", builtin_text("evaluation"), builtin_text("calibration"))
-    path = Path(text)
-    try:
-        return Source(path.name, path.read_text(encoding="utf-8"), None)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read text {text!r} as UTF-8: {error}") from error
-
-
-def load_dataset_text(name: str) -> Source:
-    """``wikitext2``: raw v1, test split to evaluate, train split to calibrate, joined by blank
-    lines as GPTQ does (Frantar et al. 2023, datautils.py)."""
-    if name != "wikitext2":
-        raise DataError(f"unknown dataset {name!r}: known is wikitext2; or give --text FILE")
-    import datasets
-
-    try:
-        parts = [
-            "\n\n".join(datasets.load_dataset(*WIKITEXT, split=split)["text"])
-            for split in ("test", "train")
-        ]
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"cannot load {'/'.join(WIKITEXT)}: {str(error).splitlines()[0]} (it needs the network "
-            "or a filled cache of datasets; --text FILE takes any local text)"
-        ) from error
-    return Source(name, parts[0], parts[1])
+from fxquant.evaluation.protocol import Protocol
+from fxquant.evaluation.sampling import random_documents, random_offsets
+from fxquant.evaluation.source import Source as Source
+from fxquant.evaluation.source import load_text as load_text
+from fxquant.evaluation.source import tokenizer_for, tokens
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Token windows int64: evaluation [N, L] and calibration [M, L]; M may be 0."""
+    """Token windows int64: evaluation [N, L] and calibration [M, L']; M may be 0.
+
+    ``scored`` int64 [N]: how many of each evaluation window's last tokens count.
+    """
 
     evaluation: Tensor
     calibration: Tensor
+    scored: Tensor
+    protocol: Protocol
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the token ids themselves."""
+        digest = hashlib.sha256()
+        for ids in (self.evaluation, self.calibration):
+            digest.update(f"{list(ids.shape)}".encode() + ids.contiguous().numpy().tobytes())
+        return f"sha256:{digest.hexdigest()}"
 
 
-def check_counts(count: int, length: int, calibration: int) -> None:
+def check_counts(
+    count: int | None, length: int, calibration: int, stride: int | None = None
+) -> None:
     """Raise DataError for numbers of windows or tokens that make no evaluation."""
-    if count < 1 or length < 2 or calibration < 0:
+    if (count is not None and count < 1) or length < 2 or calibration < 0:
         raise DataError(
             f"need at least 1 window of 2 tokens and 0 calibration windows, got {count} windows "
             f"of {length} and {calibration}"
         )
+    if stride is not None and not 1 <= stride <= length:
+        raise DataError(
+            f"stride {stride} is not within 1..{length}, the window's length: a larger one would "
+            "leave tokens unread"
+        )
 
 
 def cut_windows(
-    source: Source, tokenizer: Tokenizer, *, count: int, length: int, calibration: int, seed: int
+    source: Source,
+    tokenizer: Tokenizer,
+    *,
+    count: int | None,
+    length: int,
+    calibration: int,
+    seed: int,
+    stride: int | None = None,
+    calibration_length: int | None = None,
+    calibration_source: Source | None = None,
 ) -> Windows:
     """Cut once, for every scheme.
 
-    Evaluation: the first ``count`` consecutive windows of ``length`` tokens. Calibration:
-    ``calibration`` windows drawn without replacement by ``seed`` from the calibration text, or
-    from what the evaluation windows leave of a single text. Raises DataError when a text is too
-    short, with the number of windows it has.
+    Evaluation: the first ``count`` (None: all) windows of ``length`` tokens, ``stride`` apart
+    (None: ``length``), of which only tokens that no earlier window held are scored. Calibration:
+    ``calibration`` windows of ``calibration_length`` (None: ``length``), drawn by ``seed`` as the
+    recipe says from ``calibration_source`` (None: the same source): from its calibration split, or
+    from what the evaluation windows leave of a single text.
+
+    Raises DataError when a text is too short, with the number of windows it has.
     """
-    check_counts(count, length, calibration)
-    stream = _tokens(source.evaluation, tokenizer)
-    evaluation = _grid(stream, length)
-    available = len(evaluation)
-    if source.calibration is None:
-        rest = evaluation[count:]
-        needed, what = count + calibration, "evaluation and calibration"
-    else:
-        rest = _grid(_tokens(source.calibration, tokenizer), length)
-        needed, what = count, "evaluation"
-    if needed > available:
+    stride = length if stride is None else stride
+    check_counts(count, length, calibration, stride)
+    alone = calibration_source is None and source.calibration_documents is None
+    if count is None and calibration and alone:
+        raise DataError(
+            f"all windows of {source.name} are asked for, which leaves none to calibrate on: "
+            "ask for fewer, for 0 calibration windows, or name another calibration dataset"
+        )
+    reader = tokenizer_for(source.recipe, tokenizer)
+    cut = _evaluation(source, reader, count, length, stride)
+    other = calibration_source or source
+    drawn = _calibration(
+        other,
+        tokenizer_for(other.recipe, tokenizer),
+        calibration,
+        calibration_length or length,
+        seed,
+        cut.rest if calibration_source is None else None,
+    )
+    scored = torch.full((len(cut.windows),), min(stride, length - 1))
+    scored[0] = length - 1
+    return Windows(cut.windows, drawn, scored, _protocol(source, reader, cut, length, stride))
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Evaluation windows, whether they are all there are, the first token, and what follows."""
+
+    windows: Tensor
+    complete: bool
+    first: int
+    rest: Tensor
+
+
+def _evaluation(
+    source: Source, tokenizer: Tokenizer, count: int | None, length: int, stride: int
+) -> _Cut:
+    most = source.recipe.most_windows
+    if source.recipe.selection == "samples":
+        return _samples(source, tokenizer, count, length, stride)
+    stream = tokens(source.evaluation, tokenizer)
+    if most is not None:
+        stream = stream[: most * length]
+    available = max(0, (len(stream) - length) // stride + 1)
+    wanted = max(available, 1) if count is None else count
+    if wanted > available:
         raise DataError(
             f"text {source.name} is too short: its {len(stream)} tokens are {available} windows of "
-            f"{length}, but {needed} are asked for {what}; ask for fewer or shorter windows"
+            f"{length}, but {wanted} are asked for evaluation; ask for fewer or shorter windows"
         )
-    if calibration > len(rest):
+    windows = stream.unfold(0, length, stride)[:wanted].clone()
+    rest = stream[(wanted - 1) * stride + length :]
+    return _Cut(windows, wanted == available, int(stream[0]), rest)
+
+
+def _samples(
+    source: Source, tokenizer: Tokenizer, count: int | None, length: int, stride: int
+) -> _Cut:
+    most = source.recipe.most_windows or 0
+    wanted = most if count is None else count
+    if stride != length:
+        raise DataError(f"{source.name} is {most} separate samples: it takes no stride")
+    if wanted > most:
+        raise DataError(f"{source.name} has {most} windows, but {wanted} are asked for evaluation")
+    windows = random_documents(
+        source.documents, lambda text: tokens(text, tokenizer), wanted, length, random.Random(0)
+    )
+    first = int(tokens(source.documents[0], tokenizer)[0])
+    return _Cut(windows, wanted == most, first, windows.new_empty(0))
+
+
+def _calibration(
+    source: Source,
+    tokenizer: Tokenizer,
+    count: int,
+    length: int,
+    seed: int,
+    rest: Tensor | None,
+) -> Tensor:
+    if count == 0:
+        return torch.empty(0, length, dtype=torch.int64)
+    documents = source.calibration_documents
+    if source.recipe.sampler == "documents" and documents is not None:
+        draw = random.Random(seed)
+        return random_documents(
+            documents, lambda text: tokens(text, tokenizer), count, length, draw
+        )
+    if source.calibration is not None:
+        stream = tokens(source.calibration, tokenizer)
+    else:
+        stream = tokens(source.evaluation, tokenizer) if rest is None else rest
+    if source.recipe.sampler == "offsets":
+        return random_offsets(stream, count, length, random.Random(seed))
+    available = len(stream) // length
+    if count > available:
+        what = "calibration text" if rest is None or documents is not None else "rest"
         raise DataError(
-            f"the calibration text of {source.name} has {len(rest)} windows of {length}, but "
-            f"{calibration} are asked for; ask for fewer or shorter windows"
+            f"the {what} of {source.name} has {available} windows of {length}, but {count} are "
+            "asked for; it is too short: ask for fewer or shorter windows"
         )
-    order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))
-    return Windows(evaluation[:count].clone(), rest[order[:calibration]].clone())
+    grid = stream[: available * length].view(-1, length)
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
+    return grid[order[:count]].clone()
 
 
-def _tokens(text: str, tokenizer: Tokenizer) -> Tensor:
-    # verbose=False: the warning about sequences longer than the model does not apply to a stream.
-    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
-    assert isinstance(ids, Tensor)
-    return ids
-
-
-def _grid(stream: Tensor, length: int) -> Tensor:
-    count = len(stream) // length
-    return stream[: count * length].view(count, length)
+def _protocol(
+    source: Source, tokenizer: Tokenizer, cut: _Cut, length: int, stride: int
+) -> Protocol:
+    recipe = source.recipe
+    kind = "fast" if tokenizer.is_fast else "slow"
+    has_bos = cut.first == tokenizer.bos_token_id
+    samples = recipe.selection == "samples"
+    where = "at the head of each document" if samples else "once, at the head of the stream"
+    return Protocol(
+        dataset=source.name,
+        split=recipe.split,
+        join=recipe.join,
+        selection=recipe.select(),
+        tokenizer=f"{kind} {type(tokenizer).__name__}",
+        bos=f"{tokenizer.bos_token} {where}" if has_bos else "none",
+        length=length,
+        stride=stride,
+        windows=len(cut.windows),
+        complete=cut.complete,
+    )

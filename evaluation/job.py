@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 from tqdm import tqdm
+from transformers import PretrainedConfig
 
 from fxquant import conversion
 from fxquant.batches import check_ids
 from fxquant.errors import DataError, FxquantError
-from fxquant.evaluation.data import Windows, check_counts, cut_windows, load_dataset_text, load_text
+from fxquant.evaluation.data import Source, Windows, check_counts, cut_windows, load_text
+from fxquant.evaluation.datasets import check_dataset, open_source
 from fxquant.evaluation.models import LoadedModel, check_device, load_model, resolve_dtype, versions
 from fxquant.evaluation.perplexity import evaluate
 from fxquant.evaluation.results import Provenance, Row, prepare_folder, write_results
+from fxquant.evaluation.statistics import Difference, WindowSums, paired_difference
 from fxquant.evaluation.tables import format_table
 from fxquant.graph import GraphInfo, float_dtype, info
 from fxquant.passes import Integerize, Quantize
@@ -36,10 +39,14 @@ class Job:
     schemes: tuple[str, ...]
     dataset: str | None = None
     text: str = "builtin"
-    windows: int = 8
+    windows: int | None = 8
     length: int = 512
+    stride: int | None = None
     batch_size: int = 1
     calibration_windows: int = 16
+    calibration_length: int | None = None
+    calibration_dataset: str | None = None
+    data: Path | None = None
     device: str = "cpu"
     dtype: str = "auto"
     revision: str | None = None
@@ -64,32 +71,61 @@ def run(job: Job, say: Callable[[str], None] = print) -> Outcome:
     Raises FxquantError for bad input before any model is loaded or converted where that can be
     known. An interruption (Ctrl-C) keeps the finished rows: ``complete`` is False then.
     """
+    schemes = check_job(job)
+    if job.output is not None:
+        prepare_folder(job.output, job.overwrite)
+    source, other = open_sources(job)
+    loaded = load_model(job.model, dtype=job.dtype, device=job.device, revision=job.revision)
+    windows = cut(job, source, other, loaded)
+    torch.manual_seed(job.seed)
+    graph = trace(loaded.model)
+    check_ids(windows.evaluation, info(graph), "evaluation windows")
+    provenance = make_provenance(job, loaded, graph, source, other, windows)
+    return _rows(job, schemes, graph, windows, provenance, say)
+
+
+def check_job(job: Job) -> list[Scheme]:
+    """The job's schemes, after every check that needs no text and no model.
+
+    Raises FxquantError: SchemeError, CalibrationError, DataError or ModelError.
+    """
     if job.batch_size < 1:
         raise DataError(f"batch size must be at least 1, got {job.batch_size}")
-    check_counts(job.windows, job.length, job.calibration_windows)
+    check_counts(job.windows, job.length, job.calibration_windows, job.stride)
+    check_counts(1, job.calibration_length or job.length, job.calibration_windows)
     check_device(job.device)
     resolve_dtype(job.dtype, job.device)
+    for name in (job.dataset, job.calibration_dataset):
+        if name is not None:
+            check_dataset(name)
     schemes = ordered_schemes(job.schemes)
     for scheme in schemes:
         enough: tuple[Tensor, ...] | None = (torch.empty(0),) if job.calibration_windows else None
         conversion.recipe(scheme, calibration=enough)
-    if job.output is not None:
-        prepare_folder(job.output, job.overwrite)
-    source = load_text(job.text) if job.dataset is None else load_dataset_text(job.dataset)
-    loaded = load_model(job.model, dtype=job.dtype, device=job.device, revision=job.revision)
-    windows = cut_windows(
+    return schemes
+
+
+def open_sources(job: Job) -> tuple[Source, Source | None]:
+    """The text to evaluate on, and the one to calibrate on where it is another."""
+    source = load_text(job.text) if job.dataset is None else open_source(job.dataset, job.data)
+    if job.calibration_dataset in (None, job.dataset) or job.calibration_windows == 0:
+        return source, None
+    return source, open_source(str(job.calibration_dataset), job.data)
+
+
+def cut(job: Job, source: Source, calibration: Source | None, loaded: LoadedModel) -> Windows:
+    """The job's windows."""
+    return cut_windows(
         source,
         loaded.tokenizer,
         count=job.windows,
         length=job.length,
         calibration=job.calibration_windows,
         seed=job.seed,
+        stride=job.stride,
+        calibration_length=job.calibration_length,
+        calibration_source=calibration,
     )
-    torch.manual_seed(job.seed)
-    graph = trace(loaded.model)
-    check_ids(windows.evaluation, info(graph), "evaluation windows")
-    provenance = _provenance(job, loaded, graph, source.name, source.digest)
-    return _rows(job, schemes, graph, windows, provenance, say)
 
 
 def ordered_schemes(texts: tuple[str, ...]) -> list[Scheme]:
@@ -116,7 +152,8 @@ def _rows(
     keep(complete=False)  # an older run's results must not pass for this one's
     try:
         for scheme in tqdm(schemes, "schemes", unit="scheme", disable=None):
-            rows.append(_row(converter, scheme, windows, job.batch_size, rows))
+            reference = rows[0].sums if rows else None
+            rows.append(measure(converter, scheme, windows, job.batch_size, reference))
             keep(complete=len(rows) == len(schemes))
     except KeyboardInterrupt:
         where = f" in {job.output}" if job.output is not None and rows else ""
@@ -125,9 +162,14 @@ def _rows(
     return Outcome(rows, provenance, complete=True)
 
 
-def _row(
-    converter: Converter, scheme: Scheme, windows: Windows, batch_size: int, before: list[Row]
+def measure(
+    converter: Converter,
+    scheme: Scheme,
+    windows: Windows,
+    batch_size: int,
+    reference: WindowSums | None,
 ) -> Row:
+    """Convert and evaluate one scheme; ``reference``: the float model's, None for itself."""
     started = time.perf_counter()
     try:
         converted = converter.convert(scheme)
@@ -135,17 +177,28 @@ def _row(
         error.add_note(f"while converting to {scheme}")
         raise
     convert_seconds = time.perf_counter() - started
-    measured = evaluate(converted, windows.evaluation, batch_size=batch_size, label=str(scheme))
+    measured = evaluate(
+        converted,
+        windows.evaluation,
+        batch_size=batch_size,
+        label=str(scheme),
+        scored=windows.scored,
+    )
+    sums = measured.sums
+    change = Difference(0.0, None) if reference is None else paired_difference(sums, reference)
     return Row(
         scheme=str(scheme),
         loss=measured.loss,
         perplexity=measured.perplexity,
-        delta_loss=measured.loss - before[0].loss if before else 0.0,
+        delta_loss=change.delta,
+        delta_error=change.error,
         bits_per_weight=bits_per_weight(converted),
         share_clipped=measured.share_clipped,
         convert_seconds=convert_seconds,
         evaluate_seconds=measured.seconds,
         left_in_float=tuple(f"{e.path}: {e.reason}" for e in info(converted).left_in_float),
+        window_nll=sums.nll,
+        window_tokens=sums.tokens,
     )
 
 
@@ -182,17 +235,34 @@ def static_sites(facts: GraphInfo, scheme: Scheme) -> frozenset[str]:
     return frozenset(path for path, spec in activations if spec is not None and not spec.dynamic)
 
 
-def _provenance(
-    job: Job, loaded: LoadedModel, graph: GraphModule, dataset: str, digest: str
+def make_provenance(
+    job: Job,
+    loaded: LoadedModel,
+    graph: GraphModule,
+    source: Source,
+    calibration: Source | None,
+    windows: Windows,
 ) -> Provenance:
+    """What made the job's numbers."""
+    drawn = calibration or source
+    amount, length = windows.calibration.shape
     return Provenance(
         model=loaded.name,
         revision=loaded.revision,
-        dataset=dataset,
-        text_hash=digest,
-        windows=job.windows,
+        architecture=architecture(loaded.model.config),
+        dataset=source.name,
+        text_hash=source.digest,
+        windows_hash=windows.digest,
+        protocol=windows.protocol,
+        windows=len(windows.evaluation),
         length=job.length,
-        calibration_windows=job.calibration_windows,
+        calibration=(
+            f"{amount} windows of {length} from {drawn.name} ({drawn.recipe.calibration_split}, "
+            f"{drawn.recipe.sampler})"
+            if amount
+            else "nothing"
+        ),
+        calibration_windows=amount,
         batch_size=job.batch_size,
         dtype=str(float_dtype(graph)).removeprefix("torch."),
         device=job.device,
@@ -201,3 +271,8 @@ def _provenance(
         versions=versions(),
         command=job.command,
     )
+
+
+def architecture(config: PretrainedConfig) -> str:
+    """Kind and shape, such as "opt 24x2048": what published figures are looked up by."""
+    return f"{config.model_type} {config.num_hidden_layers}x{config.hidden_size}"

@@ -13,25 +13,40 @@ from torch.fx import GraphModule, Node
 from tqdm import tqdm
 
 from fxquant.errors import NonFiniteError
+from fxquant.evaluation.statistics import WindowSums
 from fxquant.execution import Executor
 from fxquant.graph import arguments, device_of, is_op, source_of, tag
 from fxquant.levels import OPS
-from fxquant.loss import mean_loss, window_losses
+from fxquant.loss import window_losses
 from fxquant.quantization import quantize_affine
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """``losses``: nats of each predicted token, float32 [N, L - 1]; ``share_clipped``: fraction of
-    quantized activation elements whose code was clipped, None if none are quantized."""
+    """Losses of one graph on windows.
+
+    ``losses``: nats of each predicted token, float32 [N, L - 1]; ``share_clipped``: fraction of
+    quantized activation elements whose code was clipped, None if none are quantized; ``scored``
+    int64 [N]: how many of each window's last tokens count, None for all.
+    """
 
     losses: Tensor
     share_clipped: float | None
     seconds: float
+    scored: Tensor | None = None
+
+    @property
+    def sums(self) -> WindowSums:
+        """Each window's scored nats, summed in float64 and in the windows' order."""
+        length = self.losses.shape[1]
+        counts = [length] * len(self.losses) if self.scored is None else self.scored.tolist()
+        rows = self.losses.to(torch.float64)
+        sums = (float(row[length - n :].sum()) for row, n in zip(rows, counts, strict=True))
+        return WindowSums(tuple(sums), tuple(counts))
 
     @property
     def loss(self) -> float:
-        return mean_loss(self.losses)
+        return self.sums.loss
 
     @property
     def perplexity(self) -> float:
@@ -74,9 +89,17 @@ class ClippingCounter:
 
 
 def evaluate(
-    gm: GraphModule, windows: Tensor, *, batch_size: int = 1, label: str = "evaluate"
+    gm: GraphModule,
+    windows: Tensor,
+    *,
+    batch_size: int = 1,
+    label: str = "evaluate",
+    scored: Tensor | None = None,
 ) -> Perplexity:
     """Loss of every token of windows int64 [N, L] (but each window's first), with a progress bar.
+
+    ``scored`` int64 [N]: where windows overlap, how many of each one's last tokens count (None:
+    all L - 1); the others are context only. Every scored token weighs the same.
 
     Raises NonFiniteError naming the first site or node that computes NaN or infinity.
     """
@@ -98,7 +121,7 @@ def evaluate(
             f"{first_non_finite(gm, windows[bad : bad + 1].to(device))}: NaN or infinite "
             f"activations in window {bad}; the model overflows its dtype here"
         )
-    return Perplexity(losses, counter.share, seconds)
+    return Perplexity(losses, counter.share, seconds, scored)
 
 
 @torch.no_grad()

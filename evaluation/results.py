@@ -3,41 +3,83 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from fxquant.errors import DataError
+from fxquant.evaluation.protocol import Protocol
+from fxquant.evaluation.statistics import WindowSums
 
 RESULTS, TABLE = "results.json", "table.md"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One scheme's result. Losses in nats a token; ``seconds`` of conversion and evaluation."""
+    """One scheme's result. Losses in nats a token; ``seconds`` of conversion and evaluation.
+
+    ``delta_error``: standard error of delta_loss by paired differences over windows, None for the
+    float model and for a single window. ``window_nll`` and ``window_tokens``: each window's summed
+    nats (float64) and number of scored tokens, from which the others can be computed again.
+    """
 
     scheme: str
     loss: float
     perplexity: float
     delta_loss: float
+    delta_error: float | None
     bits_per_weight: float
     share_clipped: float | None
     convert_seconds: float
     evaluate_seconds: float
     left_in_float: tuple[str, ...]
+    window_nll: tuple[float, ...]
+    window_tokens: tuple[int, ...]
+
+    @property
+    def sums(self) -> WindowSums:
+        return WindowSums(self.window_nll, self.window_tokens)
+
+    def to_json(self) -> dict[str, Any]:
+        """Fields; numbers that JSON cannot say (inf, nan) become null."""
+        return {name: _finite(value) for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Row:
+        """The inverse of to_json. Raises KeyError or TypeError for other data."""
+        lost = {"perplexity": math.inf, "bits_per_weight": math.nan}
+        values = {f.name: data[f.name] for f in fields(cls)}
+        for name, value in lost.items():
+            values[name] = value if values[name] is None else values[name]
+        for name in ("left_in_float", "window_nll", "window_tokens"):
+            values[name] = tuple(values[name])
+        return cls(**values)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What made the numbers: enough to make them again."""
+    """What made the numbers: enough to make them again.
+
+    ``architecture``: kind and shape, such as "opt 24x2048". ``calibration``: how its windows were
+    drawn. ``windows_hash``: of the token ids themselves, evaluation and calibration.
+    """
 
     model: str
     revision: str
+    architecture: str
     dataset: str
     text_hash: str
+    windows_hash: str
+    protocol: Protocol
     windows: int
     length: int
+    calibration: str
     calibration_windows: int
     batch_size: int
     dtype: str
@@ -51,17 +93,23 @@ class Provenance:
         """One line for under a table."""
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return (
-            f"{self.model} ({self.revision[:23]}), {self.dataset} ({self.text_hash[:23]}), "
-            f"{self.windows} windows of {self.length} tokens, {self.calibration_windows} to "
-            f"calibrate, batch size {self.batch_size}, {self.dtype} on {self.device} "
+            f"{self.model} ({self.revision[:23]}), {self.protocol.line()} "
+            f"({self.text_hash[:23]}), calibrated on {self.calibration}, "
+            f"batch size {self.batch_size}, {self.dtype} on {self.device} "
             f"({self.threads} threads), seed {self.seed}; {versions}"
         )
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Provenance:
+        """From ``dataclasses.asdict``. Raises KeyError or TypeError for other data."""
+        return cls(**{**data, "protocol": Protocol(**data["protocol"])})
 
 
 def prepare_folder(folder: Path, overwrite: bool) -> None:
     """Make sure that results can be written to ``folder``.
 
-    Raises DataError when it is not writable, or holds an unfinished run and not ``overwrite``.
+    Raises DataError when it is not writable, or holds a run (finished or not) and not
+    ``overwrite``.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,11 +128,11 @@ def prepare_folder(folder: Path, overwrite: bool) -> None:
         raise DataError(
             f"{existing} is damaged ({type(error).__name__}); move it away or give --overwrite"
         ) from error
-    if not finished:
-        raise DataError(
-            f"{existing} holds an unfinished run with {rows} row(s); move it away to keep them or "
-            "give --overwrite"
-        )
+    state = "a finished" if finished else "an unfinished"
+    raise DataError(
+        f"{existing} holds {state} run with {rows} row(s); move it away to keep them or give "
+        "--overwrite"
+    )
 
 
 def write_results(
@@ -94,11 +142,23 @@ def write_results(
     data: dict[str, Any] = {
         "complete": complete,
         "provenance": asdict(provenance),
-        "rows": [asdict(row) for row in rows],
+        "rows": [row.to_json() for row in rows],
     }
-    _replace(folder / RESULTS, json.dumps(data, indent=2) + "\n")
+    _replace(folder / RESULTS, json.dumps(data, indent=2, allow_nan=False) + "\n")
     note = "" if complete else "\nUnfinished: the run was interrupted.\n"
     _replace(folder / TABLE, f"{table}\n\n{provenance.line()}\n\n`{provenance.command}`\n{note}")
+
+
+def read_results(path: Path) -> tuple[list[Row], Provenance]:
+    """Rows and provenance of a results.json. Raises DataError for anything else."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        rows = [Row.from_json(row) for row in data["rows"]]
+        return rows, Provenance.from_json(data["provenance"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} is no results.json of this version: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _replace(path: Path, text: str) -> None:

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from tabulate import tabulate
 
 from fxquant.evaluation.results import Row
+from fxquant.evaluation.statistics import Difference
 from fxquant.schemes import Scheme
 
-HEADERS = ("scheme", "loss", "ppl", "Δloss", "bits/weight", "clipped", "seconds")
+HEADERS = ("scheme", "loss", "ppl", "Δloss ± s.e.", "bits/weight", "clipped", "seconds")
 
 
 def format_table(rows: Sequence[Row], style: str = "github") -> str:
@@ -20,7 +21,7 @@ def format_table(rows: Sequence[Row], style: str = "github") -> str:
             row.scheme,
             f"{row.loss:.4f}",
             f"{row.perplexity:.2f}" if row.perplexity < 1e6 else f"{row.perplexity:.2e}",
-            f"{row.delta_loss:+.4f}",
+            _delta(row, reference=rows[0]),
             f"{row.bits_per_weight:.2f}",
             "-" if row.share_clipped is None else f"{row.share_clipped:.4%}",
             f"{row.convert_seconds + row.evaluate_seconds:.1f}",
@@ -29,6 +30,13 @@ def format_table(rows: Sequence[Row], style: str = "github") -> str:
     ]
     align = ("left", *("right",) * (len(HEADERS) - 1))
     return tabulate(body, HEADERS, tablefmt=style, disable_numparse=True, colalign=align)
+
+
+def _delta(row: Row, reference: Row) -> str:
+    """The float model's own difference is zero by definition and has no error."""
+    if row is reference:
+        return "0"
+    return str(Difference(row.delta_loss, row.delta_error))
 
 
 def _cost(row: Row) -> str:

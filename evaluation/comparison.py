@@ -1,0 +1,274 @@
+"""Tables of a sweep's results: grouped, averaged over seeds, published figures beside ours."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Final
+
+from tabulate import tabulate, tabulate_formats
+
+from fxquant.errors import DataError
+from fxquant.evaluation.journal import Result
+from fxquant.evaluation.published import ALL, LENGTH, Published
+from fxquant.evaluation.results import Provenance, Row
+from fxquant.evaluation.statistics import Difference, mean_sums, paired_difference, spread
+from fxquant.schemes import Scheme
+
+FORMATS: Final = ("csv", *tabulate_formats)
+_PER_SEED: Final = ("seed", "command", "threads", "windows_hash")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One scheme's figures in a group: over its seeds, beside what was published.
+
+    ``loss``, ``difference`` None: published only. ``spread``: standard deviation of the loss over
+    seeds, None for fewer than two. ``off``: ours minus published, in the published unit.
+    """
+
+    scheme: str
+    seeds: int = 0
+    loss: float | None = None
+    difference: Difference | None = None
+    spread: float | None = None
+    bits_per_weight: float | None = None
+    share_clipped: float | None = None
+    published: Published | None = None
+
+    @property
+    def perplexity(self) -> float | None:
+        if self.loss is None:
+            return None
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def off(self) -> float | None:
+        published = self.published
+        if published is None or self.loss is None:
+            return None
+        if published.dataset is not None and published.perplexity is not None:
+            return (self.perplexity or math.nan) - published.perplexity
+        if published.delta_loss is None or self.difference is None:
+            return None
+        return self.difference.delta - published.delta_loss
+
+
+@dataclass(frozen=True)
+class Group:
+    """Lines that compare with one another: one model on the same windows, under one setting."""
+
+    provenance: Provenance
+    lines: tuple[Line, ...]
+
+
+def groups(
+    results: Iterable[Result], published: Sequence[Published] = ALL, *, unmatched: bool = False
+) -> list[Group]:
+    """Successful results by model, windows and setting, in order of appearance.
+
+    ``unmatched``: also the published figures of the group's model and text that none of ours is.
+    """
+    found: dict[str, list[tuple[Provenance, Row]]] = {}
+    for result in results:
+        if result.figures is not None and result.provenance is not None:
+            same = {k: v for k, v in asdict(result.provenance).items() if k not in _PER_SEED}
+            found.setdefault(repr(same), []).append((result.provenance, result.figures))
+    return [_group(members, published, unmatched) for members in found.values()]
+
+
+def _group(
+    members: list[tuple[Provenance, Row]], published: Sequence[Published], unmatched: bool
+) -> Group:
+    provenance = members[0][0]
+    known = [figure for figure in published if _comparable(figure, provenance)]
+    by_scheme: dict[str, list[Row]] = {}
+    for _, row in members:
+        by_scheme.setdefault(row.scheme, []).append(row)
+    reference = by_scheme.get(str(Scheme()), [None])[0]
+    lines = [_line(rows, reference, known) for rows in by_scheme.values()]
+    if unmatched:
+        shown = [line.published for line in lines]
+        lines += [Line("-", published=figure) for figure in known if figure not in shown]
+    return Group(provenance, tuple(lines))
+
+
+def _comparable(figure: Published, provenance: Provenance) -> bool:
+    """Same shape of model; the same protocol in full, or a difference on an unnamed text."""
+    if figure.architecture != provenance.architecture:
+        return False
+    if figure.dataset is None:
+        return True
+    protocol = provenance.protocol
+    whole = protocol.complete and protocol.length == protocol.stride == LENGTH
+    return whole and figure.dataset == protocol.dataset
+
+
+def _line(rows: list[Row], reference: Row | None, known: list[Published]) -> Line:
+    first, sums = rows[0], mean_sums([row.sums for row in rows])
+    scheme = Scheme.parse(first.scheme)
+    matching = [f for f in known if f.scheme is not None and Scheme.parse(f.scheme) == scheme]
+    # A perplexity under the same protocol says more than a difference on another text.
+    matching.sort(key=lambda figure: figure.dataset is None)
+    clipped = [row.share_clipped for row in rows if row.share_clipped is not None]
+    return Line(
+        scheme=first.scheme,
+        seeds=len(rows),
+        loss=sums.loss,
+        difference=None if reference is None else paired_difference(sums, reference.sums),
+        spread=spread([row.loss for row in rows]),
+        bits_per_weight=first.bits_per_weight,
+        share_clipped=sum(clipped) / len(clipped) if clipped else None,
+        published=matching[0] if matching else None,
+    )
+
+
+def failures(results: Iterable[Result]) -> list[Result]:
+    """Failed cells that were not done since."""
+    listed = list(results)
+
+    def place(result: Result) -> tuple[str, str, str, int | None]:
+        return result.model, result.scheme, result.dataset, result.seed
+
+    done = {place(result) for result in listed if result.error is None}
+    return [result for result in listed if result.error and place(result) not in done]
+
+
+def check_format(style: str) -> None:
+    """Raise DataError for a format that there is not."""
+    if style not in FORMATS:
+        raise DataError(f"unknown format {style!r}: known are {', '.join(FORMATS)}")
+
+
+def format_results(
+    results: Iterable[Result],
+    style: str = "github",
+    published: Sequence[Published] = ALL,
+    *,
+    unmatched: bool = False,
+) -> str:
+    """All groups as text, each under what made it; failures at the end. Raises DataError."""
+    check_format(style)
+    listed = list(results)
+    found = groups(listed, published, unmatched=unmatched)
+    if style == "csv":
+        return _csv(found)
+    parts = [f"{_title(group.provenance)}\n\n{format_group(group, style)}" for group in found]
+    failed = _failed_lines(failures(listed))
+    return "\n\n".join([*parts, *(["\n".join(failed)] if failed else [])])
+
+
+def _failed_lines(failed: Iterable[Result]) -> list[str]:
+    """One line for all cells of a model and text that failed alike."""
+    alike: dict[tuple[str, str, str], list[str]] = {}
+    for result in failed:
+        cell = result.scheme if result.seed is None else f"{result.scheme} (seed {result.seed})"
+        alike.setdefault((result.model, result.dataset, str(result.error)), []).append(cell)
+    return [
+        f"failed: {model} on {dataset}, {', '.join(cells)}: {error}"
+        for (model, dataset, error), cells in alike.items()
+    ]
+
+
+def format_group(group: Group, style: str = "github") -> str:
+    """One group's table; columns that no line fills are left out."""
+    cells = [_cells(line) for line in group.lines]
+    keep = [
+        name
+        for index, name in enumerate(cells[0])
+        if index < 5 or any(row[name] not in ("-", "1", "0") for row in cells)
+    ]
+    body = [[row[name] for name in keep] for row in cells]
+    text = {"scheme", "published as", "source"}
+    align = ["left" if name in text else "right" for name in keep]
+    return tabulate(body, keep, tablefmt=style, disable_numparse=True, colalign=align)
+
+
+def _cells(line: Line) -> dict[str, str]:
+    figure = line.published
+    return {
+        "scheme": line.scheme,
+        "loss": _number(line.loss, ".4f"),
+        "ppl": _perplexity(line.perplexity),
+        "Δloss ± s.e.": _delta(line),
+        "bits/weight": _number(line.bits_per_weight, ".2f"),
+        "clipped": _number(line.share_clipped, ".4%"),
+        "seeds": str(line.seeds),
+        "sd over seeds": _number(line.spread, ".4f"),
+        "published as": "-" if figure is None else figure.method,
+        "published": "-" if figure is None else _published(figure),
+        "ours less published": _number(line.off, "+.4f"),
+        "source": "-" if figure is None else figure.source,
+    }
+
+
+def _delta(line: Line) -> str:
+    if line.difference is None:
+        return "-"
+    return "0" if line.scheme == str(Scheme()) else str(line.difference)
+
+
+def _published(figure: Published) -> str:
+    if figure.dataset is None:
+        return f"Δ {figure.delta_loss:+.4f}"
+    return _perplexity(figure.perplexity)
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "-" if value is None or math.isnan(value) else format(value, spec)
+
+
+def _perplexity(value: float | None) -> str:
+    return _number(value, ".2f" if value is not None and value < 1e6 else ".2e")
+
+
+def _title(made: Provenance) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in made.versions.items())
+    return (
+        f"{made.model} ({made.architecture}; {made.revision[:23]}) on {made.protocol.line()} "
+        f"({made.text_hash[:23]}); calibrated on {made.calibration}; batch size "
+        f"{made.batch_size}, {made.dtype} on {made.device}; {versions}"
+    )
+
+
+def _csv(found: Iterable[Group]) -> str:
+    """One line a scheme, numbers in full, the group's identity in front."""
+    rows = [_csv_row(group.provenance, line) for group in found for line in group.lines]
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return text.getvalue().rstrip("\n")
+
+
+def _csv_row(made: Provenance, line: Line) -> dict[str, object]:
+    difference, figure = line.difference, line.published
+    protocol = made.protocol
+    return {
+        "model": made.model,
+        "revision": made.revision,
+        "dataset": protocol.dataset,
+        "windows": protocol.windows,
+        "length": protocol.length,
+        "stride": protocol.stride,
+        "calibration": made.calibration,
+        "dtype": made.dtype,
+        "scheme": line.scheme,
+        "seeds": line.seeds,
+        "loss": line.loss,
+        "perplexity": line.perplexity,
+        "delta_loss": None if difference is None else difference.delta,
+        "delta_error": None if difference is None else difference.error,
+        "spread_over_seeds": line.spread,
+        "bits_per_weight": line.bits_per_weight,
+        "share_clipped": line.share_clipped,
+        "published_as": None if figure is None else figure.method,
+        "published_perplexity": None if figure is None else figure.perplexity,
+        "published_delta_loss": None if figure is None else figure.delta_loss,
+        "ours_minus_published": line.off,
+        "source": None if figure is None else figure.source,
+    }

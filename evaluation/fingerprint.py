@@ -1,0 +1,104 @@
+"""What a result is known by before it is computed: model, text, scheme, setting, versions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from fxquant.errors import ModelError
+from fxquant.evaluation.data import Source
+from fxquant.evaluation.job import Job, architecture
+from fxquant.evaluation.models import (
+    PACKAGE_PREFIX,
+    file_hash,
+    package_model,
+    versions,
+    weights_hash,
+)
+from fxquant.schemes import Scheme
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A model without its weights: ``revision`` is the hub's commit or a hash of all its files."""
+
+    name: str
+    revision: str
+    architecture: str
+
+
+def identify_model(name: str, revision: str | None = None) -> Identity:
+    """Find a model and what identifies it, without loading weights. Raises ModelError."""
+    if name.startswith(PACKAGE_PREFIX):
+        directory = package_model(name.removeprefix(PACKAGE_PREFIX))
+    else:
+        directory = Path(name)
+        if not directory.exists() and name.startswith((".", "/", "~")):
+            raise ModelError(f"no model directory {name}")
+    source = str(directory) if directory.is_dir() else name
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ModelError(f"cannot find model {name}: {reason}") from error
+    found = _directory_hash(directory) if directory.is_dir() else str(config._commit_hash)
+    return Identity(name, found, architecture(config))
+
+
+def _directory_hash(directory: Path) -> str:
+    """One sha256 over weights, configuration and tokenizer."""
+    digest = hashlib.sha256(weights_hash(directory).encode())
+    small = {
+        path for end in ("json", "txt", "model", "jinja") for path in directory.glob(f"*.{end}")
+    }
+    for path in sorted(small):
+        digest.update(f"{path.name} {file_hash(path)}\n".encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def depends_on_seed(scheme: Scheme) -> bool:
+    """Whether calibration windows, which the seed draws, may matter to the scheme."""
+    return scheme.needs_calibration or bool(scheme.repairs)
+
+
+def fingerprint(
+    job: Job, scheme: Scheme, model: Identity, source: Source, calibration: Source | None
+) -> str:
+    """sha256 over everything that determines one scheme's figures (but the number of threads,
+    which may change the last digits of floating-point sums)."""
+    drawn = calibration or source
+    facts = {
+        "model": asdict(model),
+        "scheme": str(scheme),
+        "text": {"name": source.name, "hash": source.digest, "recipe": asdict(source.recipe)},
+        "windows": [job.windows, job.length, job.stride or job.length],
+        "calibration": {
+            "seed": job.seed,
+            "windows": [job.calibration_windows, job.calibration_length or job.length],
+            "text": {"name": drawn.name, "hash": drawn.digest, "recipe": asdict(drawn.recipe)},
+        }
+        if depends_on_seed(scheme)
+        # What is left over for calibration does not change what is evaluated.
+        else None,
+        "batch_size": job.batch_size,
+        "device": job.device,
+        "dtype": job.dtype,
+        "versions": versions(),
+    }
+    return _hash(facts)
+
+
+def unavailable(job: Job, scheme: Scheme, reason: str) -> str:
+    """The fingerprint of a cell whose model or text cannot be read: it is tried again next time."""
+    return _hash(
+        [job.model, str(scheme), job.dataset, job.seed if depends_on_seed(scheme) else None, reason]
+    )
+
+
+def _hash(facts: object) -> str:
+    text = json.dumps(facts, sort_keys=True, allow_nan=False)
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"

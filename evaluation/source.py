@@ -1,0 +1,103 @@
+"""A text to evaluate and calibrate on, and the tokenizer that its protocol asks for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol as Interface
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from fxquant.errors import DataError
+from fxquant.evaluation.builtin_text import builtin_text
+from fxquant.evaluation.protocol import PLAIN, Recipe
+
+
+class Documents(Interface):
+    """A sequence of texts: a tuple, or a column of a dataset that is read as it is asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> str: ...
+
+    def __iter__(self) -> Iterator[str]: ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """Documents to evaluate on and documents to calibrate on, with the protocol's recipe.
+
+    ``calibration_documents`` None: both come from ``documents``, windows from its two ends.
+    """
+
+    name: str
+    documents: Documents
+    calibration_documents: Documents | None
+    recipe: Recipe = PLAIN
+
+    @property
+    def evaluation(self) -> str:
+        """The evaluated stream as text."""
+        return self.recipe.join.join(head(self.documents, self.recipe.documents))
+
+    @property
+    def calibration(self) -> str | None:
+        """The text to calibrate on, joined alike."""
+        if self.calibration_documents is None:
+            return None
+        return self.recipe.join.join(self.calibration_documents)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the texts; of the evaluated one where calibration draws from millions."""
+        calibration = None if self.recipe.sampler == "documents" else self.calibration
+        both = f"{self.evaluation}\0{calibration or ''}"
+        return f"sha256:{hashlib.sha256(both.encode()).hexdigest()}"
+
+
+def head(documents: Documents, count: int | None) -> Iterator[str]:
+    """The first ``count`` documents, or all."""
+    for index, document in enumerate(documents):
+        if count is not None and index >= count:
+            return
+        yield document
+
+
+def load_text(text: str) -> Source:
+    """``builtin`` (English prose that CPython ships) or the path of a UTF-8 file."""
+    if text == "builtin":
+        recipe = Recipe(split="evaluation topics", calibration_split="calibration topics")
+        parts = (builtin_text("evaluation"),), (builtin_text("calibration"),)
+        return Source("builtin", *parts, recipe)
+    path = Path(text)
+    try:
+        return Source(path.name, (path.read_text(encoding="utf-8"),), None)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read text {text!r} as UTF-8: {error}") from error
+
+
+def tokenizer_for(recipe: Recipe, tokenizer: Tokenizer) -> Tokenizer:
+    """The model's slow tokenizer where the recipe asks for it and the model has one.
+
+    Read from where ``tokenizer`` was loaded. Many models have only a fast one: then that is used,
+    and the protocol's record says so.
+    """
+    if recipe.tokenizer == "default" or not tokenizer.is_fast:
+        return tokenizer
+    try:
+        return AutoTokenizer.from_pretrained(tokenizer.name_or_path, use_fast=False)
+    except (OSError, ValueError, TypeError, ImportError):
+        return tokenizer
+
+
+def tokens(text: str, tokenizer: Tokenizer) -> Tensor:
+    """Ids int64 [T] of a text, with the special tokens that the tokenizer adds."""
+    # verbose=False: the warning about sequences longer than the model does not apply to a stream.
+    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+    assert isinstance(ids, Tensor)
+    return ids.to(torch.int64)

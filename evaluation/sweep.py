@@ -1,0 +1,253 @@
+"""models × schemes × datasets × seeds, one result a line, that goes on where it was stopped."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch.fx import GraphModule
+from tqdm import tqdm
+
+from fxquant.batches import check_ids
+from fxquant.errors import FxquantError
+from fxquant.evaluation.data import Source
+from fxquant.evaluation.fingerprint import (
+    Identity,
+    depends_on_seed,
+    fingerprint,
+    identify_model,
+    unavailable,
+)
+from fxquant.evaluation.job import (
+    Converter,
+    Job,
+    check_job,
+    cut,
+    make_provenance,
+    measure,
+    open_sources,
+)
+from fxquant.evaluation.journal import Journal, Result
+from fxquant.evaluation.models import LoadedModel, load_model
+from fxquant.evaluation.statistics import WindowSums
+from fxquant.graph import info
+from fxquant.schemes import Scheme
+from fxquant.tracing import trace
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Every scheme of ``job`` on each model, dataset and seed; ``job`` has the common setting, and
+    its own model, dataset and seed do not count."""
+
+    models: tuple[str, ...]
+    datasets: tuple[str, ...]
+    seeds: tuple[int, ...]
+    job: Job
+
+    def jobs(self) -> Iterator[Job]:
+        """One job for each model, dataset and seed, in this order of nesting."""
+        for model, dataset, seed in itertools.product(self.models, self.datasets, self.seeds):
+            yield replace(self.job, model=model, dataset=dataset, seed=seed)
+
+
+@dataclass(frozen=True)
+class SweepOutcome:
+    """The cells' results in the sweep's order, and how many were done before, now and in vain."""
+
+    results: list[Result]
+    before: int
+    now: int
+    failed: int
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """One result to be. ``broken``: why it cannot be computed."""
+
+    job: Job
+    scheme: Scheme
+    fingerprint: str
+    broken: str | None = None
+
+    @property
+    def seed(self) -> int | None:
+        return self.job.seed if depends_on_seed(self.scheme) else None
+
+    def failed(self, reason: str) -> Result:
+        dataset = str(self.job.dataset)
+        return Result(
+            self.fingerprint,
+            self.job.model,
+            str(self.scheme),
+            dataset,
+            self.seed,
+            error=reason,
+        )
+
+
+Sources = tuple[Source, Source | None]
+T = TypeVar("T")
+
+
+def run_sweep(
+    sweep: Sweep, path: Path, *, retry_failed: bool = False, say: Callable[[str], None] = print
+) -> SweepOutcome:
+    """Compute what results.jsonl at ``path`` lacks; a model is loaded once for all its cells.
+
+    The setting and all schemes are checked first (FxquantError). After that a cell that fails, or
+    whose model or text cannot be read, is recorded with its error and the rest goes on. Recorded
+    failures are not tried again without ``retry_failed``, unless a model or text was missing.
+    """
+    schemes = [scheme for job in sweep.jobs() for scheme in check_job(job)]
+    schemes = list(dict.fromkeys(schemes))
+    with Journal(path) as journal:
+        sources = {name: _try(partial(_open, sweep, name)) for name in sweep.datasets}
+        models = {name: _try(partial(identify_model, name)) for name in sweep.models}
+        cells = list(_cells(sweep, schemes, sources, models))
+        done = {
+            key for key, result in journal.results.items() if not (retry_failed and result.error)
+        }
+        missing = [cell for cell in cells if cell.fingerprint not in done]
+        before = len(cells) - len(missing)
+        say(f"{len(cells)} cells, {before} already in {path}")
+        bar = tqdm(total=len(missing), desc="cells", unit="cell", disable=None)
+        run = _Run(journal, cells, sources, bar.update)
+        for _, group in itertools.groupby(missing, key=lambda cell: cell.job.model):
+            run.model(list(group))
+            gc.collect()
+        bar.close()
+        results = [journal.results[cell.fingerprint] for cell in cells]
+    failed = sum(result.error is not None for result in results)
+    return SweepOutcome(results, before, len(missing), failed)
+
+
+def _try(step: Callable[[], T]) -> T | str:
+    """The step's value, or what went wrong in one line."""
+    try:
+        return step()
+    except Exception as error:
+        return describe(error)
+
+
+def describe(error: Exception) -> str:
+    """An exception in one line: its kind where it is not ours, its text and notes."""
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    text = " ".join(str(error).split()) or repr(error)
+    kind = "" if isinstance(error, FxquantError) else f"{type(error).__name__}: "
+    return f"{kind}{text}{notes}"
+
+
+def _open(sweep: Sweep, dataset: str) -> Sources:
+    return open_sources(replace(sweep.job, dataset=dataset))
+
+
+def _cells(
+    sweep: Sweep,
+    schemes: Sequence[Scheme],
+    sources: dict[str, Sources | str],
+    models: dict[str, Identity | str],
+) -> Iterator[_Cell]:
+    for job in sweep.jobs():
+        source, model = sources[str(job.dataset)], models[job.model]
+        for scheme in schemes:
+            if not depends_on_seed(scheme) and job.seed != sweep.seeds[0]:
+                continue
+            broken = [found for found in (model, source) if isinstance(found, str)]
+            if isinstance(source, str) or isinstance(model, str):
+                reason = "; ".join(broken)
+                yield _Cell(job, scheme, unavailable(job, scheme, reason), reason)
+            else:
+                yield _Cell(job, scheme, fingerprint(job, scheme, model, *source))
+
+
+class _Run:
+    """The cells of one sweep being computed into its journal."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        cells: Iterable[_Cell],
+        sources: dict[str, Sources | str],
+        step: Callable[[], object],
+    ) -> None:
+        self.journal, self.sources, self.step = journal, sources, step
+        self.references = {
+            (cell.job.model, cell.job.dataset): cell.fingerprint
+            for cell in cells
+            if cell.scheme == Scheme()
+        }
+
+    def record(self, result: Result) -> None:
+        self.journal.append(result)
+        self.step()
+
+    def fail(self, cells: Iterable[_Cell], reason: str) -> None:
+        for cell in cells:
+            self.record(cell.failed(cell.broken or reason))
+
+    def model(self, cells: list[_Cell]) -> None:
+        """All missing cells of one model."""
+        self.fail((cell for cell in cells if cell.broken), "")
+        cells = [cell for cell in cells if not cell.broken]
+        if not cells:
+            return
+        first = cells[0].job
+        loaded = _try(partial(_load, first))
+        if isinstance(loaded, str):
+            self.fail(cells, loaded)
+            return
+        for _, group in itertools.groupby(cells, key=lambda c: (c.job.dataset, c.job.seed)):
+            self.windows(list(group), *loaded)
+
+    def windows(self, cells: list[_Cell], loaded: LoadedModel, graph: GraphModule) -> None:
+        """The missing cells of one model, dataset and seed."""
+        job = cells[0].job
+        sources = self.sources[str(job.dataset)]
+        assert not isinstance(sources, str)
+        try:
+            windows = cut(job, *sources, loaded)
+            check_ids(windows.evaluation, info(graph), "evaluation windows")
+        except Exception as error:
+            self.fail(cells, describe(error))
+            return
+        provenance = make_provenance(job, loaded, graph, *sources, windows)
+        converter = Converter(graph, windows.calibration)
+        for cell in cells:
+            try:
+                torch.manual_seed(job.seed)
+                reference = self.reference(cell)
+                row = measure(converter, cell.scheme, windows, job.batch_size, reference)
+            except Exception as error:
+                self.record(cell.failed(describe(error)))
+                continue
+            self.record(
+                replace(
+                    cell.failed(""),
+                    error=None,
+                    protocol=windows.protocol,
+                    figures=row,
+                    provenance=provenance,
+                )
+            )
+
+    def reference(self, cell: _Cell) -> WindowSums | None:
+        """The float model's sums on the cell's windows; None for the float model itself."""
+        if cell.scheme == Scheme():
+            return None
+        result = self.journal.results[self.references[cell.job.model, cell.job.dataset]]
+        if result.figures is None:
+            raise FxquantError("not run: the float model's evaluation on these windows failed")
+        return result.figures.sums
+
+
+def _load(job: Job) -> tuple[LoadedModel, GraphModule]:
+    loaded = load_model(job.model, dtype=job.dtype, device=job.device, revision=job.revision)
+    torch.manual_seed(job.seed)
+    return loaded, trace(loaded.model)

@@ -1,0 +1,349 @@
+"""Sweeps: what they compute, that nothing is lost or done twice, whatever stops them."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import random
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fxquant.cli import main
+from fxquant.errors import DataError, FxquantError
+from fxquant.evaluation import Job, run
+from fxquant.evaluation import sweep as sweep_module
+from fxquant.evaluation.comparison import format_results
+from fxquant.evaluation.journal import Journal, Result, read_journal
+from fxquant.evaluation.results import Row
+from fxquant.evaluation.sweep import Sweep, SweepOutcome, run_sweep
+from fxquant.evaluation.sweep_file import read_sweep
+from tests.models import SMALL_OPT
+
+SCHEMES = ("w8", "w8a8-dynamic", "w8a8-static:p99")
+
+
+def sweep(**changes: Any) -> Sweep:
+    options: dict[str, Any] = {
+        "schemes": SCHEMES,
+        "windows": 3,
+        "length": 48,
+        "calibration_windows": 2,
+        **changes,
+    }
+    return Sweep((str(SMALL_OPT),), ("builtin",), (0, 1), Job(model="", **options))
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def swept(what: Sweep, path: Path, **options: Any) -> SweepOutcome:
+    return run_sweep(what, path, say=quiet, **options)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SweepOutcome, float]:
+    path = tmp_path_factory.mktemp("sweep") / "results.jsonl"
+    started = time.perf_counter()
+    outcome = swept(sweep(), path)
+    return path, outcome, time.perf_counter() - started
+
+
+Undisturbed = tuple[Path, SweepOutcome, float]
+
+
+def figures(result: Result) -> Row:
+    """A result's row without its times."""
+    assert result.figures is not None, result.error
+    return replace(result.figures, convert_seconds=0, evaluate_seconds=0)
+
+
+def test_cells_are_those_of_evaluate(undisturbed: Undisturbed) -> None:
+    _, outcome, _ = undisturbed
+    cells = [(r.scheme, r.seed) for r in outcome.results]
+    # What no calibration window can change is computed once.
+    assert cells == [
+        ("fp", None),
+        ("w8", None),
+        ("w8a8-dynamic", None),
+        ("w8a8-static:p99", 0),
+        ("w8a8-static:p99", 1),
+    ]
+    for seed, chosen in ((0, outcome.results[:4]), (1, [outcome.results[4]])):
+        alone = run(replace(sweep().job, model=str(SMALL_OPT), seed=seed)).rows
+        by_scheme = {row.scheme: row for row in alone}
+        for result in chosen:
+            row = replace(by_scheme[result.scheme], convert_seconds=0, evaluate_seconds=0)
+            assert figures(result) == row
+    assert outcome.results[3].figures != outcome.results[4].figures
+
+
+def test_lines_describe_themselves(undisturbed: Undisturbed) -> None:
+    path, _, _ = undisturbed
+    for text in path.read_text().splitlines():
+        line = json.loads(text)
+        assert line["fingerprint"].startswith("sha256:")
+        assert line["model"] == line["provenance"]["model"] == str(SMALL_OPT)
+        assert line["protocol"] == line["provenance"]["protocol"]
+        assert line["protocol"]["windows"] == len(line["figures"]["window_nll"]) == 3
+        assert line["figures"]["window_tokens"] == [47, 47, 47]
+        total = math.fsum(line["figures"]["window_nll"])
+        assert line["figures"]["loss"] == total / (3 * 47)
+        assert line["error"] is None
+    assert [r.to_line() for r in read_journal(path)] == path.read_text().splitlines()
+
+
+def test_again_does_nothing(undisturbed: Undisturbed, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, outcome, _ = undisturbed
+    before = path.read_bytes()
+
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(sweep_module, "load_model", forbidden)
+    again = swept(sweep(), path)
+    assert (again.before, again.now, again.results) == (5, 0, outcome.results)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"length": 40}, {"windows": 2}, {"stride": 24}, {"batch_size": 2}, {"dtype": "float16"}],
+)
+def test_another_setting_is_another_result(
+    undisturbed: Undisturbed, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    path, outcome, _ = undisturbed
+    copy = tmp_path / "results.jsonl"
+    copy.write_bytes(path.read_bytes())
+    other = swept(sweep(schemes=(), **changes), copy)
+    assert (other.before, other.now, other.failed) == (0, 1, 0)
+    assert len(read_journal(copy)) == 6
+
+
+def test_calibration_matters_to_static_schemes_only(
+    undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    path, _, _ = undisturbed
+    copy = tmp_path / "results.jsonl"
+    copy.write_bytes(path.read_bytes())
+    other = swept(sweep(calibration_windows=3), copy)
+    assert (other.before, other.now) == (3, 2)
+
+
+def test_changed_weights_are_another_model(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in SMALL_OPT.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    once = replace(sweep(schemes=()), models=(str(folder),))
+    path = tmp_path / "results.jsonl"
+    assert swept(once, path).now == 1
+    assert swept(once, path).now == 0
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "activation_function": "gelu"}))
+    assert swept(once, path).now == 1
+
+
+# --- failures -------------------------------------------------------------------------------------
+
+
+def test_a_failing_cell_is_recorded_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = sweep_module.measure, []
+
+    def measure(converter: Any, scheme: Any, *rest: Any) -> Row:
+        calls.append(str(scheme))
+        if str(scheme) == "w8":
+            raise RuntimeError("out of memory\nwith details")
+        return original(converter, scheme, *rest)
+
+    monkeypatch.setattr(sweep_module, "measure", measure)
+    path = tmp_path / "results.jsonl"
+    first = swept(sweep(), path)
+    assert first.failed == 1
+    assert [r.error for r in first.results if r.error] == [
+        "RuntimeError: out of memory with details"
+    ]
+    assert "failed: " in format_results(first.results)
+    calls.clear()
+    assert swept(sweep(), path).failed == 1
+    assert calls == []
+    monkeypatch.setattr(sweep_module, "measure", original)
+    again = swept(sweep(), path, retry_failed=True)
+    assert (again.now, again.failed) == (1, 0)
+    assert "failed" not in format_results(read_journal(path))
+
+
+def test_missing_models_and_texts_fail_alone_and_are_tried_again(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("some words " * 100)
+    here, model = str(SMALL_OPT), str(tmp_path / "model")
+    both = replace(sweep(schemes=()), models=(model, here), datasets=("builtin", str(text)))
+    both = replace(both, job=replace(both.job, windows=100))
+    path = tmp_path / "results.jsonl"
+    first = swept(both, path)
+    errors = [result.error or "" for result in first.results]
+    assert ["no model directory" in error for error in errors] == [True, True, False, False]
+    assert "too short" in errors[3]
+    assert errors[2] == ""
+    (tmp_path / "model").symlink_to(SMALL_OPT)
+    second = swept(both, path)
+    assert (second.before, second.now, second.failed) == (2, 2, 2)
+    table = format_results(read_journal(path))
+    assert "no model directory" not in table.split("failed:")[0]
+
+
+def test_what_is_misspelled_stops_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep_module, "identify_model", lambda *_: pytest.fail("work was started"))
+    path = tmp_path / "results.jsonl"
+    for wrong in (
+        sweep(schemes=("w8x",)),
+        sweep(stride=100),
+        sweep(dtype="int8"),
+        replace(sweep(), datasets=("c4",)),
+    ):
+        with pytest.raises(FxquantError):
+            swept(wrong, path)
+    assert not path.exists()
+
+
+# --- the journal ----------------------------------------------------------------------------------
+
+
+def test_a_line_torn_anywhere_is_no_line(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    lines = undisturbed[0].read_bytes().splitlines(keepends=True)[:2]
+    whole = b"".join(lines)
+    path = tmp_path / "results.jsonl"
+    for end in {*range(len(lines[0]), len(whole), 97), len(whole) - 1, len(lines[0]) + 1}:
+        path.write_bytes(whole[:end])
+        (only,) = read_journal(path)
+        with Journal(path) as journal:
+            assert list(journal.results.values()) == [only]
+            journal.append(Result.from_line(lines[1].decode()))
+        assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("wrong", ['{"format": 1}', "[]", "{", '{"format": 2}', "\xff", "7"])
+def test_damage_inside_names_the_line(undisturbed: Undisturbed, tmp_path: Path, wrong: str) -> None:
+    lines = undisturbed[0].read_text().splitlines()
+    path = tmp_path / "results.jsonl"
+    path.write_text("\n".join([lines[0], wrong, lines[1], ""]), encoding="latin-1")
+    with pytest.raises(DataError, match=r"results.jsonl, line 2 is no result of this version"):
+        read_journal(path)
+    with pytest.raises(DataError, match="line 2"), Journal(path):
+        pass
+
+
+def test_two_writers_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    with Journal(path), pytest.raises(DataError, match="another process is writing"):
+        Journal(path).__enter__()
+    with Journal(path):
+        pass
+
+
+def test_unwritable_results(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot write results"):
+        swept(sweep(), tmp_path / "file" / "results.jsonl")
+
+
+# --- kills ----------------------------------------------------------------------------------------
+
+
+def killed(work: Callable[[], object], after: float) -> bool:
+    """Run ``work`` in a forked process and SIGKILL it; whether it was still running."""
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join(after)
+    process.kill()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0
+
+
+def same_table_after_kills(undisturbed: Undisturbed, path: Path, kills: int, seed: int) -> None:
+    _, expected, seconds = undisturbed
+    draw, hit = random.Random(seed), 0
+    for _ in range(10 * kills):
+        if hit == kills:
+            break
+        if killed(lambda: swept(sweep(), path), draw.uniform(0, seconds)):
+            hit += 1
+        else:
+            path.unlink()  # it was finished: begin again, so that every kill hits a run
+    assert hit == kills
+    last = swept(sweep(), path)
+    assert last.before + last.now == len(expected.results)
+    assert format_results(read_journal(path)) == format_results(expected.results)
+    assert [figures(r) for r in last.results] == [figures(r) for r in expected.results]
+    fingerprints = [json.loads(line)["fingerprint"] for line in path.read_text().splitlines()]
+    assert len(set(fingerprints)) == len(fingerprints)
+
+
+def test_killed_at_random_it_ends_with_the_same_table(
+    undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    same_table_after_kills(undisturbed, tmp_path / "results.jsonl", kills=4, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_killed_twenty_times(undisturbed: Undisturbed, tmp_path: Path, seed: int) -> None:
+    same_table_after_kills(undisturbed, tmp_path / "results.jsonl", kills=20, seed=seed)
+
+
+# --- the file and the command ---------------------------------------------------------------------
+
+TOML = f"""
+models = ["{SMALL_OPT}"]
+schemes = ["w8", "w8a8-static:p99"]
+seeds = [0, 1]
+windows = 2
+length = 48
+calibration_windows = 2
+"""
+
+
+def test_sweep_file_and_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, output = tmp_path / "mine.toml", tmp_path / "out"
+    file.write_text(TOML)
+    assert read_sweep(file).datasets == ("builtin",)
+    assert main(["sweep", str(file), "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert "4 cells, 0 already" in printed
+    assert "sd over seeds" in printed
+    (first, *_) = read_journal(output / "results.jsonl")
+    assert first.provenance is not None
+    assert first.provenance.command == f"fxquant sweep {file} --output {output}"
+    assert main(["table", str(output / "results.jsonl"), "--format", "latex"]) == 0
+    assert r"\begin{tabular}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("models = [", "cannot read sweep"),
+        ('modles = ["x"]', "unknown key modles; known: models"),
+        ('schemes = ["w8"]', "models must be a list of at least one of strings"),
+        ('models = ["x"]\nschemes = ["w8"]\nseeds = [true]', "seeds must be .* integers"),
+        ('models = ["x"]\nschemes = ["w8"]\nwindows = "some"', 'an integer or "all"'),
+        ('models = ["x"]\nschemes = ["w8"]\ndevice = 1', "device must be a string, got 1"),
+    ],
+)
+def test_bad_sweep_files(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_sweep(file)
