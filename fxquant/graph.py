@@ -211,6 +211,12 @@ class Builder:
         node = self.gm.graph.create_node("get_attr", f"{self.site}.{name}", name=self._named(name))
         return self._tagged(node)
 
+    def tensor(self, path: str, name: str) -> Node:
+        """Read the parameter or buffer at ``path``, wherever it lives."""
+        node = self.gm.graph.create_node("get_attr", path, name=self._named(name))
+        set_tag(node, Tag(self.site, self.origin))
+        return node
+
     def item(self, source: Node, index: int, name: str) -> Node:
         return self.call(operator.getitem, source, index, name=name)
 

@@ -40,7 +40,7 @@ class Pass(abc.ABC):
 
     Class attributes: ``name``; ``requires``, the levels it accepts; ``ensures``, the level it
     leaves (None: as it was); ``effect`` on the function: "exact" (bit for bit), "equivalent" (to
-    ``tolerance``, at every site's output) or "lossy".
+    ``tolerance``, at every site's output unless ``keeps_site_outputs`` is False) or "lossy".
     """
 
     name: ClassVar[str]
@@ -51,6 +51,14 @@ class Pass(abc.ABC):
     @abc.abstractmethod
     def rewrite(self, gm: GraphModule) -> GraphModule:
         """Change ``gm``, which the pipeline owns, and return it."""
+
+    @property
+    def keeps_site_outputs(self) -> bool:
+        """Whether "equivalent" holds at every site; False: at the logits only.
+
+        A pass that moves a scale through the rows of a linear changes what that linear puts out.
+        """
+        return True
 
     def tolerance(self, dtype: torch.dtype) -> float:
         """Largest difference of a site's output over its largest magnitude, if "equivalent".
@@ -214,6 +222,8 @@ def _compare(
     current: Pass, gm: GraphModule, probe: Probe, logits: Tensor, outputs: dict[str, Tensor]
 ) -> float:
     exact = current.effect == "exact"
+    if not current.keeps_site_outputs:
+        outputs = {}
     new_logits, new_outputs = run_probe(gm, probe, {} if exact else outputs)
     differences = {
         site: relative_difference(outputs[site], new_outputs[site])

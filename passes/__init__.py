@@ -6,3 +6,4 @@ from fxquant.passes.integerize import Integerize as Integerize
 from fxquant.passes.name_sites import NameSites as NameSites
 from fxquant.passes.observe import Observe as Observe
 from fxquant.passes.quantize import Quantize as Quantize
+from fxquant.passes.smooth import Smooth as Smooth

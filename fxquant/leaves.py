@@ -1,0 +1,51 @@
+"""New leaves in place of old ones: parameters change by replacement, never in place.
+
+A graph shares its storage with the user's model, so what is written into a tensor would reach it.
+"""
+
+from __future__ import annotations
+
+import copy
+
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from transformers.pytorch_utils import Conv1D
+
+from fxquant.errors import SchemeError
+from fxquant.graph import CodedLinear, ModuleT, install
+
+
+def with_parameters(module: ModuleT, **values: Tensor | None) -> ModuleT:
+    """A copy of a leaf whose named parameters are ``values``; all else is shared."""
+    other = copy.copy(module)
+    other._parameters = dict(module._parameters)
+    for name, value in values.items():
+        other._parameters[name] = None if value is None else nn.Parameter(value.detach(), False)
+    return other
+
+
+def install_weight(
+    gm: GraphModule, path: str, weight: Tensor, bias: Tensor | None, origin: str
+) -> None:
+    """Give the linear at ``path`` another weight [N, K], in its own layout, and another bias.
+
+    Raises SchemeError where a repair has chosen the linear's codes: they would be lost.
+    """
+    module = gm.get_submodule(path)
+    if isinstance(module, CodedLinear):
+        raise SchemeError(
+            f"{origin}: {path}: an earlier pass has chosen its codes, and {origin} would change "
+            f"the weight under them; write +{origin} before that pass"
+        )
+    assert isinstance(module.weight, Tensor)
+    stored = weight.t() if isinstance(module, Conv1D) else weight
+    dtype = module.weight.dtype
+    install(
+        gm,
+        path,
+        with_parameters(
+            module,
+            weight=stored.to(dtype).contiguous(),
+            bias=None if bias is None else bias.to(dtype),
+        ),
+    )

@@ -1,0 +1,194 @@
+"""Which scale of a group of linears leaves the least error behind: measured on the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from fxquant.absorption import Consumer, ScaleGroup
+from fxquant.batches import Batches, model_inputs
+from fxquant.errors import CalibrationError
+from fxquant.execution import Cut, Executor
+from fxquant.graph import device_of, info, linear_parameters, site_outputs, source_of, tag
+from fxquant.observers import HistogramObserver, attended
+from fxquant.passes.fake_quantize import fake_activation, fake_weight
+from fxquant.passes.quantize import static_qparams
+from fxquant.scale_paths import op_name
+from fxquant.schemes import Scheme
+from fxquant.specs import ActivationSpec
+
+_SHAPE = frozenset(("size", "getattr", "dim"))
+
+
+def join_of(gm: GraphModule, group: ScaleGroup) -> Node:
+    """Where a group's error is measured.
+
+    One consumer: its own output. Several: the first node that depends on all of them, carried on
+    to the next linear while one node alone reads it: out_proj for q, k and v, down_proj for gate
+    and up; the sum where attention and MLP stand side by side.
+    """
+    nodes = [consumer.node for consumer in group.consumers]
+    if len(nodes) == 1:
+        return nodes[0]
+    behind: dict[Node, int] = {node: 1 << index for index, node in enumerate(nodes)}
+    everything = (1 << len(nodes)) - 1
+    for node in gm.graph.nodes:
+        for used in node.all_input_nodes:
+            behind[node] = behind.get(node, 0) | behind.get(used, 0)
+        if behind.get(node) == everything:
+            return _carried_on(node)
+    raise AssertionError(f"{group.names()}: their outputs never meet")
+
+
+def _carried_on(node: Node) -> Node:
+    while not tag(node).is_output:
+        users = [user for user in node.users if op_name(user) not in _SHAPE]
+        if len(users) != 1 or users[0].op == "output":
+            break
+        node = users[0]
+    return node
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A consumer under one scale: x / factors and ``weight`` already quantized, float32."""
+
+    factors: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    activation: ActivationSpec | None
+    static: Mapping[str, Tensor]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        scaled = x.float() / self.factors
+        if self.activation is not None:
+            scaled = fake_activation(scaled, self.activation, self.static)
+        return nn.functional.linear(scaled, self.weight, self.bias).to(x.dtype)
+
+
+class ScaleSearch:
+    """Tries scales of one group after another, in graph order, on calibration tokens.
+
+    For a group, the graph runs from its producer to ``join_of`` with the group's linears in float
+    and then, for each scale s, quantized as the scheme says: weights W s rounded to nearest,
+    activations x / s with ranges from the same tokens. Everything else is float, with what
+    earlier groups have become. Each batch keeps one cut, so all groups together cost one run of
+    the data beside the trials.
+
+    Args:
+        tokens: about how many calibration tokens to use; whole batches, at least one.
+
+    Raises CalibrationError for unusable batches and where there is no token.
+    """
+
+    def __init__(
+        self, gm: GraphModule, scheme: Scheme, batches: Batches | None, *, tokens: int
+    ) -> None:
+        self._gm, self._scheme = gm, scheme
+        self._trials: dict[Node, _Trial] = {}
+        linears = [(site, node) for site, node in site_outputs(gm) if site.role != "embeddings"]
+        instead = {node: self._stand_in(node, site.path) for site, node in linears}
+        self._executor = Executor(gm, instead=instead)
+        self._masks: list[Tensor] = []
+        self._cuts: list[Cut] = []
+        facts, device = info(gm), device_of(gm)
+        seen = 0
+        for index, batch in enumerate(batches or ()):
+            inputs = {k: v.to(device) for k, v in model_inputs(batch, facts, index).items()}
+            ids = inputs["input_ids"]
+            self._masks.append(inputs.get("attention_mask", torch.ones_like(ids)))
+            self._cuts.append(self._executor.start(**inputs))
+            seen += int(self._masks[-1].sum())
+            if seen >= tokens:
+                break
+        if seen == 0:
+            raise CalibrationError("the search for scales saw no token: give calibration batches")
+
+    @torch.no_grad()
+    def enter(self, group: ScaleGroup) -> dict[Node, Tensor]:
+        """Go to the group's producer; returns the attended inputs [tokens, K] by source node.
+
+        Groups must come in graph order; scales are applied to the graph between them.
+        """
+        run = self._executor
+        self._cuts = [run.advance(cut, group.start) for cut in self._cuts]
+        join = join_of(self._gm, group)
+        self._end = run.nodes[run.position[join] + 1]
+        self._join = join
+        sources = {source_of(consumer.node) for consumer in group.consumers}
+        rows: dict[Node, list[Tensor]] = {source: [] for source in sources}
+        self._expected = []
+        for cut, mask in zip(self._cuts, self._masks, strict=True):
+
+            def on_node(node: Node, value: Any, mask: Tensor = mask) -> Any:
+                if node in rows:
+                    rows[node].append(attended(value, mask))
+                return value
+
+            self._expected.append(run.advance(cut, self._end, on_node).values[join])
+        first = min((c.node for c in group.consumers), key=run.position.__getitem__)
+        self._ready = [run.advance(cut, first) for cut in self._cuts]
+        return {source: torch.cat(values) for source, values in rows.items()}
+
+    @torch.no_grad()
+    def errors(
+        self, group: ScaleGroup, inputs: Mapping[Node, Tensor], scales: Sequence[Tensor]
+    ) -> list[float]:
+        """Sum of squared output errors over attended tokens, for each scale float32 [channels].
+
+        ``inputs`` is what ``enter`` returned for this group.
+        """
+        found = []
+        for scale in scales:
+            ranges: dict[tuple[Node, ActivationSpec], Mapping[str, Tensor]] = {}
+            self._trials = {
+                consumer.node: self._trial(consumer, scale, inputs, ranges)
+                for consumer in group.consumers
+            }
+            error = 0.0
+            for cut, mask, expected in zip(self._ready, self._masks, self._expected, strict=True):
+                value = self._executor.advance(cut, self._end).values[self._join]
+                rows = attended(value.float() - expected.float(), mask)
+                error += float(rows.double().square().sum())
+            found.append(error)
+        self._trials = {}
+        return found
+
+    def _trial(
+        self,
+        consumer: Consumer,
+        scale: Tensor,
+        inputs: Mapping[Node, Tensor],
+        ranges: dict[tuple[Node, ActivationSpec], Mapping[str, Tensor]],
+    ) -> _Trial:
+        spec = self._scheme.spec_for(consumer.site.path, consumer.site.role)
+        weight, bias = linear_parameters(self._gm.get_submodule(consumer.site.path))
+        factors = scale[consumer.columns.to(scale.device)]
+        scaled = weight.float() * factors
+        if spec.weight is not None:
+            scaled = fake_weight(scaled, spec.weight)
+        static: Mapping[str, Tensor] = {}
+        if spec.activation is not None and not spec.activation.dynamic:
+            key = (source_of(consumer.node), spec.activation)
+            if key not in ranges:
+                x = inputs[key[0]].float() / factors
+                observer = HistogramObserver(consumer.site.path).to(x.device)
+                observer(x, torch.ones(1, len(x), dtype=torch.bool, device=x.device))
+                ranges[key] = static_qparams(observer, spec.activation)
+            static = ranges[key]
+        return _Trial(
+            factors, scaled, None if bias is None else bias.float(), spec.activation, static
+        )
+
+    def _stand_in(self, node: Node, path: str) -> Callable[[Tensor], Tensor]:
+        def linear(x: Tensor) -> Tensor:
+            trial = self._trials.get(node)
+            y: Tensor = self._gm.get_submodule(path)(x) if trial is None else trial(x)
+            return y
+
+        return linear

@@ -1,0 +1,63 @@
+"""Statistics of activations for repairs: observers fed without a node in the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sized
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from tqdm import tqdm
+
+from fxquant.batches import Batches, model_inputs
+from fxquant.errors import CalibrationError
+from fxquant.execution import Executor
+from fxquant.graph import device_of, info
+from fxquant.observers import Observer
+from fxquant.passes.observe import attention_mask_node
+
+
+@torch.no_grad()
+def observe_nodes(
+    gm: GraphModule,
+    batches: Batches | None,
+    observers: Mapping[Node, Observer],
+    *,
+    label: str,
+    progress: bool = False,
+) -> None:
+    """Show each node's values on all ``batches`` to its observer, in one run of the data.
+
+    Stops behind the last node asked for; padding does not count. Raises CalibrationError for
+    missing or unusable batches and where no token was seen, NonFiniteError from the observers.
+    """
+    if batches is None:
+        raise CalibrationError(
+            f"{label} needs calibration data: pass calibration=batches (LongTensors "
+            "[batch, length])"
+        )
+    facts, device, mask_node = info(gm), device_of(gm), attention_mask_node(gm)
+    executor = Executor(gm)
+    last = max(executor.position[node] for node in observers)
+    until = executor.nodes[last + 1]
+    total = len(batches) if isinstance(batches, Sized) else None
+    # disable=None: quiet where the output is no terminal.
+    bar = tqdm(batches, label, total, unit="batch", disable=None if progress else True)
+    for index, batch in enumerate(bar):
+        inputs = {k: v.to(device) for k, v in model_inputs(batch, facts, index).items()}
+        mask: list[Tensor] = []
+
+        def on_node(node: Node, value: Any, mask: list[Tensor] = mask) -> Any:
+            if node is mask_node:
+                mask.append(value)
+            if node in observers:
+                observers[node](value, mask[0])
+            return value
+
+        executor.advance(executor.start(**inputs), until, on_node)
+    if all(int(observer.tokens) == 0 for observer in observers.values()):
+        raise CalibrationError(
+            f"{label} saw no token: the batches are empty or fully masked (was a one-shot iterator "
+            "used up?)"
+        )
