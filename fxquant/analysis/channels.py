@@ -17,11 +17,16 @@ Decode = Callable[[int], str]
 
 @dataclass(frozen=True)
 class Channel:
-    """One input channel of a site: its share of the site's error energy, largest |x|, that over the
-    median channel's, and its part of ``path`` in nats (None where path does not count)."""
+    """One input channel of a site.
+
+    ``share`` of the error's energy that stands in it; ``blame``: the same, but rounding's energy
+    given to the channels that stretch the range (local.stretch); largest |x|, and that over the
+    median channel's; its part of ``path`` in nats (None where path does not count).
+    """
 
     channel: int
     share: float
+    blame: float
     peak: float
     peak_over_median: float
     effect: float | None
@@ -29,8 +34,10 @@ class Channel:
 
 @dataclass(frozen=True)
 class Token:
-    """One position of a window: token id, text (None without a tokenizer), class, share of the
-    site's error energy, and its part of ``path`` in nats."""
+    """One position of a window: token id, text (None without a tokenizer), class.
+
+    ``share``, ``blame`` and ``effect`` as for channels.
+    """
 
     window: int
     row: int
@@ -39,28 +46,30 @@ class Token:
     text: str | None
     group: str
     share: float
+    blame: float
     effect: float | None
 
 
 def worst_channels(
     figures: LocalFigures, path: PathSite | None, count: int = 4
 ) -> tuple[Channel, ...]:
-    """The input channels with most error energy, of all parts together."""
-    if figures.peaks is None or not figures.channels:
+    """The input channels with most blame for the error's energy, of all parts together."""
+    if figures.peaks is None or figures.blame is None:
         return ()
     energy = torch.stack([figures.channels[c] for c in CAUSES if c in figures.channels]).sum(0)
-    total = float(energy.sum()) or 1.0
+    total, blamed = float(energy.sum()) or 1.0, float(figures.blame.sum()) or 1.0
     median = float(figures.peaks.to(torch.float32).median()) or 1.0
     effects = None if path is None else path.channels
     return tuple(
         Channel(
             channel=index,
             share=float(energy[index]) / total,
+            blame=float(figures.blame[index]) / blamed,
             peak=float(figures.peaks[index]),
             peak_over_median=float(figures.peaks[index]) / median,
             effect=None if effects is None else float(effects[index]),
         )
-        for index in energy.topk(min(count, energy.numel())).indices.tolist()
+        for index in figures.blame.topk(min(count, energy.numel())).indices.tolist()
     )
 
 
@@ -71,10 +80,13 @@ def worst_tokens(
     decode: Decode | None,
     count: int = 4,
 ) -> tuple[Token, ...]:
-    """The tokens at which most of the error's energy stands."""
-    total = sum(float(energy.sum()) for energy in figures.tokens) or 1.0
+    """The tokens with most blame for the error's energy."""
+    total, blamed = (
+        sum(float(window.sum()) for window in windows_of) or 1.0
+        for windows_of in (figures.tokens, figures.token_blame)
+    )
     candidates: list[tuple[float, int, int]] = []
-    for window, energy in enumerate(figures.tokens):
+    for window, energy in enumerate(figures.token_blame):
         best = energy.topk(min(count, energy.numel()))
         candidates += [
             (float(value), window, int(index))
@@ -82,15 +94,17 @@ def worst_tokens(
         ]
     candidates.sort(key=lambda c: (-c[0], c[1], c[2]))
     found = []
-    for energy_here, window, index in candidates[:count]:
+    for blame, window, index in candidates[:count]:
         ids = windows[window]
         row, position = divmod(index, ids.shape[1])
         token = int(ids[row, position])
         effect = None if path is None else float(path.tokens[window][index])
         text = None if decode is None else decode(token)
         group = token_group(position, text)
-        share = energy_here / total
-        found.append(Token(window, row, position, token, text, group, share, effect))
+        share = float(figures.tokens[window][index]) / total
+        found.append(
+            Token(window, row, position, token, text, group, share, blame / blamed, effect)
+        )
     return tuple(found)
 
 

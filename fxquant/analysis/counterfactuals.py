@@ -53,7 +53,8 @@ def choices(
     for name, quantizer in _quantizers(site, own, maker):
         yield name, partial(_linear, site, quantizer)
     for count in _TOP:
-        yield f"top {count} channels float", _top_channels(site, own, figures, count, calibrated)
+        name = "worst channel in float" if count == 1 else f"worst {count} channels in float"
+        yield name, _top_channels(site, own, figures, count, calibrated)
     if calibrated:
         yield "smoothing", _smoothed(site, own, calibrated)
 
@@ -116,10 +117,10 @@ def _top_channels(
     calibrated: Sequence[Tensor],
 ) -> Function:
     """The worst input channels run in float beside the rest (Dettmers et al., "LLM.int8()")."""
-    energy = sum(figures.channels[c] for c in ("clipping", "rounding") if c in figures.channels)
-    assert isinstance(energy, Tensor)
-    top = energy.topk(min(count, energy.numel())).indices
-    keep = torch.ones_like(energy, dtype=site.weight.dtype)
+    blame = figures.blame
+    assert blame is not None
+    top = blame.topk(min(count, blame.numel())).indices
+    keep = torch.ones_like(blame, dtype=site.weight.dtype)
     keep[top] = 0
     quantizer = _anew(site, own, [rows * keep for rows in calibrated]) if calibrated else own
     rest, kept = site.coded_weight * keep, site.weight[:, top]

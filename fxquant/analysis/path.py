@@ -59,13 +59,15 @@ class PathSite:
 class PathResult:
     """The integral over all windows.
 
-    ``estimate`` is its sum, ``residual`` the measured difference minus it, ``points`` the most that
-    a window needed. ``refused`` says why the figures do not count, None if they do.
+    ``estimate`` is its sum, ``residual`` the measured difference minus it, ``missed`` the sum of
+    every window's |residual|, ``points`` the most that a window needed. ``refused`` says why the
+    figures do not count, None if they do.
     """
 
     sites: dict[str, PathSite]
     estimate: float
     residual: float
+    missed: float
     points: int
     refused: str | None
 
@@ -79,7 +81,7 @@ def integrate(
     for one window. Cost: about 2 forwards a point, and 8 for the errors and their parts.
     """
     found = {each.path: PathSite() for each in sites}
-    estimate, difference, most = 0.0, 0.0, 0
+    estimate, difference, missed, most = 0.0, 0.0, 0.0, 0
     for cut, ids in zip(lab.start(), lab.windows, strict=True):
         errors, change = _frozen_errors(lab, sites, cut, ids)
         for points in POINTS:
@@ -89,10 +91,12 @@ def integrate(
             if abs(total - change) <= 0.2 * _allowed(change, lab.tokens, ids):
                 break
         estimate, difference = estimate + total, difference + change
+        missed += abs(total - change)
         _split(lab, sites, cut, ids, gradients, found)
         advance()
     residual = difference - estimate
-    return PathResult(found, estimate, residual, most, _refusal(difference, residual, most))
+    refused = _refusal(difference, estimate, missed, most)
+    return PathResult(found, estimate, residual, missed, most, refused)
 
 
 def first_order(lab: Lab, sites: Sequence[SimulatedSite]) -> dict[str, float]:
@@ -111,15 +115,14 @@ def _allowed(difference: float, tokens: int, ids: Tensor) -> float:
     return max(TOLERANCE * abs(difference), SMALLEST * share)
 
 
-def _refusal(difference: float, residual: float, points: int) -> str | None:
+def _refusal(difference: float, estimate: float, missed: float, points: int) -> str | None:
     allowed = max(TOLERANCE * abs(difference), SMALLEST)
-    if math.isfinite(residual) and abs(residual) <= allowed:
+    if math.isfinite(missed) and missed <= allowed:
         return None
     return (
-        f"the integral has not converged with {points} points: it gives "
-        f"{difference - residual:+.4f} for a measured {difference:+.4f} (residual "
-        f"{residual:+.4f}, at most {allowed:.4f} is accepted); the errors are too large to be "
-        "blended in evenly"
+        f"the integral has not converged with {points} points: it gives {estimate:+.4f} for a "
+        f"measured {difference:+.4f}, and its windows miss {missed:.4f} together (at most "
+        f"{allowed:.4f} is accepted); the errors are too large to be blended in evenly"
     )
 
 

@@ -130,17 +130,20 @@ def _details(sites: Iterable[SiteFigures]) -> Iterator[str]:
 
 
 def _channel(channel: Channel) -> str:
-    effect = "" if channel.effect is None else f", path {_nats(channel.effect)}"
     return (
-        f"{channel.channel} ({channel.share:.0%} of the energy, max|x| {channel.peak:.3g}, "
-        f"{channel.peak_over_median:.0f}x the median channel's{effect})"
+        f"{channel.channel} ({_carried(channel)}, max|x| {channel.peak:.3g}, "
+        f"{channel.peak_over_median:.0f}x the median channel's)"
     )
 
 
 def _token(token: Token) -> str:
     name = f"id {token.token_id}" if token.text is None else repr(token.text)
-    effect = "" if token.effect is None else f", path {_nats(token.effect)}"
-    return f"{name} at {token.window}:{token.position} ({token.share:.0%}{effect})"
+    return f"{name} at {token.window}:{token.position} ({_carried(token)})"
+
+
+def _carried(item: Channel | Token) -> str:
+    effect = "" if item.effect is None else f", path {_nats(item.effect)}"
+    return f"{item.blame:.0%} of the blame, {item.share:.1%} of the energy{effect}"
 
 
 def _path(found: Explanation) -> str:
