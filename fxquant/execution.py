@@ -61,12 +61,22 @@ class Executor:
             raise TypeError(f"the graph takes no input {sorted(unknown)}")
         return Cut(len(placeholders), values)
 
-    def advance(self, cut: Cut, until: Node | None = None, on_node: OnNode | None = None) -> Cut:
-        """Run from ``cut`` up to, not including, ``until`` (None: to the end)."""
+    def advance(
+        self,
+        cut: Cut,
+        until: Node | None = None,
+        on_node: OnNode | None = None,
+        instead: Mapping[Node, Callable[..., Any]] | None = None,
+    ) -> Cut:
+        """Run from ``cut`` up to, not including, ``until`` (None: to the end).
+
+        ``instead`` counts for this run only, and before the Executor's own.
+        """
         end = len(self.nodes) if until is None else self.position[until]
+        replaced = {**self._instead, **(instead or {})}
         env = dict(cut.values)
         for node in self.nodes[cut.position : end]:
-            value = self._run(node, env)
+            value = self._run(node, env, replaced)
             env[node] = value if on_node is None else on_node(node, value)
             for dead in self._dead_after.get(node, ()):
                 if node.op != "output":
@@ -77,12 +87,14 @@ class Executor:
         """The graph's output."""
         return self.advance(self.start(**inputs), on_node=on_node).values[self.nodes[-1]]
 
-    def _run(self, node: Node, env: Mapping[Node, Any]) -> Any:
+    def _run(
+        self, node: Node, env: Mapping[Node, Any], instead: Mapping[Node, Callable[..., Any]]
+    ) -> Any:
         if node in self._skip:
             return None
         if node.op == "output":
             return torch.fx.node.map_arg(node.args[0], lambda n: env[n])
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
-        if node in self._instead:
-            return self._instead[node](*args, **kwargs)
+        if node in instead:
+            return instead[node](*args, **kwargs)
         return getattr(self._interpreter, node.op)(node.target, args, kwargs)

@@ -1,0 +1,93 @@
+"""``explain``: Δloss taken apart, by exact methods on one float graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch.fx import GraphModule
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from fxquant.analysis.effects import EFFECTS
+from fxquant.analysis.inputs import Windows, as_batches, as_windows, observed_graph, restricted
+from fxquant.analysis.lab import FLOAT_SETTING, Lab
+from fxquant.analysis.results import Explanation
+from fxquant.analysis.sites import simulated_sites
+from fxquant.analysis.store import Store, fingerprint
+from fxquant.analysis.study import Study
+from fxquant.batches import Batches
+from fxquant.errors import SchemeError
+from fxquant.schemes import Scheme, as_scheme
+from fxquant.tracing import trace
+
+GROUPED = tuple(f"{effect}:{by}" for effect in EFFECTS for by in ("kinds", "blocks"))
+METHODS = (*EFFECTS, *GROUPED, "causes", "path", "first_order")
+DEFAULT_METHODS = ("in_order", "causes", "rescue", "path")
+
+
+def explain(
+    model: PreTrainedModel | GraphModule,
+    scheme: str | Scheme,
+    *,
+    calibration: Batches | None = None,
+    data: Windows | None = None,
+    methods: Sequence[str] = DEFAULT_METHODS,
+    sites: str | None = None,
+    progress: bool | None = None,
+    worst: int = 3,
+    tokenizer: Tokenizer | None = None,
+    output: Path | None = None,
+) -> Explanation:
+    """Take the loss difference of a scheme apart: where it enters, why, and what would repair it.
+
+    Args:
+        model: a Hugging Face causal LM or a float graph from ``trace``; never modified.
+        scheme: text or a Scheme.
+        calibration: as for ``convert``; needed by static schemes.
+        data: windows to measure the loss on: LongTensor [N, L], or several [b, L]; each is run by
+            itself, and a dynamic range is of one of them. None: the calibration batches' tokens.
+        methods: of "alone", "rescue", "in_order" (each also with ":kinds" or ":blocks", where the
+            sites of a group are changed together, which is cheaper), "causes", "path" and
+            "first_order". The local figures of every site are always there.
+        sites: a glob that restricts the scheme to the sites it covers.
+        progress: bars; None: where the output is a terminal.
+        worst: at how many of the worst sites other choices are tried and causes are measured; 0
+            also leaves out the recovery curve.
+        tokenizer: to show tokens as text and tell delimiters apart.
+        output: a folder where finished losses are kept; the same call goes on from them.
+
+    Raises SchemeError (unknown method, nothing to quantize, ``sites`` covers nothing), DataError,
+    CalibrationError and what ``convert`` raises, before any measurement.
+    """
+    scheme = as_scheme(scheme)
+    _check(methods, worst)
+    graph = model if isinstance(model, GraphModule) else trace(model)
+    batches = as_batches(calibration, graph)
+    notes: list[str] = []
+    if data is None and batches is not None:
+        data = [batch["input_ids"] for batch in batches]
+        notes.append("the loss is measured on the calibration batches: no other data were given")
+    windows = as_windows(data, graph)
+    narrowed = restricted(scheme, sites, graph)
+    observed = observed_graph(graph, narrowed, batches, bool(progress))
+    tensors = [value for batch in batches or () for _, value in sorted(batch.items())]
+    study = Study(
+        lab=Lab(observed, windows),
+        sites=simulated_sites(observed, narrowed),
+        batches=batches,
+        store=Store(output, fingerprint(observed, [*windows, *tensors], str(narrowed))),
+        hidden=None if progress is None else not progress,
+        decode=None if tokenizer is None else lambda token: str(tokenizer.decode([token])),
+        notes=notes,
+    )
+    unrepaired = Lab(graph, windows).loss(FLOAT_SETTING) if scheme.repairs else None
+    return study.run(tuple(dict.fromkeys(methods)), worst, str(scheme), sites, unrepaired)
+
+
+def _check(methods: Sequence[str], worst: int) -> None:
+    unknown = [method for method in methods if method not in METHODS]
+    if isinstance(methods, str) or unknown:
+        raise SchemeError(f"unknown method {unknown or methods}: known are {', '.join(METHODS)}")
+    if worst < 0:
+        raise SchemeError(f"worst must be at least 0, got {worst}")

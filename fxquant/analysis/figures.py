@@ -1,0 +1,95 @@
+"""From measurements to the figures of sites, kinds and blocks, and their validation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from fxquant.analysis.channels import Decode, group_shares, worst_channels, worst_tokens
+from fxquant.analysis.effects import EFFECTS
+from fxquant.analysis.local import LocalFigures
+from fxquant.analysis.parts import Cause
+from fxquant.analysis.path import PathResult, PathSite
+from fxquant.analysis.results import GroupFigures, SiteFigures
+from fxquant.analysis.sites import Place
+from fxquant.analysis.validation import Agreement, agreement
+
+Found = Mapping[str, Mapping[str, float]]  # method -> site or group -> nats
+
+
+def is_grouped(method: str) -> bool:
+    """Whether a method's figures are of kinds or blocks rather than of sites."""
+    return ":" in method
+
+
+def site_figures(
+    path: str,
+    place: Place,
+    found: Found,
+    local: LocalFigures,
+    along: PathSite | None,
+    windows: Sequence[Tensor],
+    decode: Decode | None,
+) -> SiteFigures:
+    """Everything about one site; ``along`` is None where path was not run or is refused."""
+    return SiteFigures(
+        site=path,
+        kind=place.kind,
+        block=place.block,
+        effects={name: v[path] for name, v in found.items() if not is_grouped(name)},
+        path=None if along is None else dict(along.causes),
+        causes=None,
+        energy=dict(local.energy),
+        rounding_floor=local.floor,
+        range_mismatch=local.range_mismatch,
+        sqnr_db=local.sqnr_db,
+        mse=local.mse,
+        share_clipped=local.share_clipped,
+        share_flushed=local.share_flushed,
+        worst_channels=worst_channels(local, along),
+        worst_tokens=worst_tokens(local, along, windows, decode),
+        token_groups=group_shares(local, windows, decode),
+    )
+
+
+def group_figures(
+    by: str,
+    members: Mapping[str, Sequence[str]],
+    figures: Mapping[str, SiteFigures],
+    found: Found,
+    causes: Mapping[str, dict[Cause, float]],
+) -> tuple[GroupFigures, ...]:
+    """Sums over the sites of each kind or block, beside what was measured jointly."""
+    rows = []
+    for name, paths in members.items():
+        inside = [figures[path] for path in paths]
+        sums = {m: sum(each.effects[m] for each in inside) for m in inside[0].effects}
+        if inside[0].path is not None:
+            sums["path"] = sum(sum((each.path or {}).values()) for each in inside)
+        measured = {method: v[name] for method, v in found.items() if method.endswith(f":{by}")}
+        rows.append(GroupFigures(name, len(paths), sums, measured, causes.get(name)))
+    return tuple(rows)
+
+
+def validate(
+    local: Mapping[str, LocalFigures], found: Found, path: PathResult | None
+) -> tuple[Agreement, ...]:
+    """Each cheap figure, and each exact effect, against the exact effects that were run."""
+    if len(local) < 3:
+        return ()
+    cheap: dict[str, Mapping[str, float]] = {
+        "local SQNR": {name: -each.sqnr_db for name, each in local.items()},
+        "local MSE": {name: each.mse for name, each in local.items()},
+    }
+    nats = {name: values for name, values in found.items() if not is_grouped(name)}
+    if path is not None:
+        name = "path (refused)" if path.refused else "path"
+        nats[name] = {site: each.total for site, each in path.sites.items()}
+    exact = [effect for effect in EFFECTS if effect in found]
+    return tuple(
+        agreement(figure, values, against, found[against], in_nats=figure in nats)
+        for index, against in enumerate(exact)
+        for figure, values in {**cheap, **nats}.items()
+        if figure not in exact[index:]
+    )

@@ -1,0 +1,100 @@
+"""What explain and plan are given, checked and brought into one form before any work."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fxquant.batches import Batches, check_ids, model_inputs
+from fxquant.conversion import convert
+from fxquant.errors import CalibrationError, DataError, SchemeError
+from fxquant.graph import device_of, info
+from fxquant.pipeline import Pipeline
+from fxquant.repairs import resolve_repairs
+from fxquant.schemes import Scheme
+from fxquant.specs import FLOAT
+
+Windows = Tensor | Iterable[Tensor]
+
+
+def as_windows(data: Windows | None, graph: GraphModule) -> tuple[Tensor, ...]:
+    """Windows int64 [b, L] on the graph's device: a tensor [N, L] becomes N of them.
+
+    Raises DataError for anything else, for ids outside the vocabulary, and when nothing is there.
+    """
+    if data is None:
+        raise DataError(
+            "no windows to measure the loss on: pass data=, a LongTensor [N, L] or a list of them"
+        )
+    parts = list(data.split(1)) if isinstance(data, Tensor) and data.dim() == 2 else list(data)
+    for index, ids in enumerate(parts):
+        where = f"window {index}"
+        if (
+            not isinstance(ids, Tensor)
+            or ids.dim() != 2
+            or ids.dtype not in (torch.int64, torch.int32)
+        ):
+            kind = (
+                f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+            )
+            raise DataError(f"{where}: expected integers [b, L] without padding, got {kind}")
+        if ids.shape[0] < 1 or ids.shape[1] < 2:
+            raise DataError(f"{where}: {list(ids.shape)} holds no token to predict")
+        check_ids(ids, info(graph), where)
+    if not parts:
+        raise DataError("data= holds no window")
+    device = device_of(graph)
+    return tuple(ids.to(device, torch.int64) for ids in parts)
+
+
+def as_batches(calibration: Batches | None, graph: GraphModule) -> list[dict[str, Tensor]] | None:
+    """Checked calibration batches that can be read many times, on the graph's device."""
+    if calibration is None:
+        return None
+    facts, device = info(graph), device_of(graph)
+    batches = [model_inputs(batch, facts, index) for index, batch in enumerate(calibration)]
+    if not batches:
+        raise CalibrationError("calibration is empty (was a one-shot iterator used up?)")
+    return [{name: value.to(device) for name, value in each.items()} for each in batches]
+
+
+def restricted(scheme: Scheme, pattern: str | None, graph: GraphModule) -> Scheme:
+    """``scheme`` at the sites that the glob ``pattern`` covers, float elsewhere.
+
+    Raises SchemeError when the pattern covers no site that the scheme quantizes.
+    """
+    if pattern is None:
+        return scheme
+    named = info(convert(graph, Scheme(), level="float")).sites
+    covered = [site for site in named if fnmatch.fnmatchcase(site.path, pattern)]
+    specs = tuple((site.path, scheme.spec_for(site.path, site.role)) for site in covered)
+    kept = tuple((path, spec) for path, spec in specs if spec.weight is not None)
+    if not kept:
+        raise SchemeError(
+            f"sites={pattern!r} covers no site that {scheme} quantizes; the model's sites are "
+            f"{', '.join(site.path for site in named[:8])}{', ...' if len(named) > 8 else ''}"
+        )
+    return replace(scheme, spec=FLOAT, overrides=kept)
+
+
+def observed_graph(
+    graph: GraphModule,
+    scheme: Scheme,
+    calibration: Sequence[dict[str, Tensor]] | None,
+    progress: bool,
+) -> GraphModule:
+    """The float graph with the scheme's repairs applied and its observers calibrated."""
+    if scheme.fp32_gemm or not any(spec.weight for spec in scheme.specs):
+        raise SchemeError(f"scheme {scheme} quantizes nothing: there is no error to explain")
+    observed = convert(graph, scheme, calibration=calibration, level="observed", progress=progress)
+    late = tuple(
+        repair
+        for repair in resolve_repairs(scheme, calibration, progress)
+        if repair.after_calibration
+    )
+    return Pipeline(late).run(observed) if late else observed

@@ -1,0 +1,129 @@
+"""The lab: one float graph, its quantized sites, windows, and losses under any mix of parts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from fxquant.analysis.head import final_head, head_nll
+from fxquant.analysis.parts import EVERY_PART, Parts
+from fxquant.analysis.sites import SimulatedSite
+from fxquant.errors import NonFiniteError
+from fxquant.execution import Cut, Executor
+from fxquant.graph import source_of
+from fxquant.levels import is_observer
+from fxquant.loss import token_nll
+
+# What computes a site's output in place of the float graph, by its output node.
+Setting = Mapping[Node, Callable[..., Tensor]]
+FLOAT_SETTING: Setting = {}
+Cuts = tuple[Cut, ...]
+
+
+def setting(sites: Iterable[SimulatedSite], parts: Parts = EVERY_PART) -> Setting:
+    """``sites`` run with ``parts`` of their errors, every other site in float."""
+    return {each.node: partial(_output, each, parts & frozenset(each.causes)) for each in sites}
+
+
+def _output(site: SimulatedSite, parts: Parts, x: Tensor) -> Tensor:
+    return site.output(x, parts)
+
+
+@dataclass
+class Cost:
+    """What one method cost: ``forwards``, the share of the graph's nodes that were run, summed over
+    windows and divided by their number (a backward pass counts as one more); wall seconds."""
+
+    forwards: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass
+class Meter:
+    """Adds up the cost of each method."""
+
+    costs: dict[str, Cost] = field(default_factory=dict)
+    current: str = "other"
+
+    @contextmanager
+    def measuring(self, method: str) -> Iterator[None]:
+        before, self.current = self.current, method
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.costs.setdefault(method, Cost()).seconds += time.perf_counter() - started
+            self.current = before
+
+    def count(self, forwards: float) -> None:
+        self.costs.setdefault(self.current, Cost()).forwards += forwards
+
+
+class Lab:
+    """Runs the float graph with sites replaced, from cut to cut, over all windows.
+
+    Args:
+        gm: a graph at level observed; its observers are not run.
+        windows: int64 [b, L] each, run one at a time, so that a dynamic range is of one of them.
+
+    All losses are means over every predicted token of the windows, in nats.
+    """
+
+    def __init__(self, gm: GraphModule, windows: tuple[Tensor, ...]) -> None:
+        self.gm, self.windows = gm, windows
+        self.executor = Executor(gm, skip=[n for n in gm.graph.nodes if is_observer(gm, n)])
+        self.meter = Meter()
+        self._head = final_head(gm)
+        self.tokens = sum(ids.shape[0] * (ids.shape[1] - 1) for ids in windows)
+
+    def position(self, node: Node) -> int:
+        return self.executor.position[node]
+
+    def start(self) -> Cuts:
+        """A cut before the first node of every window."""
+        return tuple(self.executor.start(input_ids=ids) for ids in self.windows)
+
+    @torch.no_grad()
+    def advance(self, cuts: Cuts, until: Node, under: Setting) -> Cuts:
+        """The cuts moved on to ``until``, which is not run."""
+        if cuts and cuts[0].position == self.position(until):
+            return cuts
+        self._count(cuts[0].position, self.position(until))
+        return tuple(self.executor.advance(cut, until, instead=under) for cut in cuts)
+
+    @torch.no_grad()
+    def loss(self, under: Setting, cuts: Cuts | None = None) -> float:
+        """The loss when the graph is run on from ``cuts`` (None: from the start)."""
+        total = 0.0
+        cuts = self.start() if cuts is None else cuts
+        self._count(cuts[0].position, len(self.executor.nodes))
+        for cut, ids in zip(cuts, self.windows, strict=True):
+            total += float(self.nll(cut, ids, under).to(torch.float64).sum())
+        loss = total / self.tokens
+        if loss != loss or loss in (float("inf"), float("-inf")):
+            raise NonFiniteError(
+                "the loss is NaN or infinite under quantization: a site overflows the model's "
+                "dtype; fxquant evaluate names it"
+            )
+        return loss
+
+    def nll(self, cut: Cut, ids: Tensor, under: Setting) -> Tensor:
+        """token_nll [b, L - 1] of one window; the caller chooses the grad mode."""
+        head = self._head
+        if head is None or head in under:
+            done = self.executor.advance(cut, instead=under)
+            return token_nll(done.values[self.executor.nodes[-1]], ids)
+        x = self.executor.advance(cut, head, instead=under).values[source_of(head)]
+        module = self.gm.get_submodule(str(head.target))
+        assert isinstance(module, nn.Linear)
+        return head_nll(x, module, ids)
+
+    def _count(self, begin: int, end: int) -> None:
+        self.meter.count((end - begin) / len(self.executor.nodes))

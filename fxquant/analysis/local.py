@@ -1,0 +1,164 @@
+"""Local figures: one run of the fully quantized model splits the error of every site exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fxquant.analysis.floor import floor_energy
+from fxquant.analysis.lab import Lab
+from fxquant.analysis.parts import CAUSES, EVERY_PART, Cause
+from fxquant.analysis.sites import LinearSite, SimulatedSite
+
+
+@dataclass
+class LocalFigures:
+    """Sums over all windows at one site, on the input that arrives in the quantized model.
+
+    Energies are sums of squares: ``energy`` of each part, ``total`` of ŷ - y, ``signal`` of y
+    without its bias, ``floor`` of what the best range of the same granularity leaves (see floor.py;
+    for each window by itself, so a static range is held against the best of each window).
+    ``channels`` [K]: energy of each part by input channel, sum_t (error of x)_k^2 |Ŵ_k|^2.
+    ``peaks`` [K]: max |x| of each channel. ``tokens``: for each window the energy of ŷ - y at each
+    token [b * L] (OPT's blocks flatten batch and length). ``blame`` [K] and ``token_blame``: the
+    same energies, but rounding's is given to those that stretch the range: see stretch().
+    """
+
+    energy: dict[Cause, float] = field(default_factory=lambda: dict.fromkeys(CAUSES, 0.0))
+    total: float = 0.0
+    signal: float = 0.0
+    floor: float = 0.0
+    outputs: int = 0
+    inputs: int = 0
+    clipped: int = 0
+    flushed: int = 0
+    channels: dict[Cause, Tensor] = field(default_factory=dict)
+    peaks: Tensor | None = None
+    tokens: list[Tensor] = field(default_factory=list)
+    blame: Tensor | None = None
+    token_blame: list[Tensor] = field(default_factory=list)
+
+    @property
+    def range_mismatch(self) -> float:
+        """Rounding energy over the floor; negative where the range is narrower than the best."""
+        return self.energy["rounding"] - self.floor
+
+    @property
+    def sqnr_db(self) -> float:
+        """10 log10(signal / total); infinite where nothing is lost."""
+        if not self.total:
+            return math.inf
+        return 10 * math.log10(self.signal / self.total) if self.signal else -math.inf
+
+    @property
+    def mse(self) -> float:
+        return self.total / max(self.outputs, 1)
+
+    @property
+    def share_clipped(self) -> float:
+        return self.clipped / self.inputs if self.inputs else 0.0
+
+    @property
+    def share_flushed(self) -> float:
+        """Share of the input's elements that are not zero, but whose code says zero."""
+        return self.flushed / self.inputs if self.inputs else 0.0
+
+    @property
+    def cause(self) -> Cause:
+        """The part with the largest energy."""
+        return max(CAUSES, key=lambda cause: self.energy[cause])
+
+
+def local_figures(
+    lab: Lab, sites: Sequence[SimulatedSite]
+) -> tuple[dict[str, LocalFigures], float]:
+    """Figures of every site, and the loss of the quantized model, from one streaming run."""
+    found = {each.path: LocalFigures() for each in sites}
+
+    def recording(site: SimulatedSite, x: Tensor) -> Tensor:
+        y = site.output(x, EVERY_PART & frozenset(site.causes))
+        _record(found[site.path], site, x)
+        return y
+
+    under = {each.node: lambda x, each=each: recording(each, x) for each in sites}
+    return found, lab.loss(under)
+
+
+def stretch(peaks: Tensor) -> Tensor:
+    """Who stretches a range, from the largest |x| of each candidate [..., C]: shares that sum to 1.
+
+    Rounding energy grows with the square of the range, so without the largest candidate the share
+    (p_1^2 - p_2^2) / p_1^2 would go, without the next (p_2^2 - p_3^2) / p_1^2, and so on. A channel
+    with a huge activation may hold little rounding error itself and yet cause all of it.
+    """
+    ordered, order = peaks.to(torch.float64).square().sort(dim=-1, descending=True)
+    below = torch.nn.functional.pad(ordered, (0, 1))[..., 1:]
+    shares = (ordered - below) / ordered[..., :1].clamp(min=torch.finfo(torch.float64).tiny)
+    return torch.zeros_like(shares).scatter(-1, order, shares)
+
+
+def _record(figures: LocalFigures, site: SimulatedSite, x: Tensor) -> None:
+    errors = site.errors(x)
+    total = torch.stack(list(errors.values())).sum(0).to(torch.float32)
+    for cause, error in errors.items():
+        figures.energy[cause] += _energy(error)
+    figures.total += _energy(total)
+    figures.outputs += total.numel()
+    by_token = {cause: _by_token(error) for cause, error in errors.items()}
+    figures.tokens.append(_by_token(total))
+    rounding = by_token.pop("rounding", torch.zeros_like(figures.tokens[-1]))
+    blame = torch.stack([*by_token.values(), torch.zeros_like(rounding)]).sum(0)
+    if isinstance(site, LinearSite):
+        figures.signal += _energy(site.product(x))
+        figures.floor += floor_energy(site, x)
+        rows = x.flatten(0, -2)
+        if site.quantizer is not None and site.quantizer.granularity == "tensor":
+            rounding = rounding.sum() * stretch(rows.abs().amax(-1)).to(torch.float32)
+        _record_inputs(figures, site, rows)
+    else:
+        figures.signal += _energy(site.output(x, frozenset()))
+    figures.token_blame.append(blame + rounding)
+
+
+def _energy(values: Tensor) -> float:
+    return float(values.to(torch.float64).square().sum())
+
+
+def _by_token(errors: Tensor) -> Tensor:
+    return errors.to(torch.float32).square().sum(-1).flatten()
+
+
+def _record_inputs(figures: LocalFigures, site: LinearSite, rows: Tensor) -> None:
+    peaks = rows.abs().amax(0)
+    figures.peaks = peaks if figures.peaks is None else torch.maximum(figures.peaks, peaks)
+    columns = site.coded_weight.to(torch.float32).square().sum(0)
+    weights = _channels(rows, site.weight_error.to(torch.float32).square().sum(0))
+    added: dict[Cause, Tensor] = {"weights": weights}
+    blame = weights
+    if site.quantizer is not None:
+        step = site.quantizer.qparams(rows)[0]
+        split = site.quantizer.split(rows)
+        figures.inputs += rows.numel()
+        figures.clipped += int(((split.clipped - rows).abs() > step / 2).sum())
+        figures.flushed += int(((split.rounded == 0) & (rows != 0)).sum())
+        rounding = (split.rounded - split.clipped).to(torch.float32).square() * columns
+        added["clipping"] = _channels(split.clipped - rows, columns)
+        added["rounding"] = rounding.sum(0)
+        if site.quantizer.granularity == "token":
+            by_channel = (stretch(rows.abs()).T @ rounding.sum(-1).double()).to(torch.float32)
+        else:
+            by_channel = rounding.sum() * stretch(peaks).to(torch.float32)
+        blame = blame + added["clipping"] + by_channel
+    figures.blame = blame if figures.blame is None else figures.blame + blame
+    for cause, energy in added.items():
+        before = figures.channels.get(cause)
+        figures.channels[cause] = energy if before is None else before + energy
+
+
+def _channels(errors: Tensor, columns: Tensor) -> Tensor:
+    """Energy by channel [K] of input errors [T, K], weighted by the columns' norms squared [K]."""
+    return errors.to(torch.float32).square().sum(0) * columns

@@ -1,0 +1,194 @@
+"""The printed report of an Explanation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from tabulate import tabulate
+
+from fxquant.analysis.channels import Channel, Token
+from fxquant.analysis.parts import CAUSES
+from fxquant.analysis.results import Explanation, GroupFigures, SiteFigures
+
+_WORST = 12
+_DETAILED = 3
+
+
+def report(found: Explanation) -> str:
+    """The whole report, tables in GitHub's form."""
+    return "\n\n".join(_sections(found))
+
+
+def _sections(found: Explanation) -> Iterator[str]:
+    yield _head(found)
+    if found.causes is not None:
+        yield "Causes (exact Shapley values, nats a token)\n" + _table(
+            [
+                [cause, _nats(value), _share(value, found.delta_loss)]
+                for cause, value in found.causes.items()
+            ],
+            ["cause", "effect", "of Δloss"],
+        )
+    yield f"Kinds of site\n{_groups(found.kinds)}"
+    if len(found.blocks) > 1:
+        worst = sorted(found.blocks, key=lambda group: -_first(group, found.ranking))[:6]
+        yield f"Worst blocks, by {found.ranking}\n{_groups(worst)}"
+    yield f"Worst sites, by {found.ranking}\n{_sites(found)}"
+    yield from _details(found.worst[:_DETAILED])
+    if found.counterfactuals:
+        yield "Another choice at one site, everything else as it is\n" + _table(
+            [
+                [c.site, c.choice, _nats(c.delta_loss), _nats(c.recovered)]
+                for c in found.counterfactuals
+            ],
+            ["site", "choice", "Δloss", "recovered"],
+        )
+    if found.recovery:
+        yield f"The worst sites in float, by {found.ranking}\n" + _table(
+            [[step.fixed, _nats(step.delta_loss)] for step in found.recovery],
+            ["sites in float", "Δloss"],
+        )
+    if found.path is not None:
+        yield _path(found)
+    if found.validation:
+        yield "Cheap figures against exact effects\n" + validation_table(found)
+    yield _costs(found)
+    if found.notes:
+        yield "\n".join(found.notes)
+
+
+def _head(found: Explanation) -> str:
+    where = f" at sites {found.sites_pattern}" if found.sites_pattern else ""
+    count, length = found.windows
+    lines = [
+        f"{found.model} under {found.scheme}{where}: {len(found.sites)} sites, "
+        f"{count} windows of {length} tokens",
+        f"loss float {found.loss_float:.4f}, quantized {found.loss_quantized:.4f}, "
+        f"Δloss {found.delta_loss:+.4f}",
+    ]
+    shift = found.loss_float - found.loss_unrepaired
+    if abs(shift) > 1e-6:
+        lines.append(f"the repairs alone move the float loss by {shift:+.6f}")
+    return "\n".join(lines)
+
+
+def _first(group: GroupFigures, method: str) -> float:
+    return group.sums.get(method, 0.0)
+
+
+def _groups(groups: Iterable[GroupFigures]) -> str:
+    rows = list(groups)
+    sums = list(dict.fromkeys(name for row in rows for name in row.sums))
+    measured = list(dict.fromkeys(name for row in rows for name in row.measured))
+    causes = [cause for cause in CAUSES if any(row.causes for row in rows)]
+    body = [
+        [
+            row.name,
+            row.sites,
+            *(_nats(row.sums.get(name)) for name in sums),
+            *(_nats(row.measured.get(name)) for name in measured),
+            *(_nats(row.causes[cause] if row.causes else None) for cause in causes),
+        ]
+        for row in rows
+    ]
+    headers = [f"{name}, sum" for name in sums] + measured + [f"{cause} alone" for cause in causes]
+    return _table(body, ["", "sites", *headers])
+
+
+def _sites(found: Explanation) -> str:
+    methods = list(found.sites[0].effects) if found.sites else []
+    with_path = found.path is not None and found.path.refused is None
+    body = []
+    for site in found.worst[:_WORST]:
+        total = sum(site.energy.values()) or 1.0
+        row = [site.site, *(_nats(site.effects[name]) for name in methods)]
+        row += [_nats(sum(site.path.values()))] if with_path and site.path else []
+        row += [site.cause, f"{site.sqnr_db:.1f}", f"{site.share_clipped:.3%}"]
+        row += [f"{site.share_flushed:.1%}"]
+        row += [f"{site.energy[cause] / total:.0%}" for cause in CAUSES]
+        body.append(row)
+    headers = ["site", *methods, *(["path"] if with_path else []), "cause", "SQNR dB", "clipped"]
+    return _table(body, [*headers, "to zero", *(f"{cause} energy" for cause in CAUSES)])
+
+
+def _details(sites: Iterable[SiteFigures]) -> Iterator[str]:
+    for site in sites:
+        lines = [f"{site.site}:"]
+        if site.causes is not None:
+            parts = ", ".join(f"{cause} {_nats(value)}" for cause, value in site.causes.items())
+            lines.append(f"  causes (all else quantized): {parts}")
+        lines.append(
+            f"  rounding energy {site.energy['rounding']:.3g}: floor {site.rounding_floor:.3g}, "
+            f"range mismatch {site.range_mismatch:+.3g}"
+        )
+        if site.worst_channels:
+            lines.append("  channels: " + "; ".join(map(_channel, site.worst_channels)))
+        lines.append("  tokens: " + "; ".join(map(_token, site.worst_tokens)))
+        groups = ", ".join(f"{name} {share:.0%}" for name, share in site.token_groups.items())
+        lines.append(f"  error energy by kind of token: {groups}")
+        yield "\n".join(lines)
+
+
+def _channel(channel: Channel) -> str:
+    return (
+        f"{channel.channel} ({_carried(channel)}, max|x| {channel.peak:.3g}, "
+        f"{channel.peak_over_median:.0f}x the median channel's)"
+    )
+
+
+def _token(token: Token) -> str:
+    name = f"id {token.token_id}" if token.text is None else repr(token.text)
+    return f"{name} at {token.window}:{token.position} ({_carried(token)})"
+
+
+def _carried(item: Channel | Token) -> str:
+    effect = "" if item.effect is None else f", path {_nats(item.effect)}"
+    return f"{item.blame:.0%} of the blame, {item.share:.1%} of the energy{effect}"
+
+
+def _path(found: Explanation) -> str:
+    path = found.path
+    assert path is not None
+    text = (
+        f"path: {path.points} points, sum {path.estimate:+.4f}, residual {path.residual:+.4f} "
+        f"against the measured {found.delta_loss:+.4f}"
+    )
+    return text if path.refused is None else f"{text}\npath is not presented: {path.refused}"
+
+
+def validation_table(found: Explanation) -> str:
+    """Rank correlation, share of common worst sites and relative error of each cheap figure."""
+    return _table(
+        [
+            [
+                each.figure,
+                each.against,
+                f"{each.rank_correlation:.3f}",
+                f"{each.top:.0%}",
+                "" if each.error is None else f"{each.error:.2f}",
+            ]
+            for each in found.validation
+        ],
+        ["figure", "against", "rank correlation", "same worst 8", "error"],
+    )
+
+
+def _costs(found: Explanation) -> str:
+    body = [
+        [name, f"{cost.forwards:.1f}", f"{cost.measured_forwards:.1f}", f"{cost.seconds:.1f}"]
+        for name, cost in found.costs.items()
+    ]
+    table = _table(body, ["method", "forwards, by nodes", "forwards, by time", "seconds"])
+    return f"Cost; one forward takes {found.forward_seconds:.2f} s\n{table}"
+
+
+def _table(rows: Sequence[Sequence[object]], headers: list[str]) -> str:
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def _nats(value: float | None) -> str:
+    return "" if value is None else f"{value:+.4f}"
+
+
+def _share(value: float, total: float) -> str:
+    return f"{value / total:.0%}" if total else ""

@@ -1,0 +1,217 @@
+"""Sites of an observed graph, each able to run with any subset of its error parts."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from fxquant.analysis.parts import CAUSES, Cause, InputQuantizer, Parts
+from fxquant.errors import SchemeError
+from fxquant.graph import LINEAR, Site, info, linear_parameters, site_outputs, source_of
+from fxquant.observers import HistogramObserver
+from fxquant.operators import unpack_int4
+from fxquant.passes.observe import observers
+from fxquant.passes.quantize import site_codes, static_qparams
+from fxquant.quantization import dequantize
+from fxquant.schemes import Scheme
+from fxquant.specs import ActivationSpec, SiteSpec, TensorSpec
+
+
+@dataclass(frozen=True, eq=False)
+class SimulatedSite(abc.ABC):
+    """A quantized site as a function of its input and of the error parts that are let in.
+
+    Attributes:
+        site: path, role and weight shape [N, K].
+        node: the node that holds its output in the float graph.
+        causes: the parts its error can have; a product of two activations has no "weights".
+    """
+
+    site: Site
+    node: Node
+    causes: tuple[Cause, ...]
+
+    @property
+    def path(self) -> str:
+        return self.site.path
+
+    @abc.abstractmethod
+    def output(self, x: Tensor, parts: Parts) -> Tensor:
+        """The site's output [..., N]: that of the float graph for no part, of qdq for all."""
+
+    @abc.abstractmethod
+    def errors(self, x: Tensor) -> dict[Cause, Tensor]:
+        """The exact parts of quantized minus float output, for the x that arrives: [..., N] each.
+
+        weights x (Ŵ - W)^T, clipping (clip(x) - x) Ŵ^T, rounding (x̂ - clip(x)) Ŵ^T. A part that
+        is zero everywhere is left out.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class LinearSite(SimulatedSite):
+    """A linear: W [N, K], Ŵ = its dequantized codes, in the model's dtype."""
+
+    weight: Tensor
+    coded_weight: Tensor
+    bias: Tensor | None
+    quantizer: InputQuantizer | None
+    spec: SiteSpec
+    observer: HistogramObserver | None
+
+    def output(self, x: Tensor, parts: Parts) -> Tensor:
+        if self.quantizer is not None:
+            x = self.quantizer.with_parts(x, parts)
+        weight = self.coded_weight if "weights" in parts else self.weight
+        return nn.functional.linear(x, weight, self.bias)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T, without the bias."""
+        return nn.functional.linear(x, self.weight)
+
+    def input_errors(self, x: Tensor) -> dict[Cause, Tensor]:
+        """clip(x) - x and x̂ - clip(x) [..., K]; parts that are zero everywhere are left out."""
+        if self.quantizer is None:
+            return {}
+        split = self.quantizer.split(x)
+        found: dict[Cause, Tensor] = {
+            "clipping": split.clipped - x,
+            "rounding": split.rounded - split.clipped,
+        }
+        return {cause: error for cause, error in found.items() if bool(error.any())}
+
+    def errors(self, x: Tensor) -> dict[Cause, Tensor]:
+        found: dict[Cause, Tensor] = {
+            cause: nn.functional.linear(error, self.coded_weight)
+            for cause, error in self.input_errors(x).items()
+        }
+        found["weights"] = nn.functional.linear(x, self.weight_error)
+        return found
+
+    @property
+    def weight_error(self) -> Tensor:
+        return self.coded_weight - self.weight
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddingSite(SimulatedSite):
+    """A table of rows that are looked up: only the weights can be wrong."""
+
+    weight: Tensor
+    coded_weight: Tensor
+
+    def output(self, x: Tensor, parts: Parts) -> Tensor:
+        table = self.coded_weight if "weights" in parts else self.weight
+        return nn.functional.embedding(x, table)
+
+    def errors(self, x: Tensor) -> dict[Cause, Tensor]:
+        return {"weights": self.output(x, frozenset(("weights",))) - self.output(x, frozenset())}
+
+
+def dequantized_weight(codes: dict[str, Tensor], spec: TensorSpec, like: Tensor) -> Tensor:
+    """Ŵ [N, K] in like's dtype from what ``passes.quantize.site_codes`` returns."""
+    stored = codes["weight"]
+    if spec.bits <= 4:
+        stored = unpack_int4(stored, like.shape[1])
+    return dequantize(
+        stored,
+        codes["weight_scale"],
+        codes.get("weight_zero_point"),
+        group_size=spec.group_size,
+        dtype=like.dtype,
+    )
+
+
+class SiteMaker:
+    """Builds simulated sites of one observed graph; ranges of shared inputs are found once."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        self._gm = gm
+        self._observers = observers(gm)
+        self._ranges: dict[tuple[Node, ActivationSpec], dict[str, Tensor]] = {}
+        self._known = {site.path: (site, node) for site, node in site_outputs(gm)}
+
+    def make(self, path: str, spec: SiteSpec) -> SimulatedSite:
+        """The site at ``path`` under ``spec``, which quantizes its weight."""
+        site, node = self._known[path]
+        assert spec.weight is not None
+        module = self._gm.get_submodule(path) if node.op == "call_module" else None
+        if not isinstance(module, (*LINEAR, nn.Embedding)):
+            raise SchemeError(
+                f"{path}: explain knows linears and embeddings, not {node.op} {node.target}; "
+                "leave the site in float by an override"
+            )
+        weight, bias = linear_parameters(module)
+        coded = dequantized_weight(site_codes(module, spec.weight, path), spec.weight, weight)
+        if site.role == "embeddings":
+            return EmbeddingSite(site, node, ("weights",), weight, coded)
+        quantizer = self.quantizer(path, spec.activation)
+        causes: tuple[Cause, ...] = CAUSES if quantizer is not None else ("weights",)
+        observer = self._observers.get(source_of(node))
+        return LinearSite(site, node, causes, weight, coded, bias, quantizer, spec, observer)
+
+    def quantizer(self, path: str, spec: ActivationSpec | None) -> InputQuantizer | None:
+        """The quantizer of the site's input; static ranges come from the calibrated observer."""
+        if spec is None:
+            return None
+        if spec.dynamic:
+            return InputQuantizer.of(spec, None, None)
+        source = source_of(self._known[path][1])
+        if (source, spec) not in self._ranges:
+            self._ranges[source, spec] = static_qparams(self._observers[source], spec)
+        found = self._ranges[source, spec]
+        return InputQuantizer.of(spec, found["input_scale"], found.get("input_zero_point"))
+
+
+def simulated_sites(gm: GraphModule, scheme: Scheme) -> tuple[SimulatedSite, ...]:
+    """Every site that ``scheme`` quantizes in an observed graph, in graph order."""
+    maker = SiteMaker(gm)
+    specs = ((site, scheme.spec_for(site.path, site.role)) for site, _ in site_outputs(gm))
+    with torch.no_grad():
+        return tuple(maker.make(site.path, spec) for site, spec in specs if spec.weight is not None)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a site stands: its block (None outside the blocks) and its kind."""
+
+    block: str | None
+    kind: str
+
+
+def places(gm: GraphModule, sites: Sequence[SimulatedSite]) -> dict[str, Place]:
+    """Block and kind of each site, by path.
+
+    Sites of one block that read the same node (q, k and v; gate and up) are one kind; groups of
+    different blocks are one kind when their paths inside the block are equal. The kind is written
+    with those paths: ``self_attn.q_proj/k_proj/v_proj``. Outside the blocks it is the role.
+    """
+    blocks = info(gm).blocks
+    groups: dict[tuple[str, Node], list[str]] = {}
+    found: dict[str, Place] = {}
+    for each in sites:
+        block = next((b for b in blocks if each.path.startswith(f"{b}.")), None)
+        if block is None:
+            found[each.path] = Place(None, each.site.role)
+        else:
+            groups.setdefault((block, source_of(each.node)), []).append(each.path)
+    for (block, _), paths in groups.items():
+        kind = _joined([path.removeprefix(f"{block}.") for path in paths])
+        found.update({path: Place(block, kind) for path in paths})
+    return {each.path: found[each.path] for each in sites}
+
+
+def _joined(paths: list[str]) -> str:
+    """The paths, without repeating the parent that they share with the first."""
+    return "/".join(_without_parent(paths))
+
+
+def _without_parent(paths: list[str]) -> Iterator[str]:
+    parent = paths[0].rpartition(".")[0]
+    for index, path in enumerate(paths):
+        yield path.removeprefix(f"{parent}.") if index and parent else path

@@ -1,0 +1,277 @@
+"""One run of explain: the lab, and every method on it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fxquant.analysis import path as path_method
+from fxquant.analysis.causes import causes_of, present_causes
+from fxquant.analysis.channels import Decode
+from fxquant.analysis.counterfactuals import (
+    Counterfactual,
+    Recovery,
+    calibration_inputs,
+    choices,
+    measure,
+    recovery_counts,
+)
+from fxquant.analysis.effects import EFFECTS, Group, as_effects, effects, first_site, walk_to
+from fxquant.analysis.figures import Found, group_figures, is_grouped, site_figures, validate
+from fxquant.analysis.lab import FLOAT_SETTING, Lab, setting
+from fxquant.analysis.local import local_figures
+from fxquant.analysis.parts import Cause
+from fxquant.analysis.results import (
+    Explanation,
+    GroupFigures,
+    MethodCost,
+    PathFigures,
+    SiteFigures,
+    rank_value,
+)
+from fxquant.analysis.sites import SimulatedSite, SiteMaker, places
+from fxquant.analysis.store import Store
+from fxquant.graph import info
+from fxquant.loss import token_nll
+
+
+@dataclass
+class Study:
+    """One run of explain: the lab and what every method needs."""
+
+    lab: Lab
+    sites: tuple[SimulatedSite, ...]
+    batches: list[dict[str, Tensor]] | None
+    store: Store
+    hidden: bool | None
+    decode: Decode | None
+    notes: list[str]
+
+    def run(
+        self,
+        methods: tuple[str, ...],
+        worst: int,
+        scheme: str,
+        pattern: str | None,
+        unrepaired: float | None,
+    ) -> Explanation:
+        lab = self.lab
+        self.where = places(lab.gm, self.sites)
+        self.forward_seconds = _plain_forward_seconds(lab)
+        self.loss_float = lab.loss(FLOAT_SETTING)
+        with lab.meter.measuring("local figures"):
+            self.local, self.loss_quantized = local_figures(lab, self.sites)
+        found: dict[str, dict[str, float]] = {}
+        for method in methods:
+            if method in EFFECTS or is_grouped(method):
+                found[method] = self._effects(method)
+        if "first_order" in methods:
+            with lab.meter.measuring("first_order"):
+                found["first_order"] = path_method.first_order(lab, self.sites)
+        path = self._path() if "path" in methods else None
+        causes = self._causes() if "causes" in methods else {}
+        ranking = _ranking(found, path)
+        trusted = path.sites if path is not None and path.refused is None else None
+        figures = {
+            name: site_figures(
+                name,
+                place,
+                found,
+                self.local[name],
+                None if trusted is None else trusted[name],
+                lab.windows,
+                self.decode,
+            )
+            for name, place in self.where.items()
+        }
+        order = sorted(figures, key=lambda path: -rank_value(figures[path], ranking))
+        chosen = [each for each in self.sites if each.path in order[:worst]]
+        own = self._own_causes(chosen) if "causes" in methods else {}
+        for name, values in own.items():
+            figures[name] = replace(figures[name], causes=values)
+        counterfactuals = self._counterfactuals(chosen)
+        recovery = self._recovery(order) if worst else ()
+        return Explanation(
+            model=info(lab.gm).model,
+            scheme=scheme,
+            sites_pattern=pattern,
+            windows=(sum(len(ids) for ids in lab.windows), lab.windows[0].shape[1]),
+            loss_unrepaired=self.loss_float if unrepaired is None else unrepaired,
+            loss_float=self.loss_float,
+            loss_quantized=self.loss_quantized,
+            causes=causes.get("model"),
+            sites=tuple(figures[each.path] for each in self.sites),
+            kinds=self._groups("kinds", figures, found, causes),
+            blocks=self._groups("blocks", figures, found, {}),
+            path=None if path is None else _path_figures(path),
+            counterfactuals=counterfactuals,
+            recovery=recovery,
+            validation=validate(self.local, found, path),
+            ranking=ranking,
+            forward_seconds=self.forward_seconds,
+            costs=self._costs(),
+            notes=tuple(self.notes),
+        )
+
+    def _bar(self, steps: Iterable[Any], name: str, total: int) -> Iterable[Any]:
+        return tqdm(steps, name, total, leave=False, disable=self.hidden)
+
+    # Effects --------------------------------------------------------------------------------------
+
+    def _members(self, by: str) -> dict[str, list[SimulatedSite]]:
+        """Sites by kind or block; those outside the blocks form groups of their role."""
+        groups: dict[str, list[SimulatedSite]] = {}
+        for each in self.sites:
+            place = self.where[each.path]
+            name = place.kind if by == "kinds" or place.block is None else place.block
+            groups.setdefault(name, []).append(each)
+        return groups
+
+    def _effects(self, method: str) -> dict[str, float]:
+        effect, _, by = method.partition(":")
+        groups = [Group(each.path, (each,)) for each in self.sites]
+        if by:
+            groups = [Group(name, tuple(sites)) for name, sites in self._members(by).items()]
+        known = self.store.under(f"{method} ")
+        losses: dict[str, float] = {}
+        with self.lab.meter.measuring(method):
+            trials = effects(self.lab, effect, groups, self.sites, known)  # type: ignore[arg-type]
+            for name, loss in self._bar(trials, method, len(groups)):
+                self.store.put(f"{method} {name}", loss)
+                losses[name] = loss
+        return as_effects(effect, losses, self.loss_float, self.loss_quantized)  # type: ignore[arg-type]
+
+    def _path(self) -> path_method.PathResult:
+        with self.lab.meter.measuring("path"):
+            bar = tqdm(total=len(self.lab.windows), desc="path", leave=False, disable=self.hidden)
+            with bar:
+                return path_method.integrate(self.lab, self.sites, bar.update)
+
+    # Causes ---------------------------------------------------------------------------------------
+
+    def _causes(self) -> dict[str, dict[Cause, float]]:
+        """Of the whole model, under "model", and of each kind by itself."""
+        parts: dict[str, Sequence[SimulatedSite]] = {"model": self.sites}
+        kinds = self._members("kinds")
+        # A single kind is the whole model.
+        parts.update(kinds if len(kinds) > 1 else {})
+        found: dict[str, dict[Cause, float]] = {}
+        with self.lab.meter.measuring("causes"):
+            for name, group in self._bar(parts.items(), "causes", len(parts)):
+                cuts = self.lab.advance(
+                    self.lab.start(), first_site(self.lab, group).node, FLOAT_SETTING
+                )
+                found[name] = causes_of(
+                    self.lab, group, cuts=cuts, remember=self._remember(f"causes {name}")
+                )
+        if len(kinds) == 1:
+            found[next(iter(kinds))] = found["model"]
+        return found
+
+    def _own_causes(self, chosen: Sequence[SimulatedSite]) -> dict[str, dict[Cause, float]]:
+        found = {}
+        with self.lab.meter.measuring("causes of the worst sites"):
+            for each, cuts in walk_to(self.lab, self.sites, chosen):
+                if len(present_causes([each])) > 1:
+                    found[each.path] = causes_of(
+                        self.lab,
+                        [each],
+                        around=self.sites,
+                        cuts=cuts,
+                        remember=self._remember(f"causes of {each.path}"),
+                    )
+        return found
+
+    def _remember(self, prefix: str) -> Any:
+        return lambda name, compute: self.store.remember(f"{prefix} {name}", compute)
+
+    # Repairs --------------------------------------------------------------------------------------
+
+    def _counterfactuals(self, chosen: Sequence[SimulatedSite]) -> tuple[Counterfactual, ...]:
+        if not chosen:
+            return ()
+        maker = SiteMaker(self.lab.gm)
+        batches = self.batches
+        if batches is None:
+            batches = [{"input_ids": ids} for ids in self.lab.windows]
+            self.notes.append(
+                "smoothing factors come from the evaluation windows: no calibration data were given"
+            )
+        with self.lab.meter.measuring("other choices"):
+            seen = calibration_inputs(self.lab, chosen, batches)
+            found: list[Counterfactual] = []
+            walk = walk_to(self.lab, self.sites, chosen)
+            for each, cuts in self._bar(walk, "other choices", len(chosen)):
+                found += measure(
+                    self.lab,
+                    self.sites,
+                    each,
+                    cuts,
+                    choices(each, self.local[each.path], maker, seen[each.path]),
+                    self.loss_float,
+                    self.loss_quantized,
+                    self._remember(f"choice {each.path}"),
+                )
+        return tuple(sorted(found, key=lambda each: -each.recovered))
+
+    def _recovery(self, order: Sequence[str]) -> tuple[Recovery, ...]:
+        found = []
+        counts = recovery_counts(len(self.sites))
+        with self.lab.meter.measuring("recovery"):
+            for count in self._bar(counts, "recovery", len(counts)):
+                fixed = set(order[:count])
+                under = setting(each for each in self.sites if each.path not in fixed)
+                name = f"recovery {','.join(sorted(fixed))}"
+                loss = self.store.remember(name, lambda under=under: self.lab.loss(under))  # type: ignore[misc]
+                found.append(Recovery(count, loss - self.loss_float))
+        return tuple(found)
+
+    def _groups(
+        self,
+        by: str,
+        figures: dict[str, SiteFigures],
+        found: Found,
+        causes: dict[str, dict[Cause, float]],
+    ) -> tuple[GroupFigures, ...]:
+        members = {name: [each.path for each in sites] for name, sites in self._members(by).items()}
+        return group_figures(by, members, figures, found, causes)
+
+    def _costs(self) -> dict[str, MethodCost]:
+        return {
+            name: MethodCost(cost.forwards, cost.seconds, cost.seconds / self.forward_seconds)
+            for name, cost in self.lab.meter.costs.items()
+            if name != "other"
+        }
+
+
+def _path_figures(path: path_method.PathResult) -> PathFigures:
+    return PathFigures(path.estimate, path.residual, path.points, path.refused)
+
+
+def _ranking(found: dict[str, dict[str, float]], path: path_method.PathResult | None) -> str:
+    """Which figure calls sites worst: exact ones first, rescue before all."""
+    for method in ("rescue", "in_order", "alone"):
+        if method in found:
+            return method
+    if path is not None and path.refused is None:
+        return "path"
+    return "first_order" if "first_order" in found else "local MSE"
+
+
+@torch.no_grad()
+def _plain_forward_seconds(lab: Lab) -> float:
+    """Median seconds of a float forward with its loss over all windows, the unit of cost."""
+    seconds = []
+    for _ in range(4):
+        started = time.perf_counter()
+        for ids in lab.windows:
+            token_nll(lab.executor.run(input_ids=ids), ids)
+        seconds.append(time.perf_counter() - started)
+    return median(seconds[1:])

@@ -1,0 +1,62 @@
+"""How far cheap figures can be trusted: each held against the exact effects."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """A figure against an exact effect over the sites.
+
+    ``rank_correlation``: Spearman's, ties averaged; nan where either is constant. ``top``: share of
+    the exact effect's eight largest sites that are among the figure's eight largest. ``error``: sum
+    of |figure - effect| over sum of |effect|; None for figures that are not in nats.
+    """
+
+    figure: str
+    against: str
+    rank_correlation: float
+    top: float
+    error: float | None
+
+
+def agreement(
+    figure: str,
+    values: Mapping[str, float],
+    against: str,
+    effects: Mapping[str, float],
+    *,
+    in_nats: bool,
+) -> Agreement:
+    """Compare two figures of the same sites."""
+    paths = list(effects)
+    a = torch.tensor([values[path] for path in paths], dtype=torch.float64)
+    b = torch.tensor([effects[path] for path in paths], dtype=torch.float64)
+    count = min(8, len(paths))
+    common = set(a.topk(count).indices.tolist()) & set(b.topk(count).indices.tolist())
+    size = float(b.abs().sum())
+    error = float((a - b).abs().sum()) / size if in_nats and size else None
+    return Agreement(figure, against, spearman(a, b), len(common) / count, error)
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    """Pearson's correlation of the ranks of two vectors."""
+    ranks = [_ranks(values) for values in (a, b)]
+    centred = [r - r.mean() for r in ranks]
+    norm = float(centred[0].norm() * centred[1].norm())
+    return float(centred[0] @ centred[1]) / norm if norm else math.nan
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Ranks from 0, equal values share the mean of theirs."""
+    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0) - 1
+    mean = last.to(torch.float64) - (counts.to(torch.float64) - 1) / 2
+    ranks: Tensor = mean[inverse]
+    return ranks
