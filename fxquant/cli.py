@@ -1,4 +1,4 @@
-"""The command line: ``fxquant evaluate``."""
+"""The command line: ``fxquant evaluate`` and ``fxquant report``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from fxquant.errors import FxquantError
 from fxquant.evaluation.arguments import INTERRUPTED, add_arguments, evaluate_command
+from fxquant.evaluation.report import command as report_cli
 
 FAILED = 2
 
@@ -19,6 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluate = commands.add_parser("evaluate", help="loss and perplexity of a model per scheme")
     add_arguments(evaluate)
     evaluate.set_defaults(run=evaluate_command)
+    report = commands.add_parser("report", help="a results folder as one HTML page")
+    report_cli.add_arguments(report)
+    report.set_defaults(run=report_cli.report_command)
     options = parser.parse_args(argv)
     try:
         return int(options.run(options))
