@@ -1,35 +1,73 @@
-"""The command line: ``fxquant evaluate | sweep | table | reproduce``."""
+"""The command line: each command's options and code are in a file of its own."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from fxquant.errors import FxquantError
-from fxquant.evaluation import commands as commands_of_sweeps
+from fxquant.evaluation import commands as sweeps
 from fxquant.evaluation.arguments import INTERRUPTED, add_arguments, evaluate_command
+from fxquant.evaluation.report import command as report
 
 FAILED = 2
 
 
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: its options, and what runs on them and returns the exit code."""
+
+    name: str
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+COMMANDS = (
+    Command(
+        "evaluate",
+        "loss and perplexity of a model per scheme",
+        add_arguments,
+        evaluate_command,
+    ),
+    Command(
+        "sweep",
+        "models x schemes x datasets x seeds, resumable",
+        sweeps.add_sweep_arguments,
+        sweeps.sweep_command,
+    ),
+    Command(
+        "table",
+        "tables of a sweep's results beside published ones",
+        sweeps.add_table_arguments,
+        sweeps.table_command,
+    ),
+    Command(
+        "reproduce",
+        "run a reference table again",
+        sweeps.add_reproduce_arguments,
+        sweeps.reproduce_command,
+    ),
+    Command(
+        "report",
+        "a results folder as one HTML page",
+        report.add_arguments,
+        report.report_command,
+    ),
+)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; errors of fxquant become one message on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(prog="fxquant", description=__doc__)
+    parser = argparse.ArgumentParser(prog="fxquant", description="Quantize, look, measure.")
     commands = parser.add_subparsers(dest="command_name", required=True, metavar="COMMAND")
-    evaluate = commands.add_parser("evaluate", help="loss and perplexity of a model per scheme")
-    add_arguments(evaluate)
-    evaluate.set_defaults(run=evaluate_command)
-    sweep = commands.add_parser("sweep", help="models x schemes x datasets x seeds, resumable")
-    commands_of_sweeps.add_sweep_arguments(sweep)
-    sweep.set_defaults(run=commands_of_sweeps.sweep_command)
-    table = commands.add_parser("table", help="tables of a sweep's results beside published ones")
-    commands_of_sweeps.add_table_arguments(table)
-    table.set_defaults(run=commands_of_sweeps.table_command)
-    preset = commands.add_parser("reproduce", help="run a reference table again")
-    commands_of_sweeps.add_reproduce_arguments(preset)
-    preset.set_defaults(run=commands_of_sweeps.reproduce_command)
+    for command in COMMANDS:
+        subparser = commands.add_parser(command.name, help=command.help)
+        command.add_arguments(subparser)
+        subparser.set_defaults(run=command.run)
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = parser.parse_args(arguments)
     options.command = shlex.join([parser.prog, *arguments])
