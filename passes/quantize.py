@@ -171,7 +171,7 @@ def static_input(
     assert spec.estimator is not None
     seen = distribution(observer)
     low, high = estimate_range(observer, spec.estimator, spec.tensor, seen)
-    buffers = _static_qparams(low, high, spec, observer.counts.device)
+    buffers = _range_qparams(low, high, spec, observer.counts.device)
     return buffers, StaticRange(
         scale=float(buffers["input_scale"]),
         zero_point=int(buffers.get("input_zero_point", 0)),
@@ -185,7 +185,12 @@ def static_input(
     )
 
 
-def _static_qparams(
+def static_qparams(observer: HistogramObserver, spec: ActivationSpec) -> dict[str, Tensor]:
+    """The buffers of ``static_input`` alone."""
+    return static_input(observer, spec)[0]
+
+
+def _range_qparams(
     low: float, high: float, spec: ActivationSpec, device: torch.device
 ) -> dict[str, Tensor]:
     qmin, qmax = spec.tensor.qrange
