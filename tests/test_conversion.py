@@ -668,11 +668,13 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
         "unknown level 'int': known are float, observed, qdq, integer",
     ),
     "kernels": ({"level": "kernels"}, "level 'kernels' .* does not exist yet: use level='integer'"),
-    "repair": ({"scheme": "w8+smooth"}, r"unknown pass in scheme w8\+smooth: smooth"),
-    "repair with options": (
-        {"scheme": "w8a8-dynamic+smooth(alpha=0.5)+gptq"},
-        "unknown pass in scheme .*: smooth, gptq",
+    "repair": ({"scheme": "w8+smoth"}, r"unknown pass in scheme w8\+smoth: smoth; known: smooth"),
+    "repairs": (
+        {"scheme": "w8a8-dynamic+smoth(alpha=0.5)+qptg"},
+        "unknown pass in scheme .*: smoth, qptg",
     ),
+    "option of a repair": ({"scheme": "w8+smooth(beta=1)"}, "smooth has no option beta; its opt"),
+    "repair without data": ({"scheme": "w8+smooth"}, "smooth needs calibration data"),
     "scheme": ({"scheme": "w8a8-statik"}, r"(?s)w8a8-statik\n.*\^"),
     "json": ({"scheme": '{"scheme": "w8", "overrides": {"head": "w9"}}'}, "bits"),
 }

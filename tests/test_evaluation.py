@@ -248,7 +248,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"schemes": ("w8", "int8")}, r"(?s)int8\n  \^"),
         ({"schemes": ("w8a8-statik",)}, "known: fp"),
-        ({"schemes": ("w8+smooth",)}, "unknown pass.*smooth"),
+        ({"schemes": ("w8+smoth",)}, "unknown pass.*smoth"),
         ({"calibration_windows": 0}, "w8a8-static has static.*calibration"),
         ({"text": "/nowhere/text.txt"}, "cannot read text"),
         ({"dataset": "c4"}, "c4-old.*or c4-new"),
