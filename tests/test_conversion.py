@@ -674,7 +674,6 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
         "unknown pass in scheme .*: smoth, qptg",
     ),
     "option of a repair": ({"scheme": "w8+smooth(beta=1)"}, "smooth has no option beta; its opt"),
-    "repair without data": ({"scheme": "w8+smooth"}, "smooth needs calibration data"),
     "scheme": ({"scheme": "w8a8-statik"}, r"(?s)w8a8-statik\n.*\^"),
     "json": ({"scheme": '{"scheme": "w8", "overrides": {"head": "w9"}}'}, "bits"),
 }
