@@ -14,26 +14,36 @@ from fxquant.evaluation.tables import format_table, sentences
 INTERRUPTED = 130
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model, where, in which dtype."""
     parser.add_argument("--model", required=True, help="hub name, directory or package:NAME")
     parser.add_argument("--revision", help="of a hub model")
-    parser.add_argument(
-        "--schemes", nargs="+", required=True, help="such as w8 w8a8-static: docs/schemes.md"
-    )
-    text = parser.add_mutually_exclusive_group()
-    text.add_argument("--dataset", choices=("wikitext2",), help="evaluate on a dataset")
-    text.add_argument("--text", default="builtin", help="a UTF-8 file, or builtin (default)")
-    parser.add_argument("--windows", type=int, default=8, help="to evaluate (8)")
-    parser.add_argument("--length", type=int, default=512, help="tokens a window (512)")
-    parser.add_argument("--batch-size", type=int, default=1, help="dynamic ranges depend on it (1)")
-    parser.add_argument(
-        "--calibration-windows", type=int, default=16, help="for static ranges (16)"
-    )
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument(
         "--dtype", default="auto", choices=("auto", *DTYPES), help="auto: stored on CUDA, else fp32"
     )
+
+
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which text, and how calibration windows are drawn from it."""
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--dataset", choices=("wikitext2",), help="text of a dataset")
+    text.add_argument("--text", default="builtin", help="a UTF-8 file, or builtin (default)")
+    parser.add_argument("--length", type=int, default=512, help="tokens a window (512)")
+    parser.add_argument(
+        "--calibration-windows", type=int, default=16, help="for static ranges (16)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="draws the calibration windows (0)")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--schemes", nargs="+", required=True, help="such as w8 w8a8-static: docs/schemes.md"
+    )
+    add_text_arguments(parser)
+    parser.add_argument("--windows", type=int, default=8, help="to evaluate (8)")
+    parser.add_argument("--batch-size", type=int, default=1, help="dynamic ranges depend on it (1)")
     parser.add_argument("--output", type=Path, help="folder for results.json and table.md")
     parser.add_argument("--overwrite", action="store_true", help="replace an unfinished run there")
 
