@@ -13,20 +13,19 @@ from fxquant.evaluation.tables import format_table, sentences
 INTERRUPTED = 130
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="hub name, directory or package:NAME")
-    parser.add_argument("--revision", help="of a hub model")
-    parser.add_argument(
-        "--schemes", nargs="+", required=True, help="such as w8 w8a8-static: docs/schemes.md"
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model, where, in which dtype."""
+    add = parser.add_argument
+    add("--model", required=True, help="hub name, directory or package:NAME")
+    add("--revision", help="of a hub model")
+    add("--device", default="cpu", help="cpu (default) or cuda")
+    add(
+        "--dtype", default="auto", choices=("auto", *DTYPES), help="auto: stored on CUDA, else fp32"
     )
-    add_setting(parser)
-    parser.add_argument("--seed", type=int, default=0, help="draws the calibration windows (0)")
-    parser.add_argument("--output", type=Path, help="folder for results.json and table.md")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run that is there")
 
 
-def add_setting(parser: argparse.ArgumentParser) -> None:
-    """Text, windows and device: what all schemes of a run share."""
+def add_text_arguments(parser: argparse.ArgumentParser, length: int = 512) -> None:
+    """Which text, and how calibration windows are drawn from it."""
     text = parser.add_mutually_exclusive_group()
     text.add_argument(
         "--dataset",
@@ -36,17 +35,30 @@ def add_setting(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--text", default="builtin", help="a UTF-8 file, or builtin (default)")
     add = parser.add_argument
     add("--data", type=Path, help="folder with clones of hub datasets: DATA/OWNER/NAME")
-    add("--windows", type=window_count, default=8, help="to evaluate, or all (8)")
-    add("--length", type=int, default=512, help="tokens a window (512)")
-    add("--stride", type=int, help="from window to window; only new tokens are scored (length)")
-    add("--batch-size", type=int, default=1, help="dynamic ranges depend on it (1)")
-    add("--calibration-windows", type=int, default=16, help="for static ranges (16)")
+    add("--length", type=int, default=length, help=f"tokens a window ({length})")
+    add("--calibration-windows", type=int, default=16, help="for calibration (16)")
     add("--calibration-length", type=int, help="tokens of a calibration window (length)")
     add("--calibration-dataset", metavar="NAME_OR_PATH", help="to calibrate on another dataset")
-    add("--device", default="cpu", help="cpu (default) or cuda")
-    add(
-        "--dtype", default="auto", choices=("auto", *DTYPES), help="auto: stored on CUDA, else fp32"
+    add("--seed", type=int, default=0, help="draws the calibration windows (0)")
+
+
+def add_window_arguments(parser: argparse.ArgumentParser, windows: int = 8) -> None:
+    """Which windows to evaluate."""
+    add = parser.add_argument
+    add("--windows", type=window_count, default=windows, help=f"to evaluate, or all ({windows})")
+    add("--stride", type=int, help="from window to window; only new tokens are scored (length)")
+    add("--batch-size", type=int, default=1, help="dynamic ranges depend on it (1)")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--schemes", nargs="+", required=True, help="such as w8 w8a8-static: docs/schemes.md"
     )
+    add_text_arguments(parser)
+    add_window_arguments(parser)
+    parser.add_argument("--output", type=Path, help="folder for results.json and table.md")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run that is there")
 
 
 def window_count(text: str) -> int | None:
@@ -54,10 +66,15 @@ def window_count(text: str) -> int | None:
     return None if text == "all" else int(text)
 
 
+def job_of(options: argparse.Namespace, schemes: tuple[str, ...]) -> Job:
+    """The job that the options describe."""
+    fields = {name: value for name, value in vars(options).items() if name in Job.__match_args__}
+    return Job(**{**fields, "schemes": schemes})
+
+
 def evaluate_command(options: argparse.Namespace) -> int:
     """Run the job, print table, provenance and sentences; 130 after an interruption."""
-    fields = {name: value for name, value in vars(options).items() if name in Job.__match_args__}
-    job = Job(**{**fields, "schemes": tuple(options.schemes)})
+    job = job_of(options, tuple(options.schemes))
     outcome = run(job)
     if outcome.rows:
         print(format_table(outcome.rows))

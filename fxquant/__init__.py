@@ -3,6 +3,7 @@
 from fxquant.conversion import convert as convert
 from fxquant.conversion import recipe as recipe
 from fxquant.errors import FxquantError as FxquantError
+from fxquant.inspection import inspect as inspect
 from fxquant.pipeline import Pass as Pass
 from fxquant.pipeline import Pipeline as Pipeline
 from fxquant.schemes import Scheme as Scheme

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from fxquant import convert_command, inspect_command
 from fxquant.errors import FxquantError
 from fxquant.evaluation import commands as sweeps
 from fxquant.evaluation.arguments import INTERRUPTED, add_arguments, evaluate_command
@@ -32,6 +33,18 @@ COMMANDS = (
         "loss and perplexity of a model per scheme",
         add_arguments,
         evaluate_command,
+    ),
+    Command(
+        "convert",
+        "convert a model, printing passes as they run",
+        convert_command.add_arguments,
+        convert_command.run,
+    ),
+    Command(
+        "inspect",
+        "what a quantized model computes, and why",
+        inspect_command.add_arguments,
+        inspect_command.run,
     ),
     Command(
         "sweep",

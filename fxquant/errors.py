@@ -31,3 +31,7 @@ class VerificationError(FxquantError, RuntimeError):
 
 class DataError(FxquantError, ValueError):
     """Text, windows or an output folder cannot serve an evaluation."""
+
+
+class InspectionError(FxquantError, ValueError):
+    """A printout was asked for a pass, layer or site that the graph does not have."""

@@ -66,7 +66,10 @@ class Note:
 
 @dataclass(frozen=True)
 class GraphInfo:
-    """What a graph is: filled by trace, extended by passes."""
+    """What a graph is: filled by trace, extended by passes. Plain values only, no tensors.
+
+    ``parameters`` and ``float_bytes`` (by dtype, largest first) are those of the user's model.
+    """
 
     model: str
     vocab_size: int
@@ -81,6 +84,8 @@ class GraphInfo:
     history: tuple[PassRecord, ...] = field(default=(), repr=False)
     notes: tuple[Note, ...] = field(default=(), repr=False)
     site_records: tuple[SiteRecord, ...] = field(default=(), repr=False)
+    parameters: int = 0
+    float_bytes: tuple[tuple[str, int], ...] = ()
 
 
 def info(gm: GraphModule) -> GraphInfo:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
 from fxquant.graph import QuantizedParameters, info
+
+Bytes = tuple[tuple[str, int], ...]
+_SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
 
 
 def bits_per_weight(gm: GraphModule) -> float:
@@ -30,3 +36,18 @@ def _weight_tensors(gm: GraphModule, path: str) -> list[Tensor]:
         names += ["weight_scale", "weight_zero_point"]
     found = (getattr(module, name, None) for name in names)
     return [value for value in found if isinstance(value, Tensor)]
+
+
+def bytes_by_dtype(tensors: Iterable[Tensor]) -> Bytes:
+    """Bytes of different tensors, largest first; a tensor given twice counts once."""
+    total: dict[str, int] = {}
+    for tensor in {id(t): t for t in tensors}.values():
+        name = short_dtype(tensor.dtype)
+        total[name] = total.get(name, 0) + tensor.numel() * tensor.element_size()
+    return tuple(sorted(total.items(), key=lambda item: (-item[1], item[0])))
+
+
+def short_dtype(dtype: torch.dtype) -> str:
+    """``fp32``, ``bf16``, ``int8``."""
+    name = str(dtype).removeprefix("torch.")
+    return _SHORT.get(name, name)

@@ -35,6 +35,7 @@ from fxquant.graph import (
 )
 from fxquant.levels import verify
 from fxquant.pipeline import Probe, relative_difference
+from fxquant.size import bytes_by_dtype
 
 TESTED_TRANSFORMERS = "4.57.6"
 # 4.52 scales OPT's attention twice (transformers issue 38277): perplexity 26 became 388418.
@@ -250,6 +251,8 @@ def _describe(model: PreTrainedModel) -> GraphInfo:
         blocks=_decoder_blocks(model),
         head=_path_of(model, model.get_output_embeddings()),
         embeddings=_path_of(model, embedding),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        float_bytes=bytes_by_dtype((*model.parameters(), *model.buffers())),
     )
 
 

@@ -39,7 +39,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("passes",),
     ("repairs", "conversion"),
     ("evaluation",),
-    ("cli",),
+    ("convert_command", "inspect_command", "cli"),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 

@@ -1,0 +1,37 @@
+"""Convert one model under one scheme, as the command line asks for it."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fxquant import conversion
+from fxquant.evaluation.arguments import job_of
+from fxquant.evaluation.job import check_job, cut, open_sources
+from fxquant.evaluation.models import load_model
+from fxquant.pipeline import AfterPass
+from fxquant.schemes import Scheme
+
+
+def convert_as_asked(options: argparse.Namespace, after_pass: AfterPass | None) -> GraphModule:
+    """Load ``options.model``, calibrate where ``options.scheme`` needs it, convert.
+
+    ``options`` holds what ``arguments.add_model_arguments`` and ``add_text_arguments`` add, and
+    ``scheme`` and ``level``. Raises FxquantError, before the model is loaded where it can.
+    """
+    scheme = Scheme.parse(options.scheme)
+    job = replace(job_of(options, (options.scheme,)), windows=1)
+    check_job(job)
+    available = [Tensor()] if job.calibration_windows else None
+    conversion.recipe(scheme, calibration=available, level=options.level)
+    calibrates = bool(job.calibration_windows and (scheme.needs_calibration or scheme.repairs))
+    sources = open_sources(job) if calibrates else None
+    loaded = load_model(job.model, dtype=job.dtype, device=job.device, revision=job.revision)
+    batches = cut(job, *sources, loaded).calibration.split(1) if sources else None
+    pipeline = conversion.recipe(
+        scheme, calibration=batches, level=options.level, progress=True, after_pass=after_pass
+    )
+    return conversion.convert(loaded.model, scheme, pipeline=pipeline)

@@ -1,0 +1,57 @@
+"""``fxquant convert``: convert a model, printing the graph after passes as they run."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from torch.fx import GraphModule
+
+from fxquant import conversion
+from fxquant.conversion import LEVELS
+from fxquant.evaluation.arguments import add_model_arguments, add_text_arguments
+from fxquant.evaluation.converting import convert_as_asked
+from fxquant.graph import info
+from fxquant.inspection import inspect
+from fxquant.pipeline import AfterPass, Pass
+from fxquant.suggest import unknown
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--scheme", required=True, help="such as w8a8-static: docs/schemes.md")
+    parser.add_argument("--level", default="integer", choices=LEVELS, help="where to stop")
+    add_text_arguments(parser)
+    parser.add_argument(
+        "--print-after",
+        metavar="all|PASS,...",
+        default="",
+        help="print the graph after these passes, as they run",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    wanted = [name for name in options.print_after.split(",") if name]
+    check_names([name for name in wanted if name != "all"], options)
+    print(inspect(convert_as_asked(options, dump_after(wanted, print) if wanted else None)))
+    return 0
+
+
+def check_names(wanted: list[str], options: argparse.Namespace) -> None:
+    """Raise InspectionError for a pass that the scheme will not run, before any work."""
+    steps = conversion.recipe(options.scheme, calibration=[None], level=options.level).passes  # type: ignore[list-item]
+    known = [step.name for step in steps]
+    for name in wanted:
+        if name not in known:
+            raise unknown("pass", name, known)
+
+
+def dump_after(wanted: list[str], say: Callable[[str], None]) -> AfterPass:
+    """A callback that prints the graph after the wanted passes, headed by the pass."""
+
+    def after(step: Pass, gm: GraphModule) -> None:
+        if "all" in wanted or step.name in wanted:
+            count = len(info(gm).history)
+            say(f"=== after pass {count}, {step}\n{inspect(gm).graph()}\n")
+
+    return after

@@ -1,0 +1,118 @@
+"""How operands read: ``acc * scale * weight_scale`` rather than a list of arguments.
+
+Every operand that is a tensor is named; what a reader sees elsewhere (the dtype of ``like``, a
+device, a default) is left out. A call with other operands than the table expects is listed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+_BINARY = {
+    "add": "+",
+    "iadd": "+",
+    "sub": "-",
+    "mul": "*",
+    "matmul": "@",
+    "truediv": "/",
+    "floordiv": "//",
+    "and_": "&",
+    "or_": "|",
+    "le": "<=",
+    "lt": "<",
+    "gt": ">",
+    "ge": ">=",
+    "eq": "==",
+    "pow": "**",
+}
+_NAMES = {"scaled_dot_product_attention": "sdpa"}
+_UNTOLD = ("device", "dtype")  # keywords; so are those that are None or False
+
+
+def operator_name(target: str) -> str:
+    """``fxquant.int_gemm`` is ``int_gemm`` in a listing."""
+    name = target.removeprefix("fxquant.")
+    for long, short in _NAMES.items():
+        name = name.replace(long, short)
+    return name
+
+
+def formula(target: str, args: Sequence[str], kwargs: Sequence[tuple[str, str]]) -> str:
+    """The operands of a call in words."""
+    special = _FORMULAS.get(target)
+    if special is not None and len(args) == special[0] and not kwargs:
+        return special[1](args)
+    if target in _BINARY and len(args) == 2 and not kwargs:
+        return f"{args[0]} {_BINARY[target]} {args[1]}"
+    if target == "getitem" and len(args) == 2:
+        return f"{args[0]}[{_index(args[1])}]"
+    named = [
+        f"{key}={value}"
+        for key, value in kwargs
+        if value not in ("None", "False") and key not in _UNTOLD
+    ]
+    return ", ".join((*args, *named))
+
+
+def _index(text: str) -> str:
+    return text[1:-1] if text.startswith("(") else text
+
+
+def _choose_qparams(a: Sequence[str]) -> str:
+    x, granularity, symmetric, qmin, qmax = a
+    ends = "max|x|" if symmetric == "True" else "min, max"
+    each = "each token" if granularity == "'token'" else "the tensor"
+    return f"{ends} of {x}, {each}, {_range(qmin, qmax)}"
+
+
+def _quantize(a: Sequence[str]) -> str:
+    x, scale, zero_point, qmin, qmax, _ = a
+    shift = "" if zero_point == "None" else f" + {zero_point}"
+    return f"{x} / {scale}{shift}, {_range(qmin, qmax)}"
+
+
+def _range(qmin: str, qmax: str) -> str:
+    return f"±{qmax}" if qmin == f"-{qmax}" else f"{qmin}..{qmax}"
+
+
+def _dequantize(a: Sequence[str]) -> str:
+    codes, scale, zero_point, group_size, _ = a
+    shifted = codes if zero_point == "None" else f"({codes} - {zero_point})"
+    groups = "" if group_size == "0" else f", {group_size} columns a scale"
+    return f"{shifted} * {scale}{groups}"
+
+
+def _int_gemm(a: Sequence[str]) -> str:
+    return f"{a[0]} @ {a[1]}.T" + ("" if a[2] == "0" else f", {a[2]} columns at a time")
+
+
+def _minus(sums: str, pairs: Sequence[tuple[str, str]]) -> str:
+    terms = "".join(f" - {x} * {y}" for x, y in pairs if "None" not in (x, y))
+    return f"({sums}{terms})" if terms else sums
+
+
+def _grouped_gemm(a: Sequence[str]) -> str:
+    x, weight, weight_scale, zero_point, weight_sum, weight_zero_point, group_size = a
+    w = weight if weight_zero_point == "None" else f"({weight} - {weight_zero_point})"
+    product = _minus(f"{x} @ {w}.T", [(zero_point, weight_sum)])
+    return f"{product} * {weight_scale}, {group_size} columns a scale"
+
+
+def _rescale(a: Sequence[str]) -> str:
+    sums, scale, weight_scale, zero_point, weight_sum, weight_zero_point, x_sum, _ = a
+    corrected = _minus(sums, [(zero_point, weight_sum), (weight_zero_point, x_sum)])
+    return " * ".join(part for part in (corrected, scale, weight_scale) if part != "None")
+
+
+_FORMULAS: dict[str, tuple[int, Callable[[Sequence[str]], str]]] = {
+    "fxquant.choose_qparams": (5, _choose_qparams),
+    "fxquant.quantize": (6, _quantize),
+    "fxquant.dequantize": (5, _dequantize),
+    "fxquant.unpack_int4": (2, lambda a: f"{a[0]}, two codes a byte"),
+    "fxquant.code_sum": (1, lambda a: f"sum of {a[0]} over columns"),
+    "fxquant.int_gemm": (3, _int_gemm),
+    "fxquant.grouped_gemm": (7, _grouped_gemm),
+    "fxquant.rescale": (8, _rescale),
+    "fxquant.add_bias": (3, lambda a: f"{a[0]} + {a[1]}"),
+    "linear": (3, lambda a: f"{a[0]} @ {a[1]}.T" + ("" if a[2] == "None" else f" + {a[2]}")),
+}

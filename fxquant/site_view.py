@@ -1,0 +1,128 @@
+"""One site on a page: its nodes, where they come from, its scales, its histograms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fxquant.graph import QuantizedParameters, Site, info
+from fxquant.history import History
+from fxquant.operators import unpack_int4
+from fxquant.printer import HEAD, Section, lay_out, row
+from fxquant.records import NodeText, SiteRecord
+from fxquant.schemes import Scheme
+from fxquant.shapes import UNKNOWN, Value
+
+_BAR = 40
+_ROWS = 20
+
+
+def site_view(gm: GraphModule, site: Site, history: History, values: Mapping[str, Value]) -> str:
+    """The page of one site of a graph of any level."""
+    facts = info(gm)
+    own = [node for node in history.states[-1] if node.tag.site == site.path]
+    record = next((r for r in facts.site_records if r.path == site.path), None)
+    rows, columns = site.shape
+    spec = record.spec if record else "not quantized"
+    parts = [f"site {site.path}: {site.role}, weight [{rows}, {columns}], {spec}"]
+    parts += ["nodes\n" + _nodes(own, history, values)]
+    parts += ["provenance\n" + "\n".join(_provenance(own, history))]
+    module = gm.get_submodule(site.path)
+    if isinstance(module, QuantizedParameters):
+        parts += ["scales\n" + _scales(module, record)]
+    if record is not None and record.histogram:
+        parts += [_activation(record)]
+    if isinstance(module, QuantizedParameters) and record is not None:
+        parts += [_weight(module, site, record)]
+    notes = [f"{note.origin}: {note.text}" for note in facts.notes if note.site == site.path]
+    if notes:
+        parts += ["notes\n" + "\n".join(notes)]
+    return "\n\n".join(parts)
+
+
+def _nodes(own: Sequence[NodeText], history: History, values: Mapping[str, Value]) -> str:
+    """Every node, buffers too: here they are the subject."""
+    block = next((s for s in history.sections(-1) if own and own[0] in s.nodes), None)
+    names = history.names(block or Section("", "", ()), values)
+    found = [row(node, names, values.get(node.name, UNKNOWN)) for node in own]
+    return "\n".join(lay_out([HEAD, *found]))
+
+
+def _provenance(own: Sequence[NodeText], history: History) -> list[str]:
+    """``integerize made acc, y_1 from x_dq, w, y``, and so on back to the trace."""
+    lines: list[str] = []
+    pending = list(own)
+    names = history.names(Section("", "", ()), {})
+    while pending:
+        groups: dict[tuple[str, tuple[str, ...]], list[NodeText]] = {}
+        for node in pending:
+            groups.setdefault((node.tag.origin, node.tag.made_from), []).append(node)
+        sources: dict[str, None] = {}
+        for (origin, made_from), made in groups.items():
+            found = [history.nodes[name] for name in made_from if name in history.nodes]
+            text = f"{origin} made {', '.join(names.local(n) or n.target for n in made)}"
+            origins = ", ".join(names.local(n) or n.target for n in found)
+            lines.append(f"{text} from {origins}" if origins else text)
+            sources.update(dict.fromkeys(made_from))
+        pending = [history.nodes[name] for name in sources if name in history.nodes]
+    return list(dict.fromkeys(lines))
+
+
+def _scales(module: QuantizedParameters, record: SiteRecord | None) -> str:
+    scale = module.get_buffer("weight_scale").detach().float().reshape(-1)
+    low, middle, high = (float(scale.quantile(q)) for q in (0.0, 0.5, 1.0))
+    text = f"weight: {scale.numel()} scales, smallest {low:.3g}, median {middle:.3g}, "
+    text += f"largest {high:.3g}"
+    if record is None:
+        return text
+    text += f"; SQNR {record.weight_sqnr:.1f} dB"
+    if record.scale is not None:
+        text += (
+            f"\ninput: scale {record.scale:.6g}, zero point {record.zero_point}, range "
+            f"{record.low:.4g}..{record.high:.4g} by {record.estimator}; calibration saw "
+            f"{record.seen_low:.4g}..{record.seen_high:.4g}, {record.clipped:.3%} clipped"
+        )
+    return text
+
+
+def _activation(record: SiteRecord) -> str:
+    assert record.seen_low is not None
+    assert record.seen_high is not None
+    assert record.low is not None
+    assert record.high is not None
+    bins = len(record.histogram)
+    merge = max(1, bins // _ROWS)
+    counts = [sum(record.histogram[i : i + merge]) for i in range(0, bins, merge)]
+    step = (record.seen_high - record.seen_low) / len(counts)
+    lines = []
+    for index, count in enumerate(counts):
+        start, end = record.seen_low + index * step, record.seen_low + (index + 1) * step
+        outside = end <= record.low or start >= record.high
+        lines.append(_bar(f"{start:10.3g}", count, max(counts), "x" if outside else "#"))
+    head = "input in calibration (bars logarithmic; # inside the range, x clipped)"
+    return "\n".join([head, *lines])
+
+
+def _weight(module: QuantizedParameters, site: Site, record: SiteRecord) -> str:
+    spec = Scheme.parse(record.spec).spec.weight
+    assert spec is not None
+    codes: Tensor = module.get_buffer("weight")
+    if spec.bits <= 4:
+        codes = unpack_int4(codes, site.shape[1])
+    qmin, qmax = spec.qrange
+    width = math.ceil((qmax - qmin + 1) / _ROWS)
+    index = (codes.detach().reshape(-1).to(torch.int64) - qmin) // width
+    counts = torch.bincount(index, minlength=math.ceil((qmax - qmin + 1) / width)).tolist()
+    lines = [
+        _bar(f"{qmin + i * width:10d}", count, max(counts), "#") for i, count in enumerate(counts)
+    ]
+    return "\n".join(["codes of the weight (bars logarithmic)", *lines])
+
+
+def _bar(label: str, count: int, most: int, mark: str) -> str:
+    length = round(_BAR * math.log1p(count) / math.log1p(most)) if most else 0
+    return f"{label} |{mark * length:<{_BAR}}| {count}"

@@ -1,0 +1,156 @@
+"""A Summary as text or Markdown."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+
+from tabulate import tabulate
+
+from fxquant.records import PassRecord, SiteRecord
+from fxquant.schemes import Scheme
+from fxquant.size import Bytes
+from fxquant.spelling import spell_activation, spell_weight
+from fxquant.summary import SiteRow, Summary, span
+
+WIDTH = 100
+
+
+def render(summary: Summary, *, markdown: bool = False) -> str:
+    """Header, history, sites, what was left in float, notes."""
+    style = "github" if markdown else "simple"
+    title = "## {}" if markdown else "{}"
+    parts = [_header(summary)]
+    if summary.history:
+        table = tabulate(
+            [_history_row(record) for record in summary.history],
+            headers=["pass", "nodes +", "-", "replaced", "sites", "ms", "difference"],
+            tablefmt=style,
+            colalign=("left", *["right"] * 6),
+            disable_numparse=True,
+        )
+        parts += [title.format("History"), table]
+    if summary.sites:
+        prefix = _common(row.path for row in summary.sites)
+        table = tabulate(
+            [_cells(row, prefix) for row in summary.sites],
+            headers=["site", "shape", "weight", "input", "scale", "range", "clipped", "SQNR"],
+            tablefmt=style,
+            disable_numparse=True,
+        )
+        below = f" (below {prefix.rstrip('.')})" if prefix else ""
+        parts += [title.format(f"Sites{below}"), table, _LEGEND]
+    if summary.left_in_float:
+        lines = [f"- {entry.path}: {entry.reason}" for entry in summary.left_in_float]
+        parts += [title.format("Left in float"), _wrapped(lines)]
+    if summary.notes:
+        lines = [f"- {note.origin}: {note.site}: {note.text}" for note in summary.notes]
+        parts += [title.format("Notes"), _wrapped(lines)]
+    return "\n\n".join(parts) if markdown else _spaced(parts)
+
+
+_LEGEND = (
+    "scale: of the input where its range is static, in float units a code. range: of the\n"
+    "calibrated input, with its estimator. clipped: share of the calibration's elements outside\n"
+    "it. SQNR: of the weight's codes, in dB. a–b: smallest and largest of the blocks."
+)
+
+
+def _spaced(parts: Sequence[str]) -> str:
+    """Titles directly above their tables, an empty line before each title."""
+    titles = ("History", "Sites", "Left in float", "Notes")
+    text = parts[0]
+    for part in parts[1:]:
+        text += ("\n\n" if part.startswith(titles) and "\n" not in part else "\n") + part
+    return text
+
+
+def _wrapped(lines: Sequence[str]) -> str:
+    return "\n".join(textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in lines)
+
+
+def _header(summary: Summary) -> str:
+    before, after = (sum(n for _, n in b) for b in (summary.bytes_before, summary.bytes_after))
+    saved = f" ({after / before:.1%} of before)" if before else ""
+    bits = summary.bits_per_weight
+    rows = [
+        ("model", summary.model),
+        ("scheme", summary.scheme),
+        ("level", summary.level),
+        ("parameters", f"{summary.parameters:,}"),
+        ("bytes before", _bytes(summary.bytes_before)),
+        ("bytes after", f"{_bytes(summary.bytes_after)}{saved}"),
+        ("bits per weight", "-" if bits != bits else f"{bits:.2f} in the blocks' linears"),
+    ]
+    return "\n".join(f"{name:<17}{value}" for name, value in rows)
+
+
+def _bytes(found: Bytes) -> str:
+    each = " + ".join(f"{name} {count:,}" for name, count in found)
+    return f"{sum(count for _, count in found):,} = {each}" if len(found) > 1 else each
+
+
+def _history_row(record: PassRecord) -> list[str]:
+    difference = "lossy" if record.difference is None else f"{record.difference:.1e}"
+    if record.difference == 0:
+        difference = "0"
+    counts = (record.added, record.removed, record.replaced, record.sites)
+    spelling = record.spelling or record.name
+    return [spelling, *map(str, counts), f"{record.milliseconds:.1f}", difference]
+
+
+def _common(paths: object) -> str:
+    """The longest dotted prefix of the block sites' paths."""
+    inside = [str(path) for path in paths if "*" in str(path)]  # type: ignore[attr-defined]
+    if not inside:
+        return ""
+    first = inside[0].partition("*")[0]
+    return first if all(path.startswith(first) for path in inside) else ""
+
+
+def _cells(row: SiteRow, prefix: str) -> list[str]:
+    weight, activation = _specs(row.spec)
+    records = row.records
+    clipped = span(record.clipped for record in records)
+    return [
+        _place(row, prefix),
+        "x".join(map(str, row.site.shape)),
+        weight,
+        activation,
+        _between(span(record.scale for record in records), ".2g"),
+        _range(records),
+        _between(clipped, ".2%"),
+        _between(span(record.weight_sqnr for record in records), ".1f"),
+    ]
+
+
+def _place(row: SiteRow, prefix: str) -> str:
+    path = row.path if row.site.role == "linear" else row.path.rpartition(".")[2]
+    return path.removeprefix(prefix) + (f" ({row.count})" if row.count > 1 else "")
+
+
+def _specs(spec: str) -> tuple[str, str]:
+    site = Scheme.parse(spec).spec
+    if site.weight is None:
+        return "float", "float"
+    activation = "float" if site.activation is None else spell_activation(site.activation)
+    return spell_weight(site.weight), activation.partition(":")[0]
+
+
+def _range(records: Sequence[SiteRecord]) -> str:
+    low = span(record.low for record in records)
+    high = span(record.high for record in records)
+    if low is None or high is None:
+        return "each batch" if records and "dynamic" in records[0].spec else "-"
+    estimator = Counter(record.estimator for record in records).most_common(1)[0][0]
+    symmetric = all(-(r.low or 0) == r.high for r in records)
+    ends = f"±{_between(high, '.2g')}" if symmetric else f"{low[0]:.2g}..{high[1]:.2g}"
+    return f"{ends} {estimator}"
+
+
+def _between(ends: tuple[float, float] | None, form: str) -> str:
+    if ends is None:
+        return "-"
+    low, high = (format(end, form) for end in ends)
+    return low if low == high else f"{low}–{high}"
