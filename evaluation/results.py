@@ -145,7 +145,7 @@ def write_results(
         "rows": [row.to_json() for row in rows],
     }
     _replace(folder / RESULTS, json.dumps(data, indent=2, allow_nan=False) + "\n")
-    note = "" if complete else "\nUnfinished: the run was interrupted.\n"
+    note = "" if complete else "\nUnfinished: still running, or interrupted.\n"
     _replace(folder / TABLE, f"{table}\n\n{provenance.line()}\n\n`{provenance.command}`\n{note}")
 
 

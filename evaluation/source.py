@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol as Interface
 
@@ -52,7 +53,7 @@ class Source:
             return None
         return self.recipe.join.join(self.calibration_documents)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """sha256 of the texts; of the evaluated one where calibration draws from millions."""
         calibration = None if self.recipe.sampler == "documents" else self.calibration

@@ -18,6 +18,7 @@ import pytest
 from fxquant.cli import main
 from fxquant.errors import DataError, FxquantError
 from fxquant.evaluation import Job, run
+from fxquant.evaluation import job as job_module
 from fxquant.evaluation import sweep as sweep_module
 from fxquant.evaluation.comparison import format_results
 from fxquant.evaluation.journal import Journal, Result, read_journal
@@ -120,7 +121,7 @@ def test_again_does_nothing(undisturbed: Undisturbed, monkeypatch: pytest.Monkey
 def test_another_setting_is_another_result(
     undisturbed: Undisturbed, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    path, outcome, _ = undisturbed
+    path, _, _ = undisturbed
     copy = tmp_path / "results.jsonl"
     copy.write_bytes(path.read_bytes())
     other = swept(sweep(schemes=(), **changes), copy)
@@ -158,7 +159,7 @@ def test_changed_weights_are_another_model(tmp_path: Path) -> None:
 def test_a_failing_cell_is_recorded_and_the_rest_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, calls = sweep_module.measure, []
+    original, calls = job_module.measure, []
 
     def measure(converter: Any, scheme: Any, *rest: Any) -> Row:
         calls.append(str(scheme))

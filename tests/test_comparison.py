@@ -1,0 +1,209 @@
+"""Tables of results and the published figures beside ours, on results made by hand."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from dataclasses import replace
+
+import pytest
+
+from fxquant.errors import DataError
+from fxquant.evaluation.comparison import FORMATS, format_results, groups
+from fxquant.evaluation.datasets import NAMED
+from fxquant.evaluation.journal import Result
+from fxquant.evaluation.protocol import Protocol
+from fxquant.evaluation.published import ALL, LADDER, OPT, SMOOTH_LEVELS, Published
+from fxquant.evaluation.results import Provenance, Row
+from fxquant.schemes import Scheme
+
+PROTOCOL = Protocol(
+    dataset="wikitext2",
+    split="test",
+    join="\n\n",
+    selection="all documents",
+    tokenizer="slow GPT2Tokenizer",
+    bos="</s> once, at the head of the stream",
+    length=2048,
+    stride=2048,
+    windows=2,
+    complete=True,
+)
+TOKENS = (2047, 2047)
+
+
+def result(scheme: str, losses: tuple[float, float], **changes: object) -> Result:
+    """A result whose two windows have these mean losses."""
+    nll = tuple(loss * n for loss, n in zip(losses, TOKENS, strict=True))
+    loss = sum(losses) / 2
+    row = Row(scheme, loss, math.exp(loss), 0.0, None, 8.0, None, 1.0, 1.0, (), nll, TOKENS)
+    made = Provenance(
+        model="opt",
+        revision="r",
+        architecture=OPT["opt-1.3b"],
+        dataset="wikitext2",
+        text_hash="sha256:1",
+        windows_hash="sha256:2",
+        protocol=PROTOCOL,
+        windows=2,
+        length=2048,
+        calibration="nothing",
+        calibration_windows=0,
+        batch_size=1,
+        dtype="float16",
+        device="cpu",
+        seed=0,
+        threads=1,
+        versions={"torch": "2"},
+        command="",
+    )
+    made = replace(made, **changes)  # type: ignore[arg-type]
+    fingerprint = f"{scheme} {changes}"
+    return Result(fingerprint, made.model, scheme, "wikitext2", 0, made.protocol, row, made)
+
+
+FP = result("fp", (2.7, 2.6))
+
+
+def test_seeds_are_averaged_window_by_window() -> None:
+    runs = [
+        FP,
+        result("w8a8-static", (3.7, 3.0), seed=0),
+        result("w8a8-static", (4.1, 3.2), seed=1, threads=7, command="again"),
+    ]
+    (group,) = groups(runs, ())
+    fp, static = group.lines
+    assert (fp.seeds, fp.spread) == (1, None)
+    assert static.seeds == 2
+    # Window means over seeds: 3.9 and 3.1; differences 1.2 and 0.5.
+    assert static.loss == pytest.approx(3.5)
+    assert static.difference is not None
+    assert static.difference.delta == pytest.approx(0.85)
+    assert static.difference.error == pytest.approx(0.35)  # sd 0.495 over sqrt(2)
+    assert static.spread == pytest.approx(math.sqrt(2) * 0.15)  # losses 3.35 and 3.65
+    assert "+0.8500 ± 0.3500" in format_results(runs)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "other"},
+        {"revision": "s"},
+        {"dtype": "float32"},
+        {"batch_size": 2},
+        {"calibration": "something"},
+        {"protocol": replace(PROTOCOL, dataset="c4-old")},
+        {"protocol": replace(PROTOCOL, tokenizer="fast GPT2TokenizerFast")},
+        {"versions": {"torch": "3"}},
+    ],
+)
+def test_what_does_not_compare_is_another_table(changes: dict[str, object]) -> None:
+    assert len(groups([FP, result("w8", (2.7, 2.6), **changes)])) == 2
+
+
+def test_published_perplexities_stand_beside_the_same_protocol_only() -> None:
+    w4 = result("w4-asym+gptq", (2.75, 2.75))
+    (group,) = groups([FP, w4])
+    line = group.lines[1]
+    assert line.published is not None
+    assert (line.published.perplexity, line.published.source) == (15.47, "GPTQ table 3")
+    assert line.off == pytest.approx(math.exp(2.75) - 15.47)
+    table = format_results([FP, w4])
+    assert "| GPTQ W4 per row" in table
+    assert f"{math.exp(2.75) - 15.47:+.4f}" in table
+    for protocol in (
+        replace(PROTOCOL, complete=False),
+        replace(PROTOCOL, stride=512),
+        replace(PROTOCOL, length=512, stride=512),
+        replace(PROTOCOL, dataset="c4-new"),
+    ):
+        (group,) = groups([result("w4-asym+gptq", (2.75, 2.75), protocol=protocol)])
+        assert group.lines[0].published is None
+    (group,) = groups([result("w4-asym+gptq", (2.75, 2.75), architecture="opt 4x128")])
+    assert group.lines[0].published is None
+
+
+def test_the_two_c4_protocols_have_their_own_figures() -> None:
+    for name, value in (
+        ("c4-old", 14.72),
+        ("c4-new", 16.07),
+        ("ptb-old", 16.96),
+        ("ptb-new", 20.29),
+    ):
+        (group,) = groups([result("fp", (2.7, 2.7), protocol=replace(PROTOCOL, dataset=name))])
+        published = group.lines[0].published
+        assert published is not None
+        assert published.perplexity == value
+
+
+def test_the_ladder_compares_differences_on_any_text() -> None:
+    protocol = replace(PROTOCOL, dataset="builtin", complete=False)
+    runs = [
+        result("fp", (2.7, 2.6), protocol=protocol),
+        result("w8a8-dynamic", (2.8, 2.7), protocol=protocol),
+    ]
+    (group,) = groups(runs, LADDER)
+    line = group.lines[1]
+    assert line.off == pytest.approx(0.1 - (3.422797 - 3.323711))
+    table = format_results(runs, "github", LADDER, unmatched=True)
+    assert "Δ +0.0991" in table
+    # Published but not run by us: listed with ours empty.
+    assert "W8A8 static p99.9" in table
+    assert "Δ +3.0683" in table
+
+
+def test_published_rows_are_well_formed() -> None:
+    for figure in ALL:
+        if figure.scheme is not None:
+            scheme = Scheme.parse(figure.scheme)
+            assert Scheme.parse(str(scheme)) == scheme
+        assert figure.architecture in OPT.values()
+        assert (figure.dataset is None) == (figure.delta_loss is not None)
+        if figure.dataset is not None:
+            assert figure.dataset in NAMED or figure.architecture == OPT["opt-175b"]
+            assert figure.perplexity is not None
+    places = [(f.architecture, f.dataset, f.method, f.source) for f in ALL]
+    assert len(set(places)) == len(places)
+
+
+def test_published_numbers_as_printed_in_the_sources() -> None:
+    def find(size: str, scheme: str | None, dataset: str | None = "wikitext2") -> list[Published]:
+        same = [f for f in ALL if f.architecture == OPT[size] and f.dataset == dataset]
+        return [f for f in same if f.scheme == scheme]
+
+    assert [f.perplexity for f in find("opt-125m", "w3-asym+gptq")] == [53.85]
+    assert [f.perplexity for f in find("opt-350m", "w4-asym")] == [25.94]
+    assert find("opt-350m", "w4-g128-asym") == []
+    assert sorted(f.perplexity or 0 for f in find("opt-1.3b", None)) == [14.88, 15.04]
+    assert [f.perplexity for f in find("opt-6.7b", SMOOTH_LEVELS["O3"])] == [10.85]
+    (static,) = find("opt-1.3b", "w8a8-static", None)
+    assert static.delta_loss == pytest.approx(3.068271)
+
+
+def test_formats() -> None:
+    runs = [FP, result("w8", (2.71, 2.62))]
+    for style in FORMATS:
+        text = format_results(runs, style)
+        assert "w8" in text
+        if style not in ("csv", "tsv"):
+            assert "0.0150" in text
+    with pytest.raises(DataError, match=r"unknown format 'word': known are csv, .*latex"):
+        format_results(runs, "word")
+
+
+def test_csv_has_full_numbers() -> None:
+    rows = list(csv.DictReader(io.StringIO(format_results([FP, result("w8", (2.7, 2.7))], "csv"))))
+    assert [row["scheme"] for row in rows] == ["fp", "w8"]
+    assert float(rows[1]["delta_loss"]) == pytest.approx(0.05, abs=1e-12)
+    assert float(rows[1]["delta_error"]) == pytest.approx(0.05, abs=1e-12)
+    assert rows[1]["dataset"] == "wikitext2"
+
+
+def test_a_failure_done_since_is_not_listed() -> None:
+    failed = Result("x", "opt", "w8", "wikitext2", 0, error="gone")
+    other = Result("y", "opt", "w4", "wikitext2", 0, error="gone")
+    third = Result("z", "opt", "w3", "wikitext2", None, error="gone")
+    table = format_results([FP, failed, other, third, result("w8", (2.7, 2.6))])
+    assert "failed: opt on wikitext2, w4 (seed 0), w3: gone" in table
+    assert table.count("failed") == 1
