@@ -37,7 +37,7 @@ for (const element of document.querySelectorAll("[data-chart=recovery]")) {
   const points = recovery.map(([count, left]) => ({ count, left })).filter((point) => point.left !== null);
   if (!points.some((point) => point.count === 0)) points.unshift({ count: 0, left: start });
   fx.chart(element, (width) => Plot.plot({
-    width, height: Math.min(290, Math.max(190, causes.length * 30 + 66)), marginLeft: 46, marginRight: 14, marginTop: 12, marginBottom: 34,
+    width, height: Math.min(290, Math.max(190, causes.length * 30 + 66)), marginLeft: 46, marginRight: 14, marginTop: 24, marginBottom: 34,
     x: { type: "point", domain: points.map((point) => point.count), label: "sites put right", labelAnchor: "right", labelArrow: "none", tickSize: 0 },
     y: { label: "Δloss left", labelArrow: "none", ticks: 4, nice: true, zero: true, tickFormat: (y) => fx.text(y, "number"), tickSize: 0 },
     marks: [
