@@ -75,9 +75,7 @@ def page(shared: Page) -> Iterator[Page]:
     assert shared.problems == []
 
 
-@pytest.mark.parametrize(
-    ("width", "scheme"), [(375, "light"), (375, "dark"), (768, "light"), (1240, "dark")]
-)
+@pytest.mark.parametrize(("width", "scheme"), [(375, "light"), (768, "dark"), (1240, "dark")])
 def test_every_size_and_theme_without_a_word_on_the_console(
     browser: Any, report: Path, width: int, scheme: str
 ) -> None:
@@ -227,6 +225,23 @@ def test_heatmap_is_read_by_pointer_and_by_arrow_keys(page: Page, folder: Path) 
     assert page.query_selector(f"{HEATMAP} .cursor rect") is not None
 
 
+def test_tips_can_be_read_in_the_dark(browser: Any, report: Path) -> None:
+    page = open_page(browser, report, color_scheme="dark", viewport={"width": 900, "height": 900})
+    for chart in ("ladder", "causes", "recovery", "heatmap", "histogram"):
+        page.locator(f"[data-chart={chart}] svg").first.hover()
+        tip = f"[data-chart={chart}] [aria-label=tip]"
+        page.wait_for_selector(f"{tip} path", state="attached")
+        colours = page.evaluate(
+            "tip => [getComputedStyle(document.querySelector(`${tip} path`)).fill,"
+            " getComputedStyle(document.querySelector(`${tip} text`)).fill]",
+            tip,
+        )
+        ground, ink = (sum(map(float, re.findall(r"[\d.]+", c)[:3])) / 3 for c in colours)
+        assert ground < 60 < 180 < ink, (chart, colours)
+    assert page.problems == []
+    page.close()
+
+
 def test_histogram_draws_the_range_and_what_it_clips(page: Page, folder: Path) -> None:
     rows = json.loads((folder / "inspect.json").read_text())["sites"]
     sites_read = [record for row in rows for record in row["records"]]
@@ -324,13 +339,14 @@ def test_focus_is_visible_and_begins_with_the_skip_link(page: Page) -> None:
 
 def test_less_motion_where_it_is_asked_for(browser: Any, report: Path) -> None:
     durations = {}
+    page = open_page(browser, report)
     for wish in ("reduce", "no-preference"):
-        page = open_page(browser, report, reduced_motion=wish)
+        page.emulate_media(reduced_motion=wish)
         durations[wish] = page.evaluate(
             "[getComputedStyle(document.documentElement).scrollBehavior,"
             " getComputedStyle(document.querySelector('#theme')).transitionDuration]"
         )
-        page.close()
+    page.close()
     assert durations["reduce"] == ["auto", "0s"]
     assert durations["no-preference"][0] == "smooth"
 

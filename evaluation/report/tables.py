@@ -26,6 +26,7 @@ LABELS: dict[str, str] = {
     "delta_loss": "Δloss",
     "ppl": "perplexity",
     "sqnr": "SQNR",
+    "weight_sqnr": "weight SQNR",
     "sqnr_db": "SQNR",
     "bits_per_weight": "bits/weight",
     "effect": "path Δ",
