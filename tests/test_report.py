@@ -212,6 +212,13 @@ def test_a_cell_that_was_done_again_counts_once(tmp_path: Path) -> None:
     assert [run.delta_loss for run in rung.runs] == [0.5]
 
 
+def test_what_stays_float_is_listed_by_scheme(full: Path) -> None:
+    first = ladders(read_folder(full))[0]
+    ((schemes, lines),) = first.left_in_float
+    assert schemes == ", ".join(LADDER)
+    assert lines[0].startswith("lm_head")
+
+
 def test_settings_are_not_mixed(tmp_path: Path) -> None:
     lines = sweep(random.Random(3))
     longer = json.loads(json.dumps(lines[1]))
@@ -244,6 +251,15 @@ def test_missing_parts_are_listed_with_their_command(tmp_path: Path) -> None:
     assert text.count("Not in this folder") == 3
     for command in ("fxquant sweep", "fxquant explain", "fxquant inspect"):
         assert command in text
+
+
+def test_a_history_without_diffs_says_so(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    data = json.loads((tmp_path / "inspect.json").read_text())
+    for row in data["history"]:
+        del row["diff"]
+    (tmp_path / "inspect.json").write_text(json.dumps(data))
+    assert [part.section for part in read_report(tmp_path).missing] == ["diffs"]
 
 
 def test_a_full_folder_misses_nothing(full: Path) -> None:

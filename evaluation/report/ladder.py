@@ -14,6 +14,7 @@ from fxquant.evaluation.report.tables import flatten, text_of
 # Cells of a sweep that differ in one of these are not on one ladder; seeds are.
 SETTING = (
     "revision",
+    "protocol",
     "windows",
     "length",
     "calibration_windows",
@@ -100,10 +101,6 @@ class Rung:
     def seconds(self) -> float | None:
         return _mean(run.seconds for run in self.finished)
 
-    @property
-    def left_in_float(self) -> tuple[str, ...]:
-        return self.finished[0].left_in_float if self.finished else ()
-
 
 @dataclass(frozen=True)
 class Ladder:
@@ -117,7 +114,16 @@ class Ladder:
 
     @property
     def seeds(self) -> int:
-        return len({run.seed for rung in self.rungs for run in rung.runs})
+        return len({run.seed for rung in self.rungs for run in rung.runs} - {None})
+
+    @property
+    def left_in_float(self) -> list[tuple[str, tuple[str, ...]]]:
+        """(schemes, what they left in float and why), schemes alike together."""
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for rung in self.rungs:
+            for run in rung.finished[:1]:
+                alike.setdefault(run.left_in_float, []).append(rung.scheme)
+        return [(", ".join(schemes), lines) for lines, schemes in alike.items() if lines]
 
 
 def ladders(folder: Folder) -> list[Ladder]:
