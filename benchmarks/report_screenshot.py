@@ -9,6 +9,7 @@ import argparse
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from fxquant.evaluation.report import write_report
 
@@ -21,6 +22,7 @@ def find_browser() -> str | None:
 
 
 def screenshot(
+    browser: Any,
     page_file: Path,
     out: Path,
     *,
@@ -29,25 +31,26 @@ def screenshot(
     theme: str = "light",
     scale: float = 1.0,
 ) -> None:
-    """Write ``out``: the first ``height`` pixels of the page, or all of it."""
-    from playwright.sync_api import sync_playwright
+    """Write ``out``: the first ``height`` pixels of the page, or all of it.
 
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=find_browser(), args=["--no-sandbox"])
-        page = browser.new_page(
-            viewport={"width": width, "height": height or 900},
-            color_scheme="dark" if theme == "dark" else "light",
-            device_scale_factor=scale,
-        )
-        page.goto(page_file.resolve().as_uri())
-        page.wait_for_selector("[data-chart] svg", state="attached")
-        page.evaluate("document.fonts.ready")
-        page.wait_for_timeout(300)  # charts follow their width once more when fonts have come
-        page.screenshot(path=out, full_page=height is None)
-        browser.close()
+    ``browser``: playwright's. Raises its TimeoutError if no chart is drawn.
+    """
+    page = browser.new_page(
+        viewport={"width": width, "height": height or 900},
+        color_scheme=theme,
+        device_scale_factor=scale,
+    )
+    page.goto(page_file.resolve().as_uri())
+    page.wait_for_selector("[data-chart] svg", state="attached")
+    page.evaluate("document.fonts.ready")
+    page.wait_for_timeout(300)  # charts follow their width once more when fonts have come
+    page.screenshot(path=out, full_page=height is None)
+    page.close()
 
 
 def main() -> None:
+    from playwright.sync_api import sync_playwright
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path)
     parser.add_argument("out", type=Path)
@@ -56,12 +59,15 @@ def main() -> None:
     parser.add_argument("--theme", choices=("light", "dark"), default="light")
     parser.add_argument("--scale", type=float, default=1.0, help="device pixels a CSS pixel (1)")
     options = parser.parse_args()
-    if find_browser() is None:
+    path = find_browser()
+    if path is None:
         parser.error(f"no browser: looked for {', '.join(BROWSERS)}")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as play:
         page = Path(folder) / "report.html"
         write_report(options.results, page)
+        browser = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
         screenshot(
+            browser,
             page,
             options.out,
             width=options.width,
@@ -69,6 +75,7 @@ def main() -> None:
             theme=options.theme,
             scale=options.scale,
         )
+        browser.close()
     print(f"{options.out}: {options.out.stat().st_size / 1024:.0f} kB")
 
 

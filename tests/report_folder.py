@@ -31,6 +31,7 @@ PROVENANCE: dict[str, Any] = {
     "revision": "sha256:" + "0f" * 32,
     "dataset": "builtin",
     "text_hash": "sha256:" + "a7" * 32,
+    "protocol": {"dataset": "builtin", "split": "whole text", "length": 512, "stride": 512},
     "windows": 8,
     "length": 512,
     "calibration_windows": 16,
@@ -45,12 +46,12 @@ PROVENANCE: dict[str, Any] = {
 
 
 def write_folder(folder: Path, seed: int = 0) -> Path:
-    """Fill ``folder`` with results.json, results.jsonl, explain.json and inspect.json."""
+    """Fill ``folder`` with results.json, results.jsonl, explanation.json and inspect.json."""
     rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     rows = [_row(scheme, delta, rng) for scheme, delta in LADDER.items()]
     _write(folder / "results.json", {"complete": True, "provenance": PROVENANCE, "rows": rows})
-    _write(folder / "explain.json", explanation(rng))
+    _write(folder / "explanation.json", explanation(rng))
     _write(folder / "inspect.json", inspection(rng))
     (folder / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in sweep(rng)))
     return folder
@@ -62,13 +63,36 @@ def sweep(rng: random.Random) -> list[dict[str, Any]]:
     for model, factor in (("package:example", 1.0), ("package:other", 0.2)):
         for seed in range(3):
             for scheme, delta in LADDER.items():
+                drawn = "static" in scheme  # calibrated; the others have one cell for all seeds
+                if not drawn and seed > 0:
+                    continue
                 row = _row(scheme, delta * factor * rng.uniform(0.8, 1.2), rng)
                 provenance = {**PROVENANCE, "model": model, "seed": seed}
-                lines.append({**row, "model": model, "seed": seed, "provenance": provenance})
-    failed = {"model": "package:other", "scheme": "w3-g128", "seed": 0}
-    provenance = {**PROVENANCE, "model": "package:other", "seed": 0}
+                lines.append(_cell(model, scheme, seed if drawn else None, row, provenance, None))
     error = f"blocks.0: group 128 does not divide 96 {HOSTILE}"
-    return [*lines, {**failed, "error": error, "provenance": provenance}]
+    return [*lines, _cell("package:other", "w3-g128", None, None, None, error)]
+
+
+def _cell(
+    model: str,
+    scheme: str,
+    seed: int | None,
+    figures: dict[str, Any] | None,
+    provenance: dict[str, Any] | None,
+    error: str | None,
+) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "fingerprint": f"{model}/{scheme}/{seed}",
+        "model": model,
+        "scheme": scheme,
+        "dataset": "builtin",
+        "seed": seed,
+        "protocol": None if provenance is None else provenance["protocol"],
+        "figures": figures,
+        "provenance": provenance,
+        "error": error,
+    }
 
 
 def _row(scheme: str, delta: float, rng: random.Random) -> dict[str, Any]:
@@ -79,12 +103,14 @@ def _row(scheme: str, delta: float, rng: random.Random) -> dict[str, Any]:
         "loss": loss,
         "perplexity": math.exp(loss),
         "delta_loss": delta,
-        "standard_error": abs(delta) * 0.08 + (0.0 if scheme == "fp" else 0.0004),
+        "delta_error": None if scheme == "fp" else abs(delta) * 0.08 + 0.0004,
         "bits_per_weight": {"fp": 32.0, "w4-g128": 4.13}.get(scheme, 8.05),
         "share_clipped": rng.uniform(1e-5, 2e-3) if static else None,
         "convert_seconds": rng.uniform(1, 9),
         "evaluate_seconds": rng.uniform(5, 20),
         "left_in_float": ["lm_head: left in float unless the scheme says head", "embeddings: same"],
+        "window_nll": [loss * 511] * 8,
+        "window_tokens": [511] * 8,
     }
 
 
@@ -102,24 +128,26 @@ def explanation(rng: random.Random) -> dict[str, Any]:
     """in_order sums to delta_loss, causes too; down_proj of block 2 is the culprit."""
     listed = [_explained(path, kind, block, rng) for path, kind, block in sites()]
     delta = sum(site["in_order"] for site in listed)
-    kinds = {
-        kind: {
-            "in_order": sum(site["in_order"] for site in listed if site["kind"] == kind),
-            "causes": {
-                "weights": rng.uniform(-0.01, 0.02),
-                "clipping": rng.uniform(0.1, 0.5),
-                "rounding": rng.uniform(0.01, 0.1),
-            },
+    kinds = [_group(kind, [s for s in listed if s["kind"] == kind]) for kind in KINDS]
+    blocks = [
+        _group(f"model.layers.{b}", [s for s in listed if s["block"] == f"model.layers.{b}"])
+        for b in range(BLOCKS)
+    ]
+    for kind in kinds:
+        share = kind["sums"]["in_order"]
+        kind["causes"] = {
+            "weights": share * 0.02,
+            "clipping": share * rng.uniform(0.5, 0.9),
+            "rounding": share * rng.uniform(0.1, 0.3),
         }
-        for kind in KINDS
-    }
-    blocks = {
-        str(block): {"in_order": sum(s["in_order"] for s in listed if s["block"] == block)}
-        for block in range(BLOCKS)
-    }
+    culprit = f"model.layers.2.mlp.{KINDS[-1]}"
+    choices = {"float": 0.08, "16-bit": 0.1, "per token": 0.22, "mse": 0.37, "absmax": 0.4}
     return {
         "model": "package:example",
         "scheme": "w8a8-static",
+        "sites_pattern": None,
+        "windows": [8, 512],
+        "loss_unrepaired": 2.6641,
         "loss_float": 2.6641,
         "loss_quantized": 2.6641 + delta,
         "delta_loss": delta,
@@ -127,58 +155,111 @@ def explanation(rng: random.Random) -> dict[str, Any]:
         "sites": listed,
         "kinds": kinds,
         "blocks": blocks,
-        "validation": [
-            {"estimate": "path", "against": "in_order", "rank_correlation": 0.93, "residual": 0.02},
-            {"estimate": "sqnr", "against": "in_order", "rank_correlation": 0.41, "residual": None},
-        ],
+        "path": {"estimate": delta * 1.01, "residual": 0.01 * delta, "points": 8, "refused": None},
         "counterfactuals": [
-            {"site": sites()[20][0], "choice": choice, "delta_loss": delta * left}
-            for choice, left in (("a16", 0.1), ("per token", 0.22), ("absmax", 0.4), ("mse", 0.37))
+            {
+                "site": culprit,
+                "choice": name,
+                "delta_loss": delta * left,
+                "recovered": delta * (1 - left),
+            }
+            for name, left in choices.items()
         ],
         "recovery": [
-            {"sites": count, "delta_loss": delta * 0.72**step}
-            for step, count in enumerate((1, 2, 4, 8, 16, 32), 1)
+            {"fixed": fixed, "delta_loss": delta * (0.1 + 0.9 * 0.25**step)}
+            for step, fixed in enumerate((0, 1, 2, 4, 8, 16, 32, 64))
         ],
-        "provenance": {**PROVENANCE, "forwards": 118.4},
+        "validation": [
+            {
+                "figure": "path",
+                "against": "in_order",
+                "rank_correlation": 0.93,
+                "top": 0.875,
+                "error": 0.06,
+            },
+            {
+                "figure": "sqnr",
+                "against": "in_order",
+                "rank_correlation": 0.41,
+                "top": 0.25,
+                "error": None,
+            },
+        ],
+        "ranking": "in_order",
+        "forward_seconds": 0.81,
+        "costs": {"in_order": {"forwards": 101.2, "seconds": 82.1, "measured_forwards": 101.4}},
+        "notes": [],
     }
+
+
+def _group(name: str, members: list[dict[str, Any]]) -> dict[str, Any]:
+    sums = {key: sum(site[key] for site in members) for key in ("in_order", "rescue")}
+    return {"name": name, "sites": len(members), "sums": sums, "measured": {}, "causes": None}
 
 
 def _explained(path: str, kind: str, block: int, rng: random.Random) -> dict[str, Any]:
     size = 10 ** rng.uniform(-4, -2) * (3 if kind == "down_proj" else 1)
     size = 1.9 if (kind, block) == ("down_proj", 2) else size
-    effect = size if rng.random() < 0.85 else -size / 10
-    local = {
-        "sqnr_db": rng.uniform(12, 45),
-        "share_clipped": rng.uniform(0, 0.002),
-        "share_flushed": rng.uniform(0, 0.3),
-        "energy_weights": rng.uniform(0, 1e-3),
-        "energy_clipping": rng.uniform(0, 1e-1),
-        "energy_rounding": rng.uniform(0, 1e-2),
-    }
+    effect = size if size > 1 or rng.random() < 0.85 else -size / 10
     return {
         "site": path,
         "kind": kind,
-        "block": block,
+        "block": f"model.layers.{block}",
+        "path": {"weights": effect * 0.01, "clipping": effect * 0.8, "rounding": effect * 0.19},
+        "causes": None,
+        "energy": {
+            "weights": rng.uniform(0, 1e-3),
+            "clipping": rng.uniform(0, 1e-1),
+            "rounding": rng.uniform(0, 1e-2),
+        },
+        "rounding_floor": rng.uniform(0, 1e-3),
+        "range_mismatch": rng.uniform(0, 1e-3),
+        "sqnr_db": rng.uniform(12, 45),
+        "mse": rng.uniform(0, 1e-2),
+        "share_clipped": rng.uniform(0, 0.002),
+        "share_flushed": rng.uniform(0, 0.3),
+        "worst_channels": [_channel(rng) for _ in range(2)],
+        "worst_tokens": [_token(rng)],
+        "token_groups": {"first": rng.uniform(0, 1), "rest": rng.uniform(0, 1)},
         "in_order": effect,
         "rescue": effect * rng.uniform(0.5, 1.2),
-        "path": {"weights": effect * 0.01, "clipping": effect * 0.8, "rounding": effect * 0.19},
-        "local": local,
-        "worst_channels": [
-            {"channel": rng.randrange(576), "share": rng.uniform(0.05, 0.8), "cause": "clipping"}
-            for _ in range(2)
-        ],
-        "worst_tokens": [{"token": HOSTILE, "position": 0, "share": rng.uniform(0.1, 0.9)}],
+        "cause": "clipping",
+    }
+
+
+def _channel(rng: random.Random) -> dict[str, Any]:
+    peak = rng.uniform(1, 900)
+    return {
+        "channel": rng.randrange(576),
+        "share": rng.uniform(0.05, 0.8),
+        "peak": peak,
+        "peak_over_median": peak / 2,
+        "effect": None,
+    }
+
+
+def _token(rng: random.Random) -> dict[str, Any]:
+    return {
+        "window": rng.randrange(8),
+        "row": 0,
+        "position": 0,
+        "token_id": rng.randrange(49152),
+        "text": f" {HOSTILE}\n",
+        "group": "first",
+        "share": rng.uniform(0.1, 0.9),
+        "effect": 0.01,
     }
 
 
 def inspection(rng: random.Random) -> dict[str, Any]:
-    """Four passes with diffs, every site with a histogram and a range inside its values."""
+    """Five passes, four with diffs; every site with a histogram and a range inside its values."""
     diff = ["--- before quantize", "+++ after quantize", "@@ model.layers.0.self_attn.q_proj @@"]
     diff += [" x = add(embed, position)", "-q = linear(x, q_proj.weight)"]
     diff += ["+q_x = quantize(x, scale, 0, -127, 127, int8)", f"+q = {HOSTILE}"]
     history = [
         {
             "name": name,
+            "spelling": name,
             "added": rng.randrange(400),
             "removed": rng.randrange(200),
             "replaced": rng.randrange(100),
@@ -190,38 +271,47 @@ def inspection(rng: random.Random) -> dict[str, Any]:
         for name in ("name_sites", "observe", "calibrate", "quantize", "integerize")
     ]
     return {
-        "header": {
-            "model": "package:example",
-            "scheme": "w8a8-static",
-            "level": "integer",
-            "parameters": 134515008,
-            "bits_per_weight": 8.05,
-            "bytes": {"before": 538060032, "after": 220131072},
-        },
+        "model": "package:example",
+        "scheme": "w8a8-static",
+        "level": "integer",
+        "parameters": 134515008,
+        "bytes_before": [["float32", 538060032]],
+        "bytes_after": [["int8", 106168320], ["float32", 113962752]],
+        "bits_per_weight": 8.05,
         "history": history,
         "sites": [_inspected(path, rng) for path, _, _ in sites()],
         "left_in_float": [{"path": "lm_head", "reason": "unless the scheme says head"}],
+        "notes": [],
     }
 
 
 def _inspected(path: str, rng: random.Random) -> dict[str, Any]:
-    edges = [-12 + 0.5 * step for step in range(49)]
-    width = rng.uniform(0.5, 2.5)
-    middles = [edge + 0.25 for edge in edges[:-1]]
+    width, bins = rng.uniform(0.5, 2.5), 64
+    middles = [-14 + 28 * (index + 0.5) / bins for index in range(bins)]
     counts = [int(1e6 * math.exp(-abs(x) / width) * rng.uniform(0.7, 1.3)) for x in middles]
-    reach = width * 6.9
+    reach = width * 5.2
+    outside = sum(c for x, c in zip(middles, counts, strict=True) if abs(x) > reach)
+    record = {
+        "path": path,
+        "spec": "w8a8-static",
+        "weight_sqnr": rng.uniform(30, 45),
+        "scale": reach / 127,
+        "zero_point": 0,
+        "estimator": "p99.9",
+        "low": -reach,
+        "high": reach,
+        "seen_low": -14.0,
+        "seen_high": 14.0,
+        "clipped": outside / sum(counts),
+        "histogram": counts,
+    }
     return {
         "path": path,
-        "shape": [576, 576],
-        "weight": "w8",
-        "activation": "a8-static",
-        "scale": reach / 127,
-        "estimator": "p99.9",
-        "range": [-reach, reach],
-        "share_clipped": sum(c for x, c in zip(middles, counts, strict=True) if abs(x) > reach)
-        / sum(counts),
-        "sqnr_db": rng.uniform(12, 45),
-        "histogram": {"edges": edges, "counts": counts},
+        "count": 1,
+        "site": {"path": path, "role": "linear", "shape": [576, 576]},
+        "spec": "w8a8-static",
+        "scales": [rng.uniform(1e-4, 1e-3), rng.uniform(1e-3, 1e-2)],
+        "records": [record],
     }
 
 

@@ -47,7 +47,7 @@ RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 def modules() -> list[tuple[str, Path]]:
     found = [(path.stem, path) for path in (ROOT / "fxquant").glob("*.py")]
     for package in ("passes", "evaluation"):
-        found += [(package, path) for path in (ROOT / package).glob("*.py")]
+        found += [(package, path) for path in (ROOT / package).rglob("*.py")]
     found = [("cli" if path.stem == "__main__" else name, path) for name, path in found]
     return [
         (name, path) for name, path in found if name != "__init__" or path.parent.name != "fxquant"
@@ -106,5 +106,7 @@ def test_wheel_holds_each_file_once(tmp_path: Path) -> None:
     packed = [n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n]
     tracked = [f"fxquant/{p.name}" for p in (ROOT / "fxquant").glob("*.py")] + ["fxquant/py.typed"]
     for package in ("passes", "evaluation"):
-        tracked += [f"fxquant/{package}/{p.name}" for p in (ROOT / package).glob("*.py")]
+        tracked += [f"fxquant/{p.relative_to(ROOT)}" for p in (ROOT / package).rglob("*.py")]
+    page = ROOT / "evaluation" / "report" / "page"
+    tracked += [f"fxquant/{p.relative_to(ROOT)}" for p in page.rglob("*") if p.is_file()]
     assert sorted(packed) == sorted(tracked)

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fxquant.evaluation.report.fields import Fields, number_or_none
-from fxquant.evaluation.report.tables import Table, flatten, label, records_of, table_of, unit
+from fxquant.evaluation.report.fields import Fields
+from fxquant.evaluation.report.tables import (
+    Table,
+    flatten,
+    label,
+    records_of,
+    table_of,
+    text_of,
+    unit,
+)
 
-LISTS = ("worst_channels", "worst_tokens")
 CAUSES = ("weights", "clipping", "rounding")
-# Parts of the file with a place of their own on the page; other objects and lists become tables.
-KNOWN = {"sites", "kinds", "blocks", "causes", "recovery", *LISTS}
-BEFORE = ("validation", "counterfactuals")
+# The order of a site's figures; what is not named here follows.
+EFFECTS = ("in_order", "rescue", "alone", "first_order", "path", "causes")
+LISTS = {"worst_channels": "Channels", "worst_tokens": "Tokens"}
+NOTES = {
+    "counterfactuals": "What Δloss would be with another choice at a site, each measured.",
+    "recovery": "Δloss that is left when the worst sites run in float.",
+    "validation": "How far each figure can be trusted: against the exact effects that were run.",
+    "costs": "What each method took, in forwards of the model and in seconds.",
+}
+# Parts of the file with a place of their own on the page; any other list or object is a table too.
+PLACED = {"sites", "kinds", "blocks", "causes", "path", "notes", "windows", "provenance"}
 
 
 @dataclass(frozen=True)
@@ -55,6 +70,7 @@ class Explanation:
     loss_float: float | None
     loss_quantized: float | None
     delta_loss: float
+    notes: tuple[str, ...]
     facts: tuple[tuple[str, str], ...]
     causes: tuple[tuple[str, dict[str, float]], ...]
     figures: tuple[Figure, ...]
@@ -74,104 +90,118 @@ def read_explanation(file: Fields) -> Explanation:
         loss_float=file.number_or_none("loss_float"),
         loss_quantized=file.number_or_none("loss_quantized"),
         delta_loss=file.number("delta_loss"),
+        notes=tuple(_notes(file)),
         facts=tuple(_facts(file)),
         causes=tuple(_causes(file)),
         figures=tuple(Figure(key, label(key), unit(key)) for key in keys),
         cells=cells,
         recovery=tuple(_recovery(file)),
-        tables=tuple(t for t in _tables(file, sites) if t.table),
+        tables=tuple(named for named in _tables(file, sites) if named.table),
     )
 
 
-def block_of(path: str) -> int | None:
+def block_index(path: str) -> int | None:
     """The first number in a dotted path: the index in the list of blocks, where there is one."""
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", path)
     return int(found[1]) if found else None
 
 
 def _cell(site: Fields) -> Cell:
-    path = site.text("site")
-    block = site.data.get("block")
-    figures = flatten(_without_lists(site.data))
+    ordered = _ordered(site.data)
+    figures = flatten({k: v for k, v in ordered.items() if not isinstance(v, list)})
     return Cell(
-        site=path,
-        kind=site.text_or_none("kind") or path.rpartition(".")[2],
-        block=block if isinstance(block, int) else block_of(path if block is None else str(block)),
-        figures={k: v for k, v in figures.items() if isinstance(v, float) and k != "block"},
+        site=site.text("site"),
+        kind=site.text("kind"),
+        block=block_index(site.text_or_none("block") or ""),
+        figures={key: value for key, value in figures.items() if isinstance(value, float)},
     )
 
 
-def _without_lists(data: Any) -> dict[str, Any]:
-    return {key: value for key, value in data.items() if not isinstance(value, list)}
+def _ordered(site: Mapping[str, Any]) -> dict[str, Any]:
+    """What names the site, then its effects on the loss, then the rest; ``path`` with its sum."""
+    first = ("site", "kind", "block", "cause", *EFFECTS)
+    keys = [*(key for key in first if key in site), *(key for key in site if key not in first)]
+    ordered = {key: site[key] for key in keys}
+    if isinstance(ordered.get("path"), dict):
+        parts = [value for value in ordered["path"].values() if value is not None]
+        ordered["path"] = {"sum": sum(parts), **ordered["path"]}
+    return ordered
 
 
 def _title(file: Fields) -> str:
-    facts = {**file.data, **(file.data.get("provenance") or {})}
-    known = [str(facts[key]) for key in ("model", "scheme") if facts.get(key)]
-    return " · ".join(known) or file.file.stem
+    known = [file.text_or_none(key) for key in ("model", "scheme", "sites_pattern")]
+    return " · ".join(name for name in known if name) or file.file.stem
+
+
+def _notes(file: Fields) -> Iterator[str]:
+    """What the explanation has to say, and why ``path`` was refused where it was."""
+    yield from (str(note) for note in file.values("notes"))
+    if file.has("path") and file.child("path").has("refused"):
+        yield f"path is not shown: {file.child('path').text('refused')}"
 
 
 def _facts(file: Fields) -> Iterator[tuple[str, str]]:
-    flat = flatten(file.child("provenance").data) if file.has("provenance") else {}
-    flat |= flatten({k: v for k, v in file.data.items() if not isinstance(v, dict | list)})
+    kept = ("provenance", "path", "windows")
+    flat = flatten(
+        {k: v for k, v in file.data.items() if k in kept or not isinstance(v, dict | list)}
+    )
     for key, value in flat.items():
-        if value is not None and key not in ("loss_float", "loss_quantized", "delta_loss"):
-            yield label(key), f"{value:g}" if isinstance(value, float) else value
+        if value is not None and key != "path.refused":
+            yield label(key.removeprefix("provenance.")), text_of(value, unit(key))
 
 
 def _causes(file: Fields) -> Iterator[tuple[str, dict[str, float]]]:
     if file.has("causes"):
-        yield "whole model", {cause: file.child("causes").number(cause) for cause in CAUSES}
-    for record in records_of(file.data.get("kinds"), "kind"):
-        parts = record.get("causes")
-        if isinstance(parts, dict):
-            values = {cause: number_or_none(parts.get(cause)) for cause in CAUSES}
-            yield str(record.get("kind")), {k: v for k, v in values.items() if v is not None}
+        yield "whole model", _parts(file.child("causes"))
+    for kind in file.children("kinds"):
+        if kind.has("causes"):
+            yield kind.text("name"), _parts(kind.child("causes"))
+
+
+def _parts(causes: Fields) -> dict[str, float]:
+    return {cause: causes.number(cause) for cause in CAUSES if causes.has(cause)}
 
 
 def _recovery(file: Fields) -> Iterator[tuple[float, float]]:
     """(sites put right, Δloss that is left) for the curve."""
     for point in file.children("recovery"):
-        count = point.number_or_none("sites", "count", "fixed", "k")
-        left = point.number_or_none("delta_loss", "delta", "left")
-        if count is not None and left is not None:
-            yield count, left
+        left = point.number_or_none("delta_loss")
+        if left is not None:
+            yield point.number("fixed"), left
 
 
 def _tables(file: Fields, sites: list[Fields]) -> Iterator[NamedTable]:
-    records = [_without_lists(site.data) for site in sites]
+    records = [
+        {**_ordered(site.data), "block": block_index(str(site.data.get("block")))} for site in sites
+    ]
     yield NamedTable(
-        "sites", "Sites", "Every quantized site, with all its figures.", table_of(records)
+        "sites",
+        "Sites",
+        "Every quantized site with all its figures; Δ in nats a token.",
+        table_of(records, without=tuple(LISTS)),
     )
-    for key, name in (("kinds", "kind"), ("blocks", "block")):
-        table = table_of(records_of(file.data.get(key), name))
-        yield NamedTable(key, key.title(), f"Sums over the sites of a {name}.", table)
-    for key in LISTS:
-        collected = [
-            {"site": site.text("site"), **record}
+    for key in ("kinds", "blocks"):
+        note = f"Sums over the sites of each of the {key}, and what was measured for them jointly."
+        yield NamedTable(
+            key, key.title(), note, table_of(group.data for group in file.children(key))
+        )
+    for key, title in LISTS.items():
+        worst = [
+            {"site": site.text("site"), **_visible(each.data)}
             for site in sites
-            for record in records_of(site.data.get(key), "channel")
-        ] + records_of(file.data.get(key), "site")
-        title = key.removeprefix("worst_").title()
-        note = f"The {title.lower()} that carry most of the error at the worst sites."
-        yield NamedTable(key, title, note, table_of(collected))
-    for key in dict.fromkeys((*BEFORE, "recovery", *file.data)):
+            for each in site.children(key)
+        ]
+        note = f"The {title.lower()} with most of the error's energy, of the sites looked into."
+        yield NamedTable(key, title, note, table_of(worst))
+    for key in dict.fromkeys((*NOTES, *file.data)):
         value = file.data.get(key)
-        if (
-            key not in KNOWN - {"recovery"}
-            and key != "provenance"
-            and isinstance(value, dict | list)
-        ):
-            yield NamedTable(
-                key,
-                label(key).capitalize(),
-                NOTES.get(key, ""),
-                table_of(records_of(value, "name")),
-            )
+        if key not in PLACED and isinstance(value, dict | list):
+            table = table_of(records_of(value, "method" if key == "costs" else "name"))
+            yield NamedTable(key, label(key).capitalize(), NOTES.get(key, ""), table)
 
 
-NOTES = {
-    "counterfactuals": "What Δloss would be with another choice at a site, each measured.",
-    "validation": "How far each estimate can be trusted, against the exact methods that were run.",
-    "recovery": "Δloss that is left when the worst sites are put back in float.",
-}
+def _visible(token: Mapping[str, Any]) -> dict[str, Any]:
+    """A token's text with its white space made visible; ``effect`` by its meaning."""
+    text = token.get("text")
+    shown = text.replace(" ", "␣").replace("\n", "⏎") if isinstance(text, str) else text
+    return {key: shown if key == "text" else value for key, value in token.items()}

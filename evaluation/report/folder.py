@@ -80,11 +80,11 @@ def read_folder(path: Path) -> Folder:
     reader = _Reader()
     results = reader.object(path / RESULTS) if (path / RESULTS).exists() else None
     sweep = reader.lines(path / SWEEP) if (path / SWEEP).exists() else ()
-    explanations = tuple(reader.object(file) for file in sorted(path.glob("explain*.json")))
+    explanations = tuple(reader.object(file) for file in sorted(path.glob("expla*.json")))
     inspections = tuple(reader.object(file) for file in sorted(path.glob("inspect*.json")))
     if not reader.sources:
         raise DataError(
-            f"{path} holds no {RESULTS}, {SWEEP}, explain*.json or inspect*.json; "
+            f"{path} holds no {RESULTS}, {SWEEP}, explanation*.json or inspect*.json; "
             f"fxquant evaluate --output {path} writes the first"
         )
     return Folder(path, tuple(reader.sources), results, sweep, explanations, inspections)

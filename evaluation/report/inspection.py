@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fxquant.evaluation.report.fields import Fields, number_or_none
-from fxquant.evaluation.report.tables import Table, flatten, label, table_of, text_of
+from fxquant.evaluation.report.tables import Table, flatten, label, table_of, text_of, unit
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Inspection:
-    """One converted graph: header, history, sites, and what was left in float."""
+    """One converted graph: header, history, sites, what was left in float, what passes noted."""
 
     title: str
     origin: str
@@ -46,66 +46,77 @@ class Inspection:
     sites: Table
     histograms: tuple[Histogram, ...]
     left_in_float: Table
+    notes: Table
 
 
 def read_inspection(file: Fields) -> Inspection:
     """Raises DataError, naming the file and the place, where the format is another one."""
-    header = file.child("header") if file.has("header") else Fields(file.file, "", {})
     sites = list(file.children("sites"))
-    known = [header.text_or_none(key) for key in ("model", "scheme")]
+    records = [record for site in sites for record in site.children("records")]
     return Inspection(
-        title=" · ".join(name for name in known if name) or file.file.stem,
+        title=f"{file.text('model')} · {file.text('scheme')}",
         origin=file.file.name,
-        header=tuple(_pairs(header.data)),
+        header=tuple(_header(file)),
         history=tuple(_pass(row) for row in file.children("history")),
-        sites=table_of(
-            (site.data for site in sites), without=("histogram", "weight_histogram", "nodes")
-        ),
-        histograms=tuple(_histogram(site) for site in sites if site.has("histogram")),
+        sites=table_of(_site(site) for site in sites),
+        histograms=tuple(_histogram(record) for record in records if record.values("histogram")),
         left_in_float=table_of(row.data for row in file.children("left_in_float")),
+        notes=table_of(note.data for note in file.children("notes")),
     )
 
 
-def _pairs(data: Any) -> Iterator[tuple[str, str]]:
-    for key, value in flatten(data).items():
-        if value is not None:
-            yield label(key), text_of(value, "number")
+def _header(file: Fields) -> Iterator[tuple[str, str]]:
+    for key in ("model", "scheme", "level"):
+        yield key, file.text(key)
+    for key in ("parameters", "bits_per_weight"):
+        yield label(key), text_of(file.number_or_none(key), unit(key))
+    for key in ("bytes_before", "bytes_after"):
+        pairs = [pair for pair in file.values(key) if isinstance(pair, list) and len(pair) == 2]
+        sizes = (f"{text_of(number_or_none(size), 'count')} {dtype}" for dtype, size in pairs)
+        yield label(key), ", ".join(sizes)
 
 
 def _pass(row: Fields) -> PassRow:
     diff = row.data.get("diff") or []
     lines = diff.splitlines() if isinstance(diff, str) else [str(line) for line in diff]
-    shown = {k: v for k, v in row.data.items() if k not in ("name", "diff")}
-    return PassRow(row.text("name"), tuple(_pairs(shown)), tuple(lines))
+    shown = {k: v for k, v in row.data.items() if k not in ("name", "spelling", "diff")}
+    facts = tuple(
+        (label(key), text_of(value, "number"))
+        for key, value in flatten(shown).items()
+        if value is not None
+    )
+    return PassRow(row.text_or_none("spelling") or row.text("name"), facts, tuple(lines))
 
 
-def _histogram(site: Fields) -> Histogram:
-    histogram = site.child("histogram")
-    edges = tuple(_number(value) for value in histogram.values("edges"))
-    counts = tuple(_number(value) for value in histogram.values("counts"))
-    if len(edges) != len(counts) + 1 or not all(map(math.isfinite, (*edges, *counts))):
-        raise histogram.wrong("edges", f"{len(counts) + 1} finite edges around the counts")
-    low, high = _range(site)
+def _site(site: Fields) -> dict[str, Any]:
+    """A row of the table: the site, its weight's scales, and what quantize decided there."""
+    kept = [record.data for record in site.children("records")]
+    decided = dict(kept[0]) if kept else {}
+    where = site.child("site").data if site.has("site") else {}
+    decided.pop("histogram", None)
+    row = {**decided, "path": site.text("path"), "spec": site.data.get("spec")}
+    row |= {"shape": where.get("shape"), "weight scales": site.data.get("scales")}
+    first = ("path", "shape", "spec", "estimator", "low", "high", "clipped", "weight_sqnr")
+    return {key: row[key] for key in dict.fromkeys((*first, *row)) if key in row}
+
+
+def _histogram(record: Fields) -> Histogram:
+    """From equal bins between the extremes that calibration saw."""
+    counts = tuple(_number(value) for value in record.values("histogram"))
+    first, last = record.number("seen_low"), record.number("seen_high")
+    if not all(map(math.isfinite, (first, last, *counts))) or not first < last:
+        raise record.wrong("histogram", "finite counts between seen_low and seen_high")
+    width = (last - first) / len(counts)
     return Histogram(
-        site=site.text("site") if site.has("site") else site.text("path"),
-        edges=edges,
+        site=record.text("path"),
+        edges=(*(first + width * index for index in range(len(counts))), last),
         counts=counts,
-        low=low,
-        high=high,
-        share_clipped=site.number_or_none("share_clipped"),
+        low=record.number_or_none("low"),
+        high=record.number_or_none("high"),
+        share_clipped=record.number_or_none("clipped"),
     )
 
 
 def _number(value: object) -> float:
     number = number_or_none(value)
     return math.nan if number is None else number
-
-
-def _range(site: Fields) -> tuple[float | None, float | None]:
-    """[low, high] at ``range``, or {low, high}."""
-    value = site.data.get("range")
-    if isinstance(value, dict):
-        value = [value.get("low"), value.get("high")]
-    if isinstance(value, list) and len(value) == 2:
-        return number_or_none(value[0]), number_or_none(value[1])
-    return None, None

@@ -11,9 +11,17 @@ from fxquant.evaluation.report.fields import Fields
 from fxquant.evaluation.report.folder import Folder
 from fxquant.evaluation.report.tables import flatten, text_of
 
-STANDARD_ERROR = ("standard_error", "delta_standard_error", "delta_loss_standard_error", "delta_se")
-# What tells one ladder from another; whatever else differs between rows is listed with them.
-GROUP = ("model", "dataset", "protocol", "dtype", "device", "windows", "length", "stride")
+# Cells of a sweep that differ in one of these are not on one ladder; seeds are.
+SETTING = (
+    "revision",
+    "protocol",
+    "windows",
+    "length",
+    "calibration_windows",
+    "batch_size",
+    "dtype",
+    "device",
+)
 
 
 @dataclass(frozen=True)
@@ -93,10 +101,6 @@ class Rung:
     def seconds(self) -> float | None:
         return _mean(run.seconds for run in self.finished)
 
-    @property
-    def left_in_float(self) -> tuple[str, ...]:
-        return self.finished[0].left_in_float if self.finished else ()
-
 
 @dataclass(frozen=True)
 class Ladder:
@@ -110,35 +114,29 @@ class Ladder:
 
     @property
     def seeds(self) -> int:
-        return len({run.seed for rung in self.rungs for run in rung.runs})
+        return len({run.seed for rung in self.rungs for run in rung.runs} - {None})
+
+    @property
+    def left_in_float(self) -> list[tuple[str, tuple[str, ...]]]:
+        """(schemes, what they left in float and why), schemes alike together."""
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for rung in self.rungs:
+            for run in rung.finished[:1]:
+                alike.setdefault(run.left_in_float, []).append(rung.scheme)
+        return [(", ".join(schemes), lines) for lines, schemes in alike.items() if lines]
 
 
 def ladders(folder: Folder) -> list[Ladder]:
-    """One for results.json, then one for each model and dataset of the sweep."""
+    """One for results.json, then one for each model, dataset and setting of the sweep."""
     found = [] if folder.results is None else [_evaluation(folder.results)]
-    groups: dict[tuple[str, ...], list[tuple[Run, dict[str, str]]]] = {}
-    for line in folder.sweep:
-        facts = _facts(line)
-        key = tuple(facts.get(name, "") for name in GROUP)
-        groups.setdefault(key, []).append((_run(line), facts))
-    return _distinct(found + [_group(members) for members in groups.values()])
-
-
-def _distinct(found: list[Ladder]) -> list[Ladder]:
-    """Titles that stand for one ladder each: with the file's name where two would be the same."""
-    titles = [ladder.title for ladder in found]
-    return [
-        replace(ladder, title=f"{ladder.title} · {ladder.origin}")
-        if titles.count(ladder.title) > 1
-        else ladder
-        for ladder in found
-    ]
+    return _distinct(found + _sweep(folder.sweep))
 
 
 def _evaluation(results: Fields) -> Ladder:
-    facts = _text_facts(results.child("provenance").data)
-    seed = results.child("provenance").number_or_none("seed")
-    runs = [_run(row, seed) for row in results.children("rows")]
+    provenance = results.child("provenance")
+    facts = _facts(provenance.data)
+    seed = provenance.number_or_none("seed")
+    runs = [_run(row, row, seed) for row in results.children("rows")]
     return Ladder(
         title=_title(facts),
         origin=results.file.name,
@@ -148,21 +146,54 @@ def _evaluation(results: Fields) -> Ladder:
     )
 
 
-def _group(members: list[tuple[Run, dict[str, str]]]) -> Ladder:
-    """``members`` agree in GROUP; what else they all share is the ladder's provenance."""
-    facts = members[0][1]
-    shared = {k: v for k, v in facts.items() if all(f.get(k) == v for _, f in members)}
-    varying = {
-        key: ", ".join(dict.fromkeys(f[key] for _, f in members if key in f))
-        for key in ("seed",)
-        if key not in shared and any(key in f for _, f in members)
-    }
+def _sweep(lines: Iterable[Fields]) -> list[Ladder]:
+    """A cell that was done again counts once; a failed one, which has no provenance, joins the
+    first ladder of its model and dataset."""
+    last = {line.data.get("fingerprint", line.where): line for line in lines}
+    groups: dict[tuple[str, ...], list[Fields]] = {}
+    failed: list[Fields] = []
+    for line in last.values():
+        if line.has("error"):
+            failed.append(line)
+        else:
+            provenance = line.child("provenance").data
+            setting = tuple(str(provenance.get(key)) for key in SETTING)
+            groups.setdefault((line.text("model"), line.text("dataset"), *setting), []).append(line)
+    for line in failed:
+        cell = (line.text("model"), line.text("dataset"))
+        key = next((key for key in groups if key[:2] == cell), cell)
+        groups.setdefault(key, []).append(line)
+    return [_group(members) for members in groups.values()]
+
+
+def _group(members: list[Fields]) -> Ladder:
+    """The provenance of a ladder is what its cells share, and the seeds that there are."""
+    of_cells = [_facts(line.child("provenance").data) for line in members if line.has("provenance")]
+    first = of_cells[0] if of_cells else _facts({})
+    shared = {k: v for k, v in first.items() if all(facts.get(k) == v for facts in of_cells)}
+    cell = {"model": members[0].text("model"), "dataset": members[0].text("dataset")}
+    runs = [
+        _run(line, line if line.has("error") else line.child("figures"), None) for line in members
+    ]
+    seeds = sorted({run.seed for run in runs if run.seed is not None})
+    listed = {"seed": ", ".join(map(str, seeds))} if seeds else {}
     return Ladder(
-        title=_title(facts),
-        origin="results.jsonl",
-        rungs=_rungs([run for run, _ in members]),
-        provenance=tuple({**shared, **varying}.items()),
+        title=_title(cell),
+        origin=members[0].file.name,
+        rungs=_rungs(runs),
+        provenance=tuple({**cell, **shared, **listed}.items()),
     )
+
+
+def _distinct(found: list[Ladder]) -> list[Ladder]:
+    """Titles that stand for one ladder each: with file and setting where two would be the same."""
+    titles = [ladder.title for ladder in found]
+    return [
+        replace(ladder, title=f"{ladder.title} · {ladder.origin}")
+        if titles.count(ladder.title) > 1
+        else ladder
+        for ladder in found
+    ]
 
 
 def _rungs(runs: list[Run]) -> tuple[Rung, ...]:
@@ -172,35 +203,32 @@ def _rungs(runs: list[Run]) -> tuple[Rung, ...]:
     return tuple(Rung(scheme, tuple(group)) for scheme, group in by_scheme.items())
 
 
-def _run(row: Fields, seed: float | None = None) -> Run:
-    error = row.text_or_none("error")
-    seed = row.number_or_none("seed") if row.has("seed") else seed
-    times = [row.number_or_none(key) for key in ("convert_seconds", "evaluate_seconds", "seconds")]
+def _run(cell: Fields, figures: Fields, seed: float | None) -> Run:
+    """``cell`` says what was run, ``figures`` what came out; they may be one object."""
+    error = cell.text_or_none("error")
+    if error is None and figures.number_or_none("loss") is None:
+        error = "its loss is not finite"
+    seed = cell.number_or_none("seed") if cell.has("seed") else seed
+    times = [figures.number_or_none(key) for key in ("convert_seconds", "evaluate_seconds")]
     taken = [value for value in times if value is not None]
     return Run(
-        scheme=row.text("scheme"),
+        scheme=cell.text("scheme"),
         seed=None if seed is None else int(seed),
-        loss=row.number("loss") if error is None else None,
-        delta_loss=row.number_or_none("delta_loss") if error is None else None,
-        standard_error=row.number_or_none(*STANDARD_ERROR),
-        perplexity=row.number_or_none("perplexity"),
-        bits_per_weight=row.number_or_none("bits_per_weight"),
-        share_clipped=row.number_or_none("share_clipped"),
+        loss=figures.number_or_none("loss"),
+        delta_loss=figures.number_or_none("delta_loss"),
+        standard_error=figures.number_or_none("delta_error"),
+        perplexity=figures.number_or_none("perplexity"),
+        bits_per_weight=figures.number_or_none("bits_per_weight"),
+        share_clipped=figures.number_or_none("share_clipped"),
         seconds=sum(taken) if taken else None,
-        left_in_float=tuple(str(value) for value in row.values("left_in_float")),
+        left_in_float=tuple(str(value) for value in figures.values("left_in_float")),
         error=error,
     )
 
 
-def _facts(line: Fields) -> dict[str, str]:
-    """What made a sweep's row: its provenance object and the scalars beside it."""
-    provenance = line.child("provenance").data if line.has("provenance") else {}
-    beside = {k: line.data[k] for k in (*GROUP, "seed", "revision") if k in line.data}
-    return _text_facts({**beside, **provenance})
-
-
-def _text_facts(data: Mapping[str, Any]) -> dict[str, str]:
-    flat = flatten({k: v for k, v in data.items() if k != "versions"})
+def _facts(data: Mapping[str, Any]) -> dict[str, str]:
+    """A provenance as text, its versions on one line."""
+    flat = flatten({key: value for key, value in data.items() if key != "versions"})
     facts = {key: text_of(value, "number") for key, value in flat.items() if value is not None}
     versions = data.get("versions")
     if isinstance(versions, dict):

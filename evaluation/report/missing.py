@@ -45,17 +45,14 @@ def missing_parts(
             "where the error enters, and which cause",
             f"fxquant explain --model MODEL --scheme w8a8-static --output {folder}",
         )
+    inspect = (
+        "fxquant inspect --model MODEL --scheme w8a8-static --format json "
+        f"> {folder / 'inspect.json'}"
+    )
     if not any(inspection.histograms for inspection in inspections):
-        yield Missing(
-            "activations",
-            "activation histograms with their ranges",
-            f"fxquant inspect --model MODEL --scheme w8a8-static --format json "
-            f"> {folder / 'inspect.json'}",
-        )
-    if not any(inspection.history for inspection in inspections):
-        yield Missing(
-            "passes",
-            "the pass history with its diffs",
-            f"fxquant inspect --model MODEL --scheme w8a8-static --format json "
-            f"> {folder / 'inspect.json'}",
-        )
+        yield Missing("activations", "activation histograms with their ranges", inspect)
+    history = [row for inspection in inspections for row in inspection.history]
+    if not history:
+        yield Missing("passes", "the pass history with its diffs", inspect)
+    elif not any(row.diff for row in history):
+        yield Missing("diffs", "what the passes changed, line by line", inspect)

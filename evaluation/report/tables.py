@@ -26,11 +26,14 @@ LABELS: dict[str, str] = {
     "delta_loss": "Δloss",
     "ppl": "perplexity",
     "sqnr": "SQNR",
+    "weight_sqnr": "weight SQNR",
     "sqnr_db": "SQNR",
     "bits_per_weight": "bits/weight",
-    "standard_error": "± s.e.",
+    "effect": "path Δ",
 }
-_NATS = {"alone", "rescue", "in_order", "path", "causes", "delta_loss", "delta", "recovered"}
+_NATS = {"alone", "rescue", "in_order", "first_order", "path", "causes", "recovered", "effect"}
+# Containers whose name says nothing that the key inside does not say.
+_PLAIN = {"sums", "effects", "measured"}
 _LOSS = {"loss", "loss_float", "loss_quantized"}
 
 
@@ -59,23 +62,26 @@ class Table:
 
 
 def label(key: str) -> str:
-    """The heading of ``key``; ``local.share_clipped`` is "share clipped"."""
+    """The heading of ``key``; ``sums.in_order`` is "in order Δ"."""
     head, _, rest = key.partition(".")
     if key in LABELS:
         return LABELS[key]
     if not rest:
         return key.replace("_", " ")
-    return label(rest) if head == "local" else f"{label(head)}, {label(rest)}"
+    return label(rest) if head in _PLAIN else f"{label(head)}, {label(rest)}"
 
 
 def unit(key: str) -> Unit:
     """The unit of the numbers at ``key``, known from its name."""
     head, last = key.partition(".")[0], key.rpartition(".")[2]
+    if key == "path.points":
+        return "count"
     if last in _LOSS:
         return "loss"
+    last = last.partition(":")[0]  # "rescue:kinds", measured jointly
     if head in _NATS or last in _NATS or last.startswith("delta"):
         return "nats"
-    if last.startswith(("share", "fraction")) or last.endswith("_share"):
+    if last.startswith(("share", "fraction")) or last == "clipped":
         return "share"
     if last.endswith("db") or "sqnr" in last:
         return "decibel"
@@ -100,9 +106,9 @@ def flatten(record: Mapping[str, Any], prefix: str = "") -> dict[str, str | floa
 
 
 def table_of(records: Iterable[Mapping[str, Any]], without: Sequence[str] = ()) -> Table:
-    """One row a record; columns in the order in which keys first appear."""
+    """One row a record; columns in the order in which keys first have a value."""
     flat = [flatten({k: v for k, v in r.items() if k not in without}) for r in records]
-    keys = dict.fromkeys(key for record in flat for key in record)
+    keys = dict.fromkeys(k for record in flat for k, value in record.items() if value is not None)
     columns = tuple(_column(key, [record.get(key) for record in flat]) for key in keys)
     rows = tuple(tuple(record.get(column.key) for column in columns) for record in flat)
     return Table(columns, rows)
@@ -137,7 +143,11 @@ def text_of(value: str | float | None, unit: Unit) -> str:
 
 def _finite(value: float, unit: Unit) -> str:
     if unit == "nats":
-        return f"{value:+.4f}" if abs(value) >= 5e-5 or value == 0 else f"{value:+.1e}"
+        return (
+            f"{value:+.4f}"
+            if abs(value) >= 5e-5 or value == 0
+            else f"{value:+.1e}".replace("e-0", "e-")
+        )
     if unit == "loss":
         return f"{value:.4f}"
     if unit == "share":

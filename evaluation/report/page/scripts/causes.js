@@ -26,8 +26,8 @@ for (const element of document.querySelectorAll("[data-chart=causes]")) {
         : Plot.text(causes, { y: (d) => d[0], text: (d) => fx.text(d3.sum(Object.values(d[1])), "nats"), frameAnchor: "right", textAnchor: "start", dx: 8, fill: "var(--ink)", fontSize: 12 }),
       Plot.ruleX([0], { stroke: "var(--rule)" }),
       Plot.tip(parts, Plot.pointerY(single
-        ? { x: "value", y: "cause", title: (d) => `${d.cause}\n${fx.text(d.value, "nats")}`, stroke: "var(--rule)" }
-        : Plot.stackX({ x: "value", y: "group", z: "cause", order: CAUSES, title: (d) => `${d.group}\n${d.cause} ${fx.text(d.value, "nats")}`, stroke: "var(--rule)" }))),
+        ? { x: "value", y: "cause", title: (d) => `${d.cause}\n${fx.text(d.value, "nats")}`, ...fx.tip }
+        : Plot.stackX({ x: "value", y: "group", z: "cause", order: CAUSES, title: (d) => `${d.group}\n${d.cause} ${fx.text(d.value, "nats")}`, ...fx.tip }))),
     ],
   }));
 }
@@ -37,7 +37,7 @@ for (const element of document.querySelectorAll("[data-chart=recovery]")) {
   const points = recovery.map(([count, left]) => ({ count, left })).filter((point) => point.left !== null);
   if (!points.some((point) => point.count === 0)) points.unshift({ count: 0, left: start });
   fx.chart(element, (width) => Plot.plot({
-    width, height: Math.min(290, Math.max(190, causes.length * 30 + 66)), marginLeft: 46, marginRight: 14, marginTop: 12, marginBottom: 34,
+    width, height: Math.min(290, Math.max(190, causes.length * 30 + 66)), marginLeft: 46, marginRight: 14, marginTop: 24, marginBottom: 34,
     x: { type: "point", domain: points.map((point) => point.count), label: "sites put right", labelAnchor: "right", labelArrow: "none", tickSize: 0 },
     y: { label: "Δloss left", labelArrow: "none", ticks: 4, nice: true, zero: true, tickFormat: (y) => fx.text(y, "number"), tickSize: 0 },
     marks: [
@@ -46,7 +46,7 @@ for (const element of document.querySelectorAll("[data-chart=recovery]")) {
       Plot.areaY(points, { x: "count", y: "left", fill: "var(--accent)", fillOpacity: 0.1 }),
       Plot.lineY(points, { x: "count", y: "left", stroke: "var(--accent)", strokeWidth: 1.8 }),
       Plot.dot(points, { x: "count", y: "left", fill: "var(--accent)", r: 3.4 }),
-      Plot.tip(points, Plot.pointerX({ x: "count", y: "left", title: (d) => `${d.count} site${d.count === 1 ? "" : "s"} put right\n${fx.text(d.left, "nats")} left`, stroke: "var(--rule)" })),
+      Plot.tip(points, Plot.pointerX({ x: "count", y: "left", title: (d) => `${d.count} site${d.count === 1 ? "" : "s"} put right\n${fx.text(d.left, "nats")} left`, ...fx.tip })),
     ],
   }));
 }

@@ -29,6 +29,9 @@ const fx = {
     return redraw;
   },
 
+  // How every tip looks.
+  tip: { stroke: "var(--rule)", lineHeight: 1.35, textPadding: 10 },
+
   // The value of the checked radio button of the group, and a call when it changes.
   choice(name, changed) {
     const inputs = document.querySelectorAll(`input[name="${name}"]`);

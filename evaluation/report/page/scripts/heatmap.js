@@ -61,7 +61,7 @@ for (const element of document.querySelectorAll("[data-chart=heatmap]")) {
         Plot.cell(cells, { x, y, fill: (d) => colour(d.figures[select.value]), inset: 0.75, rx: 2, className: "cells" }),
         cellWidth >= 58 ? Plot.text(cells, { x, y, text: (d) => fx.text(d.figures[select.value], unit), fill: (d) => (strong(d.figures[select.value]) ? "var(--on-strong)" : "var(--ink)"), fontSize: 11 }) : null,
         at ? Plot.cell([at], { x, y, fill: "none", stroke: "var(--ink)", strokeWidth: 2, rx: 2, className: "cursor" }) : null,
-        Plot.tip(cells, Plot.pointer({ x, y, title: (d) => { const s = describe(d); return [s.site, s.chosen, ...s.others].join("\n"); }, stroke: "var(--rule)", maxRadius: 60 })),
+        Plot.tip(cells, Plot.pointer({ x, y, title: (d) => { const s = describe(d); return [s.site, s.chosen, ...s.others].join("\n"); }, ...fx.tip, maxRadius: 60 })),
       ],
     });
     plot.addEventListener("input", () => { if (plot.value) read(plot.value); });

@@ -27,7 +27,7 @@ for (const element of document.querySelectorAll("[data-chart=histogram]")) {
         Plot.rect(bins, { x1: "from", x2: "to", y1: 0.7, y2: "count", fill: (bin) => (clipped(bin) ? "var(--warm)" : "var(--accent)"), insetLeft: 0.4, insetRight: 0.4 }),
         Plot.ruleX(bounds, { stroke: "var(--ink)", strokeWidth: 1.4, className: "range" }),
         Plot.text(bounds, { x: (d) => d, text: (d) => fx.text(d, "number"), frameAnchor: "top", dy: -16, fill: "var(--ink)", fontSize: 12, textAnchor: "middle" }),
-        Plot.tip(bins, Plot.pointerX({ x: (bin) => (bin.from + bin.to) / 2, y: "count", title: (bin) => `${fx.text(bin.from, "number")} … ${fx.text(bin.to, "number")}\n${bin.count.toLocaleString("en")} elements${clipped(bin) ? ", clipped" : ""}`, stroke: "var(--rule)" })),
+        Plot.tip(bins, Plot.pointerX({ x: (bin) => (bin.from + bin.to) / 2, y: "count", title: (bin) => `${fx.text(bin.from, "number")} … ${fx.text(bin.to, "number")}\n${bin.count.toLocaleString("en")} elements${clipped(bin) ? ", clipped" : ""}`, ...fx.tip })),
       ],
     });
   };

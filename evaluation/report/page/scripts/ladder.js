@@ -53,7 +53,7 @@ for (const element of document.querySelectorAll("[data-chart=ladder]")) {
         Plot.dot(known, { x: "delta", ...y, r: 4.2, fill: (r) => (reference(r) ? "var(--paper)" : "var(--accent)"), stroke: "var(--accent)", strokeWidth: 1.6 }),
         Plot.text(known, { ...y, text: (r) => (reference(r) && r.delta === 0 ? "0" : fx.text(r.delta, "nats")), frameAnchor: "right", textAnchor: "start", dx: 14, fill: "var(--ink)", fontSize: 12 }),
         Plot.text(rungs.filter((rung) => rung.error !== null), { ...y, x: 0, text: () => "failed", textAnchor: "start", dx: 8, fill: "var(--warm)" }),
-        Plot.tip(known, Plot.pointerY({ x: "delta", ...y, title, fill: "var(--panel)", stroke: "var(--rule)", anchor: narrow ? "bottom" : undefined })),
+        Plot.tip(known, Plot.pointerY({ x: "delta", ...y, title, ...fx.tip, anchor: narrow ? "bottom" : undefined })),
       ],
     });
   };
