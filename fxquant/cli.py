@@ -1,4 +1,4 @@
-"""The command line: ``fxquant evaluate``."""
+"""The command line: ``fxquant evaluate | explain | plan``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from fxquant.analysis_commands import (
+    add_explain_arguments,
+    add_plan_arguments,
+    explain_command,
+    plan_command,
+)
 from fxquant.errors import FxquantError
 from fxquant.evaluation.arguments import INTERRUPTED, add_arguments, evaluate_command
 
@@ -19,6 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluate = commands.add_parser("evaluate", help="loss and perplexity of a model per scheme")
     add_arguments(evaluate)
     evaluate.set_defaults(run=evaluate_command)
+    explained = commands.add_parser("explain", help="where the loss comes from, and why")
+    add_explain_arguments(explained)
+    explained.set_defaults(run=explain_command)
+    planned = commands.add_parser("plan", help="per-site choices under a budget of loss")
+    add_plan_arguments(planned)
+    planned.set_defaults(run=plan_command)
     options = parser.parse_args(argv)
     try:
         return int(options.run(options))

@@ -31,3 +31,7 @@ class VerificationError(FxquantError, RuntimeError):
 
 class DataError(FxquantError, ValueError):
     """Text, windows or an output folder cannot serve an evaluation."""
+
+
+class BudgetError(FxquantError, RuntimeError):
+    """No plan keeps the budget."""

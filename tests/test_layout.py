@@ -24,7 +24,9 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("tracing",),
     ("passes",),
     ("repairs", "conversion"),
+    ("analysis",),
     ("evaluation",),
+    ("analysis_commands",),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
@@ -34,6 +36,7 @@ def modules() -> list[tuple[str, Path]]:
     found = [(path.stem, path) for path in (ROOT / "fxquant").glob("*.py")]
     for package in ("passes", "evaluation"):
         found += [(package, path) for path in (ROOT / package).glob("*.py")]
+    found += [("analysis", path) for path in (ROOT / "fxquant" / "analysis").glob("*.py")]
     found = [("cli" if path.stem == "__main__" else name, path) for name, path in found]
     return [
         (name, path) for name, path in found if name != "__init__" or path.parent.name != "fxquant"
@@ -93,4 +96,6 @@ def test_wheel_holds_each_file_once(tmp_path: Path) -> None:
     tracked = [f"fxquant/{p.name}" for p in (ROOT / "fxquant").glob("*.py")] + ["fxquant/py.typed"]
     for package in ("passes", "evaluation"):
         tracked += [f"fxquant/{package}/{p.name}" for p in (ROOT / package).glob("*.py")]
+    analysis = (ROOT / "fxquant" / "analysis").glob("*.py")
+    tracked += [f"fxquant/analysis/{p.name}" for p in analysis]
     assert sorted(packed) == sorted(tracked)
