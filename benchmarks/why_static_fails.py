@@ -3,8 +3,8 @@
     python -m benchmarks.why_static_fails            measure, then write page and pictures
     python -m benchmarks.why_static_fails --render   write them from the data that is there
 
-The data are benchmarks/why_static_fails.json. Finished losses are kept in results/why_static_fails, so an interrupted run goes on. Needs the
-``plots`` extra for the pictures.
+The data are benchmarks/why_static_fails.json. Finished losses are kept in results/why_static_fails,
+so an interrupted run goes on. Needs the ``plots`` extra for the pictures.
 """
 
 from __future__ import annotations
