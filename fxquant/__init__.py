@@ -1,5 +1,8 @@
 """fxquant: a torch.fx graph-transformation compiler for post-training quantization."""
 
+from fxquant.analysis import Explanation as Explanation
+from fxquant.analysis import explain as explain
+from fxquant.analysis import plan as plan
 from fxquant.conversion import convert as convert
 from fxquant.conversion import recipe as recipe
 from fxquant.errors import FxquantError as FxquantError

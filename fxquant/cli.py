@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from fxquant import analysis_commands as analyses
 from fxquant import convert_command, inspect_command
 from fxquant.errors import FxquantError
 from fxquant.evaluation import commands as sweeps
@@ -45,6 +46,18 @@ COMMANDS = (
         "what a quantized model computes, and why",
         inspect_command.add_arguments,
         inspect_command.run,
+    ),
+    Command(
+        "explain",
+        "where the loss comes from, and why",
+        analyses.add_explain_arguments,
+        analyses.explain_command,
+    ),
+    Command(
+        "plan",
+        "per-site choices under a budget of loss",
+        analyses.add_plan_arguments,
+        analyses.plan_command,
     ),
     Command(
         "sweep",

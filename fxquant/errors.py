@@ -35,3 +35,7 @@ class DataError(FxquantError, ValueError):
 
 class InspectionError(FxquantError, ValueError):
     """A printout was asked for a pass, layer or site that the graph does not have."""
+
+
+class BudgetError(FxquantError, RuntimeError):
+    """No plan keeps the budget."""

@@ -38,8 +38,10 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("tracing",),
     ("passes",),
     ("repairs", "conversion"),
+    ("analysis",),
     ("evaluation",),
-    ("convert_command", "inspect_command", "cli"),
+    ("analysis_commands", "convert_command", "inspect_command"),
+    ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 
@@ -48,6 +50,7 @@ def modules() -> list[tuple[str, Path]]:
     found = [(path.stem, path) for path in (ROOT / "fxquant").glob("*.py")]
     for package in ("passes", "evaluation"):
         found += [(package, path) for path in (ROOT / package).rglob("*.py")]
+    found += [("analysis", path) for path in (ROOT / "fxquant" / "analysis").glob("*.py")]
     found = [("cli" if path.stem == "__main__" else name, path) for name, path in found]
     return [
         (name, path) for name, path in found if name != "__init__" or path.parent.name != "fxquant"
@@ -109,4 +112,6 @@ def test_wheel_holds_each_file_once(tmp_path: Path) -> None:
         tracked += [f"fxquant/{p.relative_to(ROOT)}" for p in (ROOT / package).rglob("*.py")]
     page = ROOT / "evaluation" / "report" / "page"
     tracked += [f"fxquant/{p.relative_to(ROOT)}" for p in page.rglob("*") if p.is_file()]
+    analysis = (ROOT / "fxquant" / "analysis").glob("*.py")
+    tracked += [f"fxquant/analysis/{p.name}" for p in analysis]
     assert sorted(packed) == sorted(tracked)

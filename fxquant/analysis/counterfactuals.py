@@ -102,9 +102,9 @@ def _anew(site: LinearSite, own: InputQuantizer, inputs: Sequence[Tensor]) -> In
     assert spec is not None
     if spec.dynamic:
         return own
-    observer = HistogramObserver(site.path)
+    observer = HistogramObserver(site.path).to(site.weight.device)
     for rows in inputs:
-        observer(rows, torch.ones(1, rows.shape[0], dtype=torch.int64))
+        observer(rows, torch.ones(1, rows.shape[0], dtype=torch.int64, device=rows.device))
     found = static_qparams(observer, spec)
     return replace(own, scale=found["input_scale"], zero_point=found.get("input_zero_point"))
 

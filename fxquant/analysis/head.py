@@ -19,6 +19,8 @@ def final_head(gm: GraphModule) -> Node | None:
     """The head's node if its result is the graph's output as it is (no scaling, no soft cap)."""
     output = next(iter(reversed(gm.graph.nodes)))
     node = output.args[0]
+    while isinstance(node, Node) and node.op == "call_method" and node.target == "contiguous":
+        node = node.args[0]
     is_head = isinstance(node, Node) and node.op == "call_module" and node.target == info(gm).head
     if not is_head or len(node.users) > 1:
         return None

@@ -25,6 +25,7 @@ from fxquant.analysis.sites import LinearSite, SimulatedSite
 from fxquant.execution import Cut
 
 POINTS = (4, 8)  # tried in turn; each costs a forward and a backward pass
+EVEN = 0.5  # nats a token; beyond, fewer points than the most have not been seen to suffice
 TOLERANCE = 0.05  # of the loss difference that the sum may miss
 SMALLEST = 0.002  # nats a token that it may miss in any case
 Gradients = dict[str, Tensor]
@@ -84,11 +85,12 @@ def integrate(
     estimate, difference, missed, most = 0.0, 0.0, 0.0, 0
     for cut, ids in zip(lab.start(), lab.windows, strict=True):
         errors, change = _frozen_errors(lab, sites, cut, ids)
-        for points in POINTS:
+        share = ids.shape[0] * (ids.shape[1] - 1) / lab.tokens
+        for points in POINTS if abs(change) <= EVEN * share else POINTS[-1:]:
             gradients = _blended(lab, sites, cut, ids, errors, gauss_legendre(points))
             total = sum(_dot(gradients[path], errors[path]) for path in errors)
             most = max(most, points)
-            if abs(total - change) <= 0.2 * _allowed(change, lab.tokens, ids):
+            if abs(total - change) <= 0.2 * max(TOLERANCE * abs(change), SMALLEST * share):
                 break
         estimate, difference = estimate + total, difference + change
         missed += abs(total - change)
@@ -108,11 +110,6 @@ def first_order(lab: Lab, sites: Sequence[SimulatedSite]) -> dict[str, float]:
         for path, error in errors.items():
             found[path] += _dot(gradients[path], error)
     return found
-
-
-def _allowed(difference: float, tokens: int, ids: Tensor) -> float:
-    share = ids.shape[0] * (ids.shape[1] - 1) / tokens
-    return max(TOLERANCE * abs(difference), SMALLEST * share)
 
 
 def _refusal(difference: float, estimate: float, missed: float, points: int) -> str | None:

@@ -68,36 +68,18 @@ class Study:
         self.loss_float = lab.loss(FLOAT_SETTING)
         with lab.meter.measuring("local figures"):
             self.local, self.loss_quantized = local_figures(lab, self.sites)
-        found: dict[str, dict[str, float]] = {}
-        for method in methods:
-            if method in EFFECTS or is_grouped(method):
-                found[method] = self._effects(method)
+        found = {m: self._effects(m) for m in methods if m in EFFECTS or is_grouped(m)}
         if "first_order" in methods:
             with lab.meter.measuring("first_order"):
                 found["first_order"] = path_method.first_order(lab, self.sites)
         path = self._path() if "path" in methods else None
         causes = self._causes() if "causes" in methods else {}
         ranking = _ranking(found, path)
-        trusted = path.sites if path is not None and path.refused is None else None
-        figures = {
-            name: site_figures(
-                name,
-                place,
-                found,
-                self.local[name],
-                None if trusted is None else trusted[name],
-                lab.windows,
-                self.decode,
-            )
-            for name, place in self.where.items()
-        }
+        figures = self._figures(found, path)
         order = sorted(figures, key=lambda path: -rank_value(figures[path], ranking))
         chosen = [each for each in self.sites if each.path in order[:worst]]
         own = self._own_causes(chosen) if "causes" in methods else {}
-        for name, values in own.items():
-            figures[name] = replace(figures[name], causes=values)
-        counterfactuals = self._counterfactuals(chosen)
-        recovery = self._recovery(order) if worst else ()
+        figures.update({name: replace(figures[name], causes=own[name]) for name in own})
         return Explanation(
             model=info(lab.gm).model,
             scheme=scheme,
@@ -111,14 +93,29 @@ class Study:
             kinds=self._groups("kinds", figures, found, causes),
             blocks=self._groups("blocks", figures, found, {}),
             path=None if path is None else _path_figures(path),
-            counterfactuals=counterfactuals,
-            recovery=recovery,
+            counterfactuals=self._counterfactuals(chosen),
+            recovery=self._recovery(order) if worst else (),
             validation=validate(self.local, found, path),
             ranking=ranking,
             forward_seconds=self.forward_seconds,
             costs=self._costs(),
             notes=tuple(self.notes),
         )
+
+    def _figures(self, found: Found, path: path_method.PathResult | None) -> dict[str, SiteFigures]:
+        trusted = path.sites if path is not None and path.refused is None else {}
+        return {
+            name: site_figures(
+                name,
+                place,
+                found,
+                self.local[name],
+                trusted.get(name),
+                self.lab.windows,
+                self.decode,
+            )
+            for name, place in self.where.items()
+        }
 
     def _bar(self, steps: Iterable[Any], name: str, total: int) -> Iterable[Any]:
         return tqdm(steps, name, total, leave=False, disable=self.hidden)

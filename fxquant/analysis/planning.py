@@ -1,0 +1,308 @@
+"""``plan``: mixed precision under a budget of loss, from measured effects, verified at the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.fx import GraphModule
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from fxquant.analysis.costs import COSTS, Cost, mean_cost
+from fxquant.analysis.inputs import Windows, as_batches, as_windows
+from fxquant.analysis.lab import FLOAT_SETTING, Lab, setting
+from fxquant.analysis.sites import SimulatedSite, SiteMaker
+from fxquant.analysis.store import Store, fingerprint
+from fxquant.analysis.upgrades import climbs, order_upgrades
+from fxquant.batches import Batches
+from fxquant.conversion import convert
+from fxquant.errors import BudgetError, SchemeError
+from fxquant.graph import Site, info
+from fxquant.loss import mean_loss, window_losses
+from fxquant.schemes import Scheme
+from fxquant.specs import FLOAT, SiteSpec
+from fxquant.tracing import trace
+
+DEFAULT_CHOICES = ("w4-g128-asym/a8-dynamic-token", "w8a8-dynamic-token", "w8", "fp")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A planned scheme: ``delta_loss`` of the converted model and of all sites at the cheapest
+    choice, ``cost`` as a mean over weights, how many forwards were run and plans verified."""
+
+    scheme: Scheme
+    budget: float
+    delta_loss: float
+    cheapest_delta_loss: float
+    cost: float
+    cost_name: str
+    counts: dict[str, int]
+    forwards: float
+    verifications: int
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{count} sites {choice}" for choice, count in self.counts.items())
+        return (
+            f"{counts}\nΔloss {self.delta_loss:+.4f}, verified, of at most {self.budget:+.4f} "
+            f"({self.cheapest_delta_loss:+.4f} with every site at the cheapest choice); "
+            f"{self.cost_name} {self.cost:.2f}; {self.forwards:.0f} forwards, "
+            f"{self.verifications} plans verified"
+        )
+
+
+def plan(
+    model: PreTrainedModel | GraphModule,
+    *,
+    data: Windows,
+    budget: float,
+    calibration: Batches | None = None,
+    choices: Sequence[str] = DEFAULT_CHOICES,
+    cost: str = "bits",
+    progress: bool | None = None,
+    output: Path | None = None,
+) -> Scheme:
+    """The cheapest per-site choices found whose measured loss stays within ``budget``.
+
+    Args:
+        model: a Hugging Face causal LM or a float graph from ``trace``.
+        data: windows to measure on, as for ``explain``.
+        budget: largest allowed loss difference to the float model, nats a token.
+        calibration: needed when a choice has a static range.
+        choices: site specs such as "w8a8-dynamic-token" or "fp"; every linear of the blocks gets
+            one of them.
+        cost: what is to be small: "bits" (of weight and activation operands together, 16 for a
+            float one) or "storage" (stored weight bits).
+        progress: bars; None: where the output is a terminal.
+        output: a folder where finished losses are kept; the same call goes on from them.
+
+    Returns a Scheme with overrides, which round-trips as JSON and feeds ``convert``.
+
+    Raises BudgetError when not even the best choice at every site keeps the budget (it names the
+    best measured loss), SchemeError, DataError and CalibrationError before any measurement.
+    """
+    return make_plan(
+        model,
+        data=data,
+        budget=budget,
+        calibration=calibration,
+        choices=choices,
+        cost=cost,
+        progress=progress,
+        output=output,
+    ).scheme
+
+
+def make_plan(
+    model: PreTrainedModel | GraphModule,
+    *,
+    data: Windows,
+    budget: float,
+    calibration: Batches | None = None,
+    choices: Sequence[str] = DEFAULT_CHOICES,
+    cost: str = "bits",
+    progress: bool | None = None,
+    output: Path | None = None,
+) -> Plan:
+    """``plan`` with the figures that led to it."""
+    specs = _parse(choices, budget, cost)
+    graph = model if isinstance(model, GraphModule) else trace(model)
+    windows = as_windows(data, graph)
+    batches = as_batches(calibration, graph)
+    observed = _observed(graph, specs, batches, bool(progress))
+    tensors = [value for batch in batches or () for _, value in sorted(batch.items())]
+    lab = Lab(observed, windows)
+    planner = _Planner(
+        lab=lab,
+        sites=[site for site in info(observed).sites if site.role == "linear"],
+        specs=specs,
+        cost=COSTS[cost],
+        budget=budget,
+        store=Store(output, fingerprint(observed, [*windows, *tensors], "plan")),
+        hidden=None if progress is None else not progress,
+    )
+
+    def verify(scheme: Scheme) -> float:
+        """Loss of the converted model, integers and all."""
+        qmodel = convert(graph, scheme, calibration=batches)
+        parts = (
+            part
+            for ids in windows
+            for part in window_losses(lambda each: qmodel(input_ids=each), ids, len(ids))
+        )
+        return mean_loss(torch.cat([part.flatten() for part in parts]))
+
+    return planner.run(verify, cost)
+
+
+def _parse(choices: Sequence[str], budget: float, cost: str) -> dict[str, SiteSpec]:
+    if cost not in COSTS:
+        raise SchemeError(f"unknown cost {cost!r}: known are {', '.join(COSTS)}")
+    if not budget >= 0:
+        raise SchemeError(f"the budget is a loss difference of at least 0, got {budget}")
+    specs: dict[str, SiteSpec] = {}
+    for text in choices:
+        scheme = Scheme.parse(text)
+        if scheme.repairs or scheme.overrides or scheme.fp32_gemm:
+            raise SchemeError(f"a choice is one site's spec such as 'w8' or 'fp', not {text!r}")
+        specs[str(scheme)] = scheme.spec
+    if len(specs) < 2:
+        raise SchemeError(f"a plan needs at least two different choices, got {list(specs)}")
+    return specs
+
+
+def _observed(
+    graph: GraphModule,
+    specs: dict[str, SiteSpec],
+    batches: list[dict[str, torch.Tensor]] | None,
+    progress: bool,
+) -> GraphModule:
+    """Calibrated at every site where one of the choices has a static range."""
+    static = [s for s in specs.values() if s.activation is not None and not s.activation.dynamic]
+    scheme = Scheme(static[0] if static else next(s for s in specs.values() if s.weight))
+    return convert(graph, scheme, calibration=batches, level="observed", progress=progress)
+
+
+@dataclass
+class _Planner:
+    lab: Lab
+    sites: list[Site]
+    specs: dict[str, SiteSpec]
+    cost: Cost
+    budget: float
+    store: Store
+    hidden: bool | None
+
+    def run(self, verify: Callable[[Scheme], float], cost_name: str) -> Plan:
+        self.loss_float = self.lab.loss(FLOAT_SETTING)
+        self.built: dict[tuple[str, str], SimulatedSite] = {}
+        self.maker = SiteMaker(self.lab.gm)
+        effects = self._effects()
+        steps = climbs(self.sites, self.specs, self.cost, effects)
+        chosen = {path: rungs[0].choice for path, rungs in steps.items()}
+        upgrades = order_upgrades(steps)
+        states = _States(chosen, upgrades)
+        cheapest = self._delta(states.at(0))
+        verifications = 0
+        count = self._fewest(states, 0)
+        while True:
+            assignment = states.at(count)
+            scheme = self._scheme(assignment)
+            found = verify(scheme) - self.loss_float
+            verifications += 1
+            if found <= self.budget:
+                return self._plan(assignment, scheme, found, cheapest, cost_name, verifications)
+            if count == len(upgrades):
+                raise BudgetError(
+                    f"no plan keeps the budget of {self.budget:+.4f}: with the best of "
+                    f"{', '.join(self.specs)} at every site the loss still moves by {found:+.4f}; "
+                    "allow more, or add a better choice such as 'fp'"
+                )
+            count = self._fewest(states, count + 1)
+
+    def _effects(self) -> dict[str, dict[str, float]]:
+        """Loss difference of each choice at each site alone, everything else in float."""
+        found: dict[str, dict[str, float]] = {}
+        cuts = self.lab.start()
+        with torch.no_grad(), self.lab.meter.measuring("alone"):
+            for site in tqdm(self.sites, "sites", leave=False, disable=self.hidden):
+                found[site.path] = {}
+                for name, spec in self.specs.items():
+                    if spec != FLOAT:
+                        each = self.maker.make(site.path, spec)
+                        cuts = self.lab.advance(cuts, each.node, FLOAT_SETTING)
+                        measure = partial(self.lab.loss, setting([each]), cuts)
+                        loss = self.store.remember(f"alone {site.path} {name}", measure)
+                    found[site.path][name] = 0.0 if spec == FLOAT else loss - self.loss_float
+        return found
+
+    def _fewest(self, states: _States, start: int) -> int:
+        """The fewest upgrades from ``start`` on whose simulated loss keeps the budget.
+
+        Effects of single sites do not add up, so every count is measured: steps that double until
+        the budget holds, then bisection between the last two. All upgrades if none holds.
+        """
+        low, step, high = start, 1, start
+        while self._delta(states.at(high)) > self.budget:
+            if high == states.total:
+                return high
+            low, high, step = high + 1, min(high + step, states.total), step * 2
+        while low < high:
+            middle = (low + high) // 2
+            if self._delta(states.at(middle)) <= self.budget:
+                high = middle
+            else:
+                low = middle + 1
+        return high
+
+    def _delta(self, assignment: dict[str, str]) -> float:
+        def measure() -> float:
+            built = [
+                self._built(path, name)
+                for path, name in assignment.items()
+                if self.specs[name] != FLOAT
+            ]
+            return self.lab.loss(setting(built))
+
+        key = json.dumps(assignment, sort_keys=True)
+        with torch.no_grad(), self.lab.meter.measuring("plans"):
+            return self.store.remember(f"plan {key}", measure) - self.loss_float
+
+    def _built(self, path: str, name: str) -> SimulatedSite:
+        """Kept for the last choice of each site only: a site holds its weight in float."""
+        if (path, name) not in self.built:
+            for other in self.specs:
+                self.built.pop((path, other), None)
+            self.built[path, name] = self.maker.make(path, self.specs[name])
+        return self.built[path, name]
+
+    def _scheme(self, assignment: dict[str, str]) -> Scheme:
+        """The most used choice for all, overrides for the rest."""
+        used = list(assignment.values())
+        common = max(dict.fromkeys(used), key=used.count)
+        others = tuple(
+            (path, self.specs[name]) for path, name in assignment.items() if name != common
+        )
+        return Scheme(self.specs[common], overrides=others)
+
+    def _plan(
+        self,
+        assignment: dict[str, str],
+        scheme: Scheme,
+        found: float,
+        cheapest: float,
+        cost_name: str,
+        verifications: int,
+    ) -> Plan:
+        used = list(assignment.values())
+        return Plan(
+            scheme=scheme,
+            budget=self.budget,
+            delta_loss=found,
+            cheapest_delta_loss=cheapest,
+            cost=mean_cost(self.cost, [(s, self.specs[assignment[s.path]]) for s in self.sites]),
+            cost_name=cost_name,
+            counts={name: used.count(name) for name in self.specs if name in used},
+            forwards=sum(each.forwards for each in self.lab.meter.costs.values()),
+            verifications=verifications,
+        )
+
+
+@dataclass(frozen=True)
+class _States:
+    """The assignment after each number of upgrades."""
+
+    start: dict[str, str]
+    upgrades: tuple[tuple[str, str], ...]
+
+    @property
+    def total(self) -> int:
+        return len(self.upgrades)
+
+    def at(self, count: int) -> dict[str, str]:
+        return {**self.start, **dict(self.upgrades[:count])}

@@ -1,0 +1,418 @@
+"""explain: exact identities, planted faults, resume, refusals."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import fxquant
+from fxquant.analysis import explain
+from fxquant.analysis.causes import shapley
+from fxquant.analysis.effects import EFFECTS
+from fxquant.analysis.parts import CAUSES, subsets
+from fxquant.analysis.path import first_order, gauss_legendre, integrate
+from fxquant.analysis.results import Explanation
+from fxquant.analysis.sites import LinearSite
+from fxquant.analysis.store import Store
+from fxquant.analysis.validation import agreement, spearman
+from fxquant.errors import CalibrationError, DataError, SchemeError
+from fxquant.evaluation import cut_windows, load_text
+from fxquant.evaluation.outliers import OutlierPlan, plant_outliers
+from fxquant.loss import token_nll
+from tests.architectures import ARCHITECTURES, VOCABULARY, token_ids
+from tests.models import small_opt
+from tests.test_analysis_parts import laboratory
+from tests.test_tracing import traced
+
+EVERYTHING = (*EFFECTS, "causes", "path", "first_order", "rescue:blocks", "in_order:kinds")
+
+
+@functools.cache
+def windows() -> tuple[Tensor, Tensor]:
+    """Two windows of 96 tokens for the small OPT, and two more to calibrate."""
+    cut = cut_windows(
+        load_text("builtin"), small_opt()[1], count=2, length=96, calibration=2, seed=0
+    )
+    return cut.evaluation, cut.calibration
+
+
+def explain_small(model: PreTrainedModel, scheme: str, **options: Any) -> Explanation:
+    evaluation, calibration = windows()
+    return explain(model, scheme, calibration=calibration.split(1), data=evaluation, **options)
+
+
+def tiny(name: str, scheme: str, **options: Any) -> Explanation:
+    _, graph = traced(name)
+    data = token_ids(2, 20, 50)
+    return explain(graph, scheme, calibration=[token_ids(2, 16, 5)], data=data, **options)
+
+
+# Identities ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["w8a8-static:p99", "w4-g16-asym/a8-dynamic-token", "w3"])
+@pytest.mark.parametrize("name", ["opt", "gpt2", "llama"])
+def test_effects_and_causes_sum_to_the_loss_difference(name: str, scheme: str) -> None:
+    found = tiny(name, scheme, methods=EVERYTHING)
+    _, graph = traced(name)
+    data = token_ids(2, 20, 50)
+    qmodel = fxquant.convert(graph, scheme, calibration=[token_ids(2, 16, 5)], level="qdq")
+    # Independent of the lab: window by window, as a dynamic range sees them.
+    losses = [
+        torch.cat([token_nll(gm(input_ids=ids), ids) for ids in data.split(1)]).double().mean()
+        for gm in (graph, qmodel)
+    ]
+    assert found.loss_float == pytest.approx(float(losses[0]), rel=1e-6)
+    assert found.loss_quantized == pytest.approx(float(losses[1]), rel=1e-6)
+    tolerance = 1e-5 * max(1, abs(found.delta_loss))
+    assert abs(found.delta_loss) > 1e-5
+    total = sum(site.effects["in_order"] for site in found.sites)
+    assert total == pytest.approx(found.delta_loss, abs=tolerance)
+    assert found.causes is not None
+    assert sum(found.causes.values()) == pytest.approx(found.delta_loss, abs=tolerance)
+    for groups in (found.kinds, found.blocks):
+        assert sum(group.sites for group in groups) == len(found.sites)
+        summed = sum(group.sums["in_order"] for group in groups)
+        assert summed == pytest.approx(found.delta_loss, abs=tolerance)
+    measured = sum(kind.measured["in_order:kinds"] for kind in found.kinds)
+    assert measured == pytest.approx(found.delta_loss, abs=tolerance)
+    for site in found.worst[:3]:
+        if site.causes is not None:
+            assert sum(site.causes.values()) == pytest.approx(site.effects["rescue"], abs=tolerance)
+    assert found.recovery[0].delta_loss == pytest.approx(found.delta_loss, abs=tolerance)
+    assert found.recovery[-1].delta_loss == pytest.approx(0, abs=tolerance)
+    assert found.recovery[1].delta_loss == pytest.approx(
+        found.delta_loss - found.worst[0].effects["rescue"], abs=tolerance
+    )
+    back_to_float = [c for c in found.counterfactuals if c.choice == "float"]
+    assert {c.site: c.recovered for c in back_to_float} == pytest.approx(
+        {site.site: site.effects["rescue"] for site in found.worst[:3]}, abs=tolerance
+    )
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt2", "llama"])
+def test_one_site_has_one_effect(name: str) -> None:
+    """A glob restricts the scheme itself, so alone, rescue and in order mean the same."""
+    site = tiny(name, "w4", worst=0, methods=("alone",)).sites[5].site
+    found = tiny(name, "w4/a4-dynamic", sites=site, methods=EVERYTHING)
+    assert [each.site for each in found.sites] == [site]
+    effects = found.sites[0].effects
+    tolerance = 1e-5 * max(1, abs(found.delta_loss))
+    assert abs(found.delta_loss) > 1e-4
+    for effect in EFFECTS:
+        assert effects[effect] == pytest.approx(found.delta_loss, abs=tolerance)
+
+
+def test_effects_are_what_two_conversions_measure() -> None:
+    """alone and rescue of every site against convert with overrides, without the lab."""
+    _, graph = traced("llama")
+    data = token_ids(1, 24, 9)
+    found = explain(graph, "w4/a8-dynamic", data=data, methods=("alone", "rescue"), worst=0)
+
+    def loss(overrides: dict[str, str], base: str) -> float:
+        scheme = json.dumps({"scheme": base, "overrides": overrides})
+        qmodel = fxquant.convert(graph, scheme, level="qdq")
+        return float(token_nll(qmodel(input_ids=data), data).double().mean())
+
+    for site in found.sites[::3]:
+        only = loss({site.site: "w4/a8-dynamic"}, "fp") - found.loss_float
+        without = found.loss_quantized - loss({site.site: "fp"}, "w4/a8-dynamic")
+        assert site.effects["alone"] == pytest.approx(only, abs=2e-6)
+        assert site.effects["rescue"] == pytest.approx(without, abs=2e-6)
+
+
+def test_shapley_of_an_additive_game_and_of_an_interaction() -> None:
+    worth = {"weights": 1.0, "clipping": 2.0, "rounding": 4.0}
+    additive = {parts: sum(worth[p] for p in parts) for parts in subsets(CAUSES)}
+    assert shapley(additive, CAUSES) == pytest.approx(worth)
+    pair = {parts: float({"weights", "clipping"} <= parts) for parts in subsets(CAUSES)}
+    assert shapley(pair, CAUSES) == pytest.approx({"weights": 0.5, "clipping": 0.5, "rounding": 0})
+    single = {frozenset(): 1.0, frozenset(("weights",)): 3.0}
+    assert shapley(single, ["weights"]) == {"weights": 2.0, "clipping": 0.0, "rounding": 0.0}  # type: ignore[arg-type]
+
+
+# path ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("points", [1, 2, 4, 8])
+def test_gauss_legendre_is_exact_for_polynomials(points: int) -> None:
+    nodes, weights = gauss_legendre(points)
+    for degree in range(2 * points):
+        total = sum(w * x**degree for x, w in zip(nodes, weights, strict=True))
+        assert total == pytest.approx(1 / (degree + 1), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["opt", "llama", "gemma2-sdpa"])
+def test_path_converges_and_every_view_has_one_sum(name: str) -> None:
+    lab, sites = laboratory(name, "w6/a8-dynamic")
+    found = integrate(lab, sites)
+    assert found.refused is None
+    assert found.estimate == pytest.approx(
+        sum(site.total for site in found.sites.values()), abs=1e-6
+    )
+    for site in found.sites.values():
+        assert site.channels is not None
+        tokens = sum(float(t.sum()) for t in site.tokens)
+        assert tokens == pytest.approx(site.total, abs=1e-6)
+        assert float(site.channels.sum()) == pytest.approx(site.total, abs=1e-6)
+
+
+def test_first_order_is_the_derivative() -> None:
+    """Against a central difference in float64, along the error of one site's weights."""
+    # OPT: Llama's norms compute in float32 even in a float64 model.
+    lab, sites = laboratory("opt", "w4", windows=1)
+    site = sites[0]
+    assert isinstance(site, LinearSite)
+    found = first_order(lab, [site])[site.path]
+    weight, coded = site.weight.double(), site.coded_weight.double()
+    lab.gm.double()
+    ids = lab.windows[0]
+
+    @torch.no_grad()
+    def loss(alpha: float) -> float:
+        moved = weight + alpha * (coded - weight)
+        under = {site.node: lambda x: torch.nn.functional.linear(x, moved, site.bias)}
+        cut = lab.executor.advance(lab.executor.start(input_ids=ids), instead=under)
+        logits = cut.values[lab.executor.nodes[-1]][0, :-1]
+        return float(torch.nn.functional.cross_entropy(logits, ids[0, 1:]))
+
+    step = 1e-3
+    assert found == pytest.approx((loss(step) - loss(-step)) / (2 * step), rel=1e-3)
+
+
+def test_path_refuses_what_has_not_converged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One point is too few where 2-bit clipping costs nats."""
+    monkeypatch.setattr("fxquant.analysis.path.POINTS", (1,))
+    found = tiny("opt", "w2-tensor/a2-static:p60", methods=("path", "rescue"), worst=0)
+    assert found.path is not None
+    assert found.path.refused is not None
+    assert "has not converged with 1 points" in found.path.refused
+    assert abs(found.path.residual) > 0.05 * found.delta_loss > 0.05
+    assert all(site.path is None for site in found.sites)
+    assert all("path" not in kind.sums for kind in found.kinds)
+    assert "path is not presented" in str(found)
+    assert [row for row in found.validation if row.figure == "path (refused)"]
+
+
+# Planted faults -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sampled_llama() -> tuple[PreTrainedModel, Tensor]:
+    """A random model with a sharp head, and windows [4, 60] sampled from it.
+
+    On its own samples the float model is the best predictor there is, as if trained on them: an
+    error raises the loss, as it does on a trained model.
+    """
+    model = ARCHITECTURES["llama"]()
+    model.lm_head.weight.mul_(2)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, VOCABULARY, (4, 1), generator=generator)
+    for _ in range(59):
+        likely = model(input_ids=ids).logits[:, -1].softmax(-1)
+        ids = torch.cat((ids, torch.multinomial(likely, 1, generator=generator)), 1)
+    return model, ids
+
+
+def stretched(model: PreTrainedModel, block: int, seed: int) -> tuple[PreTrainedModel, str, int]:
+    """The model with one outlier channel planted at the last norm of one block: MLP input."""
+    plan = OutlierPlan(seed, kinds=("gain",), channel_share=0.001, gain_range=(256, 256))
+    changed, planted = plant_outliers(model, plan)
+    norms = sorted({p.path for p in planted if "final_layer" in p.path or "post_att" in p.path})
+    kept = norms[block]
+    for outlier in planted:  # take the others back: the plan plants in every layer
+        if outlier.path == kept:
+            continue
+        norm = changed.get_submodule(outlier.path)
+        norm.load_state_dict(model.get_submodule(outlier.path).state_dict())
+        for name in consumers(outlier.path, changed):
+            changed.get_submodule(name).load_state_dict(model.get_submodule(name).state_dict())
+    return changed, kept, next(p.channel for p in planted if p.path == kept)
+
+
+def consumers(norm: str, model: PreTrainedModel) -> list[str]:
+    block, _, name = norm.rpartition(".")
+    attention = [f"self_attn.{each}_proj" for each in "qkv"]
+    mlp = ["fc1", "mlp.gate_proj", "mlp.up_proj"]
+    wanted = attention if name in ("self_attn_layer_norm", "input_layernorm") else mlp
+    known = dict(model.named_modules())
+    return [f"{block}.{each}" for each in wanted if f"{block}.{each}" in known]
+
+
+@pytest.mark.parametrize("block", [0, 1])
+@pytest.mark.parametrize("which", ["small opt", "llama"])
+def test_a_planted_outlier_is_found(which: str, block: int) -> None:
+    """A dynamic range is stretched by one channel: rounding, at the sites that read it."""
+    if which == "small opt":
+        changed, norm, channel = stretched(small_opt()[0], block, seed=3)
+        found = explain_small(changed, "w8a8-dynamic", methods=("rescue", "causes"))
+    else:
+        model, data = sampled_llama()
+        changed, norm, channel = stretched(model, block, seed=3)
+        found = explain(changed, "w8a8-dynamic", data=data, methods=("rescue", "causes"))
+    readers = consumers(norm, changed)
+    worst = found.worst[0]
+    assert worst.site in readers
+    assert worst.cause == "rounding"
+    assert worst.worst_channels[0].channel == channel
+    assert worst.worst_channels[0].blame > 0.9
+    assert found.causes is not None
+    assert max(found.causes, key=lambda c: found.causes[c]) == "rounding"  # type: ignore[index]
+    best = max(
+        (c for c in found.counterfactuals if c.site == worst.site and "channel" in c.choice),
+        key=lambda c: c.recovered,
+    )
+    assert best.recovered > 0.7 * worst.effects["rescue"]
+
+
+def test_clipping_and_a_bad_weight_scale_are_told_apart() -> None:
+    """One site's range is cut, another site's codes carry a scale that is 25% off."""
+    model, _ = small_opt()
+    clipped, scaled = "model.decoder.layers.1.fc1", "model.decoder.layers.2.fc2"
+    evaluation, calibration = windows()
+    scheme = json.dumps({"scheme": "w8a8-static:absmax", "overrides": {clipped: "w8a8-static:p80"}})
+    graph = fxquant.trace(model)
+    from fxquant.graph import CodedLinear, info, install, linear_parameters
+    from fxquant.passes.quantize import quantize_weight
+    from fxquant.specs import TensorSpec
+
+    weight, bias = linear_parameters(graph.get_submodule(scaled))
+    codes = quantize_weight(weight, TensorSpec(8), scaled)
+    codes["weight_scale"] = codes["weight_scale"] * 1.25
+    install(graph, scaled, CodedLinear(weight, bias, TensorSpec(8), codes))
+    assert info(graph).level == "float"
+    found = explain(
+        graph,
+        scheme,
+        calibration=calibration.split(1),
+        data=evaluation,
+        methods=("rescue", "causes", "in_order"),
+        worst=2,
+    )
+    first, second = found.worst[:2]
+    causes = {each.site: each.cause for each in (first, second)}
+    assert causes == {clipped: "clipping", scaled: "weights"}
+    by_site = {each.site: each for each in found.sites}
+    for path, cause in causes.items():
+        energy = by_site[path].energy
+        assert energy[cause] > 0.8 * sum(energy.values())
+    best = {
+        site: max((c for c in found.counterfactuals if c.site == site), key=lambda c: c.recovered)
+        for site in causes
+    }
+    repairs = {c.choice: c.recovered for c in found.counterfactuals if c.site == clipped}
+    assert repairs["static absmax"] > 0.7 * best[clipped].recovered
+    assert repairs["float weight"] < 0.1 * best[clipped].recovered
+    repairs = {c.choice: c.recovered for c in found.counterfactuals if c.site == scaled}
+    assert repairs["float weight"] > 0.9 * best[scaled].recovered
+
+
+# Report, resume, refusals -------------------------------------------------------------------------
+
+
+def test_report_and_plain_data() -> None:
+    model, tokenizer = small_opt()
+    found = explain_small(model, "w8a8-static:p99", tokenizer=tokenizer)
+    text = str(found)
+    for part in ("Causes", "Kinds of site", "Worst sites, by rescue", "recovered", "path:", "Cost"):
+        assert part in text
+    data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert data["delta_loss"] == pytest.approx(data["loss_quantized"] - data["loss_float"])
+    assert set(data["causes"]) == set(CAUSES)
+    site = data["sites"][0]
+    for name in ("site", "kind", "in_order", "rescue", "path", "worst_channels", "worst_tokens"):
+        assert name in site
+    assert "alone" not in site
+    assert {row["figure"] for row in data["validation"]} >= {"local SQNR", "local MSE", "rescue"}
+    token = data["sites"][0]["worst_tokens"][0]
+    assert isinstance(token["text"], str)
+    groups = data["sites"][0]["token_groups"]
+    assert set(groups) == {"first", "delimiter", "rest"}
+    assert sum(groups.values()) == pytest.approx(1)
+    assert data["costs"]["in_order"]["forwards"] < 0.6 * len(data["sites"])
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = tiny("opt", "w4", methods=("rescue", "causes"))
+    puts = Store.put
+    count = 0
+
+    def interrupted(self: Store, name: str, value: float) -> None:
+        nonlocal count
+        puts(self, name, value)
+        count += 1
+        if count == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Store, "put", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tiny("opt", "w4", methods=("rescue", "causes"), output=tmp_path)
+    (kept,) = tmp_path.glob("losses-*.jsonl")
+    assert len(kept.read_text().splitlines()) == 5
+    with kept.open("a") as file:
+        file.write('{"name": "rescue half')  # what a crash leaves
+    count = -1000
+    resumed = tiny("opt", "w4", methods=("rescue", "causes"), output=tmp_path)
+    everything = count + 1000
+    assert resumed.sites == whole.sites
+    assert resumed.causes == whole.causes
+    assert resumed.costs["rescue"].forwards < whole.costs["rescue"].forwards
+    count = -1000
+    tiny("opt", "w4", methods=("rescue", "causes"), output=tmp_path)
+    assert count + 1000 < everything / 2
+    # Another scheme is another fingerprint: nothing of it is reused.
+    other = tiny("opt", "w3", methods=("rescue",), output=tmp_path)
+    assert len(list(tmp_path.glob("losses-*.jsonl"))) == 2
+    assert other.loss_quantized != whole.loss_quantized
+
+
+def test_what_is_refused_before_work() -> None:
+    _, graph = traced("opt")
+    ids = token_ids(1, 8)
+    with pytest.raises(SchemeError, match="unknown method"):
+        explain(graph, "w8", data=ids, methods=("in-order",))
+    with pytest.raises(SchemeError, match="covers no site"):
+        explain(graph, "w8", data=ids, sites="*.fc9")
+    with pytest.raises(SchemeError, match="quantizes nothing"):
+        explain(graph, "fp", data=ids)
+    with pytest.raises(DataError, match="no windows"):
+        explain(graph, "w8")
+    with pytest.raises(DataError, match="window 0: token ids"):
+        explain(graph, "w8", data=ids + 1000)
+    with pytest.raises(DataError, match="no token to predict"):
+        explain(graph, "w8", data=ids[:, :1])
+    with pytest.raises(DataError, match="expected integers"):
+        explain(graph, "w8", data=[ids[0]])
+    with pytest.raises(CalibrationError):
+        explain(graph, "w8a8-static", data=ids)
+
+
+def test_without_data_the_calibration_serves_and_it_says_so() -> None:
+    _, graph = traced("opt")
+    batches = [token_ids(1, 20, 3)]
+    found = explain(graph, "w8a8-static", calibration=batches, methods=("alone",), worst=0)
+    same = explain(
+        graph, "w8a8-static", calibration=batches, data=batches, methods=("alone",), worst=0
+    )
+    assert found.sites == same.sites
+    assert any("calibration batches" in note for note in found.notes)
+    assert same.notes == ()
+
+
+def test_spearman_and_agreement() -> None:
+    a = torch.tensor([1.0, 2, 2, 5])
+    assert spearman(a, a.exp()) == pytest.approx(1)
+    assert spearman(a, -a) == pytest.approx(-1)
+    assert math.isnan(spearman(a, torch.ones(4)))
+    # By hand: ranks 0, 1.5, 1.5, 3 against 3, 0, 1, 2.
+    assert spearman(a, torch.tensor([9.0, 1, 2, 3])) == pytest.approx(-1.5 / (4.5 * 5) ** 0.5)
+    found = agreement("f", {"a": 1.0, "b": 3.0}, "g", {"a": 2.0, "b": 2.0}, in_nats=True)
+    assert found.error == pytest.approx(0.5)

@@ -1,0 +1,160 @@
+"""plan: the budget holds on the converted model, and more budget costs less."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fxquant
+from fxquant.analysis import plan
+from fxquant.analysis.costs import bits, mean_cost, storage
+from fxquant.analysis.planning import make_plan
+from fxquant.analysis.upgrades import Rung, order_upgrades, rungs_of
+from fxquant.cli import main
+from fxquant.errors import BudgetError, CalibrationError, SchemeError
+from fxquant.evaluation import cut_windows, evaluate, load_text
+from fxquant.graph import Site
+from fxquant.schemes import Scheme
+from fxquant.size import bits_per_weight
+from tests.architectures import token_ids
+from tests.models import SMALL_OPT, small_opt
+from tests.test_tracing import traced
+
+CHOICES = ("w3", "w4-g32-asym", "w8", "fp")
+
+
+def text_windows(count: int) -> Tensor:
+    return cut_windows(
+        load_text("builtin"), small_opt()[1], count=count, length=96, calibration=0, seed=0
+    ).evaluation
+
+
+def test_the_budget_holds_on_the_converted_model() -> None:
+    model, _ = small_opt()
+    data = text_windows(2)
+    graph = fxquant.trace(model)
+    floating = evaluate(graph, data).loss
+    costs = []
+    for budget in (0.01, 0.1):
+        found = make_plan(graph, data=data, budget=budget, choices=CHOICES, cost="storage")
+        assert found.cheapest_delta_loss > budget  # else there was nothing to plan
+        scheme = Scheme.parse(str(found.scheme))
+        assert scheme == found.scheme
+        qmodel = fxquant.convert(graph, scheme)
+        assert evaluate(qmodel, data).loss - floating <= budget
+        assert evaluate(qmodel, data).loss - floating == pytest.approx(found.delta_loss, abs=1e-5)
+        assert len(found.counts) > 1  # really mixed
+        assert sum(found.counts.values()) == 24
+        costs.append(found.cost)
+        if "fp" not in found.counts:
+            assert found.cost == pytest.approx(bits_per_weight(qmodel))
+    assert costs[1] < costs[0]
+
+
+def test_static_choices_are_calibrated() -> None:
+    _, graph = traced("llama")
+    choices = ("w4/a4-static", "w8a8-static:absmax", "fp")
+    with pytest.raises(CalibrationError):
+        plan(graph, data=token_ids(1, 20), budget=1, choices=choices)
+    scheme = plan(
+        graph,
+        data=token_ids(1, 20),
+        budget=0.003,
+        choices=choices,
+        calibration=[token_ids(2, 16, 5)],
+    )
+    assert isinstance(scheme, Scheme)
+    assert json.loads(scheme.to_json())
+
+
+def test_what_cannot_be_kept_is_said() -> None:
+    model, _ = small_opt()
+    with pytest.raises(BudgetError, match=r"no plan keeps the budget of \+0\.0000.*w2"):
+        plan(model, data=text_windows(1), budget=1e-5, choices=("w2", "w3"))
+
+
+def test_bad_input() -> None:
+    _, graph = traced("opt")
+    ids = token_ids(1, 8)
+    with pytest.raises(SchemeError, match="unknown cost"):
+        plan(graph, data=ids, budget=1, cost="money")
+    with pytest.raises(SchemeError, match="at least two"):
+        plan(graph, data=ids, budget=1, choices=("w8",))
+    with pytest.raises(SchemeError, match="at least 0"):
+        plan(graph, data=ids, budget=float("nan"))
+    with pytest.raises(SchemeError, match="one site's spec"):
+        plan(graph, data=ids, budget=1, choices=("w8+smooth", "fp"))
+
+
+def test_costs() -> None:
+    site = Site("a", "linear", (64, 96))
+    specs = {text: Scheme.parse(text).spec for text in ("w8a8-dynamic", "w4-g32-asym", "fp", "w8")}
+    assert storage(site, specs["w8"]) / site.shape[0] / 96 == pytest.approx(8 + 32 / 96)
+    assert mean_cost(storage, [(site, specs["w4-g32-asym"])]) == pytest.approx(4 + 64 / 32)
+    assert mean_cost(bits, [(site, specs["fp"])]) == 32
+    assert bits(site, specs["w8a8-dynamic"]) == storage(site, specs["w8"]) + 8 * 64 * 96
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(-20, 99)), min_size=1, max_size=6),
+)
+@settings(max_examples=200, deadline=None)
+def test_rungs_are_the_lower_convex_hull(points: list[tuple[int, int]]) -> None:
+    rungs = rungs_of([Rung(str(i), float(c), float(e)) for i, (c, e) in enumerate(points)])
+    assert rungs[0].cost == min(c for c, _ in points)
+    assert rungs[-1].effect == min(e for _, e in points)
+    for left, right in itertools.pairwise(rungs):
+        assert right.cost > left.cost
+        assert right.effect < left.effect
+        # No point lies below the line between two neighbours.
+        slope = (right.effect - left.effect) / (right.cost - left.cost)
+        for cost, effect in points:
+            if left.cost <= cost <= right.cost:
+                assert effect >= left.effect + slope * (cost - left.cost) - 1e-9
+
+
+def test_upgrades_by_gain_and_in_order() -> None:
+    steps = {
+        "a": [Rung("x", 1, 10), Rung("y", 2, 4), Rung("z", 4, 0)],
+        "b": [Rung("x", 1, 5), Rung("z", 2, 1)],
+        "c": [Rung("x", 1, 0), Rung("y", 2, 1), Rung("z", 3, -9)],
+    }
+    assert order_upgrades(steps) == (
+        ("a", "y"), ("b", "z"), ("a", "z"), ("c", "y"), ("c", "z"),
+    )  # fmt: skip
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["--model", str(SMALL_OPT), "--windows", "1", "--length", "48"]
+    out = tmp_path / "plan"
+    command = ["plan", *short, "--calibration-windows", "0", "--budget", "0.05"]
+    assert main([*command, "--choices", *CHOICES, "--output", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "verified" in printed
+    assert "1 windows of 48 tokens" in printed
+    scheme = Scheme.parse((out / "scheme.json").read_text())
+    assert scheme.overrides
+    assert json.loads((out / "plan.json").read_text())["delta_loss"] <= 0.05
+
+    out = tmp_path / "explain"
+    command = ["explain", *short, "--calibration-windows", "1", "--scheme", "w8a8-static:p99"]
+    assert main([*command, "--sites", "*.fc?", "--output", str(out)]) == 0
+    first = capsys.readouterr().out
+    assert "Worst sites, by rescue" in first
+    data = json.loads((out / "explanation.json").read_text())
+    assert {site["kind"] for site in data["sites"]} == {"fc1", "fc2"}
+    assert data["provenance"]["windows"] == 1
+    assert (out / "report.md").read_text().startswith(first[:200])
+    kept = next(out.glob("losses-*.jsonl")).read_text()
+    assert main([*command, "--sites", "*.fc?", "--output", str(out)]) == 0
+    assert next(out.glob("losses-*.jsonl")).read_text() == kept  # nothing was run again
+    assert main([*command, "--sites", "nowhere"]) == 2
+    assert "covers no site" in capsys.readouterr().err
+    assert torch.get_num_threads() == 1
