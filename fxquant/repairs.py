@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 from fxquant.batches import Batches
 from fxquant.errors import CalibrationError, SchemeError
+from fxquant.passes import Gptq, Refine
 from fxquant.repair import Repair
 from fxquant.schemes import Scheme
 
-_KNOWN: tuple[type[Repair], ...] = ()
+_KNOWN: tuple[type[Repair], ...] = (Gptq, Refine)
 REPAIRS: dict[str, type[Repair]] = {repair.name: repair for repair in _KNOWN}
 
 
