@@ -6,6 +6,7 @@ once per block. Here each batch keeps one Cut, and a pass over all blocks costs 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -81,6 +82,7 @@ class SequentialRun:
     batch's attention mask int64 [batch, length]. The batches are read once, at construction.
     Memory: per batch, what is alive at the cut (the residual stream, masks, rotary tables).
 
+    Attributes: ``segments``, ``tokens`` (attended ones), ``digest`` (sha256 of the batches).
     Raises CalibrationError for unusable batches, no batch, or no attended token.
     """
 
@@ -102,12 +104,16 @@ class SequentialRun:
         facts, device = info(gm), device_of(gm)
         cuts: list[Cut] = []
         masks: list[Tensor] = []
+        digest = hashlib.sha256()
         for index, batch in enumerate(batches):
             inputs = {k: v.to(device) for k, v in model_inputs(batch, facts, index).items()}
             ids = inputs["input_ids"]
             masks.append(inputs.get("attention_mask", torch.ones_like(ids)))
+            for value in (ids, masks[-1]):
+                digest.update(f"{list(value.shape)} {value.tolist()}".encode())
             cut = self._executor.start(**inputs)
             cuts.append(self._executor.advance(cut, self.segments[0].first))
+        self.digest = digest.hexdigest()
         self.tokens = sum(int(mask.sum()) for mask in masks)
         if self.tokens == 0:
             raise CalibrationError(

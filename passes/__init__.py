@@ -1,9 +1,11 @@
 """Passes: graph to graph, one idea a file."""
 
+from fxquant.passes.apply_gptq import Gptq as Gptq
 from fxquant.passes.calibrate import Calibrate as Calibrate
 from fxquant.passes.fp32_gemm import Fp32Gemm as Fp32Gemm
 from fxquant.passes.integerize import Integerize as Integerize
 from fxquant.passes.name_sites import NameSites as NameSites
 from fxquant.passes.observe import Observe as Observe
 from fxquant.passes.quantize import Quantize as Quantize
+from fxquant.passes.refine import Refine as Refine
 from fxquant.passes.smooth import Smooth as Smooth

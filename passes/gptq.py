@@ -1,0 +1,185 @@
+"""GPTQ's solver: round a weight column by column, and let later columns make up for the error."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fxquant.errors import CalibrationError, SchemeError
+from fxquant.passes.weight_codes import WeightCodes, search_scales
+from fxquant.quantization import check_finite
+from fxquant.specs import TensorSpec
+
+Order = Literal["none", "static"]
+# The mean of the diagonal itself: more would drown what calibration says.
+_MOST_DAMPING = 1.0
+_LEAST_RAISED = 1e-3
+
+
+def gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    spec: TensorSpec,
+    *,
+    block_size: int = 128,
+    damping: float = 0.01,
+    order: Order = "none",
+    grid: tuple[Tensor, Tensor] | None = None,
+) -> WeightCodes:
+    """Codes of ``weight`` that keep ``tr((W - Q) H (W - Q)^T)`` small.
+
+    Frantar et al., "GPTQ", 2023, algorithm 1: with U the upper Cholesky factor of the inverse of
+    H (H^-1 = U^T U), column i is rounded to nearest and its error ``(w_i - q_i) / U_ii`` times
+    ``U_ij`` is taken from each later column j, lazily in blocks.
+
+    Args:
+        weight: float [N, K].
+        hessian: float [K, K], mean of x x^T up to a factor.
+        spec: bits, symmetry, granularity "tensor", "channel" or "group"; a group size need divide
+            neither K nor block_size.
+        block_size: columns whose updates to later columns are gathered into one product.
+        damping: added to the diagonal, as a share of its mean. Where the damped Hessian is not
+            positive definite it is raised by factors of 10, to at most 1; the result says to what.
+        order: "none": columns from left to right; "static": by falling diagonal (act-order), with
+            scales of the groups as they lie in the weight.
+        grid: scales float32 and zero points int32 as ``spec`` has them, chosen before. Without,
+            they minimize ``sum_i ((w_i - q_i) / U_ii)^2``: GPTQ's own objective, where the paper
+            takes the min-max range.
+
+    Columns that no input reaches (diagonal 0) have no influence and are rounded to nearest.
+    Returns WeightCodes on the weight's device. Raises CalibrationError for a Hessian that is all
+    zero, not finite, or not positive definite at any damping; NonFiniteError for the weight.
+    """
+    _check(weight, hessian, block_size, damping, order)
+    columns = weight.shape[1]
+    places = torch.arange(columns, device=weight.device)
+    if order == "static":
+        places = hessian.diagonal().argsort(descending=True, stable=True)
+        hessian = hessian[places][:, places]
+    upper, used, alive = inverse_factor(hessian, damping)
+    back = places.argsort()
+    importance = upper.diagonal().square().reciprocal() * alive
+    scales, zeros = grid or search_scales(weight, spec, importance[back])
+    codes = _round_columns(
+        weight.to(torch.float32).t()[places],
+        upper,
+        scales,
+        None if spec.symmetric else zeros,
+        (places // (spec.group_size or columns)).tolist(),
+        spec.qrange,
+        block_size,
+    )
+    return WeightCodes(codes[back].t().contiguous(), scales, zeros, spec, used)
+
+
+def _check(weight: Tensor, hessian: Tensor, block_size: int, damping: float, order: str) -> None:
+    if weight.dim() != 2 or hessian.shape != (weight.shape[1],) * 2:
+        raise ValueError(
+            f"expected a weight [N, K] and a Hessian [K, K], got {list(weight.shape)} and "
+            f"{list(hessian.shape)}"
+        )
+    if order not in ("none", "static"):
+        raise SchemeError(f'gptq: order must be "none" or "static", got {order!r}')
+    if block_size < 1:
+        raise SchemeError(f"gptq: block_size must be at least 1, got {block_size}")
+    if not 0 <= damping <= _MOST_DAMPING:
+        raise SchemeError(f"gptq: damping must be 0..{_MOST_DAMPING:g}, got {damping}")
+    check_finite(weight, "the weight", "gptq")
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float, Tensor]:
+    """Upper U, float32 [K, K], with ``(H + damping mean(diag) 1)^-1 = U^T U``; see gptq.
+
+    Returns U, the damping that sufficed, and which columns have inputs, bool [K].
+    """
+    diagonal = hessian.diagonal()
+    if not bool(torch.isfinite(hessian).all()):
+        raise CalibrationError(
+            "gptq: the Hessian holds NaN or infinity: calibration inputs overflow; calibrate in "
+            "fp32 or check the data"
+        )
+    alive = diagonal > 0
+    if not bool(alive.any()) or bool((diagonal < 0).any()):
+        raise CalibrationError(
+            "gptq: the Hessian's diagonal is not positive anywhere or negative somewhere: it is "
+            "the mean of x x^T over calibration inputs; were there any?"
+        )
+    mean = float(diagonal[alive].double().mean())
+    while True:
+        damped = hessian.to(torch.float64, copy=True) / mean
+        damped.diagonal().add_((~alive).double()).add_(damping)
+        # The Cholesky factor from the other end, H = R R^T with R upper: then U is its inverse.
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not int(failed):
+            break
+        if damping >= _MOST_DAMPING:
+            raise CalibrationError(
+                f"gptq: the Hessian is not positive definite even with damping {damping:g} (of the "
+                "mean of its diagonal): calibrate with more tokens, and check that it is symmetric"
+            )
+        damping = min(max(10 * damping, _LEAST_RAISED), _MOST_DAMPING)
+    inverse = _inverse_of_lower(lower.to(torch.float32))
+    return inverse.flip(0, 1) / math.sqrt(mean), damping, alive
+
+
+def _inverse_of_lower(lower: Tensor) -> Tensor:
+    """By halves, which leaves the zeros alone: a third of the work of solving for the identity."""
+    size = len(lower)
+    if size <= 128:
+        identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        solved: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+        return solved
+    half = size // 2
+    first, last = _inverse_of_lower(lower[:half, :half]), _inverse_of_lower(lower[half:, half:])
+    inverse = torch.zeros_like(lower)
+    inverse[:half, :half] = first
+    inverse[half:, half:] = last
+    inverse[half:, :half] = (last @ lower[half:, :half] @ first).neg_()
+    return inverse
+
+
+def _round_columns(
+    columns: Tensor,
+    upper: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    groups: list[int],
+    qrange: tuple[int, int],
+    block_size: int,
+) -> Tensor:
+    """Codes int8 [K, N] of ``columns`` [K, N], which it uses up; ``groups``: each one's group.
+
+    Columns are rows here, so that all work is on contiguous memory. ``errors`` are w - q; the
+    division by U_ii is in ``ratios`` = U_ij / U_ii.
+    """
+    length, rows = columns.shape
+    ratios = upper / upper.diagonal()[:, None]
+    scale_rows = scales.expand(rows, -1).t().contiguous() if scales.dim() else scales.view(1, 1)
+    zero_rows = None
+    if zero_points is not None:
+        shape = (rows, -1) if zero_points.dim() else (1, 1)
+        zero_rows = zero_points.to(torch.float32).expand(shape).t().contiguous()
+    codes = torch.empty((length, rows), dtype=torch.int8, device=columns.device)
+    errors = columns.new_empty((block_size, rows))
+    for start in range(0, length, block_size):
+        end = min(start + block_size, length)
+        block = ratios[start:end, start:end]
+        for i in range(end - start):
+            column, group = columns[start + i], groups[start + i]
+            if i:
+                column = torch.addmv(column, errors[:i].t(), block[:i, i], alpha=-1)
+            scale = scale_rows[group]
+            code = torch.div(column, scale).round_()
+            if zero_rows is not None:
+                code.add_(zero_rows[group])
+            codes[start + i] = code.clamp_(*qrange)
+            if zero_rows is not None:
+                code.sub_(zero_rows[group])
+            torch.addcmul(column, code, scale, value=-1, out=errors[i])
+        if end < length:
+            done = ratios[start:end, end:].t()
+            columns[end:].addmm_(done, errors[: end - start], alpha=-1)
+    return codes

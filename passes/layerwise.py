@@ -1,0 +1,257 @@
+"""What repairs share that choose codes layer by layer on second-order statistics."""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from fxquant.errors import FxquantError, SchemeError, VerificationError
+from fxquant.graph import (
+    CodedLinear,
+    Level,
+    add_note,
+    info,
+    install,
+    linear_parameters,
+    site_outputs,
+    source_of,
+)
+from fxquant.operators import unpack_int4
+from fxquant.passes.block_store import BlockStore
+from fxquant.passes.coordinate_descent import layer_error
+from fxquant.passes.hessians import Hessian
+from fxquant.passes.quantize import quantize_weight, site_codes
+from fxquant.passes.weight_codes import WeightCodes
+from fxquant.repair import Repair
+from fxquant.sequential import Segment, SequentialRun
+from fxquant.specs import TensorSpec
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A site whose codes are to be chosen; ``start`` is what an earlier repair chose."""
+
+    path: str
+    weight: Tensor
+    bias: Tensor | None
+    spec: TensorSpec
+    start: WeightCodes | None
+
+
+@dataclass(frozen=True)
+class SharedInput:
+    """Layers of one block that read ``source``; ``reader`` is the first node that does."""
+
+    source: Node
+    reader: Node
+    layers: tuple[Layer, ...]
+
+    def together(self) -> Iterator[tuple[Layer, ...]]:
+        """Layers that can be solved as one: the same grid, nothing that spans rows."""
+        joint: dict[tuple[TensorSpec, bool], list[Layer]] = {}
+        for layer in self.layers:
+            if layer.spec.granularity == "tensor":
+                yield (layer,)
+            else:
+                joint.setdefault((layer.spec, layer.start is None), []).append(layer)
+        yield from (tuple(layers) for layers in joint.values())
+
+
+@dataclass(frozen=True)
+class Layerwise(Repair):
+    """A repair that chooses codes block by block, on inputs as quantized earlier layers make them.
+
+    before:  y = call_module layers.0.fc1(x)        nn.Linear or Conv1D
+    after:   y = call_module layers.0.fc1(x)        CodedLinear: the same weight, codes chosen
+
+    Layers that read one input share its Hessian and are solved together.
+
+    Args:
+        within: what a layer's inputs have gone through: "layer": all earlier layers quantized,
+            also those of its own block, in one run of the data; "block": earlier blocks only, its
+            own in float, in two runs (the paper).
+        cache: a folder that keeps finished blocks, so that an interrupted run resumes; its files
+            are named by a fingerprint of model, data, scheme and options. Not part of a spelling.
+    """
+
+    within: str = "layer"
+    cache: Path | None = field(default=None, kw_only=True, repr=False, compare=False)
+    requires = (Level.FLOAT,)
+    effect = "equivalent"
+
+    @classmethod
+    def option_names(cls) -> tuple[str, ...]:
+        return tuple(name for name in super().option_names() if name != "cache")
+
+    def __post_init__(self) -> None:
+        if self.within not in ("layer", "block"):
+            raise SchemeError(f'{self.name}: within must be "layer" or "block", not {self.within}')
+
+    @abc.abstractmethod
+    def solve(self, weight: Tensor, hessian: Tensor, layers: tuple[Layer, ...]) -> WeightCodes:
+        """Codes of ``weight`` [N, K], the rows of ``layers`` one below the other."""
+
+    @abc.abstractmethod
+    def reference(self, layer: Layer) -> WeightCodes:
+        """What this repair must improve on."""
+
+    def rewrite(self, gm: GraphModule) -> GraphModule:
+        self.scheme.check_overrides((site.path, site.role) for site in info(gm).sites)
+        wanted = [s for s, _ in site_outputs(gm) if self.scheme.spec_for(s.path, s.role).weight]
+        if not any(site.role != "embeddings" for site in wanted):
+            raise SchemeError(
+                f"{self.name}: scheme {self.scheme} quantizes no linear's weight; name one in "
+                "front, such as w4-g128"
+            )
+        run = SequentialRun(gm, self.batches, label=self.name, progress=self.progress)
+        store = BlockStore(self.cache, self._fingerprint(gm, run))
+        changed = 0
+        for segment in run.segments:
+            changed += self._segment(gm, run, segment, store)
+        if not changed:
+            raise VerificationError(
+                f"{self.name}: no code differs from before; the repair had no effect"
+            )
+        return gm
+
+    def _fingerprint(self, gm: GraphModule, run: SequentialRun) -> str:
+        if self.cache is None:
+            return ""
+        digest = hashlib.sha256(f"{self!r} {self.scheme} {run.digest}".encode())
+        for name, value in sorted(gm.state_dict().items()):
+            digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+            digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:32]
+
+    def _segment(
+        self, gm: GraphModule, run: SequentialRun, segment: Segment, store: BlockStore
+    ) -> int:
+        """Choose the block's codes, move the run behind it; how many codes changed."""
+        groups = self._groups(gm, segment)
+        layers = {layer.path: layer for group in groups for layer in group.layers}
+        chosen = store.load(segment.block, {path: one.spec for path, one in layers.items()})
+        if chosen is None:
+            chosen = self._choose(gm, run, groups)
+            store.save(segment.block, chosen)
+        for path, codes in chosen.items():
+            _simulate(gm, layers[path], codes)
+        run.advance(segment.end)
+        changed = 0
+        for path, codes in chosen.items():
+            layer = layers[path]
+            changed += int((codes.codes != self.reference(layer).codes).sum())
+            install(gm, path, CodedLinear(layer.weight, layer.bias, layer.spec, codes.tensors()))
+            add_note(gm, self.name, path, codes.note)
+        return changed
+
+    def _groups(self, gm: GraphModule, segment: Segment) -> list[SharedInput]:
+        found: dict[Node, tuple[Node, list[Layer]]] = {}
+        for site, node in segment.sites:
+            spec = self.scheme.spec_for(site.path, site.role).weight
+            if spec is None:
+                continue
+            module = gm.get_submodule(site.path)
+            weight, bias = linear_parameters(module)
+            layer = Layer(site.path, weight, bias, spec, _start(module, spec, site.path))
+            found.setdefault(source_of(node), (node, []))[1].append(layer)
+        return [
+            SharedInput(source, reader, tuple(layers)) for source, (reader, layers) in found.items()
+        ]
+
+    def _choose(
+        self, gm: GraphModule, run: SequentialRun, groups: list[SharedInput]
+    ) -> dict[str, WeightCodes]:
+        chosen: dict[str, WeightCodes] = {}
+        hessians = [Hessian(group.source, group.layers[0].path) for group in groups]
+        if self.within == "block" and groups:
+            for_source = {hessian.source: hessian for hessian in hessians}
+            run.visit(
+                groups[-1].reader,
+                lambda node, value, mask: (
+                    for_source[node](node, value, mask) if node in for_source else value
+                ),
+            )
+        for group, hessian in zip(groups, hessians, strict=True):
+            if self.within == "layer":
+                run.advance(group.reader, hessian)
+            mean = hessian.mean()
+            for layers in group.together():
+                for layer, codes in self._solve(mean, layers):
+                    chosen[layer.path] = codes
+                    _simulate(gm, layer, codes)
+        return chosen
+
+    def _solve(
+        self, hessian: Tensor, layers: tuple[Layer, ...]
+    ) -> Iterator[tuple[Layer, WeightCodes]]:
+        weight = torch.cat([layer.weight for layer in layers])
+        names = ", ".join(layer.path for layer in layers)
+        try:
+            solved = self.solve(weight, hessian, layers)
+        except FxquantError as error:
+            raise type(error)(f"{names}: {error}") from error
+        start = 0
+        for layer in layers:
+            codes = solved.rows(start, start + len(layer.weight))
+            start += len(layer.weight)
+            yield layer, replace(codes, note=self._note(layer, codes, hessian))
+
+    def _note(self, layer: Layer, codes: WeightCodes, hessian: Tensor) -> str:
+        old = layer_error(layer.weight, self.reference(layer).dequantize(), hessian)
+        new = layer_error(layer.weight, codes.dequantize(), hessian)
+        return f"layer error {old:.3g} -> {new:.3g} on calibration inputs{codes.note}"
+
+
+def stacked_start(layers: tuple[Layer, ...]) -> WeightCodes | None:
+    """The layers' earlier codes one below the other; None if nothing was chosen."""
+    starts = [layer.start for layer in layers]
+    present = [start for start in starts if start is not None]
+    if len(present) < len(starts):
+        return None
+    if len(present) == 1:
+        return present[0]
+    return replace(
+        present[0],
+        codes=torch.cat([start.codes for start in present]),
+        scales=torch.cat([start.scales for start in present]),
+        zero_points=torch.cat([start.zero_points for start in present]),
+    )
+
+
+def nearest(layer: Layer) -> WeightCodes:
+    """What quantize would do by itself: rounding to nearest in the min-max range."""
+    return _unpacked(
+        quantize_weight(layer.weight, layer.spec, layer.path), layer.spec, layer.weight
+    )
+
+
+def _start(module: nn.Module, spec: TensorSpec, site: str) -> WeightCodes | None:
+    if not isinstance(module, CodedLinear):
+        return None
+    return _unpacked(site_codes(module, spec, site), spec, module.weight)
+
+
+def _unpacked(tensors: dict[str, Tensor], spec: TensorSpec, weight: Tensor) -> WeightCodes:
+    codes, scales = tensors["weight"], tensors["weight_scale"]
+    if spec.bits <= 4:
+        codes = unpack_int4(codes, weight.shape[1])
+    zeros = tensors.get("weight_zero_point", torch.zeros_like(scales, dtype=torch.int32))
+    return WeightCodes(codes, scales, zeros, spec)
+
+
+def _simulate(gm: GraphModule, layer: Layer, codes: WeightCodes) -> None:
+    """Let the run see what the codes stand for; the pass puts a CodedLinear there in the end."""
+    rows, columns = layer.weight.shape
+    linear = nn.Linear(columns, rows, bias=False, device="meta")
+    weight = codes.dequantize().to(layer.weight.dtype)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias, requires_grad=False)
+    install(gm, layer.path, linear)

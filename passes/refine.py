@@ -1,0 +1,43 @@
+"""refine: coordinate descent on every linear's codes, after gptq or on codes rounded to nearest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fxquant.errors import SchemeError
+from fxquant.passes.coordinate_descent import coordinate_descent
+from fxquant.passes.layerwise import Layer, Layerwise, nearest, stacked_start
+from fxquant.passes.weight_codes import WeightCodes, round_to_nearest, search_scales
+
+
+@dataclass(frozen=True)
+class Refine(Layerwise):
+    """QuantEase (Behdin et al. 2023) over the model: ``coordinate_descent`` on every layer.
+
+    before:  y = call_module layers.0.fc1(x)        CodedLinear or a plain linear
+    after:   y = call_module layers.0.fc1(x)        CodedLinear with better codes, the same grid
+
+    Sites without codes start from rounding to nearest, with scales that minimize the error
+    weighted by the Hessian's diagonal.
+    """
+
+    steps: int = 4
+    name = "refine"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < 1:
+            raise SchemeError(f"refine: steps must be at least 1, got {self.steps}")
+
+    def solve(self, weight: Tensor, hessian: Tensor, layers: tuple[Layer, ...]) -> WeightCodes:
+        spec = layers[0].spec
+        start = stacked_start(layers)
+        if start is None:
+            grid = search_scales(weight, spec, hessian.diagonal())
+            start = round_to_nearest(weight, spec, *grid)
+        return coordinate_descent(weight, hessian, start, steps=self.steps)
+
+    def reference(self, layer: Layer) -> WeightCodes:
+        return layer.start or nearest(layer)
