@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 from fxquant.batches import Batches
 from fxquant.errors import CalibrationError, SchemeError
-from fxquant.passes import Gptq, Refine, Smooth
+from fxquant.passes import Awq, Clip, Equalize, Gptq, Refine, Smooth
 from fxquant.repair import Repair
 from fxquant.schemes import Scheme
 
-_KNOWN: tuple[type[Repair], ...] = (Gptq, Refine, Smooth)
+_KNOWN: tuple[type[Repair], ...] = (Awq, Clip, Equalize, Gptq, Refine, Smooth)
 REPAIRS: dict[str, type[Repair]] = {repair.name: repair for repair in _KNOWN}
 
 

@@ -1,7 +1,10 @@
 """Passes: graph to graph, one idea a file."""
 
 from fxquant.passes.apply_gptq import Gptq as Gptq
+from fxquant.passes.awq import Awq as Awq
 from fxquant.passes.calibrate import Calibrate as Calibrate
+from fxquant.passes.clip import Clip as Clip
+from fxquant.passes.equalize import Equalize as Equalize
 from fxquant.passes.fp32_gemm import Fp32Gemm as Fp32Gemm
 from fxquant.passes.integerize import Integerize as Integerize
 from fxquant.passes.name_sites import NameSites as NameSites

@@ -102,8 +102,8 @@ class Smooth(Repair):
             rescale(gm, group, scale, self.name)
         if not changed:
             raise CalibrationError(
-                "smooth had no effect: every scale is 1 (alpha=auto: no alpha lowers the error of any "
-                "group); leave it out"
+                "smooth had no effect: every scale is 1 (alpha=auto: no alpha lowers any error); "
+                "leave it out"
             )
         return gm
 

@@ -1,0 +1,60 @@
+"""clip: choose each weight's range for the least squared error instead of its extremes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule
+
+from fxquant.errors import SchemeError
+from fxquant.graph import CodedLinear, Level, Site, install, linear_parameters, site_outputs
+from fxquant.passes.quantize import quantize_weight
+from fxquant.passes.weight_codes import round_to_nearest, search_scales
+from fxquant.repair import Repair
+from fxquant.specs import TensorSpec
+
+
+@dataclass(frozen=True)
+class Clip(Repair):
+    """MSE range of weights: clip the few largest where that makes the rest finer.
+
+    before:  y = fc1(x)        codes at quantize: scale = max|w| / qmax
+    after:   y = fc1(x)        codes chosen: scale = c max|w| / qmax, c at the least sum (w - w^)^2
+
+    For each row, group or tensor, as the scheme has its scales (Banner et al. 2019 do this for
+    activations; GPTQ's ``mse`` option for weights). The float function is unchanged. Needs no
+    data; what weighs the errors by the inputs they meet is ``awq(scale=false)``.
+    """
+
+    name = "clip"
+    requires = (Level.FLOAT,)
+    effect = "exact"
+    needs_calibration = False
+
+    def rewrite(self, gm: GraphModule) -> GraphModule:
+        changed = 0
+        for site, _ in list(site_outputs(gm)):
+            spec = self.scheme.spec_for(site.path, site.role).weight
+            if spec is not None and site.role != "embeddings":
+                changed += _clip(gm, site, spec)
+        if not changed:
+            raise SchemeError(
+                f"clip had no effect: under scheme {self.scheme} no weight gets other codes than "
+                "its min-max range gives; leave it out"
+            )
+        return gm
+
+
+def _clip(gm: GraphModule, site: Site, spec: TensorSpec) -> bool:
+    module = gm.get_submodule(site.path)
+    if isinstance(module, CodedLinear):
+        raise SchemeError(
+            f"clip: {site.path}: an earlier pass has chosen its codes; write +clip before it"
+        )
+    weight, bias = linear_parameters(module)
+    nearest = quantize_weight(weight, spec, site.path)
+    grid = search_scales(weight, spec, torch.ones(weight.shape[1], device=weight.device))
+    chosen = round_to_nearest(weight, spec, *grid).tensors()
+    install(gm, site.path, CodedLinear(weight, bias, spec, chosen))
+    return not torch.equal(nearest["weight"], chosen["weight"])
