@@ -31,6 +31,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "size",
         "repair",
     ),
+    ("shapes", "formulas", "printer", "suggest", "history", "summary", "summary_text"),
+    ("site_view", "dot", "inspection"),
     ("tracing",),
     ("passes",),
     ("repairs", "conversion"),
