@@ -35,6 +35,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("channels",),
     ("absorption",),
     ("rescaling",),
+    ("shapes", "formulas", "printer", "suggest", "history", "summary", "summary_text"),
+    ("site_view", "dot", "inspection"),
     ("tracing",),
     ("passes",),
     ("repairs", "conversion"),
