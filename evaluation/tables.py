@@ -62,10 +62,17 @@ def _weights(reference: Row, rows: list[Row]) -> str:
         return ""
     worst = max(rows, key=lambda row: abs(row.delta_loss))
     share = abs(worst.delta_loss) / reference.loss
+    unclear = [row.scheme for row in rows if within_noise(row)]
+    doubt = f" Within two standard errors of zero: {', '.join(unclear)}." if unclear else ""
     return (
         f"Weights alone: {', '.join(map(_cost, rows))} nats a token against a float loss of "
-        f"{reference.loss:.4f}; the largest change is {share:.2%} of it."
+        f"{reference.loss:.4f}; the largest change is {share:.2%} of it.{doubt}"
     )
+
+
+def within_noise(row: Row) -> bool:
+    """Whether Δloss cannot be told from zero: less than two standard errors."""
+    return row.delta_error is not None and abs(row.delta_loss) < 2 * row.delta_error
 
 
 def _dynamic(rows: list[Row]) -> str:

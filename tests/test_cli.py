@@ -8,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 
 from fxquant.cli import main
-from tests.models import SMALL_OPT
+from tests.hub_format import write_wikitext
+from tests.models import SMALL_OPT, small_opt
 
 SHORT = ["--windows", "2", "--length", "48", "--calibration-windows", "2"]
 
@@ -107,3 +109,37 @@ def test_bad_requests_are_refused_before_a_model_is_loaded(
     command, *options = arguments
     assert main([command, "--model", "no/such", "--scheme", "w8a8-static", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_named_dataset_with_overlapping_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    texts = [f"Line {n} of the text is about {n} things." for n in range(12)]
+    write_wikitext(tmp_path, {"test": texts, "train": texts * 3})
+    options = ["--model", str(SMALL_OPT), "--schemes", "w8a8-static", "--dataset", "wikitext2"]
+    options += ["--data", str(tmp_path), "--windows", "all", "--length", "32", "--stride", "20"]
+    options += ["--calibration-windows", "2", "--output", str(tmp_path / "out")]
+    assert main(["evaluate", *options]) == 0
+    data = json.loads((tmp_path / "out" / "results.json").read_text())
+    protocol = data["provenance"]["protocol"]
+    stream = small_opt()[1]("\n\n".join(texts))["input_ids"]
+    assert protocol["windows"] == (len(stream) - 32) // 20 + 1
+    assert (protocol["stride"], protocol["complete"]) == (20, True)
+    assert data["rows"][1]["window_tokens"] == [31, *[20] * (protocol["windows"] - 1)]
+    printed = capsys.readouterr().out
+    assert "windows of 32 tokens, 20 apart, only new tokens scored, tail dropped" in printed
+    assert "calibrated on 2 windows of 32 from wikitext2 (train, offsets)" in printed
+
+
+def test_an_interrupted_sweep_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    file = tmp_path / "mine.toml"
+    file.write_text(f'models = ["{SMALL_OPT}"]\nschemes = ["w8"]\nlength = 48\nwindows = 2\n')
+    monkeypatch.setattr("fxquant.evaluation.sweep.measure", interrupted)
+    assert main(["sweep", str(file), "--output", str(tmp_path / "out")]) == 130
+    assert "the same command goes on from there" in capsys.readouterr().out

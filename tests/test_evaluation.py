@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,12 @@ def test_sentences_follow_the_numbers(outcome: tuple[Path, Any]) -> None:
     assert len(said) == 3
     assert all(f"{row.delta_loss:+.4f}" in " ".join(said) for row in rows[1:])
     assert sentences(rows[:1]) == []
+    w8 = rows[1]
+    small = replace(w8, delta_loss=-0.0015, delta_error=0.001)
+    large = replace(w8, delta_loss=-0.0015, delta_error=0.0005)
+    unknown = replace(w8, delta_loss=-0.0015, delta_error=None)
+    doubted = ["standard errors" in sentences([rows[0], r])[0] for r in (small, large, unknown)]
+    assert doubted == [True, False, False]
 
 
 # --- bad input: one clear error, before work starts where that can be known --------------------
