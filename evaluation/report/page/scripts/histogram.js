@@ -39,13 +39,23 @@ for (const element of document.querySelectorAll("[data-chart=histogram]")) {
     strong.textContent = range;
     readout.replaceChildren(strong, `, values ${fx.text(edges[0], "number")} … ${fx.text(edges.at(-1), "number")}, ${d3.sum(counts).toLocaleString("en")} elements`, share === null ? "" : `, ${fx.text(share, "share")} clipped`);
   };
+  const table = () => {
+    const { edges, counts } = histograms[select.value];
+    const rows = counts.map((count, i) => [edges[i], edges[i + 1], count]).map((values) => {
+      const row = document.createElement("tr");
+      for (const value of values) row.append(Object.assign(document.createElement("td"), { className: "number", textContent: fx.text(value, "number") }));
+      return row;
+    });
+    figure.querySelector(".bins tbody").replaceChildren(...rows);
+  };
   const redraw = fx.chart(element, draw);
   const scale = fx.choice(`hist-scale-${index}`, redraw);
-  const show = (position) => { select.value = String((position + histograms.length) % histograms.length); say(); redraw(); };
+  const show = (position) => { select.value = String((position + histograms.length) % histograms.length); say(); table(); redraw(); };
   select.addEventListener("change", () => show(Number(select.value)));
   for (const button of figure.querySelectorAll("[data-step]")) {
     button.addEventListener("click", () => show(Number(select.value) + Number(button.dataset.step)));
   }
   figure.querySelector("[data-most]").addEventListener("click", () => show(d3.maxIndex(histograms, (histogram) => histogram.share_clipped ?? -1)));
   say();
+  table();
 }
