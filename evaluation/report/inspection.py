@@ -85,7 +85,8 @@ def _pass(row: Fields) -> PassRow:
         for key, value in flatten(shown).items()
         if value is not None
     )
-    return PassRow(row.text_or_none("spelling") or row.text("name"), facts, tuple(lines))
+    name = row.text("name")
+    return PassRow(row.text_or_none("spelling") or name, facts, tuple(lines))
 
 
 def _site(site: Fields) -> dict[str, Any]:

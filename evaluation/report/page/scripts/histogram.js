@@ -15,6 +15,8 @@ for (const element of document.querySelectorAll("[data-chart=histogram]")) {
     const [left, right] = [Math.min(edges[0], low ?? Infinity), Math.max(edges.at(-1), high ?? -Infinity)];
     const outside = [low !== null && left < low ? [left, low] : null, high !== null && right > high ? [high, right] : null].filter(Boolean);
     const bounds = [low, high].filter((bound) => bound !== null);
+    // Where outliers squeeze the range to a hair, its two labels part.
+    const close = bounds.length === 2 && (high - low) / (right - left) < 90 / width;
     const clipped = (bin) => (low !== null && bin.to <= low) || (high !== null && bin.from >= high);
     const decades = fx.decades(left, right, least * (width < 560 ? 10 : 1));
     return Plot.plot({
@@ -26,7 +28,7 @@ for (const element of document.querySelectorAll("[data-chart=histogram]")) {
         Plot.gridY({ ticks: 5, stroke: "var(--line)", strokeOpacity: 1 }),
         Plot.rect(bins, { x1: "from", x2: "to", y1: 0.7, y2: "count", fill: (bin) => (clipped(bin) ? "var(--warm)" : "var(--accent)"), insetLeft: 0.4, insetRight: 0.4 }),
         Plot.ruleX(bounds, { stroke: "var(--ink)", strokeWidth: 1.4, className: "range" }),
-        Plot.text(bounds, { x: (d) => d, text: (d) => fx.text(d, "number"), frameAnchor: "top", dy: -16, fill: "var(--ink)", fontSize: 12, textAnchor: "middle" }),
+        ...bounds.map((bound, i) => Plot.text([bound], { x: (d) => d, text: (d) => fx.text(d, "number"), frameAnchor: "top", dy: -16, fill: "var(--ink)", fontSize: 12, textAnchor: close ? ["end", "start"][i] : "middle" })),
         Plot.tip(bins, Plot.pointerX({ x: (bin) => (bin.from + bin.to) / 2, y: "count", title: (bin) => `${fx.text(bin.from, "number")} … ${fx.text(bin.to, "number")}\n${bin.count.toLocaleString("en")} elements${clipped(bin) ? ", clipped" : ""}`, ...fx.tip })),
       ],
     });
@@ -39,13 +41,23 @@ for (const element of document.querySelectorAll("[data-chart=histogram]")) {
     strong.textContent = range;
     readout.replaceChildren(strong, `, values ${fx.text(edges[0], "number")} … ${fx.text(edges.at(-1), "number")}, ${d3.sum(counts).toLocaleString("en")} elements`, share === null ? "" : `, ${fx.text(share, "share")} clipped`);
   };
+  const table = () => {
+    const { edges, counts } = histograms[select.value];
+    const rows = counts.map((count, i) => [edges[i], edges[i + 1], count]).map((values) => {
+      const row = document.createElement("tr");
+      for (const value of values) row.append(Object.assign(document.createElement("td"), { className: "number", textContent: fx.text(value, "number") }));
+      return row;
+    });
+    figure.querySelector(".bins tbody").replaceChildren(...rows);
+  };
   const redraw = fx.chart(element, draw);
   const scale = fx.choice(`hist-scale-${index}`, redraw);
-  const show = (position) => { select.value = String((position + histograms.length) % histograms.length); say(); redraw(); };
+  const show = (position) => { select.value = String((position + histograms.length) % histograms.length); say(); table(); redraw(); };
   select.addEventListener("change", () => show(Number(select.value)));
   for (const button of figure.querySelectorAll("[data-step]")) {
     button.addEventListener("click", () => show(Number(select.value) + Number(button.dataset.step)));
   }
   figure.querySelector("[data-most]").addEventListener("click", () => show(d3.maxIndex(histograms, (histogram) => histogram.share_clipped ?? -1)));
   say();
+  table();
 }
