@@ -304,8 +304,8 @@ def test_clipping_and_a_bad_weight_scale_are_told_apart(fault: str) -> None:
     assert worst.effects["rescue"] > 0.5 * found.delta_loss > 0.05
     assert worst.cause == fault
     assert found.causes is not None
-    assert found.causes[fault] > 0.5 * found.delta_loss  # type: ignore[index]
-    assert worst.energy[fault] > 0.8 * sum(worst.energy.values())  # type: ignore[index]
+    assert found.causes[fault] > 0.5 * found.delta_loss
+    assert worst.energy[fault] > 0.8 * sum(worst.energy.values())
     recovered = {c.choice: c.recovered for c in found.counterfactuals}
     repair, useless = "static absmax", "float weight"
     if fault == "weights":
