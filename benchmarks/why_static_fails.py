@@ -169,6 +169,7 @@ def _explained(
     )
     print(f"{found}\n", flush=True)
     plain = found.to_dict()
+    del plain["model"]  # a path of this machine
     by_name = {site["site"]: site for site in plain["sites"]}
     plain["sites"] = [by_name[each.site] for each in found.worst]
     for site in plain["sites"][KEEP_DETAILS:]:
