@@ -28,21 +28,24 @@ def _parts(data: Data) -> Iterator[str]:
         "which a site's error splits, so they sum to Δloss. A range that is too wide shows as "
         "rounding, one that is too narrow as clipping."
     )
-    for subject in data["subjects"]:
-        yield f"- **{subject['name']}**: {_verdict(subject)}"
+    yield "\n".join(f"- **{each['name']}**: {_verdict(each)}" for each in data["subjects"])
     yield "## Causes"
     for subject in data["subjects"]:
         yield f"{_where(subject)}\n\n{_cause_table(subject)}"
     yield "![cause bars](images/causes.png)"
     yield "![the range drawn into a histogram of activations](images/histogram.png)"
     yield "## Where: sites, channels, tokens"
+    yield (
+        "A channel or token is to blame for its own clipping, and for rounding by how far it "
+        "stretches the range ([explaining.md](explaining.md))."
+    )
     for subject in data["subjects"]:
-        for scheme in (STATIC, DYNAMIC):
+        for scheme in (collapse(subject), DYNAMIC):
             yield from _places(subject, scheme)
     yield "![effect by block and kind](images/heatmap.png)"
     yield "## What recovers it"
     for subject in data["subjects"]:
-        for scheme in (STATIC, DYNAMIC):
+        for scheme in (collapse(subject), DYNAMIC):
             yield _repairs(subject, scheme)
     yield "![recovery curves](images/recovery.png)"
     yield "## Which cheap figure can be trusted"
@@ -73,8 +76,15 @@ def _where(subject: Data) -> str:
         f"{subject['calibration_windows']} to calibrate"
     )
     if subject["planted"]:
-        text += f"; planted, leaving its float function as it was: {'; '.join(subject['planted'])}"
+        text += f"; {len(subject['planted'])} outliers planted that leave its float function alone"
     return text + ":"
+
+
+def collapse(subject: Data) -> str:
+    """The static scheme that loses most."""
+    schemes = subject["schemes"]
+    static = (name for name in schemes if "static" in name)
+    return str(max(static, key=lambda name: float(schemes[name]["delta_loss"])))
 
 
 def _main_cause(found: Data) -> tuple[str, float]:
@@ -86,10 +96,7 @@ def _main_cause(found: Data) -> tuple[str, float]:
 
 def _verdict(subject: Data) -> str:
     static, absmax = (subject["schemes"][name] for name in (STATIC, ABSMAX))
-    worst = max(
-        (name for name in subject["schemes"] if "static" in name),
-        key=lambda name: subject["schemes"][name]["delta_loss"],
-    )
+    worst = collapse(subject)
     found = subject["schemes"][worst]
     cause, share = _main_cause(found)
     wide, wide_share = _main_cause(absmax)

@@ -10,9 +10,11 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
+
+from benchmarks.study_page import collapse
 
 COLOURS = {"weights": "#4c72b0", "clipping": "#c44e52", "rounding": "#ccb974"}
-STATIC = "w8a8-static"
 
 
 def draw(data: dict[str, Any], folder: Path) -> None:
@@ -34,8 +36,9 @@ def draw(data: dict[str, Any], folder: Path) -> None:
 
 
 def _heatmap(axis: Any, subject: dict[str, Any]) -> None:
-    """Rescue of each site under the p99.9 static scheme: blocks down, sites of a block across."""
-    sites = subject["schemes"][STATIC]["sites"]
+    """Rescue of each site under the worst static scheme: blocks down, sites of a block across."""
+    scheme = collapse(subject)
+    sites = subject["schemes"][scheme]["sites"]
     blocks = subject["blocks"]
     order = {site["site"]: site for site in sites}
     names = list(dict.fromkeys(_inside(site) for site in sorted(sites, key=lambda s: s["site"])))
@@ -45,8 +48,9 @@ def _heatmap(axis: Any, subject: dict[str, Any]) -> None:
     limit = max(abs(value) for row in values for value in row) or 1.0
     image = axis.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
     axis.set_xticks(range(len(names)), [n.split(".")[-1] for n in names], rotation=60, ha="right")
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_ylabel("block")
-    axis.set_title(f"{subject['name']}: rescue, nats\nstatic p99.9", fontsize=9)
+    axis.set_title(f"{subject['name']}: rescue, nats\n{scheme}", fontsize=9)
     axis.figure.colorbar(image, ax=axis)
 
 

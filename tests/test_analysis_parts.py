@@ -48,8 +48,16 @@ def laboratory(name: str, scheme: str, windows: int = 2) -> tuple[Lab, tuple[Sim
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("name", ["opt", "gpt2", "llama", "gemma2-sdpa", "phi"])
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        *(("opt", scheme) for scheme in SCHEMES),
+        *(("gpt2", scheme) for scheme in SCHEMES[1:8:2]),
+        *(("llama", scheme) for scheme in SCHEMES[::2]),
+        ("gemma2-sdpa", SCHEMES[-1]),
+        ("phi", SCHEMES[4]),
+    ],
+)
 def test_all_parts_are_the_converted_graph(name: str, scheme: str) -> None:
     lab, sites = laboratory(name, scheme)
     _, graph = traced(name)
@@ -65,7 +73,7 @@ def test_all_parts_are_the_converted_graph(name: str, scheme: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("name", ["opt", "gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_parts_sum_to_the_error_of_each_site(name: str, scheme: str) -> None:
     lab, sites = laboratory(name, scheme, windows=1)
     seen: list[str] = []
