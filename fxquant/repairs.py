@@ -6,11 +6,18 @@ from collections.abc import Iterator
 
 from fxquant.batches import Batches
 from fxquant.errors import CalibrationError, SchemeError
-from fxquant.passes import Awq, Clip, Equalize, Smooth
+from fxquant.passes import Awq, Clip, CorrectBias, Equalize, Smooth, SplitOutliers
 from fxquant.repair import Repair
 from fxquant.schemes import Scheme
 
-_KNOWN: tuple[type[Repair], ...] = (Smooth, Equalize, Awq, Clip)
+_KNOWN: tuple[type[Repair], ...] = (
+    Smooth,
+    Equalize,
+    SplitOutliers,
+    Awq,
+    Clip,
+    CorrectBias,
+)
 REPAIRS: dict[str, type[Repair]] = {repair.name: repair for repair in _KNOWN}
 
 
