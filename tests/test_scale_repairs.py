@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Node
 from transformers import PreTrainedModel
 
 import fxquant
@@ -16,7 +17,9 @@ from fxquant.errors import CalibrationError, FxquantError, SchemeError
 from fxquant.evaluation import cut_windows, evaluate, load_text
 from fxquant.evaluation.data import Windows
 from fxquant.evaluation.outliers import OutlierPlan, plant_outliers
+from fxquant.execution import Executor
 from fxquant.graph import CodedLinear, Note, info, linear_parameters, site_outputs
+from fxquant.observers import attended
 from fxquant.passes.attention_products import query_key_linears
 from fxquant.passes.clip_search import SHRINKS, GroupGram, clipped_codes, split_groups
 from fxquant.passes.equalize import equalizing_scales
@@ -25,6 +28,7 @@ from fxquant.size import bits_per_weight
 from fxquant.specs import TensorSpec
 from tests.architectures import ARCHITECTURES, gpt2, llama, opt, padding_mask, token_ids
 from tests.models import small_opt
+from tests.test_cuda_fake import fake_cuda, run_fake
 
 
 def batches() -> list[Tensor | dict[str, Tensor]]:
@@ -293,6 +297,60 @@ def test_the_users_model_is_left_alone(build: Callable[[], PreTrainedModel]) -> 
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def mean_outputs(gm: GraphModule) -> dict[str, Tensor]:
+    """Mean of each site's output over attended tokens: float64 [N]."""
+    outputs = {node: site.path for site, node in site_outputs(gm) if site.role == "linear"}
+    sums: dict[str, Tensor] = {}
+    tokens = 0
+    for batch in batches():
+        inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+        tokens += int(mask.sum())
+
+        def keep(node: Node, value: Tensor, mask: Tensor = mask) -> Tensor:
+            if node in outputs:
+                rows = attended(value, mask).double().sum(0)
+                sums[outputs[node]] = sums.get(outputs[node], torch.zeros(())) + rows
+            return value
+
+        with torch.no_grad():
+            Executor(gm).run(keep, **inputs)
+    return {path: total / tokens for path, total in sums.items()}
+
+
+@pytest.mark.parametrize("name", ["opt", "llama", "gpt2", "gpt-neox-parallel", "olmo2"])
+@pytest.mark.parametrize("scheme", ["w3", "w4a8-static:absmax"])
+def test_corrected_biases_bring_every_mean_back(name: str, scheme: str) -> None:
+    """In the finished model each linear's mean output is the float model's, before it is not."""
+    expected = mean_outputs(repaired(name, scheme))
+    plain = mean_outputs(repaired(name, scheme, "qdq"))
+    corrected = mean_outputs(repaired(name, f"{scheme}+correct_bias", "qdq"))
+    assert expected.keys() == corrected.keys() == plain.keys()
+    for path, mean in expected.items():
+        size = mean.abs().max()
+        # A bias is rounded to fp32, and each mean is of sums in another order.
+        assert (corrected[path] - mean).abs().max() < 1e-5 * size, path
+        assert (plain[path] - mean).abs().max() > 1e-4 * size, path
+
+
+def test_a_missing_bias_is_created() -> None:
+    gm = repaired("llama", "w3+correct_bias", "integer")
+    blocks = [site for site in info(gm).sites if site.role == "linear"]
+    assert all(gm.get_submodule(site.path).bias is not None for site in blocks)
+    assert all("which is new" in note.text for note in notes(gm, "correct_bias"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_split_and_inserted_nodes_run_on_fake_cuda(dtype: torch.dtype) -> None:
+    scheme = "w8a8-static:absmax+smooth(insert=true)+split_outliers(threshold=1.5)"
+    gm = fxquant.convert(gpt2().to(dtype), scheme, calibration=batches())
+    mode = FakeTensorMode()
+    logits = run_fake(fake_cuda(gm, mode), mode)
+    assert logits.shape[-1] == 128
+    assert logits.dtype == dtype
+    assert logits.device.type == "cuda"
 
 
 def test_float_columns_count_as_stored() -> None:
