@@ -54,7 +54,7 @@ EVERYWHERE = [
     "w4a8-dynamic-token+smooth(alpha=auto,where=all,insert=true)",
     "w4-g16-asym+awq",
     "w3+equalize+clip",
-    "w8a8-static:absmax+split_outliers(threshold=2.5)",
+    "w8a8-static:absmax+split_outliers(threshold=4)",
     "w3a8-static:absmax+correct_bias",
 ]
 
