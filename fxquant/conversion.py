@@ -60,16 +60,17 @@ def _passes(
     passes: list[Pass] = [NameSites(), *(r for r in repairs if not r.after_calibration)]
     if level == Level.FLOAT:
         return tuple(passes)
+    late = [repair for repair in repairs if repair.after_calibration]
     if scheme.fp32_gemm:
-        return (*passes, Fp32Gemm())
+        return (*passes, *late, Fp32Gemm())
     if not any(spec.weight for spec in scheme.specs):
-        return tuple(passes)
+        return (*passes, *late)
     if scheme.needs_calibration or level == Level.OBSERVED:
         passes.append(Observe(scheme))
     if scheme.needs_calibration and calibration is not None:
         passes.append(Calibrate(calibration, progress))
     if level != Level.OBSERVED:
-        passes.extend(r for r in repairs if r.after_calibration)
+        passes.extend(late)
         passes.append(Quantize(scheme))
     if level == Level.INTEGER:
         passes.append(Integerize())

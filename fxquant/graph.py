@@ -190,6 +190,15 @@ class CodedLinear(nn.Linear):
         self.codes = QuantizedParameters(codes)
 
 
+class FloatColumns(nn.Module):
+    """Columns of the weight of ``site``, [N, k], that stay float beside its codes."""
+
+    def __init__(self, site: str, weight: Tensor) -> None:
+        super().__init__()
+        self.site = site
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+
+
 @dataclass(frozen=True)
 class Builder:
     """The one helper that makes nodes: copies meta, sets site, origin and what they are made from.

@@ -6,11 +6,20 @@ from collections.abc import Iterator
 
 from fxquant.batches import Batches
 from fxquant.errors import CalibrationError, SchemeError
-from fxquant.passes import Awq, Clip, Equalize, Gptq, Refine, Smooth
+from fxquant.passes import Awq, Clip, CorrectBias, Equalize, Gptq, Refine, Smooth, SplitOutliers
 from fxquant.repair import Repair
 from fxquant.schemes import Scheme
 
-_KNOWN: tuple[type[Repair], ...] = (Awq, Clip, Equalize, Gptq, Refine, Smooth)
+_KNOWN: tuple[type[Repair], ...] = (
+    Awq,
+    Clip,
+    CorrectBias,
+    Equalize,
+    Gptq,
+    Refine,
+    Smooth,
+    SplitOutliers,
+)
 REPAIRS: dict[str, type[Repair]] = {repair.name: repair for repair in _KNOWN}
 
 

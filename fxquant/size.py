@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxquant.graph import QuantizedParameters, info
+from fxquant.graph import FloatColumns, QuantizedParameters, info
 
 Bytes = tuple[tuple[str, int], ...]
 _SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
@@ -17,15 +17,18 @@ _SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "
 def bits_per_weight(gm: GraphModule) -> float:
     """Stored bits of the block linears' weights over their number: codes, scales, zero points.
 
+    Columns that a repair keeps in float beside the codes count with what they occupy.
     Codes of up to 4 bits occupy 4 bits (two a byte); biases and static activation scales do not
     count. A graph without such sites: nan.
     """
+    columns = {m.site: m.weight for m in gm.modules() if isinstance(m, FloatColumns)}
     bits, weights = 0, 0
     for site in info(gm).sites:
         if site.role == "linear":
-            rows, columns = site.shape
-            weights += rows * columns
-            bits += sum(8 * t.numel() * t.element_size() for t in _weight_tensors(gm, site.path))
+            weights += site.shape[0] * site.shape[1]
+            beside = [columns[site.path]] if site.path in columns else []
+            tensors = (*_weight_tensors(gm, site.path), *beside)
+            bits += sum(8 * t.numel() * t.element_size() for t in tensors)
     return bits / weights if weights else float("nan")
 
 

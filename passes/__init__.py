@@ -4,6 +4,7 @@ from fxquant.passes.apply_gptq import Gptq as Gptq
 from fxquant.passes.awq import Awq as Awq
 from fxquant.passes.calibrate import Calibrate as Calibrate
 from fxquant.passes.clip import Clip as Clip
+from fxquant.passes.correct_bias import CorrectBias as CorrectBias
 from fxquant.passes.equalize import Equalize as Equalize
 from fxquant.passes.fp32_gemm import Fp32Gemm as Fp32Gemm
 from fxquant.passes.integerize import Integerize as Integerize
@@ -12,3 +13,4 @@ from fxquant.passes.observe import Observe as Observe
 from fxquant.passes.quantize import Quantize as Quantize
 from fxquant.passes.refine import Refine as Refine
 from fxquant.passes.smooth import Smooth as Smooth
+from fxquant.passes.split_outliers import SplitOutliers as SplitOutliers

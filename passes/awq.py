@@ -48,7 +48,8 @@ class Awq(Repair):
     function stays, and a later gptq starts from these ranges.
 
     Options: ``scale``, ``clip``: which of the two to do. ``tokens``: of calibration that the
-    search for scales uses; clipping uses all.
+    search for scales uses; clipping uses all. ``balanced``: see ScaleSearch; false is the paper's
+    plain sum of squares.
     """
 
     name = "awq"
@@ -58,10 +59,11 @@ class Awq(Repair):
     scale: bool = True
     clip: bool = True
     tokens: int = 2048
+    balanced: bool = True
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.scale, bool) and isinstance(self.clip, bool)):
-            raise SchemeError("awq: scale and clip are true or false")
+        if not all(isinstance(flag, bool) for flag in (self.scale, self.clip, self.balanced)):
+            raise SchemeError("awq: scale, clip and balanced are true or false")
         if not (self.scale or self.clip):
             raise SchemeError("awq: with scale=false and clip=false there is nothing to do")
         if not isinstance(self.tokens, int) or self.tokens < 1:
@@ -91,7 +93,9 @@ class Awq(Repair):
 
     def _search_scales(self, gm: GraphModule) -> int:
         """How many groups got a scale other than 1."""
-        search = ScaleSearch(gm, self.scheme, self.batches, tokens=self.tokens)
+        search = ScaleSearch(
+            gm, self.scheme, self.batches, tokens=self.tokens, balanced=self.balanced
+        )
         changed = 0
         for group in scale_groups(gm):
             if not any(self._spec(consumer.site) for consumer in group.consumers):

@@ -82,13 +82,23 @@ class ScaleSearch:
 
     Args:
         tokens: about how many calibration tokens to use; whole batches, at least one.
+        balanced: a token whose output is larger than the median token's counts relative to it.
+            Plain sums of squares are those of the few tokens with massive activations, and the
+            scale that suits them ruins all others.
 
     Raises CalibrationError for unusable batches and where there is no token.
     """
 
     def __init__(
-        self, gm: GraphModule, scheme: Scheme, batches: Batches | None, *, tokens: int
+        self,
+        gm: GraphModule,
+        scheme: Scheme,
+        batches: Batches | None,
+        *,
+        tokens: int,
+        balanced: bool = True,
     ) -> None:
+        self._balanced = balanced
         self._gm, self._scheme = gm, scheme
         self._trials: dict[Node, _Trial] = {}
         linears = [(site, node) for site, node in site_outputs(gm) if site.role != "embeddings"]
@@ -139,10 +149,13 @@ class ScaleSearch:
     def errors(
         self, group: ScaleGroup, inputs: Mapping[Node, Tensor], scales: Sequence[Tensor]
     ) -> list[float]:
-        """Sum of squared output errors over attended tokens, for each scale float32 [channels].
+        """Weighted sum of attended tokens' squared errors, for each scale float32 [channels].
 
         ``inputs`` is what ``enter`` returned for this group.
         """
+        outputs = zip(self._expected, self._masks, strict=True)
+        sizes = [attended(y, mask).double().square().sum(-1) for y, mask in outputs]
+        usual = torch.cat(sizes).median()
         found = []
         for scale in scales:
             ranges: dict[tuple[Node, ActivationSpec], Mapping[str, Tensor]] = {}
@@ -151,10 +164,14 @@ class ScaleSearch:
                 for consumer in group.consumers
             }
             error = 0.0
-            for cut, mask, expected in zip(self._ready, self._masks, self._expected, strict=True):
+            batches = zip(self._ready, self._masks, self._expected, sizes, strict=True)
+            for cut, mask, expected, size in batches:
                 value = self._executor.advance(cut, self._end).values[self._join]
                 rows = attended(value.float() - expected.float(), mask)
-                error += float(rows.double().square().sum())
+                squares = rows.double().square().sum(-1)
+                if self._balanced:
+                    squares = squares / torch.maximum(size, usual).clamp(min=1e-300)
+                error += float(squares.sum())
             found.append(error)
         self._trials = {}
         return found

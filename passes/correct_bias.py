@@ -1,0 +1,123 @@
+"""correct_bias: take the mean error that quantization leaves out of each linear's output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fxquant.errors import CalibrationError, SchemeError
+from fxquant.graph import (
+    Level,
+    Site,
+    add_note,
+    clone_sharing_storage,
+    install,
+    linear_parameters,
+    site_outputs,
+)
+from fxquant.leaves import with_parameters
+from fxquant.levels import is_observer
+from fxquant.observers import attended
+from fxquant.passes.quantize import Quantize
+from fxquant.repair import Repair
+from fxquant.sequential import SequentialRun
+
+
+@dataclass(frozen=True)
+class CorrectBias(Repair):
+    """Empirical bias correction (Nagel et al. 2019, arXiv:1906.04721, section 4.2 and appendix D).
+
+    before:  y = fc1(x)
+    after:   y = fc1(x)     bias - E[y^ - y], created where there is none
+
+    y is the float model's output, y^ that of the quantized model on the input as it arrives there,
+    with the biases before it already corrected; the mean is over attended calibration tokens, per
+    output channel. Runs behind calibration, on the codes that the scheme and earlier repairs give.
+
+    Cost: one run of the data through the float model and one through the quantized one, side by
+    side from site to site; each batch keeps what is alive at the site.
+    """
+
+    name = "correct_bias"
+    requires = (Level.FLOAT, Level.OBSERVED)
+    effect = "lossy"
+    after_calibration = True
+
+    def rewrite(self, gm: GraphModule) -> GraphModule:
+        sites = [site for site, _ in site_outputs(gm) if self._corrects(site)]
+        if not sites:
+            raise SchemeError(f"correct_bias: scheme {self.scheme} quantizes no linear")
+        errors = self._mean_errors(gm, sites)
+        if not any(bool(error.any()) for error in errors.values()):
+            raise CalibrationError(
+                "correct_bias had no effect: every mean error is 0; leave it out"
+            )
+        for site in sites:
+            module = gm.get_submodule(site.path)
+            weight, bias = linear_parameters(module)
+            error = errors[site.path]
+            corrected = -error if bias is None else bias.double() - error
+            install(gm, site.path, with_parameters(module, bias=corrected.to(weight.dtype)))
+            size = float(error.square().mean().sqrt())
+            created = ", which is new" if bias is None else ""
+            text = f"mean error {size:.3g} (rms over channels) moved into the bias{created}"
+            add_note(gm, self.name, site.path, text)
+        return gm
+
+    def _corrects(self, site: Site) -> bool:
+        spec = self.scheme.spec_for(site.path, site.role)
+        return spec.weight is not None and site.role != "embeddings"
+
+    def _mean_errors(self, gm: GraphModule, sites: list[Site]) -> dict[str, Tensor]:
+        """E[y^ - y] of each site: float64 [N]."""
+        batches = list(self.batches or ())  # read by two runs
+        reference = _Means(without_observers(gm), batches, self.name, self.progress)
+        quantized = _Means(Quantize(self.scheme)(gm), batches, self.name, self.progress)
+        errors: dict[str, Tensor] = {}
+        previous: str | None = None
+        for site in sites:
+            before = None if previous is None else (previous, errors[previous])
+            errors[site.path] = quantized.at(site.path, before) - reference.at(site.path)
+            previous = site.path
+        return errors
+
+
+class _Means:
+    """Mean output of one site after another, all batches stopped behind the last one."""
+
+    def __init__(self, gm: GraphModule, batches: list[Any], label: str, progress: bool) -> None:
+        self._outputs = {site.path: node for site, node in site_outputs(gm)}
+        self._run = SequentialRun(gm, batches, label=label, progress=progress)
+
+    def at(self, path: str, corrected: tuple[str, Tensor] | None = None) -> Tensor:
+        """Mean over attended tokens of the output of ``path``: float64 [N].
+
+        ``corrected``: the site asked for before, and what is taken from its output from there on.
+        """
+        node = self._outputs[path]
+        total: list[Tensor] = []
+
+        def on_value(current: Node, value: Any, mask: Tensor) -> Any:
+            if corrected is not None and current is self._outputs[corrected[0]]:
+                value = (value.double() - corrected[1]).to(value.dtype)
+            if current is node:
+                total.append(attended(value, mask).double().sum(0))
+            return value
+
+        self._run.advance(node.next, on_value)
+        return torch.stack(total).sum(0) / self._run.tokens
+
+
+def without_observers(gm: GraphModule) -> GraphModule:
+    """A copy of an observed graph that can be run without being observed again."""
+    plain = clone_sharing_storage(gm)
+    for node in list(plain.graph.nodes):
+        if is_observer(plain, node):
+            plain.graph.erase_node(node)
+    plain.delete_all_unused_submodules()
+    plain.recompile()
+    return plain

@@ -1,0 +1,146 @@
+"""split_outliers: the few columns with large activations stay in float, the rest gets codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from fxquant.errors import CalibrationError, SchemeError
+from fxquant.graph import (
+    Builder,
+    FloatColumns,
+    LeftInFloat,
+    Level,
+    Site,
+    add_note,
+    info,
+    install,
+    linear_parameters,
+    site_outputs,
+    source_of,
+    update_info,
+)
+from fxquant.leaves import install_weight
+from fxquant.observers import ChannelAbsmax
+from fxquant.passes.statistics import observe_nodes
+from fxquant.repair import Repair
+
+CONTAINER = "fxquant_outliers"
+
+
+class OutlierIndex(nn.Module):
+    """``index`` int64 [k], the columns that stay float; ``keep`` [K], 0 there and 1 elsewhere."""
+
+    def __init__(self, index: Tensor, keep: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("index", index)
+        self.register_buffer("keep", keep)
+
+
+@dataclass(frozen=True)
+class SplitOutliers(Repair):
+    """The decomposition of LLM.int8 (Dettmers et al. 2022, arXiv:2208.07339, equation 8).
+
+    before:  y = fc1(x)
+    after:   y = fc1(x * keep) + linear(index_select(x, -1, index), outlier columns of W)
+
+    Columns whose max|x| over calibration exceeds ``threshold`` (6 in the paper) are taken out of
+    the quantized product: zero in its input and weight, so that both ranges shrink, and float
+    beside it. The paper looks for them in every batch; here they are fixed by calibration, as
+    static codes need. Sites that read one input share the split. Only sites whose activations are
+    quantized are split.
+    """
+
+    name = "split_outliers"
+    requires = (Level.FLOAT,)
+    effect = "equivalent"
+
+    threshold: float = 6.0
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
+        if not number or self.threshold <= 0:
+            raise SchemeError(f"split_outliers: threshold is positive, not {self.threshold!r}")
+
+    @property
+    def keeps_site_outputs(self) -> bool:
+        return False
+
+    def rewrite(self, gm: GraphModule) -> GraphModule:
+        readers: dict[Node, list[tuple[Site, Node]]] = {}
+        for site, node in site_outputs(gm):
+            if self.scheme.spec_for(site.path, site.role).activation is not None:
+                readers.setdefault(source_of(node), []).append((site, node))
+        if not readers:
+            raise SchemeError(
+                f"split_outliers: scheme {self.scheme} quantizes no activation: nothing to split"
+            )
+        observers = {
+            source: ChannelAbsmax(members[0][0].path) for source, members in readers.items()
+        }
+        observe_nodes(gm, self.batches, observers, label=self.name, progress=self.progress)
+        found = 0
+        for source, members in readers.items():
+            largest = observers[source].max_abs
+            index = (largest > self.threshold).nonzero().flatten()
+            found += index.numel()
+            if index.numel() == largest.numel():
+                raise SchemeError(
+                    f"split_outliers: {members[0][0].path}: all {index.numel()} columns exceed "
+                    f"{self.threshold:g}, nothing would be quantized; raise the threshold"
+                )
+            if index.numel():
+                _split(gm, source, members, index)
+            for site, _ in members:
+                text = f"{index.numel()} of {largest.numel()} columns exceed {self.threshold:g}"
+                add_note(gm, self.name, site.path, f"{text}; the largest is {largest.max():.3g}")
+        if not found:
+            most = max(float(observer.max_abs.max()) for observer in observers.values())
+            raise CalibrationError(
+                f"split_outliers had no effect: no column exceeds {self.threshold:g}; the largest "
+                f"max|x| is {most:.3g}: lower the threshold or leave it out"
+            )
+        return gm
+
+
+def _split(gm: GraphModule, source: Node, members: list[tuple[Site, Node]], index: Tensor) -> None:
+    first, first_node = members[0]
+    weight, _ = linear_parameters(gm.get_submodule(first.path))
+    keep = torch.ones(weight.shape[1], dtype=weight.dtype, device=weight.device)
+    keep[index] = 0
+    shared = f"{CONTAINER}.{first.path.replace('.', '_')}"
+    install(gm, shared, OutlierIndex(index, keep))
+    builder = Builder(gm, SplitOutliers.name, first.path)
+    with gm.graph.inserting_before(first_node):
+        kept = builder.tensor(f"{shared}.keep", "keep")
+        rest = builder.call(torch.mul, source, kept, name="rest")
+        places = builder.tensor(f"{shared}.index", "outlier_index")
+        picked = builder.call(torch.index_select, source, -1, places, name="outliers")
+    for site, node in members:
+        node.replace_input_with(source, rest)
+        _add_float_part(gm, site, node, picked, index)
+
+
+def _add_float_part(gm: GraphModule, site: Site, node: Node, picked: Node, index: Tensor) -> None:
+    weight, bias = linear_parameters(gm.get_submodule(site.path))
+    path = f"{CONTAINER}.{site.path.replace('.', '_')}_columns"
+    install(gm, path, FloatColumns(site.path, weight[:, index].contiguous()))
+    rest = weight.clone()
+    rest[:, index] = 0
+    install_weight(gm, site.path, rest, bias, SplitOutliers.name)
+    builder = Builder(gm, SplitOutliers.name, site.path)
+    users = list(node.users)
+    with gm.graph.inserting_after(node):
+        columns = builder.tensor(f"{path}.weight", "outlier_weight")
+    with gm.graph.inserting_after(columns):
+        part = builder.call(nn.functional.linear, picked, columns, name="float_part")
+    with gm.graph.inserting_after(part):
+        total = builder.call(torch.add, node, part, name="with_outliers")
+    for user in users:
+        user.replace_input_with(node, total)
+    what = f"{index.numel()} of {site.shape[1]} input columns, beside the codes: outliers"
+    left = LeftInFloat(site.path, what)
+    update_info(gm, left_in_float=(*info(gm).left_in_float, left))
