@@ -229,8 +229,8 @@ class Builder:
     def item(self, source: Node, index: int, name: str) -> Node:
         return self.call(operator.getitem, source, index, name=name)
 
-    def module(self, path: str, *args: Node) -> Node:
-        node = self.gm.graph.create_node("call_module", path, args, name=self._named("observer"))
+    def module(self, path: str, *args: Node, name: str = "observer") -> Node:
+        node = self.gm.graph.create_node("call_module", path, args, name=self._named(name))
         set_tag(node, Tag(self.site, self.origin))
         return node
 

@@ -35,13 +35,15 @@ class Pass(abc.ABC):
 
     Class attributes: ``name``; ``requires``, the levels it accepts; ``ensures``, the level it
     leaves (None: as it was); ``effect`` on the function: "exact" (bit for bit), "equivalent" (to
-    ``tolerance``, at every site's output) or "lossy".
+    ``tolerance``, at every site's output) or "lossy"; ``changes_basis``, whether sites' outputs
+    mean the same in other coordinates, so that an "equivalent" pass is judged by its logits alone.
     """
 
     name: ClassVar[str]
     requires: ClassVar[tuple[Level, ...]]
     ensures: ClassVar[Level | None] = None
     effect: ClassVar[Effect]
+    changes_basis: ClassVar[bool] = False
 
     @abc.abstractmethod
     def rewrite(self, gm: GraphModule) -> GraphModule:
@@ -190,6 +192,8 @@ def _compare(
     current: Pass, gm: GraphModule, probe: Probe, logits: Tensor, outputs: dict[str, Tensor]
 ) -> float:
     exact = current.effect == "exact"
+    if current.changes_basis:
+        outputs = {}
     new_logits, new_outputs = run_probe(gm, probe, {} if exact else outputs)
     differences = {
         site: relative_difference(outputs[site], new_outputs[site])

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 from fxquant.batches import Batches
 from fxquant.errors import CalibrationError, SchemeError
-from fxquant.passes import Gptq, Refine
+from fxquant.passes import Attn8, Gptq, Kv4, Kv8, Refine, Rotate
 from fxquant.repair import Repair
 from fxquant.schemes import Scheme
 
-_KNOWN: tuple[type[Repair], ...] = (Gptq, Refine)
+_KNOWN: tuple[type[Repair], ...] = (Gptq, Refine, Rotate, Attn8, Kv8, Kv4)
 REPAIRS: dict[str, type[Repair]] = {repair.name: repair for repair in _KNOWN}
 
 

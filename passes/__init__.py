@@ -2,9 +2,14 @@
 
 from fxquant.passes.apply_gptq import Gptq as Gptq
 from fxquant.passes.calibrate import Calibrate as Calibrate
+from fxquant.passes.decompose_attention import DecomposeAttention as DecomposeAttention
 from fxquant.passes.fp32_gemm import Fp32Gemm as Fp32Gemm
 from fxquant.passes.integerize import Integerize as Integerize
 from fxquant.passes.name_sites import NameSites as NameSites
 from fxquant.passes.observe import Observe as Observe
 from fxquant.passes.quantize import Quantize as Quantize
+from fxquant.passes.quantized_attention import Attn8 as Attn8
+from fxquant.passes.quantized_attention import Kv4 as Kv4
+from fxquant.passes.quantized_attention import Kv8 as Kv8
 from fxquant.passes.refine import Refine as Refine
+from fxquant.passes.rotate import Rotate as Rotate

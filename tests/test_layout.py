@@ -21,7 +21,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("quantization",),
     ("specs", "spelling", "schemes", "gemm", "operators", "observers", "ranges", "loss"),
     ("graph", "execution", "levels", "pipeline", "batches", "attention", "size", "repair"),
-    ("sequential",),
+    ("sequential", "hadamard", "residual"),
     ("tracing",),
     ("passes",),
     ("repairs", "conversion"),
