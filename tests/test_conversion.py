@@ -670,8 +670,8 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "kernels": ({"level": "kernels"}, "level 'kernels' .* does not exist yet: use level='integer'"),
     "repair": ({"scheme": "w8+smooth"}, r"unknown pass in scheme w8\+smooth: smooth"),
     "repair with options": (
-        {"scheme": "w8a8-dynamic+smooth(alpha=0.5)+gptq"},
-        "unknown pass in scheme .*: smooth, gptq",
+        {"scheme": "w8a8-dynamic+polish(alpha=0.5)+gptq+mend"},
+        "unknown pass in scheme .*: polish, mend",
     ),
     "scheme": ({"scheme": "w8a8-statik"}, r"(?s)w8a8-statik\n.*\^"),
     "json": ({"scheme": '{"scheme": "w8", "overrides": {"head": "w9"}}'}, "bits"),
