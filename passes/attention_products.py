@@ -63,7 +63,7 @@ def _is_matmul(node: Node) -> bool:
 
 def _backward(node: Node) -> Node | None:
     while name_of(node) in _THROUGH:
-        source = node.args[0]
+        source = node.args[1 if name_of(node) == "where" else 0]
         if not isinstance(source, Node):
             return None
         node = source
