@@ -85,3 +85,17 @@ def cuda_int_gemm(x_codes: Tensor, weight_codes: Tensor, chunk: int) -> Tensor:
     if int_mm_supported(x_codes.shape[0], x_codes.shape[1], weight_codes.shape[0]):
         return torch._int_mm(x_codes.contiguous(), weight_codes.contiguous().t())
     return float_int_gemm(x_codes, weight_codes, chunk)
+
+
+def batched_int_matmul(left_codes: Tensor, right_codes: Tensor) -> Tensor:
+    """int32 [..., M, N], exact, of int8 codes [..., M, K] and [..., K, N]: chunks as above."""
+    dtype = exact_dtype(left_codes.device.type)
+    lefts, rights = left_codes.split(CHUNK, -1), right_codes.split(CHUNK, -2)
+    parts = (
+        torch.matmul(left.to(dtype), right.to(dtype)).to(torch.int32)
+        for left, right in zip(lefts, rights, strict=True)
+    )
+    total = next(parts)
+    for part in parts:
+        total = total + part
+    return total

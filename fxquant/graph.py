@@ -238,8 +238,8 @@ class Builder:
     def item(self, source: Node, index: int, name: str) -> Node:
         return self.call(operator.getitem, source, index, name=name)
 
-    def module(self, path: str, *args: Node) -> Node:
-        node = self.gm.graph.create_node("call_module", path, args, name=self._named("observer"))
+    def module(self, path: str, *args: Node, name: str = "observer") -> Node:
+        node = self.gm.graph.create_node("call_module", path, args, name=self._named(name))
         return self._tagged(node)
 
     def replace(self, old: Node, new: Node) -> None:

@@ -44,6 +44,8 @@ LEGAL = (
     Form("unpack_int4", OPS.unpack_int4.default, (Q, I), "two codes a byte to int8 codes"),
     Form("dequantize", OPS.dequantize.default, (Q, I), "codes to float; at integer: weights only"),
     Form("code_sum", OPS.code_sum.default, (I,), "row sums of codes, for weight zero points"),
+    Form("int_matmul", OPS.int_matmul.default, (I,), "two activations' codes to exact int32"),
+    Form("store_kv", OPS.store_kv.default, (F, O, Q, I), "a cache's storage error, simulated"),
     Form("int_gemm", OPS.int_gemm.default, (I,), "int8 codes to exact int32"),
     Form("grouped_gemm", OPS.grouped_gemm.default, (I,), "int32 per group, rescaled per group"),
     Form("rescale", OPS.rescale.default, (I,), "int32 to float"),
@@ -121,8 +123,8 @@ def _check_dequantize(gm: GraphModule, node: Node, level: Level, after: str) -> 
 
 def _check_rescale(gm: GraphModule, node: Node, after: str) -> None:
     sums, _, row = arguments(node)[:3]
-    if row is None:  # grouped_gemm's sums carry the weight scales
-        return
+    if row is None or is_op(sums, OPS.int_matmul.default):
+        return  # grouped_gemm's sums carry the weight scales; a product has two activations'
     rows = int_gemm_rows(gm, sums)
     scales = get_tensor(gm, source_of(row)).numel()
     if scales not in (1, rows):

@@ -69,6 +69,24 @@ def int_gemm(x_codes: Tensor, weight_codes: Tensor, chunk: int) -> Tensor:
     return result
 
 
+def int_matmul(left_codes: Tensor, right_codes: Tensor) -> Tensor:
+    """int32 [..., M, N] of int8 [..., M, K] by [..., K, N], both activations, exact."""
+    return gemm.batched_int_matmul(left_codes, right_codes)
+
+
+def store_kv(x: Tensor, bits: int) -> Tensor:
+    """``x`` [batch, heads, tokens, width] as a cache of ``bits`` bits would give it back.
+
+    Affine codes per token and head (its last dimension), in x's dtype.
+    """
+    qmin, qmax = quantization.integer_range(bits, symmetric=False)
+    scale, zero_point = quantization.choose_qparams(
+        x, qmin, qmax, symmetric=False, granularity="token"
+    )
+    codes = quantization.encode(x, scale, zero_point, qmin, qmax)
+    return quantization.dequantize(codes, scale, zero_point, dtype=x.dtype)
+
+
 def code_sum(codes: Tensor) -> Tensor:
     """int32 sums over the last dimension, kept with size 1."""
     return codes.sum(dim=-1, keepdim=True, dtype=torch.int32)
@@ -158,6 +176,8 @@ _COMPOSITE = {
     " -> Tensor": dequantize,
     "unpack_int4(Tensor packed, int length) -> Tensor": unpack_int4,
     "int_gemm(Tensor x_codes, Tensor weight_codes, int chunk) -> Tensor": int_gemm,
+    "int_matmul(Tensor left_codes, Tensor right_codes) -> Tensor": int_matmul,
+    "store_kv(Tensor x, int bits) -> Tensor": store_kv,
     "code_sum(Tensor codes) -> Tensor": code_sum,
     "grouped_gemm(Tensor x_codes, Tensor weight_codes, Tensor weight_scale, Tensor? zero_point,"
     " Tensor? weight_sum, Tensor? weight_zero_point, int group_size) -> Tensor": grouped_gemm,

@@ -6,17 +6,34 @@ from collections.abc import Iterator
 
 from fxquant.batches import Batches
 from fxquant.errors import CalibrationError, SchemeError
-from fxquant.passes import Awq, Clip, CorrectBias, Equalize, Gptq, Refine, Smooth, SplitOutliers
-from fxquant.repair import Repair
-from fxquant.schemes import Scheme
-
-_KNOWN: tuple[type[Repair], ...] = (
+from fxquant.passes import (
+    Attn8,
     Awq,
     Clip,
     CorrectBias,
     Equalize,
     Gptq,
+    Kv4,
+    Kv8,
     Refine,
+    Rotate,
+    Smooth,
+    SplitOutliers,
+)
+from fxquant.repair import Repair
+from fxquant.schemes import Scheme
+
+_KNOWN: tuple[type[Repair], ...] = (
+    Attn8,
+    Awq,
+    Clip,
+    CorrectBias,
+    Equalize,
+    Gptq,
+    Kv4,
+    Kv8,
+    Refine,
+    Rotate,
     Smooth,
     SplitOutliers,
 )

@@ -17,8 +17,8 @@ from fxquant.errors import SchemeError
 from fxquant.specs import FLOAT, SiteSpec
 from fxquant.spelling import Options, Scanner, scan_repair, scan_site, spell_repair, spell_site
 
-Role = Literal["linear", "head", "embeddings"]
-ROLES: tuple[Role, ...] = ("linear", "head", "embeddings")
+Role = Literal["linear", "head", "embeddings", "matmul"]
+ROLES: tuple[Role, ...] = ("linear", "head", "embeddings", "matmul")
 
 
 def matches(pattern: str, path: str, role: Role) -> bool:

@@ -47,7 +47,7 @@ def segments(gm: GraphModule) -> tuple[Segment, ...]:
     starts = {block: _first_below(gm, block) for block in info(gm).blocks}
     blocks = sorted((order[node], block, node) for block, node in starts.items() if node)
     ends = [node for _, _, node in blocks[1:]] + [None]
-    sites = [(site, node) for site, node in site_outputs(gm) if site.role != "embeddings"]
+    sites = [(site, node) for site, node in site_outputs(gm) if site.role in ("linear", "head")]
     found: list[Segment] = []
     for (_, block, first), end in zip(blocks, ends, strict=True):
         inside = tuple(pair for pair in sites if pair[0].path.startswith(f"{block}."))

@@ -5,12 +5,17 @@ from fxquant.passes.awq import Awq as Awq
 from fxquant.passes.calibrate import Calibrate as Calibrate
 from fxquant.passes.clip import Clip as Clip
 from fxquant.passes.correct_bias import CorrectBias as CorrectBias
+from fxquant.passes.decompose_attention import DecomposeAttention as DecomposeAttention
 from fxquant.passes.equalize import Equalize as Equalize
 from fxquant.passes.fp32_gemm import Fp32Gemm as Fp32Gemm
 from fxquant.passes.integerize import Integerize as Integerize
 from fxquant.passes.name_sites import NameSites as NameSites
 from fxquant.passes.observe import Observe as Observe
 from fxquant.passes.quantize import Quantize as Quantize
+from fxquant.passes.quantized_attention import Attn8 as Attn8
+from fxquant.passes.quantized_attention import Kv4 as Kv4
+from fxquant.passes.quantized_attention import Kv8 as Kv8
 from fxquant.passes.refine import Refine as Refine
+from fxquant.passes.rotate import Rotate as Rotate
 from fxquant.passes.smooth import Smooth as Smooth
 from fxquant.passes.split_outliers import SplitOutliers as SplitOutliers

@@ -1,64 +1,216 @@
-"""Which linears make queries and keys: what is multiplied with each other inside attention."""
+"""Find attention's two products, QK^T and PV, and lower them where a scheme says attn8."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
+import torch
 from torch.fx import GraphModule, Node
 
-from fxquant.graph import LINEAR
-from fxquant.scale_paths import op_name
+from fxquant.errors import CalibrationError
+from fxquant.graph import (
+    LINEAR,
+    Builder,
+    QuantizedParameters,
+    Site,
+    arguments,
+    info,
+    install,
+    is_op,
+)
+from fxquant.levels import OPS
+from fxquant.observers import HistogramObserver
+from fxquant.quantization import calc_qparams_symmetric
+from fxquant.ranges import estimate_range
+from fxquant.schemes import Scheme, matches
+from fxquant.specs import ActivationSpec, TensorSpec
 
-_PRODUCTS = frozenset(("matmul", "bmm", "baddbmm"))
-
-
-def query_key_linears(gm: GraphModule) -> frozenset[str]:
-    """Paths of the linears whose outputs feed QK^T; a fused projection counts as one of them."""
-    return frozenset(
-        path
-        for node in gm.graph.nodes
-        for operand in _score_operands(gm, node)
-        for path in _linears_behind(gm, operand)
-    )
-
-
-def _score_operands(gm: GraphModule, node: Node) -> Iterator[Node]:
-    name = op_name(node)
-    if name == "scaled_dot_product_attention":
-        operands = [*node.args[:2], node.kwargs.get("query"), node.kwargs.get("key")]
-        yield from (operand for operand in operands if isinstance(operand, Node))
-    elif name == "softmax":
-        for product in _nearest(gm, node, _PRODUCTS):
-            yield from product.all_input_nodes
-
-
-def _nearest(gm: GraphModule, node: Node, names: frozenset[str]) -> list[Node]:
-    """The first nodes of these names on every way back from ``node``, short of a linear."""
-    found, todo, seen = [], list(node.all_input_nodes), set()
-    while todo:
-        current = todo.pop()
-        if current in seen or _is_linear(gm, current):
-            continue
-        seen.add(current)
-        if op_name(current) in names:
-            found.append(current)
-        else:
-            todo.extend(current.all_input_nodes)
-    return found
+_SOFTMAX = ("softmax", "_safe_softmax.default", "_safe_softmax")
+_THROUGH = (
+    *("add", "mul", "truediv", "div", "where", "masked_fill", "hide", "to", "float", "type_as"),
+    *("tanh", "getitem", "dropout", "contiguous", "softmax", "_safe_softmax.default"),
+)
 
 
-def _linears_behind(gm: GraphModule, node: Node) -> Iterator[str]:
-    todo, seen = [node], set()
-    while todo:
-        current = todo.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        if _is_linear(gm, current):
-            yield str(current.target)
-        elif op_name(current) not in ("size", "getattr"):
-            todo.extend(current.all_input_nodes)
+def name_of(node: Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
-def _is_linear(gm: GraphModule, node: Node) -> bool:
-    return node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), LINEAR)
+@dataclass(frozen=True)
+class Product:
+    """One attention: ``scores`` = matmul(q, k^T) and ``output`` = matmul(softmax(...), v), both of
+    [batch, heads, ., .]; ``path`` of the module that they belong to."""
+
+    path: str
+    scores: Node
+    output: Node
+
+
+def attention_products(gm: GraphModule) -> Iterator[Product]:
+    """Every attention that is written out: a softmax between two matmuls, inside a block."""
+    for node in gm.graph.nodes:
+        if name_of(node) in _SOFTMAX:
+            scores, output = _backward(node), _forward(node)
+            path = None if output is None else attention_path(gm, output)
+            if scores is not None and output is not None and path is not None:
+                yield Product(path, scores, output)
+
+
+def _is_matmul(node: Node) -> bool:
+    return node.op in ("call_function", "call_method") and name_of(node) == "matmul"
+
+
+def _backward(node: Node) -> Node | None:
+    while name_of(node) in _THROUGH:
+        source = node.args[1 if name_of(node) == "where" else 0]
+        if not isinstance(source, Node):
+            return None
+        node = source
+    return node if _is_matmul(node) else None
+
+
+def _forward(node: Node) -> Node | None:
+    for user in node.users:
+        if _is_matmul(user) and user.args[0] is node:
+            return user
+        found = _forward(user) if name_of(user) in _THROUGH else None
+        if found is not None:
+            return found
+    return None
+
+
+def attention_path(gm: GraphModule, output: Node) -> str | None:
+    """The parent of the first linear behind ``output``, if that is inside a decoder block."""
+    seen: set[Node] = set()
+    queue = [output]
+    while queue:
+        node = queue.pop(0)
+        if node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), LINEAR):
+            path = str(node.target).rpartition(".")[0]
+            inside = any(f"{path}.".startswith(f"{block}.") for block in info(gm).blocks)
+            return path if inside else None
+        queue.extend(user for user in node.users if user not in seen)
+        seen.update(node.users)
+    return None
+
+
+def operand_spec(scheme: Scheme, site: Site) -> ActivationSpec | None:
+    """How a product's operands become codes; None where an override leaves it in float.
+
+    8 bits, symmetric; static or dynamic, per tensor or per token, as the scheme's activations
+    are; dynamic per token under a weight-only scheme.
+    """
+    spec = scheme.spec
+    for pattern, override in scheme.overrides:
+        if matches(pattern, site.path, site.role):
+            spec = override
+            if spec.activation is None:
+                return None
+    if spec.activation is None:
+        return ActivationSpec(TensorSpec(8, granularity="token"))
+    granularity = spec.activation.tensor.granularity
+    return ActivationSpec(TensorSpec(8, granularity=granularity), spec.activation.estimator)
+
+
+def observed(builder: Builder, site: Site, node: Node, mask: Node) -> None:
+    """Put an observer on both operands of the product, tokens first as the mask has them."""
+    for side, operand, dim in _sides(site, node):
+        path = observer_path(site, side)
+        install(builder.gm, path, HistogramObserver(site.path))
+        tokens_first = builder.call(torch.transpose, operand, 1, dim, name=f"{side}_tokens")
+        builder.module(path, tokens_first, mask)
+
+
+def observer_path(site: Site, side: str) -> str:
+    return f"fxquant_observers.{site.path.replace('.', '_')}_{side}"
+
+
+def _sides(site: Site, node: Node) -> Iterator[tuple[str, Node, int]]:
+    """Each operand with the dimension that its tokens lie along."""
+    left, right = arguments(node)[:2]
+    yield "left", left, 2
+    yield "right", right, 3 if site.path.endswith(".qk") else 2
+
+
+def lower_product(gm: GraphModule, site: Site, node: Node, spec: ActivationSpec) -> None:
+    """matmul(a, b) becomes matmul(dequantize(quantize(a)), dequantize(quantize(b))).
+
+    A scale can leave the sum over K only where it is constant along K: per token on both sides of
+    QK^T, but on P's side alone of PV, where V has one scale.
+    """
+    builder = Builder(gm, "quantize", site.path)
+    parameters = QuantizedParameters({})
+    install(gm, site.path, parameters)
+    operands: list[Node] = []
+    with gm.graph.inserting_before(node):
+        for side, operand, dim in _sides(site, node):
+            turned = dim == 3  # k^T: its tokens are columns
+            grain = "tensor" if side == "right" and not turned else spec.tensor.granularity
+            x = builder.call(torch.transpose, operand, -2, -1) if turned else operand
+            if spec.dynamic:
+                qmin, qmax = spec.tensor.qrange
+                chosen = builder.call(
+                    OPS.choose_qparams.default, x, grain, True, qmin, qmax, name=f"{side}_qparams"
+                )
+                scale = builder.item(chosen, 0, f"{side}_scale")
+            else:
+                scale = _static_scale(builder, site, side, spec, parameters)
+            qmin, qmax = spec.tensor.qrange
+            codes = builder.call(
+                OPS.quantize.default, x, scale, None, qmin, qmax, torch.int8, name=f"{side}_q"
+            )
+            if turned:
+                codes = builder.call(torch.transpose, codes, -2, -1)
+                if grain == "token":
+                    scale = builder.call(torch.transpose, scale, -2, -1)
+            operands.append(
+                builder.call(
+                    OPS.dequantize.default, codes, scale, None, 0, operand, name=f"{side}_dq"
+                )
+            )
+        y = builder.call(torch.matmul, *operands, name="y", is_output=True)
+    builder.replace(node, y)
+    if not list(parameters.buffers()):
+        gm.delete_submodule(site.path)
+
+
+def _static_scale(
+    builder: Builder, site: Site, side: str, spec: ActivationSpec, owner: QuantizedParameters
+) -> Node:
+    try:
+        observer = builder.gm.get_submodule(observer_path(site, side))
+    except AttributeError:
+        observer = None
+    if not isinstance(observer, HistogramObserver) or spec.estimator is None:
+        raise CalibrationError(
+            f"{site.path}: its range is static, but its {side} operand was not observed; run "
+            "Observe and Calibrate before Quantize"
+        )
+    _, high = estimate_range(observer, spec.estimator, spec.tensor)
+    limit = torch.tensor(high, dtype=torch.float32, device=observer.counts.device)
+    name = f"{side}_scale"
+    owner.register_buffer(name, calc_qparams_symmetric(limit, spec.tensor.qrange[1]))
+    return builder.attribute(name)
+
+
+def integerize_product(gm: GraphModule, site: Site, node: Node) -> bool:
+    """matmul(dequantize(a), dequantize(b)) becomes rescale(int_matmul(a, b)); False if it is not.
+
+    Exact: the scales are constant along K, so they leave the sum.
+    """
+    if not is_op(node, torch.matmul) or site.role != "matmul":
+        return False
+    left, right = arguments(node)[:2]
+    if not (is_op(left, OPS.dequantize.default) and is_op(right, OPS.dequantize.default)):
+        return False
+    builder = Builder(gm, "integerize", site.path)
+    (a, a_scale, _, _, like), (b, b_scale, *_) = arguments(left), arguments(right)
+    with gm.graph.inserting_before(node):
+        acc = builder.call(OPS.int_matmul.default, a, b, name="acc")
+        corrections = (None, None, None, None)
+        y = builder.call(
+            OPS.rescale.default, acc, a_scale, b_scale, *corrections, like, is_output=True
+        )
+    builder.replace(node, y)
+    return True

@@ -20,9 +20,9 @@ from fxquant.graph import (
     site_outputs,
     source_of,
 )
-from fxquant.passes.attention_products import query_key_linears
 from fxquant.passes.clip_search import GroupGram, clipped_codes
 from fxquant.passes.quantize import quantize_weight
+from fxquant.passes.query_key import query_key_linears
 from fxquant.passes.scale_search import ScaleSearch
 from fxquant.repair import Repair
 from fxquant.rescaling import rescale

@@ -13,6 +13,7 @@ from fxquant.gemm import MAX_LENGTH, certified_chunk, reduced_precision
 from fxquant.graph import Builder, Level, Site, arguments, get_tensor, is_op, site_outputs
 from fxquant.levels import OPS
 from fxquant.operators import unpack_int4
+from fxquant.passes.attention_products import integerize_product
 from fxquant.pipeline import Pass
 from fxquant.quantization import expand_groups, group_count
 
@@ -41,6 +42,8 @@ class Integerize(Pass):
 
     def rewrite(self, gm: GraphModule) -> GraphModule:
         for site, node in list(site_outputs(gm)):
+            if integerize_product(gm, site, node):
+                continue
             pattern = match(node)
             if pattern is not None:
                 _lower(gm, site, pattern)

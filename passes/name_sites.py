@@ -22,6 +22,8 @@ from fxquant.graph import (
 from fxquant.pipeline import Pass
 from fxquant.schemes import Role
 
+_PRODUCTS = "products of activations (attention and rotary tables)"
+
 
 @dataclass(frozen=True)
 class NameSites(Pass):
@@ -106,17 +108,20 @@ def _functional_weights(gm: GraphModule) -> list[LeftInFloat]:
     ]
 
 
+def attention_left_in_float(gm: GraphModule) -> tuple[LeftInFloat, ...]:
+    """The graph's list, its products of activations counted anew after some became sites."""
+    others = (entry for entry in info(gm).left_in_float if entry.reason != _PRODUCTS)
+    return (*others, *_attention_products(gm))
+
+
 def _attention_products(gm: GraphModule) -> list[LeftInFloat]:
     products: dict[str, int] = {}
     for node in gm.graph.nodes:
-        if node.op in ("call_function", "call_method"):
+        if node.op in ("call_function", "call_method") and not tag(node).is_output:
             name = _function_name(node)
             if name in ("scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "einsum"):
                 products[name] = products.get(name, 0) + 1
-    return [
-        LeftInFloat(f"{name} x{count}", "products of activations (attention and rotary tables)")
-        for name, count in products.items()
-    ]
+    return [LeftInFloat(f"{name} x{count}", _PRODUCTS) for name, count in products.items()]
 
 
 def _function_name(node: Node) -> str:

@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 from fxquant.errors import VerificationError
 from fxquant.graph import Builder, Level, info, install, site_outputs, source_of
 from fxquant.observers import HistogramObserver
+from fxquant.passes.attention_products import observed, operand_spec
 from fxquant.pipeline import Pass
 from fxquant.schemes import Scheme
 
@@ -37,6 +38,12 @@ class Observe(Pass):
         mask = attention_mask_node(gm)
         seen: set[Node] = set()
         for site, node in list(site_outputs(gm)):
+            if site.role == "matmul":
+                operands = operand_spec(self.scheme, site)
+                if operands is not None and not operands.dynamic:
+                    with gm.graph.inserting_before(node):
+                        observed(Builder(gm, self.name, site.path), site, node, mask)
+                continue
             activation = self.scheme.spec_for(site.path, site.role).activation
             source = source_of(node)
             if activation is None or activation.dynamic or source in seen:

@@ -28,6 +28,7 @@ from fxquant.graph import (
 from fxquant.levels import OPS
 from fxquant.observers import HistogramObserver
 from fxquant.operators import pack_int4, unpack_int4
+from fxquant.passes.attention_products import lower_product, operand_spec
 from fxquant.passes.observe import CONTAINER, observers
 from fxquant.passes.static_input import StaticRange, static_input
 from fxquant.pipeline import Pass
@@ -68,6 +69,13 @@ class Quantize(Pass):
         left = list(info(gm).left_in_float)
         records: list[SiteRecord] = []
         for site, node in list(site_outputs(gm)):
+            if site.role == "matmul":
+                operands = operand_spec(self.scheme, site)
+                if operands is None:
+                    left.append(LeftInFloat(site.path, _why_float(site, self.scheme)))
+                else:
+                    lower_product(gm, site, node, operands)
+                continue
             spec = self.scheme.spec_for(site.path, site.role)
             if spec.weight is None:
                 left.append(LeftInFloat(site.path, _why_float(site, self.scheme)))
@@ -79,6 +87,7 @@ class Quantize(Pass):
         for node in list(gm.graph.nodes):
             if node.op == "call_module" and str(node.target).startswith(f"{CONTAINER}."):
                 gm.graph.erase_node(node)
+        gm.graph.eliminate_dead_code()
         gm.delete_all_unused_submodules()
         update_info(
             gm, left_in_float=tuple(left), scheme=str(self.scheme), site_records=tuple(records)

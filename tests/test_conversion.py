@@ -668,7 +668,7 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
         "unknown level 'int': known are float, observed, qdq, integer",
     ),
     "kernels": ({"level": "kernels"}, "level 'kernels' .* does not exist yet: use level='integer'"),
-    "repair": ({"scheme": "w8+smoth"}, r"unknown pass in scheme w8\+smoth: smoth; known: smooth"),
+    "repair": ({"scheme": "w8+smoth"}, r"unknown pass in scheme w8\+smoth: smoth; known: "),
     "repairs": (
         {"scheme": "w8a8-dynamic+smoth(alpha=0.5)+qptg"},
         "unknown pass in scheme .*: smoth, qptg",

@@ -20,9 +20,9 @@ from fxquant.evaluation.outliers import OutlierPlan, plant_outliers
 from fxquant.execution import Executor
 from fxquant.graph import CodedLinear, Note, info, linear_parameters, site_outputs
 from fxquant.observers import attended
-from fxquant.passes.attention_products import query_key_linears
 from fxquant.passes.clip_search import SHRINKS, GroupGram, clipped_codes, split_groups
 from fxquant.passes.equalize import equalizing_scales
+from fxquant.passes.query_key import query_key_linears
 from fxquant.passes.smooth import smoothing_scales
 from fxquant.size import bits_per_weight
 from fxquant.specs import TensorSpec

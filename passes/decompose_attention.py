@@ -1,0 +1,103 @@
+"""decompose_attention: scaled_dot_product_attention as the products and the softmax inside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fxquant.errors import VerificationError
+from fxquant.execution import Executor
+from fxquant.graph import Builder, Level, device_of, info
+from fxquant.passes.attention_products import attention_path
+from fxquant.pipeline import Pass, Probe
+
+_SDPA = torch.nn.functional.scaled_dot_product_attention
+_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+
+
+def causal_mask(query: Tensor, key: Tensor) -> Tensor:
+    """Boolean [queries, keys], True on and below the diagonal, as is_causal has it."""
+    ones = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device)
+    return ones.tril()
+
+
+def shared_heads(x: Tensor, query: Tensor) -> Tensor:
+    """``x`` [batch, kv heads, ...] with each head repeated for the query heads that share it."""
+    return x.repeat_interleave(query.shape[1] // x.shape[1], dim=1)
+
+
+def hide(scores: Tensor, mask: Tensor) -> Tensor:
+    """-infinity where the boolean mask is False."""
+    return scores.masked_fill(mask.logical_not(), -torch.inf)
+
+
+@dataclass(frozen=True)
+class DecomposeAttention(Pass):
+    """Write attention out, so that its two products can be quantized.
+
+    before:  y = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=s)
+    after:   scores = matmul(q, transpose(k)) * s
+             p = softmax(hide(scores, mask))        (a float mask is added)
+             y = matmul(p, v)
+
+    A row that sees nothing (a query of padding) gives 0, as the fused function does.
+    """
+
+    name = "decompose_attention"
+    requires = (Level.FLOAT,)
+    effect = "equivalent"
+
+    def rewrite(self, gm: GraphModule) -> GraphModule:
+        fused = [n for n in gm.graph.nodes if n.op == "call_function" and n.target is _SDPA]
+        facts = _operands(gm, fused)
+        for node in fused:
+            _write_out(gm, node, facts)
+        return gm
+
+
+@torch.no_grad()
+def _operands(gm: GraphModule, fused: list[Node]) -> dict[Node, Any]:
+    """What the fused nodes read, on a tiny batch: head widths and dtypes of masks."""
+    wanted = {operand for node in fused for operand in node.all_input_nodes}
+    found: dict[Node, Any] = {}
+
+    def keep(node: Node, value: Any) -> Any:
+        if node in wanted:
+            found[node] = value
+        return value
+
+    if fused:
+        length = min(5, info(gm).max_positions or 5)
+        probe = Probe.random(info(gm).vocab_size, device_of(gm), length=length)
+        Executor(gm).run(keep, input_ids=probe.input_ids, attention_mask=probe.attention_mask)
+    return found
+
+
+def _write_out(gm: GraphModule, node: Node, facts: dict[Node, Any]) -> None:
+    given: dict[str, Any] = {**dict(zip(_NAMES, node.args, strict=False)), **node.kwargs}
+    if given.get("dropout_p"):
+        raise VerificationError(f"decompose_attention: {node.name}: dropout in an eval graph")
+    query, key, value = given["query"], given["key"], given["value"]
+    scale = given.get("scale")
+    if scale is None:
+        scale = float(facts[query].shape[-1]) ** -0.5
+    build = Builder(gm, DecomposeAttention.name, attention_path(gm, node) or node.name)
+    with gm.graph.inserting_before(node):
+        if given.get("enable_gqa"):
+            key, value = (build.call(shared_heads, x, query) for x in (key, value))
+        turned = build.call(torch.transpose, key, -2, -1)
+        scores = build.call(torch.mul, build.call(torch.matmul, query, turned), scale)
+        mask = given.get("attn_mask")
+        if given.get("is_causal"):
+            scores = build.call(hide, scores, build.call(causal_mask, query, key))
+        elif mask is not None and facts[mask].dtype == torch.bool:
+            scores = build.call(hide, scores, mask)
+        elif mask is not None:
+            scores = build.call(torch.add, scores, mask)
+        weights = build.call(torch.ops.aten._safe_softmax.default, scores, -1)
+        result = build.call(torch.matmul, weights, value)
+    build.replace(node, result)

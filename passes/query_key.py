@@ -1,0 +1,64 @@
+"""Which linears make queries and keys: what is multiplied with each other inside attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch.fx import GraphModule, Node
+
+from fxquant.graph import LINEAR
+from fxquant.scale_paths import op_name
+
+_PRODUCTS = frozenset(("matmul", "bmm", "baddbmm"))
+
+
+def query_key_linears(gm: GraphModule) -> frozenset[str]:
+    """Paths of the linears whose outputs feed QK^T; a fused projection counts as one of them."""
+    return frozenset(
+        path
+        for node in gm.graph.nodes
+        for operand in _score_operands(gm, node)
+        for path in _linears_behind(gm, operand)
+    )
+
+
+def _score_operands(gm: GraphModule, node: Node) -> Iterator[Node]:
+    name = op_name(node)
+    if name == "scaled_dot_product_attention":
+        operands = [*node.args[:2], node.kwargs.get("query"), node.kwargs.get("key")]
+        yield from (operand for operand in operands if isinstance(operand, Node))
+    elif name == "softmax":
+        for product in _nearest(gm, node, _PRODUCTS):
+            yield from product.all_input_nodes
+
+
+def _nearest(gm: GraphModule, node: Node, names: frozenset[str]) -> list[Node]:
+    """The first nodes of these names on every way back from ``node``, short of a linear."""
+    found, todo, seen = [], list(node.all_input_nodes), set()
+    while todo:
+        current = todo.pop()
+        if current in seen or _is_linear(gm, current):
+            continue
+        seen.add(current)
+        if op_name(current) in names:
+            found.append(current)
+        else:
+            todo.extend(current.all_input_nodes)
+    return found
+
+
+def _linears_behind(gm: GraphModule, node: Node) -> Iterator[str]:
+    todo, seen = [node], set()
+    while todo:
+        current = todo.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if _is_linear(gm, current):
+            yield str(current.target)
+        elif op_name(current) not in ("size", "getattr"):
+            todo.extend(current.all_input_nodes)
+
+
+def _is_linear(gm: GraphModule, node: Node) -> bool:
+    return node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), LINEAR)

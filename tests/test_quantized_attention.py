@@ -1,0 +1,162 @@
+"""attn8, kv8, kv4 and the decomposition: equal in float, exact in integers, listed as sites."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.nn.functional import scaled_dot_product_attention
+
+import fxquant
+from fxquant.errors import ModelError, SchemeError
+from fxquant.gemm import batched_int_matmul
+from fxquant.graph import info, is_op, site_outputs
+from fxquant.levels import OPS
+from fxquant.passes import DecomposeAttention
+from fxquant.pipeline import relative_difference
+from tests.architectures import ARCHITECTURES, llama, opt, padding_mask, token_ids
+
+FUSED = [name for name in ARCHITECTURES if name not in ("gemma2-eager", "gpt-neo", "gptj", "bloom")]
+
+
+def inputs() -> dict[str, Tensor]:
+    return {"input_ids": token_ids(3, 11), "attention_mask": padding_mask(3, 11, "left")}
+
+
+@torch.no_grad()
+def logits(graph: GraphModule) -> Tensor:
+    found = graph(**inputs())
+    assert isinstance(found, Tensor)
+    return found[inputs()["attention_mask"].bool()]
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_written_out_attention_is_equal(name: str) -> None:
+    """To 1e-5, also in rows of padding that see nothing; and no fused call is left."""
+    before = fxquant.convert(ARCHITECTURES[name](), "fp")
+    after = DecomposeAttention()(before)
+    with torch.no_grad():
+        assert relative_difference(before(**inputs()), after(**inputs())) <= 1e-5
+    targets = [node.target for node in after.graph.nodes]
+    assert scaled_dot_product_attention in [node.target for node in before.graph.nodes]
+    assert scaled_dot_product_attention not in targets
+    assert targets.count(torch.ops.aten._safe_softmax.default) == len(info(after).blocks)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8-dynamic", "w8a8-dynamic-token", "w8a8-static:absmax"])
+@pytest.mark.parametrize("name", ["opt", "llama", "gpt2", "gemma2-eager", "gptj"])
+def test_attn8_makes_sites_that_lose_little(name: str, scheme: str) -> None:
+    model, data = ARCHITECTURES[name](), [inputs()]
+    plain = fxquant.convert(model, scheme, calibration=data)
+    coded = fxquant.convert(model, f"{scheme}+attn8", calibration=data)
+    products = [site for site in info(coded).sites if site.role == "matmul"]
+    assert [site.path.rpartition(".")[2] for site in products] == ["qk", "pv"] * 2
+    left = [entry.path for entry in info(coded).left_in_float]
+    assert not [p for p in left if p.startswith("scaled_dot_product")]
+    assert "scaled_dot_product_attention x2" in [e.path for e in info(plain).left_in_float] or (
+        "eager" in name or name == "gptj"
+    )
+    sums = [node for node in coded.graph.nodes if is_op(node, OPS.int_matmul.default)]
+    assert len(sums) == 4
+    expected, found = logits(fxquant.convert(model, "fp")), logits(coded)
+    error = (found - expected).norm() / expected.norm()
+    assert error != (logits(plain) - expected).norm() / expected.norm()
+    assert error < 0.2
+
+
+@pytest.mark.parametrize("scheme", ["w8a8-dynamic-token+attn8", "w8a8-static:absmax+attn8"])
+def test_a_product_by_hand(scheme: str) -> None:
+    """The integer site from the values in front of it, in float64: codes, sums, scales."""
+    graph = fxquant.convert(llama(), scheme, calibration=[inputs()])
+    values: dict[Any, Any] = {}
+    from fxquant.execution import Executor
+
+    def keep(node: Any, value: Any) -> Any:
+        values[node] = value
+        return value
+
+    with torch.no_grad():
+        Executor(graph).run(keep, **inputs())
+    checked = 0
+    for site, node in site_outputs(graph):
+        if site.role != "matmul":
+            continue
+        acc, left_scale, right_scale = node.args[:3]
+        left, right = (values[operand] for operand in acc.args)  # type: ignore[union-attr]
+        exact = left.long() @ right.long()
+        assert torch.equal(values[acc].long(), exact)
+        scaled = exact.double() * values[left_scale].double() * values[right_scale].double()
+        assert torch.allclose(values[node].double(), scaled, rtol=1e-6)
+        assert int(left.abs().max()) <= 127
+        checked += 1
+    assert checked == 4
+
+
+def test_integers_equal_their_simulation() -> None:
+    for scheme in ("w8a8-dynamic-token+attn8+kv8", "w8a8-static:absmax+attn8"):
+        levels = [
+            logits(fxquant.convert(opt(), scheme, calibration=[inputs()], level=level))
+            for level in ("qdq", "integer")
+        ]
+        assert relative_difference(*levels) < 0.02  # rounding flips behind reordered sums
+
+
+def test_overrides_leave_products_in_float() -> None:
+    scheme = '{"scheme": "w8a8-dynamic+attn8", "overrides": {"*.pv": "fp"}}'
+    graph = fxquant.convert(opt(), scheme)
+    assert sum(is_op(n, OPS.int_matmul.default) for n in graph.graph.nodes) == 2
+    left = {entry.path: entry.reason for entry in info(graph).left_in_float}
+    assert "override" in left["model.decoder.layers.0.self_attn.pv"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 2500), st.integers(1, 5), st.integers(0, 2**20))
+def test_batched_products_are_exact(rows: int, length: int, columns: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.randint(-128, 128, (2, rows, length), generator=generator, dtype=torch.int8)
+    right = torch.randint(-128, 128, (2, length, columns), generator=generator, dtype=torch.int8)
+    if seed % 3 == 0:
+        left, right = left.fill_(-128), right.fill_(-128)  # the largest sum there is
+    assert torch.equal(batched_int_matmul(left, right).long(), left.long() @ right.long())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_store_kv_rounds_per_token_and_head(bits: int) -> None:
+    x = torch.randn(2, 3, 5, 16, generator=torch.Generator().manual_seed(0))
+    x[0, 1, 2] *= 1000
+    stored = torch.ops.fxquant.store_kv(x, bits)
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    step = (high - low) / (2**bits - 1)
+    assert bool(((stored - x).abs() <= step * 1.001).all())
+    assert not torch.equal(stored, x)
+    levels = torch.stack([row.unique().numel() * torch.ones(1) for row in stored.view(-1, 16)])
+    assert int(levels.max()) <= 2**bits
+
+
+@pytest.mark.parametrize("name", ["opt", "llama", "gpt2", "gemma2-sdpa", "qwen3", "phi"])
+def test_caches_cost_more_the_fewer_bits(name: str) -> None:
+    model = ARCHITECTURES[name]()
+    expected = logits(fxquant.convert(model, "fp"))
+    graphs = {s: fxquant.convert(model, f"fp+{s}") for s in ("kv8", "kv4")}
+    errors = {s: float((logits(g) - expected).norm() / expected.norm()) for s, g in graphs.items()}
+    assert 0 < errors["kv8"] < 0.05
+    assert 4 * errors["kv8"] < errors["kv4"] < 0.6
+    stores = [n for n in graphs["kv8"].graph.nodes if is_op(n, OPS.store_kv.default)]
+    assert len(stores) == 2 * len(info(graphs["kv8"]).blocks)
+
+
+def test_all_three_compose_and_bad_ones_say_why() -> None:
+    graph = fxquant.convert(llama(), "w8a8-dynamic-token+attn8+kv8")
+    names = [node.target for node in graph.graph.nodes]
+    assert names.count(OPS.store_kv.default) == names.count(OPS.int_matmul.default) == 4
+    with pytest.raises(SchemeError, match="attn8 goes with a scheme that quantizes"):
+        fxquant.convert(opt(), "fp+attn8")
+    with pytest.raises(SchemeError, match="stored in codes already"):
+        fxquant.convert(opt(), "w8+kv8+kv4")
+    with pytest.raises(ModelError, match="no attention found"):
+        fxquant.convert(ARCHITECTURES["bloom"](), "w8+attn8")

@@ -1,0 +1,189 @@
+"""rotate: the same logits in another basis, outliers spread, and reasons where it cannot be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+import fxquant
+from fxquant.errors import ModelError
+from fxquant.execution import Executor
+from fxquant.graph import info, site_outputs, source_of
+from fxquant.hadamard import orthogonal_factors, paley, random_orthogonal, sylvester
+from fxquant.passes import NameSites, Rotate
+from fxquant.passes.rotate import OnlineRotation
+from fxquant.pipeline import Pipeline
+from fxquant.residual import residual_stream
+from fxquant.schemes import Scheme
+from tests.architectures import ARCHITECTURES, gpt2, llama, opt, padding_mask, token_ids
+
+# What stands between the blocks and the stream, and where the error must point.
+REASONS = {
+    "opt-post-layernorm": "does not read the stream that the token embedding starts",
+    "gemma2-sdpa": "neither a linear nor an embedding",
+    "gemma2-eager": "neither a linear nor an embedding",
+    "gemma3": "otherwise than by an embedding module",
+    "bloom": "a LayerNorm reads the gained",
+    "olmo2": "neither a linear nor an embedding",
+}
+
+
+def logits(graph: GraphModule) -> Tensor:
+    mask = padding_mask(3, 11, "left")
+    with torch.no_grad():
+        found = graph(input_ids=token_ids(3, 11), attention_mask=mask)
+    assert isinstance(found, Tensor)
+    return found[mask.bool()]
+
+
+@pytest.mark.parametrize("name", [n for n in ARCHITECTURES if n not in REASONS])
+def test_the_float_function_stays(name: str) -> None:
+    """To 1e-5 of the largest logit in fp32, with padding; every site of the blocks has changed."""
+    model = ARCHITECTURES[name]()
+    before, after = fxquant.convert(model, "fp"), fxquant.convert(model, "fp+rotate(seed=3)")
+    expected = logits(before)
+    assert (logits(after) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    for site in info(before).sites:
+        old, new = (g.get_submodule(site.path).weight for g in (before, after))
+        assert old.shape != new.shape or not torch.allclose(old, new, atol=1e-3), site.path  # type: ignore[arg-type]
+    online = [m for m in after.modules() if isinstance(m, OnlineRotation)]
+    assert len(online) == len(info(after).blocks)
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_where_it_cannot_be_the_reason_is_given(name: str) -> None:
+    with pytest.raises(ModelError, match=REASONS[name]):
+        fxquant.convert(ARCHITECTURES[name](), "fp+rotate")
+
+
+def test_the_three_mistakes_that_others_make_on_opt() -> None:
+    """A tied head, v_proj's bias, the rotation in front of fc2: each of them by itself."""
+    model = opt()
+    assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
+    graph = fxquant.convert(model, "fp+rotate")
+    assert not torch.allclose(
+        graph.get_submodule("lm_head").weight,  # type: ignore[arg-type]
+        graph.get_submodule("model.decoder.embed_tokens").weight,  # type: ignore[arg-type]
+        atol=1e-3,
+    )
+    layer = "model.decoder.layers.0"
+    norm = model.get_submodule(f"{layer}.self_attn_layer_norm")
+    for name in ("q_proj", "k_proj", "v_proj"):
+        old = model.get_submodule(f"{layer}.self_attn.{name}")
+        wanted = old.weight @ norm.bias + old.bias  # once for each consumer, not divided
+        assert torch.allclose(
+            graph.get_submodule(f"{layer}.self_attn.{name}").bias,  # type: ignore[arg-type]
+            wanted,
+            atol=1e-5,
+        )
+    sites = {site.path: node for site, node in site_outputs(graph)}
+    for block in info(graph).blocks:
+        before_fc2 = source_of(sites[f"{block}.fc2"])
+        assert isinstance(graph.get_submodule(str(before_fc2.target)), OnlineRotation)
+        assert "out_proj_rotation" not in str(source_of(sites[f"{block}.self_attn.out_proj"]))
+
+
+def test_norms_are_plain_and_the_stream_has_no_mean() -> None:
+    graph = fxquant.convert(gpt2(), "fp+rotate")
+    norms = [m for m in graph.modules() if isinstance(m, nn.LayerNorm | nn.RMSNorm)]
+    assert len(norms) == 5
+    for norm in norms:
+        assert isinstance(norm, nn.RMSNorm)
+        assert norm.weight is None
+    twice = residual_stream(graph)
+    assert all(norm.gain is None for norm in twice.norms)
+    assert len(twice.writers) == 2 + 2 * 2
+    assert len(twice.norms) == 5
+
+
+def test_an_outlier_channel_is_spread() -> None:
+    """One channel of the stream 30 times the others: its share of the energy falls to about 1/d."""
+    model = llama()
+    for name, module in model.named_modules():
+        if name.endswith("embed_tokens") or name.endswith(("o_proj", "down_proj")):
+            weight = module.weight.data
+            weight[:, 5] *= 30 if name.endswith("embed_tokens") else 1
+            weight[5] *= 1 if name.endswith("embed_tokens") else 30
+    plain, rotated = (fxquant.convert(model, scheme) for scheme in ("fp", "fp+rotate"))
+
+    def share(graph: GraphModule) -> float:
+        """Largest channel's share of the energy at the first norm's input."""
+        stream: list[Tensor] = []
+        first = next(n for n in graph.graph.nodes if str(n.target).endswith("embed_tokens"))
+
+        def keep(node: Node, value: Any) -> Any:
+            if node is first:
+                stream.append(value)
+            return value
+
+        with torch.no_grad():
+            Executor(graph).run(keep, input_ids=token_ids(2, 9))
+        energy = stream[0].square().mean((0, 1))
+        return float(energy.max() / energy.sum())
+
+    assert share(plain) > 0.9
+    assert share(rotated) < 3 / 32
+
+
+@pytest.mark.parametrize("scheme", ["w4a8-dynamic-token", "w8a8-static", "w4-g16-asym"])
+def test_it_lowers_like_any_other_graph(scheme: str) -> None:
+    data = [token_ids(4, 16)]
+    graph = fxquant.convert(llama(), f"{scheme}+rotate", calibration=data)
+    assert bool(torch.isfinite(logits(graph)).all())
+    combined = fxquant.convert(opt(), f"{scheme}+rotate+gptq", calibration=data)
+    assert bool(torch.isfinite(logits(combined)).all())
+
+
+def test_codes_come_after_rotation() -> None:
+    with pytest.raises(ModelError, match="its codes are chosen already"):
+        fxquant.convert(opt(), "w4+gptq+rotate", calibration=[token_ids(4, 16)])
+
+
+def test_without_the_online_rotation() -> None:
+    model = llama()
+    graph = fxquant.convert(model, "fp+rotate(online=false)")
+    assert not [m for m in graph.modules() if isinstance(m, OnlineRotation)]
+    expected = logits(fxquant.convert(model, "fp"))
+    assert (logits(graph) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_the_users_model_stays() -> None:
+    model = opt()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    graph = NameSites()(fxquant.trace(model))
+    Pipeline((Rotate(scheme=Scheme.parse("fp")),)).run(graph)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("order", [4, 8, 12, 20, 24, 28, 36, 44, 60, 68, 72, 76, 84, 384])
+def test_paley_matrices_are_hadamard(order: int) -> None:
+    matrix = paley(order)
+    assert matrix is not None
+    assert torch.equal(matrix.abs(), torch.ones_like(matrix))
+    assert torch.equal(matrix @ matrix.T, order * torch.eye(order, dtype=torch.float64))
+
+
+def test_paley_says_where_it_has_none() -> None:
+    assert [order for order in range(1, 41) if order % 4 == 0 and paley(order) is None] == [16, 40]
+
+
+@pytest.mark.parametrize("width", [1, 2, 12, 32, 40, 56, 64, 96, 576, 768, 1536, 2048, 5, 100, 33])
+def test_factors_are_orthogonal_and_hadamard_where_there_is_one(width: int) -> None:
+    left, right, hadamard = orthogonal_factors(width, 0)
+    whole = torch.kron(left, right)
+    assert torch.allclose(whole @ whole.T, torch.eye(width, dtype=torch.float64), atol=1e-12)
+    assert hadamard == (width not in (5, 100, 33))
+    if hadamard:
+        assert torch.allclose(whole.abs(), torch.full_like(whole, width**-0.5))
+
+
+def test_online_rotation_is_the_kronecker_product() -> None:
+    left, right = random_orthogonal(3, 0).float(), (sylvester(4) / 2).float()
+    x = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))
+    expected = x @ torch.kron(left, right)
+    assert torch.allclose(OnlineRotation(left, right)(x), expected, atol=1e-6)
