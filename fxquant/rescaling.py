@@ -9,8 +9,8 @@ from torch.fx import GraphModule
 from fxquant.absorption import ScaleGroup
 from fxquant.errors import NonFiniteError, VerificationError
 from fxquant.graph import Builder, float_dtype, install, linear_parameters
-from fxquant.leaves import install_weight, with_parameters
 from fxquant.scale_paths import Producer
+from fxquant.weights import install_weight, with_parameters
 
 CONTAINER = "fxquant_scales"
 

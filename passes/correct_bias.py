@@ -19,12 +19,12 @@ from fxquant.graph import (
     linear_parameters,
     site_outputs,
 )
-from fxquant.leaves import with_parameters
 from fxquant.levels import is_observer
 from fxquant.observers import attended
 from fxquant.passes.quantize import Quantize
 from fxquant.repair import Repair
 from fxquant.sequential import SequentialRun
+from fxquant.weights import with_parameters
 
 
 @dataclass(frozen=True)

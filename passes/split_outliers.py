@@ -23,10 +23,10 @@ from fxquant.graph import (
     source_of,
     update_info,
 )
-from fxquant.leaves import install_weight
 from fxquant.observers import ChannelAbsmax
 from fxquant.passes.statistics import observe_nodes
 from fxquant.repair import Repair
+from fxquant.weights import install_weight
 
 CONTAINER = "fxquant_outliers"
 

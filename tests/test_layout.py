@@ -31,7 +31,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "size",
         "repair",
     ),
-    ("sequential", "leaves", "scale_paths", "hadamard", "residual"),
+    ("sequential", "weights", "scale_paths", "hadamard", "residual"),
     ("channels",),
     ("absorption",),
     ("rescaling",),
