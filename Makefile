@@ -26,10 +26,10 @@ readme: venv
 	$(BIN)/python -m benchmarks.readme_tables
 
 test: venv
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n auto --dist loadfile
 
 test-all: venv
-	$(BIN)/pytest -q -m ''
+	$(BIN)/pytest -q -n auto --dist loadfile -m ''
 
 lint: venv
 	$(BIN)/ruff check .

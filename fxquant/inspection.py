@@ -97,10 +97,11 @@ class Inspection:
         write_dot(self.dot(index), Path(path))
 
     def to_dict(self) -> dict[str, Any]:
-        """The summary with every site, as JSON has it: no NaN, tuples as lists."""
+        """The summary with every site and each pass's diff, as JSON has it: no NaN, no tuples."""
         data = asdict(summarize(self._gm, fold=False))
         for record in data["history"]:
             del record["delta"]
+            record["diff"] = self.diff(record["name"])
         plain: dict[str, Any] = _plain(data)
         return plain
 
