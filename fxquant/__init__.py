@@ -1,5 +1,7 @@
 """fxquant: a torch.fx graph-transformation compiler for post-training quantization."""
 
+from fxquant.checkpoint import load as load
+from fxquant.checkpoint import save as save
 from fxquant.conversion import convert as convert
 from fxquant.conversion import recipe as recipe
 from fxquant.errors import FxquantError as FxquantError

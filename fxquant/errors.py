@@ -31,3 +31,7 @@ class VerificationError(FxquantError, RuntimeError):
 
 class DataError(FxquantError, ValueError):
     """Text, windows or an output folder cannot serve an evaluation."""
+
+
+class CheckpointError(FxquantError, ValueError):
+    """A graph cannot be saved, or a saved one is damaged, foreign or from a newer version."""

@@ -240,6 +240,7 @@ def _describe(model: PreTrainedModel) -> GraphInfo:
         blocks=_decoder_blocks(model),
         head=_path_of(model, model.get_output_embeddings()),
         embeddings=_path_of(model, embedding),
+        config=str(model.config.to_json_string(use_diff=False)),
     )
 
 

@@ -70,7 +70,9 @@ class Quantize(Pass):
                 left.append(LeftInFloat(site.path, _why_float(site, self.scheme)))
                 continue
             if site.role == "embeddings":
-                _lower_embedding(gm, site, node, spec.weight)
+                looked_up = _lower_embedding(gm, site, node, spec.weight)
+                if node in inputs.observers:  # a block without a first norm reads it directly
+                    inputs.observers[looked_up] = inputs.observers.pop(node)
             else:
                 _lower_linear(gm, site, node, spec, inputs)
         for node in list(gm.graph.nodes):
@@ -163,7 +165,8 @@ def site_codes(module: nn.Module, spec: TensorSpec, site: str) -> dict[str, Tens
         raise VerificationError(
             f"quantize: {site}: its codes were chosen for {module.spec}, the scheme asks for {spec}"
         )
-    return dict(module.codes.named_buffers())
+    # By attribute: streamed buffers are on meta.
+    return {name: getattr(module.codes, name) for name, _ in module.codes.named_buffers()}
 
 
 def quantize_weight(weight: Tensor, spec: TensorSpec, site: str) -> dict[str, Tensor]:
@@ -222,8 +225,8 @@ def _lower_linear(gm: GraphModule, site: Site, node: Node, spec: SiteSpec, input
     builder.replace(node, y)
 
 
-def _lower_embedding(gm: GraphModule, site: Site, node: Node, spec: TensorSpec) -> None:
-    """Look up codes and their scales, then dequantize only the rows found."""
+def _lower_embedding(gm: GraphModule, site: Site, node: Node, spec: TensorSpec) -> Node:
+    """Look up codes and their scales, then dequantize only the rows found; the result's node."""
     weight, _ = linear_parameters(gm.get_submodule(site.path))
     tensors = quantize_weight(weight, spec, site.path)
     install(gm, site.path, QuantizedParameters({**tensors, "like": weight.new_empty(0)}))
@@ -252,3 +255,4 @@ def _lower_embedding(gm: GraphModule, site: Site, node: Node, spec: TensorSpec) 
             is_output=True,
         )
     builder.replace(node, y)
+    return y
