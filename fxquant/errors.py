@@ -35,3 +35,7 @@ class DataError(FxquantError, ValueError):
 
 class CheckpointError(FxquantError, ValueError):
     """A graph cannot be saved, or a saved one is damaged, foreign or from a newer version."""
+
+
+class DistributedError(FxquantError, RuntimeError):
+    """The processes of a run do not find each other, or one of them has ended."""

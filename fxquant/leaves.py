@@ -137,6 +137,13 @@ def restream(root: nn.Module, sources: dict[str, dict[str, Source]]) -> None:
             stream_leaf(module, {name: sources[path][name] for name in on_meta})
 
 
+def streamed_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each streamed tensor below ``root``, read one after the other."""
+    for path, module in root.named_modules():
+        for name, source in sources_of(module).items():
+            yield f"{path}.{name}", source.read()
+
+
 def streamed_device(root: nn.Module) -> torch.device | None:
     """Where the streamed tensors below ``root`` are read to; None if nothing is streamed."""
     for module in root.modules():
