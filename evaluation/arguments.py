@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-from fxquant.evaluation.job import Job, run
+from fxquant.distributed import is_main, session
+from fxquant.evaluation.job import Job, Outcome, run
 from fxquant.evaluation.models import DTYPES
 from fxquant.evaluation.tables import format_table, sentences
 
@@ -15,10 +17,18 @@ INTERRUPTED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="hub name, directory or package:NAME")
+    parser.add_argument(
+        "--model", required=True, help="hub name, directory (also of fxquant.save) or package:NAME"
+    )
     parser.add_argument("--revision", help="of a hub model")
     parser.add_argument(
-        "--schemes", nargs="+", required=True, help="such as w8 w8a8-static: docs/schemes.md"
+        "--schemes",
+        nargs="+",
+        default=[],
+        help="such as w8 w8a8-static: docs/schemes.md; none for a saved graph",
+    )
+    parser.add_argument(
+        "--stream", action="store_true", help="leave weights in their files: larger than memory"
     )
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--dataset", choices=("wikitext2",), help="evaluate on a dataset")
@@ -43,7 +53,13 @@ def evaluate_command(options: argparse.Namespace) -> int:
     fields = {name: value for name, value in vars(options).items() if name in Job.__match_args__}
     command = shlex.join(["fxquant", "evaluate", *sys.argv[_arguments_start() :]])
     job = Job(**{**fields, "schemes": tuple(options.schemes), "command": command})
-    outcome = run(job)
+    with session(job.device) as device:
+        job = replace(job, device=device, output=job.output if is_main() else None)
+        outcome = run(job)
+        return _print(job, outcome) if is_main() else 0
+
+
+def _print(job: Job, outcome: Outcome) -> int:
     if outcome.rows:
         print(format_table(outcome.rows))
         print(f"\n{outcome.provenance.line()}")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,18 +17,20 @@ from tqdm import tqdm
 
 from fxquant import conversion
 from fxquant.batches import check_ids
+from fxquant.distributed import is_main, world_size
 from fxquant.errors import DataError, FxquantError
 from fxquant.evaluation.data import Windows, check_counts, cut_windows, load_dataset_text, load_text
 from fxquant.evaluation.models import LoadedModel, check_device, load_model, resolve_dtype, versions
 from fxquant.evaluation.perplexity import evaluate
 from fxquant.evaluation.results import Provenance, Row, prepare_folder, write_results
 from fxquant.evaluation.tables import format_table
-from fxquant.graph import GraphInfo, float_dtype, info
+from fxquant.graph import GraphInfo, Level, float_dtype, info, set_workspace
+from fxquant.manifest import is_checkpoint
 from fxquant.passes import Integerize, Quantize
 from fxquant.pipeline import Pipeline
 from fxquant.schemes import Scheme
 from fxquant.size import bits_per_weight
-from fxquant.tracing import trace
+from fxquant.streamed import Workspace
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Job:
     seed: int = 0
     output: Path | None = None
     overwrite: bool = False
+    stream: bool = False
     command: str = field(default="", compare=False)
 
 
@@ -69,6 +75,7 @@ def run(job: Job, say: Callable[[str], None] = print) -> Outcome:
     check_counts(job.windows, job.length, job.calibration_windows)
     check_device(job.device)
     resolve_dtype(job.dtype, job.device)
+    check_saved(job)
     schemes = ordered_schemes(job.schemes)
     for scheme in schemes:
         enough: tuple[Tensor, ...] | None = (torch.empty(0),) if job.calibration_windows else None
@@ -76,7 +83,9 @@ def run(job: Job, say: Callable[[str], None] = print) -> Outcome:
     if job.output is not None:
         prepare_folder(job.output, job.overwrite)
     source = load_text(job.text) if job.dataset is None else load_dataset_text(job.dataset)
-    loaded = load_model(job.model, dtype=job.dtype, device=job.device, revision=job.revision)
+    loaded = load_model(
+        job.model, dtype=job.dtype, device=job.device, revision=job.revision, streamed=job.stream
+    )
     windows = cut_windows(
         source,
         loaded.tokenizer,
@@ -86,10 +95,35 @@ def run(job: Job, say: Callable[[str], None] = print) -> Outcome:
         seed=job.seed,
     )
     torch.manual_seed(job.seed)
-    graph = trace(loaded.model)
+    graph = loaded.graph
     check_ids(windows.evaluation, info(graph), "evaluation windows")
     provenance = _provenance(job, loaded, graph, source.name, source.digest)
-    return _rows(job, schemes, graph, windows, provenance, say)
+    if isinstance(loaded.model, GraphModule):
+        schemes = [Scheme.parse(info(graph).scheme)]
+    with workspace_for(graph, job.stream):
+        return _rows(job, schemes, graph, windows, provenance, say)
+
+
+def check_saved(job: Job) -> None:
+    """Raise DataError where schemes and model do not go together: a saved graph has its own."""
+    saved = is_checkpoint(Path(job.model))
+    if saved and job.schemes:
+        raise DataError(
+            f"{job.model} is a saved graph, which has its scheme: omit --schemes to evaluate it"
+        )
+    if not saved and not job.schemes:
+        raise DataError("give --schemes, such as w8 w8a8-static (only a saved graph has its own)")
+
+
+@contextlib.contextmanager
+def workspace_for(graph: GraphModule, streamed: bool) -> Iterator[None]:
+    """A folder for the leaves that conversions of a streamed graph make, while they are needed."""
+    if not streamed or info(graph).level != Level.FLOAT:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="fxquant-") as folder:
+        set_workspace(graph, Workspace(Path(folder)))
+        yield
 
 
 def ordered_schemes(texts: tuple[str, ...]) -> list[Scheme]:
@@ -115,7 +149,7 @@ def _rows(
 
     keep(complete=False)  # an older run's results must not pass for this one's
     try:
-        for scheme in tqdm(schemes, "schemes", unit="scheme", disable=None):
+        for scheme in tqdm(schemes, "schemes", unit="scheme", disable=None if is_main() else True):
             rows.append(_row(converter, scheme, windows, job.batch_size, rows))
             keep(complete=len(rows) == len(schemes))
     except KeyboardInterrupt:
@@ -140,13 +174,18 @@ def _row(
         scheme=str(scheme),
         loss=measured.loss,
         perplexity=measured.perplexity,
-        delta_loss=measured.loss - before[0].loss if before else 0.0,
+        delta_loss=measured.loss - before[0].loss if before else _reference(converter),
         bits_per_weight=bits_per_weight(converted),
         share_clipped=measured.share_clipped,
         convert_seconds=convert_seconds,
         evaluate_seconds=measured.seconds,
         left_in_float=tuple(f"{e.path}: {e.reason}" for e in info(converted).left_in_float),
     )
+
+
+def _reference(converter: Converter) -> float:
+    """Δloss of a first row: it is the float model's, or that of a saved graph, which has none."""
+    return 0.0 if converter.starts_float else math.nan
 
 
 @dataclass
@@ -157,7 +196,14 @@ class Converter:
     calibration: Tensor
     observed: dict[frozenset[str], GraphModule] = field(default_factory=dict)
 
+    @property
+    def starts_float(self) -> bool:
+        """Whether the graph is as trace made it; a saved one may be anything."""
+        return not info(self.graph).history
+
     def convert(self, scheme: Scheme) -> GraphModule:
+        if not self.starts_float:
+            return self.graph  # a saved graph: quantized already
         if not scheme.needs_calibration or scheme.repairs:
             batches = self.calibration.split(1) if len(self.calibration) else None
             return conversion.convert(self.graph, scheme, calibration=batches, progress=True)
@@ -200,4 +246,5 @@ def _provenance(
         threads=torch.get_num_threads(),
         versions=versions(),
         command=job.command,
+        processes=world_size(),
     )

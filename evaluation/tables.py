@@ -20,7 +20,7 @@ def format_table(rows: Sequence[Row], style: str = "github") -> str:
             row.scheme,
             f"{row.loss:.4f}",
             f"{row.perplexity:.2f}" if row.perplexity < 1e6 else f"{row.perplexity:.2e}",
-            f"{row.delta_loss:+.4f}",
+            "-" if math.isnan(row.delta_loss) else f"{row.delta_loss:+.4f}",
             f"{row.bits_per_weight:.2f}",
             "-" if row.share_clipped is None else f"{row.share_clipped:.4%}",
             f"{row.convert_seconds + row.evaluate_seconds:.1f}",

@@ -23,14 +23,14 @@ from torch.fx import Graph, GraphModule
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fxquant.certificate import check_chunks
+from fxquant.dataclass_json import from_json, to_json
 from fxquant.errors import CheckpointError, FxquantError
 from fxquant.graph import GraphInfo, info, set_info
 from fxquant.graph_json import decode_nodes, encode_node
-from fxquant.leaves import Source, sources_of, stream_leaf
 from fxquant.levels import verify
 from fxquant.manifest import check_manifest, is_checkpoint, write_manifest
 from fxquant.module_json import NONE, decode_module, encode_module, register_tensors
-from fxquant.records import from_json, to_json
+from fxquant.streamed import Source, sources_of, stream_leaf
 from fxquant.tensor_file import TensorFile, storage_order
 
 GRAPH, CONFIG = "graph.json", "config.json"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
-from fxquant.leaves import held
+from fxquant.streamed import held
 
 OnNode = Callable[[Node, Any], Any]
 

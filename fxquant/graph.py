@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from transformers.pytorch_utils import Conv1D
 
-from fxquant.leaves import Workspace, streamed_device
 from fxquant.schemes import Role
 from fxquant.specs import TensorSpec
+from fxquant.streamed import Workspace, streamed_device
 
 LINEAR = (nn.Linear, Conv1D)
 

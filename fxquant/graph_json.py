@@ -16,10 +16,10 @@ import torch
 from torch.fx import Graph, Node
 from torch.nn import functional
 
+from fxquant.dataclass_json import from_json, to_json
 from fxquant.errors import CheckpointError
 from fxquant.graph import Tag, set_tag, tag
 from fxquant.levels import LEGAL
-from fxquant.records import from_json, to_json
 from fxquant.tracing import default_mask
 
 _OPERATOR = """abs add and_ eq floordiv ge getitem gt iadd invert le lshift lt matmul mod mul ne neg

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from transformers.pytorch_utils import Conv1D
 
+from fxquant.dataclass_json import from_json, to_json
 from fxquant.errors import CheckpointError
 from fxquant.graph import CodedLinear, QuantizedParameters
-from fxquant.leaves import plain_type
 from fxquant.passes.fp32_gemm import Fp32Linear
-from fxquant.records import from_json, to_json
 from fxquant.specs import TensorSpec
+from fxquant.streamed import plain_type
 
 PARAMETER, BUFFER, NONE = "parameter", "buffer", "none"
 

@@ -23,7 +23,7 @@ from transformers.modeling_utils import no_init_weights
 from fxquant.errors import CheckpointError, ModelError
 from fxquant.execution import Executor, OnNode
 from fxquant.graph import info, tag
-from fxquant.leaves import Source, Streamed, restream
+from fxquant.streamed import Source, Streamed, restream
 from fxquant.tensor_file import TensorFile
 
 INDEX = "model.safetensors.index.json"

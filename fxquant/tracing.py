@@ -26,9 +26,9 @@ from transformers.utils.fx import HFTracer
 from fxquant.attention import registered
 from fxquant.errors import ModelError, NonFiniteError, TracingError
 from fxquant.graph import LINEAR, GraphInfo, clone_sharing_storage, device_of, float_dtype, set_info
-from fxquant.leaves import restream, streamed_tensors, unstreamed
 from fxquant.levels import verify
 from fxquant.pipeline import Probe, relative_difference
+from fxquant.streamed import restream, streamed_tensors, unstreamed
 
 TESTED_TRANSFORMERS = "4.57.6"
 # 4.52 scales OPT's attention twice (transformers issue 38277): perplexity 26 became 388418.

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 ORDER: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("quantization",),
-    ("records", "tensor_file", "manifest"),
+    ("dataclass_json", "tensor_file", "manifest"),
     (
         "specs",
         "spelling",

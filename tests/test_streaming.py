@@ -16,9 +16,9 @@ import fxquant
 from fxquant.errors import ModelError, NonFiniteError
 from fxquant.evaluation.perplexity import evaluate
 from fxquant.graph import info, set_workspace
-from fxquant.leaves import Source, Workspace
 from fxquant.passes import Calibrate, NameSites, Observe
 from fxquant.schemes import Scheme
+from fxquant.streamed import Source, Workspace
 from fxquant.streaming import stream
 from fxquant.tensor_file import TensorFile
 from fxquant.tracing import trace
