@@ -17,16 +17,26 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 import fxquant
+from fxquant.cli import main
 from fxquant.errors import CheckpointError
+from fxquant.evaluation import evaluate, load_text
 from fxquant.graph import info, tag
 from fxquant.manifest import MANIFEST, write_manifest
 from fxquant.tracing import trace
 from tests.architectures import ARCHITECTURES, llama, opt, padding_mask, token_ids
-from tests.models import small_opt
+from tests.models import SMALL_OPT, small_opt
 
 HEAD = '{"scheme": "w4-g16/a8-static-asym", "overrides": {"head": "w8", "embeddings": "w8"}}'
-SCHEMES = ("fp32-gemm", "w8a8-dynamic-token", HEAD)
-MORE_SCHEMES = ("fp", "w8", "w4-g16-asym", "w4/a4-dynamic", "w8a8-static", "w8a8-static-asym")
+SCHEMES = ("fp32-gemm", HEAD)
+MORE_SCHEMES = (
+    "fp",
+    "w8",
+    "w8a8-dynamic-token",
+    "w4-g16-asym",
+    "w4/a4-dynamic",
+    "w8a8-static",
+    "w8a8-static-asym",
+)
 CALIBRATION = [token_ids(2, 12, seed=3)]
 
 
@@ -361,3 +371,45 @@ def test_manifest_outside_its_folder_is_refused(copy: Path) -> None:
     (copy / MANIFEST).write_text(json.dumps(body, indent=1, sort_keys=True) + "\n")
     with pytest.raises(CheckpointError, match="outside"):
         fxquant.load(copy)
+
+
+def test_evaluate_takes_a_saved_graph(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = ["--windows", "2", "--length", "48", "--calibration-windows", "0"]
+    assert main(["evaluate", "--model", str(saved), *short, "--output", str(tmp_path)]) == 0
+    table = capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert row["scheme"] == "w8a8-static"
+    assert table.splitlines()[2].split("|")[4].strip() == "-"  # no float model to compare with
+    _, tokenizer = small_opt()
+    ids = tokenizer(load_text("builtin").evaluation)["input_ids"][:96]
+    measured = evaluate(fxquant.load(saved), torch.tensor(ids).view(2, 48))
+    assert row["loss"] == measured.loss
+    assert main(["evaluate", "--model", str(saved), *short, "--stream"]) == 0
+    assert f"{row['loss']:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--schemes", "w8"], "is a saved graph, which has its scheme: omit --schemes"),
+        (["--dtype", "float16"], "its dtype is part of it"),
+    ],
+)
+def test_evaluate_says_what_a_saved_graph_does_not_take(
+    saved: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", "--model", str(saved), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_evaluate_needs_schemes_for_a_float_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--model", str(SMALL_OPT)]) == 2
+    assert "give --schemes" in capsys.readouterr().err
+
+
+def test_evaluate_needs_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fxquant.save(fxquant.convert(opt(), "w8"), tmp_path / "saved")
+    assert main(["evaluate", "--model", str(tmp_path / "saved")]) == 2
+    assert "holds no tokenizer" in capsys.readouterr().err

@@ -33,7 +33,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ),
     (
         "graph",
-        "leaves",
+        "streamed",
         "execution",
         "levels",
         "pipeline",
