@@ -55,6 +55,7 @@ def write_random(config: OPTConfig, directory: Path) -> None:
     """Random fp16 weights, a shard a block, without ever holding the model."""
     with init_empty_weights():
         model = OPTForCausalLM(config)
+    model.tie_weights()
     config.architectures, config.dtype = ["OPTForCausalLM"], torch.float16
     config.save_pretrained(directory)
     generator = torch.Generator().manual_seed(0)

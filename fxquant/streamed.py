@@ -56,7 +56,7 @@ class Streamed(nn.Module):
     _held: dict[str, Tensor] | None
 
     def __getattr__(self, name: str) -> Any:
-        source = self.__dict__.get("_sources", {}).get(name)
+        source = sources_of(self).get(name)
         if source is None:
             return super().__getattr__(name)
         held = self.__dict__["_held"]
@@ -68,10 +68,6 @@ class Streamed(nn.Module):
         if held is not None:
             held[name] = value
         return value
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self.__dict__.get("_sources", {}).pop(name, None)
-        super().__setattr__(name, value)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         raise ModelError(
@@ -108,9 +104,10 @@ def stream_leaf(module: nn.Module, sources: dict[str, Source]) -> None:
 
 
 def sources_of(module: nn.Module) -> dict[str, Source]:
-    """The module's own streamed tensors by name."""
+    """The module's own streamed tensors by name; what has been replaced since is not among them."""
     found: dict[str, Source] = module.__dict__.get("_sources", {})
-    return dict(found)
+    values = {**module._parameters, **module._buffers} if found else {}
+    return {n: s for n, s in found.items() if (v := values.get(n)) is not None and v.is_meta}
 
 
 def unstreamed(root: nn.Module) -> dict[str, dict[str, Source]]:

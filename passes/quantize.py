@@ -70,9 +70,7 @@ class Quantize(Pass):
                 left.append(LeftInFloat(site.path, _why_float(site, self.scheme)))
                 continue
             if site.role == "embeddings":
-                looked_up = _lower_embedding(gm, site, node, spec.weight)
-                if node in inputs.observers:  # a block without a first norm reads it directly
-                    inputs.observers[looked_up] = inputs.observers.pop(node)
+                _lower_embedding(gm, site, node, spec.weight, inputs)
             else:
                 _lower_linear(gm, site, node, spec, inputs)
         for node in list(gm.graph.nodes):
@@ -225,8 +223,10 @@ def _lower_linear(gm: GraphModule, site: Site, node: Node, spec: SiteSpec, input
     builder.replace(node, y)
 
 
-def _lower_embedding(gm: GraphModule, site: Site, node: Node, spec: TensorSpec) -> Node:
-    """Look up codes and their scales, then dequantize only the rows found; the result's node."""
+def _lower_embedding(
+    gm: GraphModule, site: Site, node: Node, spec: TensorSpec, inputs: _Inputs
+) -> None:
+    """Look up codes and their scales, then dequantize only the rows found."""
     weight, _ = linear_parameters(gm.get_submodule(site.path))
     tensors = quantize_weight(weight, spec, site.path)
     install(gm, site.path, QuantizedParameters({**tensors, "like": weight.new_empty(0)}))
@@ -254,5 +254,6 @@ def _lower_embedding(gm: GraphModule, site: Site, node: Node, spec: TensorSpec) 
             name="y",
             is_output=True,
         )
+    if node in inputs.observers:  # a block without a first norm reads the embedding directly
+        inputs.observers[y] = inputs.observers.pop(node)
     builder.replace(node, y)
-    return y

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 from transformers import AutoModelForCausalLM
 
@@ -138,6 +139,14 @@ def test_a_streamed_model_cannot_be_moved(stored: Path) -> None:
     for streamed in (stream(stored), trace(stream(stored))):
         with pytest.raises(ModelError, match="open it again"):
             streamed.half()
+
+
+def test_a_replaced_parameter_is_not_read_from_the_file(stored: Path) -> None:
+    graph = trace(stream(stored))
+    leaf = copy.copy(graph.get_submodule("model.decoder.layers.0.fc1"))
+    leaf._parameters = {**leaf._parameters, "weight": nn.Parameter(torch.ones(64, 32))}
+    assert torch.equal(leaf.weight, torch.ones(64, 32))
+    assert leaf.bias.device.type == "cpu"
 
 
 def test_stored_dtype_is_the_default(stored: Path) -> None:
