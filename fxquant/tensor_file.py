@@ -1,0 +1,105 @@
+"""Tensors read one by one from a safetensors file that is mapped, never loaded whole.
+
+The mapping is read-only and shared, so its pages belong to the page cache; what ``read`` returns
+is a fresh, aligned copy (a GEMM may round differently on unaligned operands).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fxquant.errors import CheckpointError
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies in the file, in bytes behind the header."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """An open safetensors file: ``entries`` by name; ``read`` copies one tensor out of it."""
+
+    path: Path
+    entries: dict[str, Entry]
+    start: int
+    mapping: mmap.mmap = field(repr=False, compare=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TensorFile:
+        return self  # immutable: copies of a graph read one file
+
+    @classmethod
+    def open(cls, path: Path) -> TensorFile:
+        """Map ``path``; CheckpointError if it is no intact safetensors file."""
+        try:
+            with safe_open(path, framework="np"):  # checks header, offsets and length
+                pass
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+                mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, SafetensorError, ValueError) as error:
+            raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+        header.pop("__metadata__", None)
+        strangers = {entry["dtype"] for entry in header.values()} - set(DTYPES)
+        if strangers:
+            raise CheckpointError(f"{path} holds tensors of type {', '.join(sorted(strangers))}")
+        entries = {
+            name: Entry(DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"][0])
+            for name, entry in header.items()
+        }
+        return cls(path, entries, 8 + length, mapping)
+
+    def read(self, name: str) -> Tensor:
+        """A fresh CPU tensor of the stored dtype and shape."""
+        entry = self.entries[name]
+        size = math.prod(entry.shape) * entry.dtype.itemsize
+        raw = torch.empty(size, dtype=torch.uint8)
+        if size:
+            offset = self.start + entry.begin
+            raw.numpy()[:] = np.frombuffer(self.mapping, np.uint8, size, offset)
+        return raw.view(entry.dtype).view(entry.shape)
+
+
+def storage_order(value: Tensor) -> tuple[int, ...]:
+    """The permutation that makes a dense tensor contiguous: (1, 0) for a transposed matrix.
+
+    Kept with the tensor, so that it is multiplied as it was before and rounds alike. The identity
+    where no permutation does.
+    """
+    dims = tuple(range(value.dim()))
+    order = tuple(sorted(dims, key=lambda dim: value.stride(dim), reverse=True))
+    return order if value.permute(order).is_contiguous() else dims
+
+
+def restore_order(stored: Tensor, order: Sequence[int]) -> Tensor:
+    """The inverse of ``value.permute(order)``."""
+    return stored.permute([order.index(dim) for dim in range(len(order))])
