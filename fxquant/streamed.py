@@ -36,7 +36,7 @@ class Source:
         return self
 
     def read(self) -> Tensor:
-        value = self.file.read(self.key).to(self.device, self.dtype)
+        value = self.file.read(self.key, self.dtype).to(self.device)
         return value if self.order is None else restore_order(value, self.order)
 
     @property

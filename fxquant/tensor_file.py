@@ -9,18 +9,19 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fxquant.errors import CheckpointError
 
+OWN_PAGES = 2**20
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -78,15 +79,33 @@ class TensorFile:
         }
         return cls(path, entries, 8 + length, mapping)
 
-    def read(self, name: str) -> Tensor:
-        """A fresh CPU tensor of the stored dtype and shape."""
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A fresh CPU tensor of the stored shape, in ``dtype`` (None: the stored one)."""
         entry = self.entries[name]
-        size = math.prod(entry.shape) * entry.dtype.itemsize
-        raw = torch.empty(size, dtype=torch.uint8)
-        if size:
-            offset = self.start + entry.begin
-            raw.numpy()[:] = np.frombuffer(self.mapping, np.uint8, size, offset)
-        return raw.view(entry.dtype).view(entry.shape)
+        count = math.prod(entry.shape)
+        result = _fresh(count, dtype or entry.dtype)
+        if count:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the view is read-only, and is only read
+                offset = self.start + entry.begin
+                stored = torch.frombuffer(
+                    self.mapping, dtype=entry.dtype, count=count, offset=offset
+                )
+            result.copy_(stored)
+        return result.view(entry.shape)
+
+
+def _fresh(count: int, dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor; a large one has pages of its own, which go back when it dies.
+
+    malloc would keep matrices of up to 32 MB in its heap, where small tensors that live on pin the
+    holes that they leave: a streamed run then grows by a matrix with every layer.
+    """
+    size = count * dtype.itemsize
+    if size < OWN_PAGES:
+        return torch.empty(count, dtype=dtype)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype, count=count)
 
 
 def storage_order(value: Tensor) -> tuple[int, ...]:

@@ -48,9 +48,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     counter: Counter[str] = Counter()
     read = TensorFile.read
 
-    def counted(self: TensorFile, name: str) -> Tensor:
+    def counted(self: TensorFile, name: str, dtype: torch.dtype | None = None) -> Tensor:
         counter[name] += 1
-        return read(self, name)
+        return read(self, name, dtype)
 
     monkeypatch.setattr(TensorFile, "read", counted)
     return counter
