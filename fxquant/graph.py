@@ -42,11 +42,15 @@ class Level(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Site:
-    """One place that a scheme may quantize; ``shape`` is the weight's [N, K] as F.linear has it."""
+    """One place that a scheme may quantize; ``shape`` is the weight's [N, K] as F.linear has it.
+
+    ``bias``: it adds one; the verifier sees to it that no pass drops it.
+    """
 
     path: str
     role: Role
     shape: tuple[int, int]
+    bias: bool = False
 
 
 @dataclass(frozen=True)

@@ -90,10 +90,9 @@ def form_of(gm: GraphModule, node: Node) -> Form | None:
     return None
 
 
-def _fail(after: str, node: Node, what: str) -> None:
-    raise VerificationError(
-        f"after {after}: {tag(node).site or 'no site'}: node {node.name}: {what}"
-    )
+def _fail(after: str, node: Node, what: str, site: str | None = None) -> None:
+    site = site or tag(node).site or "no site"
+    raise VerificationError(f"after {after}: {site}: node {node.name}: {what}")
 
 
 def _check_order(gm: GraphModule, after: str) -> None:
@@ -101,7 +100,8 @@ def _check_order(gm: GraphModule, after: str) -> None:
     for node in gm.graph.nodes:
         for used in node.all_input_nodes:
             if used not in seen:
-                _fail(after, node, f"uses {used.name} before it is computed")
+                site = tag(node).site or tag(used).site
+                _fail(after, node, f"uses {used.name} before it is computed", site)
         seen.add(node)
 
 
@@ -138,10 +138,24 @@ def int_gemm_rows(gm: GraphModule, sums: Node) -> int:
 
 
 def _check_sites(gm: GraphModule, after: str) -> None:
-    kept = {site.path for site, _ in site_outputs(gm)}
+    outputs = {site.path: node for site, node in site_outputs(gm)}
+    biased = {tag(node).site for node in gm.graph.nodes if _reads_bias(gm, node)}
     for site in info(gm).sites:
-        if site.path not in kept:
+        if site.path not in outputs:
             raise VerificationError(f"after {after}: {site.path}: no node is the site's output")
+        if site.bias and site.path not in biased:
+            _fail(after, outputs[site.path], "the site's bias is dropped")
+
+
+def _reads_bias(gm: GraphModule, node: Node) -> bool:
+    """Whether the node calls a site's module that has a bias, or reads a bias for its users."""
+    if tag(node).site is None:
+        return False
+    if node.op == "call_module":
+        module = gm.get_submodule(str(node.target))
+        tensors = (*module.named_parameters(), *module.named_buffers())
+        return any(name.rpartition(".")[2] == "bias" for name, _ in tensors)
+    return node.op == "get_attr" and str(node.target).endswith(".bias") and bool(node.users)
 
 
 def _check_orphans(gm: GraphModule, after: str) -> None:

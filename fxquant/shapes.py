@@ -95,8 +95,9 @@ def _value(a: Any, b: Any, sizes: _Sizes) -> Value:
         return Value(_shape(a.shape, b.shape, sizes), short_dtype(a.dtype))
     if isinstance(a, tuple) and any(isinstance(part, Tensor) for part in a):
         parts = [_value(x, y, sizes) for x, y in zip(a, b, strict=True)]
-        dtypes = dict.fromkeys(part.dtype for part in parts)
-        return Value(", ".join(part.shape for part in parts), ", ".join(dtypes))
+        if len(parts) == 2:
+            return Value(f"{parts[0].shape}, {parts[1].shape}", "pair")
+        return Value(f"{len(parts)} x {parts[0].shape}", "tuple")
     return Value(scalar=_scalar(a, b, sizes))
 
 

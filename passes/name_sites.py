@@ -55,7 +55,8 @@ class NameSites(Pass):
                 if path not in [entry.path for entry in left]:
                     left.append(LeftInFloat(path, reason))
                 continue
-            sites.append(Site(path, role, weight_shape(module)))
+            has_bias = getattr(module, "bias", None) is not None
+            sites.append(Site(path, role, weight_shape(module), has_bias))
             set_tag(node, replace(tag(node), site=path, is_output=True))
         left.extend(_functional_weights(gm))
         left.extend(_attention_products(gm))

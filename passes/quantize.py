@@ -29,21 +29,17 @@ from fxquant.levels import OPS
 from fxquant.observers import HistogramObserver
 from fxquant.operators import pack_int4, unpack_int4
 from fxquant.passes.observe import CONTAINER, observers
+from fxquant.passes.static_input import StaticRange, static_input
 from fxquant.pipeline import Pass
 from fxquant.quantization import (
-    activation_qparams_from_range,
-    calc_qparams_symmetric,
     check_finite,
     choose_qparams,
     dequantize,
     encode,
 )
-from fxquant.ranges import distribution, estimate_range
 from fxquant.schemes import Scheme, matches
 from fxquant.specs import ActivationSpec, SiteSpec, TensorSpec
-from fxquant.spelling import spell_estimator, spell_site
-
-HISTOGRAM_BINS = 40
+from fxquant.spelling import spell_site
 
 
 @dataclass(frozen=True)
@@ -149,59 +145,6 @@ class _Inputs:
         return result
 
 
-@dataclass(frozen=True)
-class StaticRange:
-    """What a static input's SiteRecord says; see there."""
-
-    scale: float
-    zero_point: int
-    estimator: str
-    low: float
-    high: float
-    seen_low: float
-    seen_high: float
-    clipped: float
-    histogram: tuple[int, ...]
-
-
-def static_input(
-    observer: HistogramObserver, spec: ActivationSpec
-) -> tuple[dict[str, Tensor], StaticRange]:
-    """Buffers ``input_scale`` and, when affine, ``input_zero_point``, 0-dim; and their record."""
-    assert spec.estimator is not None
-    seen = distribution(observer)
-    low, high = estimate_range(observer, spec.estimator, spec.tensor, seen)
-    buffers = _range_qparams(low, high, spec, observer.counts.device)
-    return buffers, StaticRange(
-        scale=float(buffers["input_scale"]),
-        zero_point=int(buffers.get("input_zero_point", 0)),
-        estimator=spell_estimator(spec.estimator),
-        low=low,
-        high=high,
-        seen_low=float(observer.min_value),
-        seen_high=float(observer.max_value),
-        clipped=seen.share_outside(low, high),
-        histogram=seen.histogram(HISTOGRAM_BINS),
-    )
-
-
-def static_qparams(observer: HistogramObserver, spec: ActivationSpec) -> dict[str, Tensor]:
-    """The buffers of ``static_input`` alone."""
-    return static_input(observer, spec)[0]
-
-
-def _range_qparams(
-    low: float, high: float, spec: ActivationSpec, device: torch.device
-) -> dict[str, Tensor]:
-    qmin, qmax = spec.tensor.qrange
-    if spec.tensor.symmetric:
-        limit = torch.tensor(high, dtype=torch.float32, device=device)
-        return {"input_scale": calc_qparams_symmetric(limit, qmax)}
-    ends = torch.tensor([low, high], dtype=torch.float32, device=device)
-    scale, zero_point = activation_qparams_from_range(ends[0], ends[1], qmin, qmax)
-    return {"input_scale": scale, "input_zero_point": zero_point}
-
-
 def site_codes(module: nn.Module, spec: TensorSpec, site: str) -> dict[str, Tensor]:
     """The codes that a repair chose for the site, else its weight rounded to nearest.
 
@@ -241,17 +184,18 @@ def quantize_weight(weight: Tensor, spec: TensorSpec, site: str) -> dict[str, Te
     return tensors
 
 
-def weight_sqnr(weight: Tensor, tensors: dict[str, Tensor], spec: TensorSpec) -> float:
-    """SQNR in dB of the codes of a weight [N, K] against it, with norms in float32."""
+def decode_weight(tensors: dict[str, Tensor], spec: TensorSpec, length: int) -> Tensor:
+    """The float32 weight [N, length] that quantize_weight's buffers stand for."""
     codes = tensors["weight"]
     if spec.bits <= 4:
-        codes = unpack_int4(codes, weight.shape[1])
-    error = dequantize(
-        codes,
-        tensors["weight_scale"],
-        tensors.get("weight_zero_point"),
-        group_size=spec.group_size,
-    ).sub_(weight)
+        codes = unpack_int4(codes, length)
+    scale, zero_point = tensors["weight_scale"], tensors.get("weight_zero_point")
+    return dequantize(codes, scale, zero_point, group_size=spec.group_size)
+
+
+def weight_sqnr(weight: Tensor, tensors: dict[str, Tensor], spec: TensorSpec) -> float:
+    """SQNR in dB of the codes of a weight [N, K] against it, with norms in float32."""
+    error = decode_weight(tensors, spec, weight.shape[1]).sub_(weight)
     noise = float(torch.linalg.vector_norm(error))
     signal = float(torch.linalg.vector_norm(weight, dtype=torch.float32))
     if noise == 0:

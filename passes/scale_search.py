@@ -17,7 +17,7 @@ from fxquant.execution import Cut, Executor
 from fxquant.graph import device_of, info, linear_parameters, site_outputs, source_of, tag
 from fxquant.observers import HistogramObserver, attended
 from fxquant.passes.fake_quantize import fake_activation, fake_weight
-from fxquant.passes.quantize import static_qparams
+from fxquant.passes.static_input import static_qparams
 from fxquant.scale_paths import op_name
 from fxquant.schemes import Scheme
 from fxquant.specs import ActivationSpec

@@ -60,3 +60,50 @@ def test_a_text_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     options = ["--model", str(SMALL_OPT), "--schemes", "fp", "--text", str(text), *SHORT]
     assert main(["evaluate", *options]) == 0
     assert "some.txt" in capsys.readouterr().out
+
+
+STATIC = ["--model", str(SMALL_OPT), "--scheme", "w8a8-static", "--length", "48"]
+STATIC += ["--calibration-windows", "2"]
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main([*arguments, *STATIC]) == 0
+    return capsys.readouterr().out
+
+
+def test_inspect_prints_what_is_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    block = tmp_path / "block.dot"
+    listing = printed(capsys, "inspect", "--layer", "1", "--dot", str(block))
+    assert listing.startswith("model.decoder.layers.1, level integer, scheme w8a8-static")
+    assert block.read_text().startswith('digraph "model.decoder.layers.1"')
+    diff = printed(capsys, "inspect", "--diff", "integerize", "--format", "markdown")
+    assert diff.startswith("```diff\n--- before integerize")
+    data = json.loads(printed(capsys, "inspect", "--format", "json"))
+    assert data["scheme"] == "w8a8-static"
+    assert len(data["sites"]) == 26
+
+
+def test_convert_prints_after_passes_as_they_run(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "convert", "--print-after", "observe,integerize")
+    heads = [line for line in text.splitlines() if line.startswith("===")]
+    assert heads == ["=== after pass 2, observe", "=== after pass 5, integerize"]
+    assert "HistogramObserver" in text
+    assert text.index("=== after pass 5") < text.index("\nHistory")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "--diff", "integrize"], "no pass 'integrize' in this graph; did you mean"),
+        (["inspect", "--length", "1"], "2 tokens"),
+        (["inspect", "--device", "abacus"], "device 'abacus' cannot be used"),
+        (["convert", "--print-after", "observe,fold"], "no pass 'fold' in this graph; known: name"),
+        (["convert", "--calibration-windows", "0"], "needs calibration data"),
+    ],
+)
+def test_bad_requests_are_refused_before_a_model_is_loaded(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, *options = arguments
+    assert main([command, "--model", "no/such", "--scheme", "w8a8-static", *options]) == 2
+    assert message in capsys.readouterr().err

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import doctest
+import io
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -11,13 +16,30 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+BLOCK = re.compile(
+    r"^```python\n(?P<code>.*?)^```\n(\n```text printed\n(?P<printed>.*?)^```\n)?",
+    re.MULTILINE | re.DOTALL,
+)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    """A ``text printed`` block holds what the block above it prints; ``...`` stands for more."""
     monkeypatch.chdir(ROOT)
     namespace: dict[str, object] = {"__name__": page.stem}
-    for block in blocks:
-        exec(compile(block, f"{page.name}", "exec"), namespace)
+    monkeypatch.setitem(sys.modules, page.stem, types.ModuleType(page.stem))
+    for block in BLOCK.finditer(page.read_text()):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(block["code"], f"{page.name}", "exec"), namespace)
+        if block["printed"] is not None:
+            same = doctest.OutputChecker().check_output
+            expected, found = (_stripped(t) for t in (block["printed"], printed.getvalue()))
+            assert same(expected, found, doctest.ELLIPSIS), f"{page.name} prints\n{found}"
+
+
+def _stripped(text: str) -> str:
+    return "\n".join(line.rstrip() for line in text.strip().splitlines()) + "\n"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -48,6 +48,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("channels",),
     ("absorption",),
     ("rescaling",),
+    ("shapes", "formulas", "printer", "suggest", "history", "summary", "summary_text"),
+    ("site_view", "dot", "inspection"),
     ("tracing", "streaming"),
     ("passes",),
     ("repairs", "conversion", "module_json", "graph_json", "checkpoint"),

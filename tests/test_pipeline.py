@@ -200,6 +200,31 @@ class DropBias(Pass):
 
 
 @dataclass(frozen=True)
+class ForgetBias(Pass):
+    """A site's bias goes without a trace: nothing is left behind that could be found."""
+
+    name = "forget_bias"
+    requires = (Level.FLOAT, Level.QDQ, Level.INTEGER)
+    effect = "lossy"
+
+    def rewrite(self, gm: GraphModule) -> GraphModule:
+        node = site_node(gm, FC1)
+        if node.op == "call_module":
+            gm.get_submodule(FC1).bias = None  # type: ignore[assignment]
+        elif node.target is nn.functional.linear:
+            node.args = (*node.args[:2], None)
+        else:
+            rescaled = source_of(node)
+            set_tag(rescaled, tag(node))
+            node.replace_all_uses_with(rescaled)
+            gm.graph.erase_node(node)
+        gm.graph.eliminate_dead_code()
+        if node.op != "call_module":
+            del gm.get_submodule(FC1)._buffers["bias"]
+        return gm
+
+
+@dataclass(frozen=True)
 class Poison(Pass):
     """NaN everywhere: no comparison of numbers may let it through."""
 
@@ -243,7 +268,18 @@ BROKEN: dict[str, tuple[Pass, str, str]] = {
     "scale at integer": (WrongScaleShape((32, 1)), "integer", rf"{FC1}"),
     "orphan buffer": (OrphanBuffer(), "qdq", rf"{FC1}: {FC1}\.float_weight is left behind"),
     "orphan module": (OrphanModule(), "float", r"model\.decoder\.spare\.weight is left behind"),
-    "out of order": (OutOfOrder(), "float", "before it is computed"),
+    "out of order": (OutOfOrder(), "float", rf"{FC1}: node \S+: uses \S+ before it is computed"),
+    "dropped bias at float": (
+        ForgetBias(),
+        "float",
+        rf"{FC1}: node \S+: the site's bias is dropped",
+    ),
+    "dropped bias at qdq": (ForgetBias(), "qdq", rf"{FC1}: node \S+y: the site's bias is dropped"),
+    "dropped bias at integer": (
+        ForgetBias(),
+        "integer",
+        rf"{FC1}: node \S+rescaled: the site's bias is dropped",
+    ),
     "missing target": (MissingTarget(), "float", r"not well-formed: .*fc3"),
     "illegal at float": (CodesAtFloat(), "float", rf"{FC1}: node \S+: choose_qparams may not"),
     "illegal at integer": (StaysAtQdq(), "qdq", "an activation is still dequantized"),

@@ -16,7 +16,8 @@ from fxquant.analysis.parts import InputQuantizer
 from fxquant.analysis.sites import LinearSite, SimulatedSite, SiteMaker, dequantized_weight
 from fxquant.graph import source_of
 from fxquant.observers import HistogramObserver
-from fxquant.passes.quantize import quantize_weight, static_qparams
+from fxquant.passes.quantize import quantize_weight
+from fxquant.passes.static_input import static_qparams
 from fxquant.specs import ActivationSpec, Estimator, TensorSpec
 
 _ALPHA = 0.5

@@ -16,7 +16,8 @@ from fxquant.graph import LINEAR, Site, info, linear_parameters, site_outputs, s
 from fxquant.observers import HistogramObserver
 from fxquant.operators import unpack_int4
 from fxquant.passes.observe import observers
-from fxquant.passes.quantize import site_codes, static_qparams
+from fxquant.passes.quantize import site_codes
+from fxquant.passes.static_input import static_qparams
 from fxquant.quantization import dequantize
 from fxquant.schemes import Scheme
 from fxquant.specs import ActivationSpec, SiteSpec, TensorSpec

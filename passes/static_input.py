@@ -1,0 +1,69 @@
+"""The scale of an input whose range is static, and what is recorded of how it was found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fxquant.observers import HistogramObserver
+from fxquant.quantization import activation_qparams_from_range, calc_qparams_symmetric
+from fxquant.ranges import distribution, estimate_range
+from fxquant.specs import ActivationSpec
+from fxquant.spelling import spell_estimator
+
+HISTOGRAM_BINS = 40
+
+
+@dataclass(frozen=True)
+class StaticRange:
+    """What a static input's SiteRecord says; see there."""
+
+    scale: float
+    zero_point: int
+    estimator: str
+    low: float
+    high: float
+    seen_low: float
+    seen_high: float
+    clipped: float
+    histogram: tuple[int, ...]
+
+
+def static_input(
+    observer: HistogramObserver, spec: ActivationSpec
+) -> tuple[dict[str, Tensor], StaticRange]:
+    """Buffers ``input_scale`` and, when affine, ``input_zero_point``, 0-dim; and their record."""
+    assert spec.estimator is not None
+    seen = distribution(observer)
+    low, high = estimate_range(observer, spec.estimator, spec.tensor, seen)
+    buffers = _range_qparams(low, high, spec, observer.counts.device)
+    return buffers, StaticRange(
+        scale=float(buffers["input_scale"]),
+        zero_point=int(buffers.get("input_zero_point", 0)),
+        estimator=spell_estimator(spec.estimator),
+        low=low,
+        high=high,
+        seen_low=float(observer.min_value),
+        seen_high=float(observer.max_value),
+        clipped=seen.share_outside(low, high),
+        histogram=seen.histogram(HISTOGRAM_BINS),
+    )
+
+
+def static_qparams(observer: HistogramObserver, spec: ActivationSpec) -> dict[str, Tensor]:
+    """The buffers of ``static_input`` alone."""
+    return static_input(observer, spec)[0]
+
+
+def _range_qparams(
+    low: float, high: float, spec: ActivationSpec, device: torch.device
+) -> dict[str, Tensor]:
+    qmin, qmax = spec.tensor.qrange
+    if spec.tensor.symmetric:
+        limit = torch.tensor(high, dtype=torch.float32, device=device)
+        return {"input_scale": calc_qparams_symmetric(limit, qmax)}
+    ends = torch.tensor([low, high], dtype=torch.float32, device=device)
+    scale, zero_point = activation_qparams_from_range(ends[0], ends[1], qmin, qmax)
+    return {"input_scale": scale, "input_zero_point": zero_point}

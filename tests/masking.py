@@ -1,0 +1,11 @@
+"""What goldens do not hold: times and measured floats, and the widths that follow from them."""
+
+import re
+
+_FLOAT = re.compile(r"-?\d+\.\d+(e[-+]\d+)?%?")
+
+
+def masked(text: str) -> str:
+    """``text`` with ``#`` for each float, runs of spaces and rules shortened."""
+    text = re.sub(r"±\S+", "±#", _FLOAT.sub("#", text))
+    return re.sub(r"-{3,}", "---", re.sub(r"(?<=\S) {2,}", "  ", text))
