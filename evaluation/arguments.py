@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
+from fxquant.distributed import is_main, session
 from fxquant.evaluation.datasets import NAMED
-from fxquant.evaluation.job import Job, run
+from fxquant.evaluation.job import Job, Outcome, run
 from fxquant.evaluation.models import DTYPES
 from fxquant.evaluation.tables import format_table, sentences
 
@@ -16,7 +18,7 @@ INTERRUPTED = 130
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Which model, where, in which dtype."""
     add = parser.add_argument
-    add("--model", required=True, help="hub name, directory or package:NAME")
+    add("--model", required=True, help="hub name, directory (of fxquant.save too), package:NAME")
     add("--revision", help="of a hub model")
     add("--device", default="cpu", help="cpu (default) or cuda")
     add(
@@ -53,7 +55,13 @@ def add_window_arguments(parser: argparse.ArgumentParser, windows: int = 8) -> N
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument(
-        "--schemes", nargs="+", required=True, help="such as w8 w8a8-static: docs/schemes.md"
+        "--schemes",
+        nargs="+",
+        default=[],
+        help="such as w8 w8a8-static: docs/schemes.md; none for a saved graph",
+    )
+    parser.add_argument(
+        "--stream", action="store_true", help="leave weights in their files: larger than memory"
     )
     add_text_arguments(parser)
     add_window_arguments(parser)
@@ -75,7 +83,13 @@ def job_of(options: argparse.Namespace, schemes: tuple[str, ...]) -> Job:
 def evaluate_command(options: argparse.Namespace) -> int:
     """Run the job, print table, provenance and sentences; 130 after an interruption."""
     job = job_of(options, tuple(options.schemes))
-    outcome = run(job)
+    with session(job.device) as device:
+        job = replace(job, device=device, output=job.output if is_main() else None)
+        outcome = run(job)
+        return _print(job, outcome) if is_main() else 0
+
+
+def _print(job: Job, outcome: Outcome) -> int:
     if outcome.rows:
         print(format_table(outcome.rows))
         print(f"\n{outcome.provenance.line()}")

@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torch import Tensor
 from torch.fx import GraphModule
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fxquant import conversion
 from fxquant.evaluation.arguments import job_of
 from fxquant.evaluation.job import check_job, cut, open_sources
 from fxquant.evaluation.models import load_model
+from fxquant.graph import set_workspace
 from fxquant.pipeline import AfterPass
 from fxquant.schemes import Scheme
+from fxquant.streamed import Workspace
+from fxquant.tracing import trace
 
 
-def convert_as_asked(options: argparse.Namespace, after_pass: AfterPass | None) -> GraphModule:
+@dataclass(frozen=True)
+class Converted:
+    """A converted graph and the tokenizer of its model."""
+
+    graph: GraphModule
+    tokenizer: Tokenizer
+
+
+def convert_as_asked(
+    options: argparse.Namespace, after_pass: AfterPass | None, workspace: Path | None = None
+) -> Converted:
     """Load ``options.model``, calibrate where ``options.scheme`` needs it, convert.
 
     ``options`` holds what ``arguments.add_model_arguments`` and ``add_text_arguments`` add, and
-    ``scheme`` and ``level``. Raises FxquantError, before the model is loaded where it can.
+    ``scheme`` and ``level``. With ``stream``, new leaves go to the folder ``workspace``. Raises
+    FxquantError, before the model is loaded where it can.
     """
     scheme = Scheme.parse(options.scheme)
     job = replace(job_of(options, (options.scheme,)), windows=1)
@@ -29,9 +45,14 @@ def convert_as_asked(options: argparse.Namespace, after_pass: AfterPass | None) 
     conversion.recipe(scheme, calibration=available, level=options.level)
     calibrates = bool(job.calibration_windows and (scheme.needs_calibration or scheme.repairs))
     sources = open_sources(job) if calibrates else None
-    loaded = load_model(job.model, dtype=job.dtype, device=job.device, revision=job.revision)
+    loaded = load_model(
+        job.model, dtype=job.dtype, device=job.device, revision=job.revision, streamed=job.stream
+    )
     batches = cut(job, *sources, loaded).calibration.split(1) if sources else None
     pipeline = conversion.recipe(
         scheme, calibration=batches, level=options.level, progress=True, after_pass=after_pass
     )
-    return conversion.convert(loaded.model, scheme, pipeline=pipeline)
+    graph = trace(loaded.model)
+    if job.stream and workspace is not None:
+        set_workspace(graph, Workspace(workspace))
+    return Converted(conversion.convert(graph, scheme, pipeline=pipeline), loaded.tokenizer)

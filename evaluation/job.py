@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from transformers import PretrainedConfig
 
 from fxquant import conversion
 from fxquant.batches import check_ids
+from fxquant.distributed import is_main, world_size
 from fxquant.errors import DataError, FxquantError
 from fxquant.evaluation.data import Source, Windows, check_counts, cut_windows, load_text
 from fxquant.evaluation.datasets import check_dataset, open_source
@@ -23,12 +27,13 @@ from fxquant.evaluation.perplexity import evaluate
 from fxquant.evaluation.results import Provenance, Row, prepare_folder, write_results
 from fxquant.evaluation.statistics import Difference, WindowSums, paired_difference
 from fxquant.evaluation.tables import format_table
-from fxquant.graph import GraphInfo, float_dtype, info
+from fxquant.graph import GraphInfo, Level, float_dtype, info, set_workspace
+from fxquant.manifest import is_checkpoint
 from fxquant.passes import Integerize, Quantize
 from fxquant.pipeline import Pipeline
 from fxquant.schemes import Scheme
 from fxquant.size import bits_per_weight
-from fxquant.tracing import trace
+from fxquant.streamed import Workspace
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Job:
     seed: int = 0
     output: Path | None = None
     overwrite: bool = False
+    stream: bool = False
     command: str = field(default="", compare=False)
 
 
@@ -71,17 +77,23 @@ def run(job: Job, say: Callable[[str], None] = print) -> Outcome:
     Raises FxquantError for bad input before any model is loaded or converted where that can be
     known. An interruption (Ctrl-C) keeps the finished rows: ``complete`` is False then.
     """
+    check_saved(job)
     schemes = check_job(job)
     if job.output is not None:
         prepare_folder(job.output, job.overwrite)
     source, other = open_sources(job)
-    loaded = load_model(job.model, dtype=job.dtype, device=job.device, revision=job.revision)
+    loaded = load_model(
+        job.model, dtype=job.dtype, device=job.device, revision=job.revision, streamed=job.stream
+    )
     windows = cut(job, source, other, loaded)
     torch.manual_seed(job.seed)
-    graph = trace(loaded.model)
+    graph = loaded.graph
     check_ids(windows.evaluation, info(graph), "evaluation windows")
     provenance = make_provenance(job, loaded, graph, source, other, windows)
-    return _rows(job, schemes, graph, windows, provenance, say)
+    if isinstance(loaded.model, GraphModule):
+        schemes = [Scheme.parse(info(graph).scheme)]
+    with workspace_for(graph, job.stream):
+        return _rows(job, schemes, graph, windows, provenance, say)
 
 
 def check_job(job: Job) -> list[Scheme]:
@@ -128,6 +140,28 @@ def cut(job: Job, source: Source, calibration: Source | None, loaded: LoadedMode
     )
 
 
+def check_saved(job: Job) -> None:
+    """Raise DataError where schemes and model do not go together: a saved graph has its own."""
+    saved = is_checkpoint(Path(job.model))
+    if saved and job.schemes:
+        raise DataError(
+            f"{job.model} is a saved graph, which has its scheme: omit --schemes to evaluate it"
+        )
+    if not saved and not job.schemes:
+        raise DataError("give --schemes, such as w8 w8a8-static (only a saved graph has its own)")
+
+
+@contextlib.contextmanager
+def workspace_for(graph: GraphModule, streamed: bool) -> Iterator[None]:
+    """A folder for the leaves that conversions of a streamed graph make, while they are needed."""
+    if not streamed or info(graph).level != Level.FLOAT:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="fxquant-") as folder:
+        set_workspace(graph, Workspace(Path(folder)))
+        yield
+
+
 def ordered_schemes(texts: tuple[str, ...]) -> list[Scheme]:
     """Parsed, without repetitions, ``fp`` first whether asked for or not."""
     parsed = [Scheme(), *(Scheme.parse(text) for text in texts)]
@@ -151,7 +185,8 @@ def _rows(
 
     keep(complete=False)  # an older run's results must not pass for this one's
     try:
-        for scheme in tqdm(schemes, "schemes", unit="scheme", disable=None):
+        quiet = None if is_main() else True
+        for scheme in tqdm(schemes, "schemes", unit="scheme", disable=quiet):
             reference = rows[0].sums if rows else None
             rows.append(measure(converter, scheme, windows, job.batch_size, reference))
             keep(complete=len(rows) == len(schemes))
@@ -185,7 +220,10 @@ def measure(
         scored=windows.scored,
     )
     sums = measured.sums
-    change = Difference(0.0, None) if reference is None else paired_difference(sums, reference)
+    if reference is None:
+        change = Difference(0.0 if converter.starts_float else math.nan, None)
+    else:
+        change = paired_difference(sums, reference)
     return Row(
         scheme=str(scheme),
         loss=measured.loss,
@@ -210,7 +248,14 @@ class Converter:
     calibration: Tensor
     observed: dict[frozenset[str], GraphModule] = field(default_factory=dict)
 
+    @property
+    def starts_float(self) -> bool:
+        """Whether the graph is as trace made it; a saved one may be anything."""
+        return not info(self.graph).history
+
     def convert(self, scheme: Scheme) -> GraphModule:
+        if not self.starts_float:
+            return self.graph  # a saved graph: quantized already
         if not scheme.needs_calibration or scheme.repairs:
             batches = self.calibration.split(1) if len(self.calibration) else None
             return conversion.convert(self.graph, scheme, calibration=batches, progress=True)
@@ -249,7 +294,7 @@ def make_provenance(
     return Provenance(
         model=loaded.name,
         revision=loaded.revision,
-        architecture=architecture(loaded.model.config),
+        architecture=architecture(loaded.config),
         dataset=source.name,
         text_hash=source.digest,
         windows_hash=windows.digest,
@@ -270,6 +315,7 @@ def make_provenance(
         threads=torch.get_num_threads(),
         versions=versions(),
         command=job.command,
+        processes=world_size(),
     )
 
 

@@ -13,10 +13,21 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from torch.fx import GraphModule
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from fxquant.checkpoint import load
 from fxquant.errors import ModelError
+from fxquant.manifest import is_checkpoint
+from fxquant.streaming import stream
+from fxquant.tracing import trace
 
 PACKAGE_PREFIX = "package:"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -24,23 +35,40 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with what identifies it: a hub commit, or a hash of the weight files."""
+    """A model with what identifies it: a hub commit, or a hash of the weight files.
 
-    model: PreTrainedModel
+    ``model`` is a graph where fxquant.save wrote it.
+    """
+
+    model: PreTrainedModel | GraphModule
     tokenizer: Tokenizer
     name: str
     revision: str
+    config: PretrainedConfig
+
+    @property
+    def graph(self) -> GraphModule:
+        """The model as a graph: traced, or as it was saved."""
+        return self.model if isinstance(self.model, GraphModule) else trace(self.model)
 
 
 def load_model(
-    name: str, *, dtype: str = "auto", device: str = "cpu", revision: str | None = None
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    revision: str | None = None,
+    streamed: bool = False,
 ) -> LoadedModel:
     """Load ``name``: a hub name, a directory of save_pretrained, or ``package:DISTRIBUTION``.
 
-    ``dtype`` "auto" is the stored one on CUDA and float32 on the CPU. Raises ModelError that
-    says what is missing.
+    ``dtype`` "auto" is the stored one on CUDA and float32 on the CPU. A directory of fxquant.save
+    gives its graph, in the dtype that it has. ``streamed``: weights stay in their files. Raises
+    ModelError that says what is missing, CheckpointError for a damaged saved graph.
     """
     check_device(device)
+    if is_checkpoint(Path(name)):
+        return _load_saved(Path(name), dtype, device, streamed)
     if name.startswith(PACKAGE_PREFIX):
         directory = package_model(name.removeprefix(PACKAGE_PREFIX))
     else:
@@ -49,6 +77,8 @@ def load_model(
             raise ModelError(f"no model directory {name}")
     source = str(directory) if directory.exists() else name
     torch_dtype = resolve_dtype(dtype, device)
+    if streamed:
+        return _open_streamed(directory, name, torch_dtype, device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
         model, loading = AutoModelForCausalLM.from_pretrained(
@@ -66,7 +96,41 @@ def load_model(
             f"{', '.join(sorted(loading['missing_keys'])[:4])}"
         )
     found = weights_hash(directory) if directory.is_dir() else model.config._commit_hash
-    return LoadedModel(model.to(device).eval(), tokenizer, name, str(found))
+    return LoadedModel(model.to(device).eval(), tokenizer, name, str(found), model.config)
+
+
+def _load_saved(directory: Path, dtype: str, device: str, streamed: bool) -> LoadedModel:
+    if dtype != "auto":
+        raise ModelError(f"{directory} is a saved graph: its dtype is part of it, omit --dtype")
+    graph = load(directory, device, stream=streamed)
+    tokenizer, config = _tokenizer_and_config(directory)
+    return LoadedModel(graph, tokenizer, str(directory), weights_hash(directory), config)
+
+
+def _open_streamed(
+    directory: Path, name: str, dtype: torch.dtype | str, device: str
+) -> LoadedModel:
+    if not directory.is_dir():
+        raise ModelError(
+            f"{name} is no directory: streaming reads the files of one, so download it first "
+            "(hf download NAME --local-dir DIR)"
+        )
+    tokenizer, config = _tokenizer_and_config(directory)
+    model = stream(
+        directory, dtype=dtype if isinstance(dtype, torch.dtype) else None, device=device
+    )
+    return LoadedModel(model, tokenizer, name, weights_hash(directory), config)
+
+
+def _tokenizer_and_config(directory: Path) -> tuple[Tokenizer, PretrainedConfig]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory))
+        return tokenizer, AutoConfig.from_pretrained(str(directory))
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(
+            f"{directory} holds no tokenizer and config, which an evaluation needs: "
+            f"{str(error).strip().splitlines()[0]} (fxquant.save takes a tokenizer)"
+        ) from error
 
 
 def check_device(device: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +13,15 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from tqdm import tqdm
 
+from fxquant.distributed import complete, is_main, shard
 from fxquant.errors import NonFiniteError
 from fxquant.evaluation.statistics import WindowSums
 from fxquant.execution import Executor
 from fxquant.graph import arguments, device_of, is_op, source_of, tag
 from fxquant.levels import OPS
-from fxquant.loss import window_losses
+from fxquant.loss import token_nll
 from fxquant.quantization import quantize_affine
+from fxquant.streaming import is_streamed, run_batches
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,42 @@ class ClippingCounter:
                 self._values.pop(self._last[node], None)
         return value
 
-    @property
-    def share(self) -> float | None:
-        return self.clipped / self.total if self.total else None
+
+def _shared_out(
+    gm: GraphModule, batches: Sequence[Tensor], label: str
+) -> tuple[Tensor, float | None]:
+    """Losses [N, L - 1] of all batches and the share clipped, whichever process computes them."""
+    mine = shard(batches)
+    steps = _batch_results(gm, [ids for _, ids in mine], label)
+    quiet = None if is_main() else True
+    bar = tqdm(steps, label, len(mine), unit="batch", leave=False, disable=quiet)
+    losses = [
+        batch.new_zeros((len(batch), batch.shape[1] - 1), dtype=torch.float32) for batch in batches
+    ]
+    counts = batches[0].new_zeros((len(batches), 2), dtype=torch.float64)
+    for (index, _), (found, counter) in zip(mine, bar, strict=True):
+        losses[index] = found
+        counts[index] = counts.new_tensor([counter.clipped, counter.total])
+    # Summed one after the other, so that the number of processes changes nothing.
+    clipped, total = (sum(column) for column in complete(counts).t().tolist())
+    return complete(torch.cat(losses)).cpu(), clipped / total if total else None
+
+
+@torch.no_grad()
+def _batch_results(
+    gm: GraphModule, batches: Sequence[Tensor], label: str
+) -> Iterator[tuple[Tensor, ClippingCounter]]:
+    counters = [ClippingCounter(gm) for _ in batches]
+    watchers = [counter if counter.quantizers else None for counter in counters]
+    inputs = [{"input_ids": ids} for ids in batches]
+    if is_streamed(gm):
+        outputs = run_batches(gm, inputs, watchers, label=label if is_main() else "")
+    else:
+        executor = Executor(gm)
+        pairs = zip(inputs, watchers, strict=True)
+        outputs = (executor.run(watcher, **each) for each, watcher in pairs)
+    for ids, counter, logits in zip(batches, counters, outputs, strict=True):
+        yield token_nll(logits, ids), counter
 
 
 def evaluate(
@@ -103,17 +139,9 @@ def evaluate(
 
     Raises NonFiniteError naming the first site or node that computes NaN or infinity.
     """
-    counter, executor, device = ClippingCounter(gm), Executor(gm), device_of(gm)
-
-    def forward(ids: Tensor) -> Tensor:
-        logits = executor.run(counter if counter.quantizers else None, input_ids=ids)
-        assert isinstance(logits, Tensor)
-        return logits
-
+    device = device_of(gm)
     started = time.perf_counter()
-    steps = window_losses(forward, windows.to(device), batch_size)
-    total = -(-len(windows) // batch_size)
-    losses = torch.cat(list(tqdm(steps, label, total, unit="batch", leave=False, disable=None)))
+    losses, share = _shared_out(gm, windows.to(device).split(batch_size), label)
     seconds = time.perf_counter() - started
     if not bool(torch.isfinite(losses).all()):
         bad = int((~torch.isfinite(losses)).any(1).nonzero()[0])
@@ -121,7 +149,7 @@ def evaluate(
             f"{first_non_finite(gm, windows[bad : bad + 1].to(device))}: NaN or infinite "
             f"activations in window {bad}; the model overflows its dtype here"
         )
-    return Perplexity(losses, counter.share, seconds, scored)
+    return Perplexity(losses, share, seconds, scored)
 
 
 @torch.no_grad()

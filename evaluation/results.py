@@ -88,15 +88,17 @@ class Provenance:
     threads: int
     versions: dict[str, str]
     command: str
+    processes: int = 1
 
     def line(self) -> str:
         """One line for under a table."""
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        processes = f", {self.processes} processes" if self.processes > 1 else ""
         return (
             f"{self.model} ({self.revision[:23]}), {self.protocol.line()} "
             f"({self.text_hash[:23]}), calibrated on {self.calibration}, "
             f"batch size {self.batch_size}, {self.dtype} on {self.device} "
-            f"({self.threads} threads), seed {self.seed}; {versions}"
+            f"({self.threads} threads{processes}), seed {self.seed}; {versions}"
         )
 
     @classmethod

@@ -34,6 +34,8 @@ def format_table(rows: Sequence[Row], style: str = "github") -> str:
 
 def _delta(row: Row, reference: Row) -> str:
     """The float model's own difference is zero by definition and has no error."""
+    if math.isnan(row.delta_loss):
+        return "-"  # a saved graph, which has no float model beside it
     if row is reference:
         return "0"
     return str(Difference(row.delta_loss, row.delta_error))

@@ -3,6 +3,8 @@
 from fxquant.analysis import Explanation as Explanation
 from fxquant.analysis import explain as explain
 from fxquant.analysis import plan as plan
+from fxquant.checkpoint import load as load
+from fxquant.checkpoint import save as save
 from fxquant.conversion import convert as convert
 from fxquant.conversion import recipe as recipe
 from fxquant.errors import FxquantError as FxquantError

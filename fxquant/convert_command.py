@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 from torch.fx import GraphModule
 
 from fxquant import conversion
+from fxquant.checkpoint import save
 from fxquant.conversion import LEVELS
 from fxquant.evaluation.arguments import add_model_arguments, add_text_arguments
 from fxquant.evaluation.converting import convert_as_asked
@@ -22,6 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scheme", required=True, help="such as w8a8-static: docs/schemes.md")
     parser.add_argument("--level", default="integer", choices=LEVELS, help="where to stop")
     add_text_arguments(parser)
+    parser.add_argument("--output", type=Path, help="folder for fxquant.save")
+    parser.add_argument(
+        "--stream", action="store_true", help="leave weights in their files: larger than memory"
+    )
     parser.add_argument(
         "--print-after",
         metavar="all|PASS,...",
@@ -33,7 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     wanted = [name for name in options.print_after.split(",") if name]
     check_names([name for name in wanted if name != "all"], options)
-    print(inspect(convert_as_asked(options, dump_after(wanted, print) if wanted else None)))
+    after_pass = dump_after(wanted, print) if wanted else None
+    with tempfile.TemporaryDirectory(prefix="fxquant-") as workspace:
+        converted = convert_as_asked(options, after_pass, Path(workspace))
+        if options.output is not None:
+            save(converted.graph, options.output, converted.tokenizer)
+        print(inspect(converted.graph))
+    if options.output is not None:
+        print(f"written to {options.output}")
     return 0
 
 

@@ -39,3 +39,11 @@ class InspectionError(FxquantError, ValueError):
 
 class BudgetError(FxquantError, RuntimeError):
     """No plan keeps the budget."""
+
+
+class CheckpointError(FxquantError, ValueError):
+    """A graph cannot be saved, or a saved one is damaged, foreign or from a newer version."""
+
+
+class DistributedError(FxquantError, RuntimeError):
+    """The processes of a run do not find each other, or one of them has ended."""

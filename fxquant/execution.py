@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Interpreter, Node
+
+from fxquant.streamed import held
 
 OnNode = Callable[[Node, Any], Any]
 
@@ -35,6 +38,7 @@ class Executor:
         skip: Collection[Node] = (),
         instead: Mapping[Node, Callable[..., Any]] | None = None,
     ) -> None:
+        self._gm = gm
         self._skip = frozenset(skip)
         self._instead = dict(instead or {})
         self._interpreter = Interpreter(gm, garbage_collect_values=False)
@@ -82,6 +86,19 @@ class Executor:
                 if node.op != "output":
                     del env[dead]
         return Cut(end, env)
+
+    @contextlib.contextmanager
+    def holding(self, begin: int, until: Node | None = None) -> Iterator[None]:
+        """Within the block, streamed leaves of the nodes from position ``begin`` up to, not
+        including, ``until`` are read once, at their first use, and let go at the end of it."""
+        end = len(self.nodes) if until is None else self.position[until]
+        used = [node for node in self.nodes[begin:end] if node.op in ("call_module", "get_attr")]
+        with held(self._leaf(node) for node in used):
+            yield
+
+    def _leaf(self, node: Node) -> torch.nn.Module:
+        path = str(node.target)
+        return self._gm.get_submodule(path if node.op == "call_module" else path.rpartition(".")[0])
 
     def run(self, on_node: OnNode | None = None, **inputs: Any) -> Any:
         """The graph's output."""

@@ -22,10 +22,12 @@ from fxquant.records import SiteRecord as SiteRecord
 from fxquant.records import Tag as Tag
 from fxquant.schemes import Role
 from fxquant.specs import TensorSpec
+from fxquant.streamed import Workspace, streamed_device
 
 LINEAR = (nn.Linear, Conv1D)
 
 _KEY = "fxquant"
+_WORKSPACE = "fxquant_workspace"
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -81,6 +83,7 @@ class GraphInfo:
     blocks: tuple[str, ...]
     head: str | None
     embeddings: str | None
+    config: str = field(default="", repr=False)
     level: Level = Level.FLOAT
     scheme: str = "fp"
     sites: tuple[Site, ...] = ()
@@ -297,8 +300,16 @@ def is_op(node: object, op: Any) -> bool:
 
 
 def install(gm: GraphModule, path: str, module: nn.Module) -> None:
-    """Put ``module`` at ``path``, in place of what stands there."""
+    """Put ``module`` at ``path``, in place of what stands there; write it to the workspace."""
+    workspace = gm.meta.get(_WORKSPACE)
+    if workspace is not None:
+        workspace.keep(module)
     gm.add_submodule(path, module)
+
+
+def set_workspace(gm: GraphModule, workspace: Workspace) -> None:
+    """Let passes on ``gm`` write the leaves that they install to ``workspace``."""
+    gm.meta[_WORKSPACE] = workspace
 
 
 def float_dtype(gm: GraphModule) -> torch.dtype:
@@ -312,7 +323,10 @@ def float_dtype(gm: GraphModule) -> torch.dtype:
 
 
 def device_of(gm: GraphModule) -> torch.device:
-    """The device of the graph's first parameter or buffer."""
+    """The device of the graph's first parameter or buffer, the one it is read to if streamed."""
+    streamed = streamed_device(gm)
+    if streamed is not None:
+        return streamed
     for value in (*gm.parameters(), *gm.buffers()):
         return value.device
     return torch.device("cpu")

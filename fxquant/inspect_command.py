@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     check_names([options.diff] if options.diff else [], options)
-    found = inspect(convert_as_asked(options, None))
+    found = inspect(convert_as_asked(options, None).graph)
     print(render(found, options))
     if options.dot is not None:
         found.write_dot(options.dot, options.layer or 0)

@@ -68,10 +68,10 @@ def _divide(gm: GraphModule, producer: Producer, scale: Tensor, origin: str) -> 
 
 def _divided_norm(module: nn.Module, scale: Tensor, dtype: torch.dtype) -> nn.Module:
     """A norm whose output is divided by ``scale``; one without a gain gets one, of ``dtype``."""
-    gain, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    weight = torch.ones_like(scale, dtype=dtype) if gain is None else gain.detach()
+    gain, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    weight = gain.detach() if isinstance(gain, Tensor) else torch.ones_like(scale, dtype=dtype)
     values: dict[str, Tensor | None] = {"weight": (weight.float() / scale).to(weight.dtype)}
-    if bias is not None:
+    if isinstance(bias, Tensor):
         values["bias"] = (bias.detach().float() / scale).to(bias.dtype)
     other = with_parameters(module, **values)
     setattr(other, "elementwise_affine", True)  # noqa: B010  (nn.Module types it as a tensor)

@@ -111,9 +111,11 @@ class SequentialRun:
             masks.append(inputs.get("attention_mask", torch.ones_like(ids)))
             for value in (ids, masks[-1]):
                 digest.update(f"{list(value.shape)} {value.tolist()}".encode())
-            cut = self._executor.start(**inputs)
-            cuts.append(self._executor.advance(cut, self.segments[0].first))
+            cuts.append(self._executor.start(**inputs))
         self.digest = digest.hexdigest()
+        first = self.segments[0].first
+        with self._executor.holding(0, first):
+            cuts = [self._executor.advance(cut, first) for cut in cuts]
         self.tokens = sum(int(mask.sum()) for mask in masks)
         if self.tokens == 0:
             raise CalibrationError(
@@ -132,6 +134,11 @@ class SequentialRun:
 
     @torch.no_grad()
     def _run(self, until: Node | None, on_value: OnValue | None, keep: bool = False) -> list[Cut]:
+        begin = self._cuts[0].position if self._cuts else 0
+        with self._executor.holding(begin, until):
+            return self._run_held(until, on_value, keep)
+
+    def _run_held(self, until: Node | None, on_value: OnValue | None, keep: bool) -> list[Cut]:
         found: list[Cut] = []
         cuts = tqdm(self._cuts, self._label, unit="batch", leave=False, disable=self._quiet)
         for cut, mask in zip(cuts, self._masks, strict=True):

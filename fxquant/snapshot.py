@@ -119,7 +119,9 @@ def _leaves(gm: GraphModule, states: Sequence[_State]) -> dict[str, tuple[weakre
             found[path] = tuple(map(weakref.ref, _tensors(gm.get_submodule(path))))
         elif state.node.op == "get_attr":
             owner, _, name = path.rpartition(".")
-            found[path] = (weakref.ref(getattr(gm.get_submodule(owner), name)),)
+            module = gm.get_submodule(owner)
+            # Not by attribute: that would read a streamed tensor from its file.
+            found[path] = (weakref.ref({**module._parameters, **module._buffers}[name]),)
     return found
 
 

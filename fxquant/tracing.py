@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from fxquant.graph import (
     GraphInfo,
     Tag,
     clone_sharing_storage,
+    device_of,
     float_dtype,
     set_info,
     set_tag,
@@ -36,6 +38,7 @@ from fxquant.graph import (
 from fxquant.levels import verify
 from fxquant.pipeline import Probe, relative_difference
 from fxquant.size import bytes_by_dtype
+from fxquant.streamed import restream, streamed_tensors, unstreamed
 
 TESTED_TRANSFORMERS = "4.57.6"
 # 4.52 scales OPT's attention twice (transformers issue 38277): perplexity 26 became 388418.
@@ -105,7 +108,8 @@ def trace(model: PreTrainedModel) -> GraphModule:
 
     Args:
         model: a Hugging Face causal LM on one device, any float dtype, in any state; it is left
-            exactly as it is.
+            exactly as it is. A model of ``streaming.stream`` is traced on meta, and its leaves
+            are read from their files when they are used.
 
     Returns a GraphModule in eval mode: ``input_ids`` int64 [batch, length], ``attention_mask``
     [batch, length] of 0 and 1 (None: all 1), result float [batch, length, vocab]. Batch and
@@ -118,6 +122,7 @@ def trace(model: PreTrainedModel) -> GraphModule:
     _check_versions()
     _check_model(model)
     copy = clone_sharing_storage(model).eval()
+    sources = unstreamed(copy)  # a streamed model is traced on meta
     gm = _symbolic(copy)
     set_info(gm, _describe(model))
     _drop_dropout(gm)
@@ -125,8 +130,9 @@ def trace(model: PreTrainedModel) -> GraphModule:
     gm.graph.eliminate_dead_code()
     gm.delete_all_unused_submodules()
     gm.recompile()
+    restream(gm, sources)
     verify(gm, "trace")
-    with torch.autocast(model.device.type, enabled=False):
+    with torch.autocast(device_of(gm).type, enabled=False):
         _compare_with_eager(gm, clone_sharing_storage(model).eval())
     return gm
 
@@ -153,7 +159,7 @@ def _check_model(model: object) -> None:
             f"{kind} is not a causal language model: load it with AutoModelForCausalLM; "
             "encoders, encoder-decoders and headless models have no next-token loss"
         )
-    for name, parameter in model.named_parameters():
+    for name, parameter in itertools.chain(model.named_parameters(), streamed_tensors(model)):
         if parameter.device.type != "meta" and parameter.numel():
             low, high = torch.aminmax(parameter.detach())
             if not (math.isfinite(float(low)) and math.isfinite(float(high))):
@@ -253,6 +259,7 @@ def _describe(model: PreTrainedModel) -> GraphInfo:
         embeddings=_path_of(model, embedding),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         float_bytes=bytes_by_dtype((*model.parameters(), *model.buffers())),
+        config=str(model.config.to_json_string(use_diff=False)),
     )
 
 
@@ -273,7 +280,7 @@ def _compare_with_eager(gm: GraphModule, eager: PreTrainedModel) -> None:
     """Logits on a batch of another shape than the traced one, padded left and right."""
     facts = gm.meta["fxquant"]
     length = min(13, facts.max_positions or 13)
-    probe = Probe.random(facts.vocab_size, eager.device, batch=3, length=length)
+    probe = Probe.random(facts.vocab_size, device_of(gm), batch=3, length=length)
     inputs = {"input_ids": probe.input_ids, "attention_mask": probe.attention_mask}
     with torch.no_grad():
         expected = probe.attended(eager(**inputs, use_cache=False, return_dict=True).logits)

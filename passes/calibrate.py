@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
+from collections.abc import Iterable, Sized
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule
 from tqdm import tqdm
 
-from fxquant.batches import Batches, model_inputs
+from fxquant.batches import Batch, Batches, model_inputs
+from fxquant.distributed import is_main, is_mine, merge_observers
 from fxquant.errors import CalibrationError
 from fxquant.execution import Executor
 from fxquant.graph import Level, device_of, info
 from fxquant.levels import is_observer
+from fxquant.passes.observe import observers
 from fxquant.pipeline import Pass
+from fxquant.streaming import is_streamed, run_batches
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,9 @@ class Calibrate(Pass):
     """Stream ``batches`` through the graph up to its last observer.
 
     The graph stays as it is; its observers fill. Batches may be ragged and masked, may be a
-    one-shot iterator, and are read once. Raises CalibrationError when no token was seen.
+    one-shot iterator, and are read once. A streamed graph takes all of them through one block
+    after the other; several processes (torchrun) share them out. Raises CalibrationError when no
+    token was seen.
     """
 
     batches: Batches = field(repr=False, compare=False)
@@ -39,23 +45,32 @@ class Calibrate(Pass):
         if not found:
             return gm
         end = executor.nodes[found[-1] + 1]
-        total = len(self.batches) if isinstance(self.batches, Sized) else None
-        # disable=None: quiet where the output is no terminal.
-        bar = tqdm(
-            self.batches, "calibrate", total, unit="batch", disable=None if self.progress else True
-        )
+        inputs: list[dict[str, Tensor]] = []
         tokens = 0
         with torch.no_grad():
-            for index, batch in enumerate(bar):
-                inputs = model_inputs(batch, facts, index)
-                tokens += int(
-                    inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum()
-                )
-                moved = {name: value.to(device) for name, value in inputs.items()}
-                executor.advance(executor.start(**moved), until=end)
+            for index, batch in enumerate(self._bar()):
+                checked = model_inputs(batch, facts, index)
+                ids = checked["input_ids"]
+                tokens += int(checked.get("attention_mask", torch.ones_like(ids)).sum())
+                if not is_mine(index):
+                    continue
+                moved = {name: value.to(device) for name, value in checked.items()}
+                if is_streamed(gm):
+                    inputs.append(moved)  # all of them together, block by block
+                else:
+                    executor.advance(executor.start(**moved), until=end)
+            if inputs:
+                list(run_batches(gm, inputs, until=end, label="calibrate" * self.progress))
+        merge_observers(observers(gm).values())
         if tokens == 0:
             raise CalibrationError(
                 "calibration saw no token: the batches are empty or fully masked; static ranges "
                 "need data (a dynamic scheme such as w8a8-dynamic needs none)"
             )
         return gm
+
+    def _bar(self) -> Iterable[Batch]:
+        total = len(self.batches) if isinstance(self.batches, Sized) else None
+        # disable=None: quiet where the output is no terminal.
+        quiet = None if self.progress and is_main() else True
+        return tqdm(self.batches, "calibrate", total, unit="batch", disable=quiet)

@@ -81,7 +81,7 @@ class Quantize(Pass):
                 left.append(LeftInFloat(site.path, _why_float(site, self.scheme)))
                 continue
             if site.role == "embeddings":
-                records.append(_lower_embedding(gm, site, node, spec.weight))
+                records.append(_lower_embedding(gm, site, node, spec.weight, inputs))
             else:
                 records.append(_lower_linear(gm, site, node, spec, inputs))
         for node in list(gm.graph.nodes):
@@ -165,7 +165,8 @@ def site_codes(module: nn.Module, spec: TensorSpec, site: str) -> dict[str, Tens
         raise VerificationError(
             f"quantize: {site}: its codes were chosen for {module.spec}, the scheme asks for {spec}"
         )
-    return dict(module.codes.named_buffers())
+    # By attribute: streamed buffers are on meta.
+    return {name: getattr(module.codes, name) for name, _ in module.codes.named_buffers()}
 
 
 def quantize_weight(weight: Tensor, spec: TensorSpec, site: str) -> dict[str, Tensor]:
@@ -248,7 +249,9 @@ def _lower_linear(
     return SiteRecord(site.path, spell_site(spec), sqnr, **({} if static is None else vars(static)))
 
 
-def _lower_embedding(gm: GraphModule, site: Site, node: Node, spec: TensorSpec) -> SiteRecord:
+def _lower_embedding(
+    gm: GraphModule, site: Site, node: Node, spec: TensorSpec, inputs: _Inputs
+) -> SiteRecord:
     """Look up codes and their scales, then dequantize only the rows found."""
     weight, _ = linear_parameters(gm.get_submodule(site.path))
     tensors = quantize_weight(weight, spec, site.path)
@@ -278,5 +281,7 @@ def _lower_embedding(gm: GraphModule, site: Site, node: Node, spec: TensorSpec) 
             name="y",
             is_output=True,
         )
+    if node in inputs.observers:  # a block without a first norm reads the embedding directly
+        inputs.observers[y] = inputs.observers.pop(node)
     builder.replace(node, y)
     return SiteRecord(site.path, spell_site(SiteSpec(spec)), sqnr)

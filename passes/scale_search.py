@@ -126,7 +126,8 @@ class ScaleSearch:
         Groups must come in graph order; scales are applied to the graph between them.
         """
         run = self._executor
-        self._cuts = [run.advance(cut, group.start) for cut in self._cuts]
+        with run.holding(self._cuts[0].position, group.start):
+            self._cuts = [run.advance(cut, group.start) for cut in self._cuts]
         join = join_of(self._gm, group)
         self._end = run.nodes[run.position[join] + 1]
         self._join = join

@@ -12,10 +12,11 @@ from tqdm import tqdm
 
 from fxquant.batches import Batches, model_inputs
 from fxquant.errors import CalibrationError
-from fxquant.execution import Executor
+from fxquant.execution import Executor, OnNode
 from fxquant.graph import device_of, info
 from fxquant.observers import Observer
 from fxquant.passes.observe import attention_mask_node
+from fxquant.streaming import is_streamed, run_batches
 
 
 @torch.no_grad()
@@ -44,20 +45,33 @@ def observe_nodes(
     total = len(batches) if isinstance(batches, Sized) else None
     # disable=None: quiet where the output is no terminal.
     bar = tqdm(batches, label, total, unit="batch", disable=None if progress else True)
-    for index, batch in enumerate(bar):
-        inputs = {k: v.to(device) for k, v in model_inputs(batch, facts, index).items()}
-        mask: list[Tensor] = []
-
-        def on_node(node: Node, value: Any, mask: list[Tensor] = mask) -> Any:
-            if node is mask_node:
-                mask.append(value)
-            if node in observers:
-                observers[node](value, mask[0])
-            return value
-
-        executor.advance(executor.start(**inputs), until, on_node)
+    checked = (
+        {k: v.to(device) for k, v in model_inputs(batch, facts, index).items()}
+        for index, batch in enumerate(bar)
+    )
+    if is_streamed(gm):
+        inputs = list(checked)
+        watchers = [_watcher(observers, mask_node) for _ in inputs]
+        list(run_batches(gm, inputs, watchers, until))
+    else:
+        for each in checked:
+            executor.advance(executor.start(**each), until, _watcher(observers, mask_node))
     if all(int(observer.tokens) == 0 for observer in observers.values()):
         raise CalibrationError(
             f"{label} saw no token: the batches are empty or fully masked (was a one-shot iterator "
             "used up?)"
         )
+
+
+def _watcher(observers: Mapping[Node, Observer], mask_node: Node) -> OnNode:
+    """Shows one batch's values to the observers."""
+    mask: list[Tensor] = []
+
+    def on_node(node: Node, value: Any) -> Any:
+        if node is mask_node:
+            mask.append(value)
+        if node in observers:
+            observers[node](value, mask[0])
+        return value
+
+    return on_node

@@ -1,0 +1,49 @@
+"""The GEMM certificates that stand as literals in an integer graph, checked against its codes."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+from fxquant.errors import VerificationError
+from fxquant.gemm import CHUNK, certified_chunk
+from fxquant.graph import arguments, get_tensor, is_op, tag
+from fxquant.levels import OPS
+from fxquant.operators import unpack_int4
+
+
+def check_chunks(gm: GraphModule) -> None:
+    """Raise VerificationError, with the site, where an int_gemm would not be exact as written."""
+    for node in gm.graph.nodes:
+        if is_op(node, OPS.int_gemm.default):
+            _check(gm, node)
+
+
+def _check(gm: GraphModule, node: Node) -> None:
+    x_codes, weight, chunk = arguments(node)
+    where = tag(node).site or node.name
+    if type(chunk) is not int or not 0 <= chunk <= CHUNK:
+        raise VerificationError(f"{where}: chunk {chunk!r} is not within 0..{CHUNK}")
+    if chunk == 0 and certified_chunk_of(gm, x_codes, weight):
+        raise VerificationError(
+            f"{where}: its int_gemm is written as one fp32 GEMM, but its codes may overflow 2**24"
+        )
+
+
+def certified_chunk_of(gm: GraphModule, x_codes: object, weight: object) -> int:
+    """certified_chunk of an int_gemm's operands; CHUNK where its weight is no constant."""
+    length = None
+    if is_op(weight, OPS.unpack_int4.default):
+        weight, length = arguments(weight)  # type: ignore[arg-type]
+    if not isinstance(weight, Node) or weight.op != "get_attr":
+        return CHUNK
+    codes = get_tensor(gm, weight)
+    if length is not None:
+        codes = unpack_int4(codes, length)
+    if codes.dtype != torch.int8:
+        raise VerificationError(f"{weight.name}: codes of int_gemm are int8, not {codes.dtype}")
+    max_code = 128
+    if is_op(x_codes, OPS.quantize.default):
+        qmin, qmax = arguments(x_codes)[3:5]  # type: ignore[arg-type]
+        max_code = max(-qmin, qmax)
+    return certified_chunk(codes, max_code)

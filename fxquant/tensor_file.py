@@ -1,0 +1,124 @@
+"""Tensors read one by one from a safetensors file that is mapped, never loaded whole.
+
+The mapping is read-only and shared, so its pages belong to the page cache; what ``read`` returns
+is a fresh, aligned copy (a GEMM may round differently on unaligned operands).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fxquant.errors import CheckpointError
+
+OWN_PAGES = 2**20
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies in the file, in bytes behind the header."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """An open safetensors file: ``entries`` by name; ``read`` copies one tensor out of it."""
+
+    path: Path
+    entries: dict[str, Entry]
+    start: int
+    mapping: mmap.mmap = field(repr=False, compare=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TensorFile:
+        return self  # immutable: copies of a graph read one file
+
+    @classmethod
+    def open(cls, path: Path) -> TensorFile:
+        """Map ``path``; CheckpointError if it is no intact safetensors file."""
+        try:
+            with safe_open(path, framework="np"):  # checks header, offsets and length
+                pass
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+                mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, SafetensorError, ValueError) as error:
+            raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+        header.pop("__metadata__", None)
+        strangers = {entry["dtype"] for entry in header.values()} - set(DTYPES)
+        if strangers:
+            raise CheckpointError(f"{path} holds tensors of type {', '.join(sorted(strangers))}")
+        entries = {
+            name: Entry(DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"][0])
+            for name, entry in header.items()
+        }
+        return cls(path, entries, 8 + length, mapping)
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A fresh CPU tensor of the stored shape, in ``dtype`` (None: the stored one)."""
+        entry = self.entries[name]
+        count = math.prod(entry.shape)
+        result = _fresh(count, dtype or entry.dtype)
+        if count:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the view is read-only, and is only read
+                offset = self.start + entry.begin
+                stored = torch.frombuffer(
+                    self.mapping, dtype=entry.dtype, count=count, offset=offset
+                )
+            result.copy_(stored)
+        return result.view(entry.shape)
+
+
+def _fresh(count: int, dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor; a large one has pages of its own, which go back when it dies.
+
+    malloc would keep matrices of up to 32 MB in its heap, where small tensors that live on pin the
+    holes that they leave: a streamed run then grows by a matrix with every layer.
+    """
+    size = count * dtype.itemsize
+    if size < OWN_PAGES:
+        return torch.empty(count, dtype=dtype)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype, count=count)
+
+
+def storage_order(value: Tensor) -> tuple[int, ...]:
+    """The permutation that makes a dense tensor contiguous: (1, 0) for a transposed matrix.
+
+    Kept with the tensor, so that it is multiplied as it was before and rounds alike. The identity
+    where no permutation does.
+    """
+    dims = tuple(range(value.dim()))
+    order = tuple(sorted(dims, key=lambda dim: value.stride(dim), reverse=True))
+    return order if value.permute(order).is_contiguous() else dims
+
+
+def restore_order(stored: Tensor, order: Sequence[int]) -> Tensor:
+    """The inverse of ``value.permute(order)``."""
+    return stored.permute([order.index(dim) for dim in range(len(order))])
