@@ -131,7 +131,7 @@ def main() -> None:
     options = parser.parse_args()
     count = 2 if options.quick else 16
     loaded = load_model(MODEL)
-    model = loaded.model
+    model: Any = loaded.model
     if options.quick:
         model.model.layers = model.model.layers[:4]
     windows = cut_windows(
