@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import enum
 import operator
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -254,6 +255,8 @@ class Builder:
         set_tag(new, replace(tag(new), made_from=made_from, replaces=old.name, scope=scope))
         old.replace_all_uses_with(new)
         self.gm.graph.erase_node(old)
+        if re.fullmatch(rf"{re.escape(old.name)}_\d+", new.name):
+            new.name = old.name  # torch.fx numbered it only because both stood
 
     def _tagged(self, node: Node, is_output: bool = False) -> Node:
         made_from = tuple(source.name for source in self.made_from)

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from fxquant.errors import InspectionError
 from fxquant.formulas import operator_name
 from fxquant.graph import info
-from fxquant.printer import Columns, Names, Row, Section, lay_out, rows, sections
+from fxquant.printer import WIDTH, Columns, Names, Row, Section, lay_out, rows, sections
 from fxquant.records import NodeText, PassRecord
 from fxquant.shapes import UNKNOWN, Value
 from fxquant.snapshot import describe, undo
@@ -66,6 +66,19 @@ class History:
     def rows(self, section: Section, values: Mapping[str, Value], state: int = -1) -> list[Row]:
         return rows(section, self.names(section, values, state), values)
 
+    def born(self, node: NodeText) -> int:
+        """The first state that holds the node: a pass may give a new node an old one's name."""
+        return next(
+            index
+            for index, state in enumerate(self._by_name)
+            if node.name in state and state[node.name].tag.origin == node.tag.origin
+        )
+
+    def sources(self, node: NodeText) -> list[NodeText]:
+        """The nodes that it was made from, as they stood before the pass that made it."""
+        before = self._by_name[max(self.born(node) - 1, 0)]
+        return [before[name] for name in node.tag.made_from if name in before]
+
     def past_values(self, live: Mapping[str, Value]) -> dict[str, Value]:
         """Values of nodes that are gone, from those that replaced them and from their operands."""
         found = dict(live)
@@ -93,7 +106,7 @@ def diff(history: History, name: str, live: Mapping[str, Value]) -> str:
             history.rows(side[title], values, index + late) if title in side else []
             for late, side in enumerate(sides)
         )
-        columns = Columns.fitting([*old, *new])
+        columns = Columns.fitting([*old, *new], WIDTH - 1)  # behind "+" and "-"
         lines = _unified(lay_out(old, columns), lay_out(new, columns))
         if lines:
             key = _canonical(_unified(_plain(old), _plain(new)), history.nodes)

@@ -12,7 +12,6 @@ from torch.fx import GraphModule
 
 from fxquant.dot import dot, write_dot
 from fxquant.errors import InspectionError
-from fxquant.formulas import operator_name
 from fxquant.graph import info
 from fxquant.history import History, diff
 from fxquant.printer import HEAD, WIDTH, Section, lay_out
@@ -23,8 +22,9 @@ from fxquant.summary import summarize
 from fxquant.summary_text import render
 
 LEGEND = (
-    "B batch, L length in tokens; scales, biases and sizes stand in operands; fc1.y: y of site fc1"
+    "B batch, L length in tokens; scales, sizes, indexing stand in operands; fc1.y: y of site fc1"
 )
+_TIED = "\N{NO-BREAK SPACE}"
 
 
 class Inspection:
@@ -120,10 +120,12 @@ class Inspection:
         reads = []
         for name in names.outside(section):
             value = self._values[name]
-            reads.append(f"{operator_name(name)} {value.dtype} {value.shape}")
+            text = f"{names.full(self._history.nodes[name])} {value.dtype} {value.shape}"
+            reads.append(text.replace(" ", _TIED))
         inputs = textwrap.wrap(f"reads {', '.join(reads)}", WIDTH) if reads else []
+        inputs = [line.replace(_TIED, " ") for line in inputs]
         found = self._history.rows(section, self._values)
-        return "\n".join([head, LEGEND, *inputs, "", *lay_out([HEAD, *found])])
+        return "\n".join([head, LEGEND, *inputs, *lay_out([HEAD, *found])])
 
 
 def _plain(value: Any) -> Any:

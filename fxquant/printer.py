@@ -1,7 +1,7 @@
 """The one printer: nodes in words become an aligned listing, one line a node, without addresses.
 
-Buffers, sizes and dtypes stand inside the operands that read them; so do the parts of a pair and
-flattened scales. A weight's integer codes keep their line.
+Buffers, sizes and dtypes stand inside the operands that read them; so do the parts of a pair,
+flattened scales, indexing and ``contiguous``. A weight's integer codes keep their line.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ _GAP = "  "
 _NODE = 12  # longer names lean into the site's column
 _REFERENCE = re.compile(r"%(\w+)")
 _PARTS = {"0": "scale", "1": "zero_point"}
+_INLINED = ("getitem", "contiguous")
 
 
 @dataclass(frozen=True)
@@ -99,15 +100,13 @@ class Names:
         self._nodes = nodes
         self._values = values
         self._block = block
-        inside = [site for site in sites if site.startswith(f"{block}.")] if block else []
-        last = [site.rpartition(".")[2] for site in inside]
-        self._short = {
-            site: name if last.count(name) == 1 else site.removeprefix(f"{block}.")
-            for site, name in zip(inside, last, strict=True)
-        }
+        self._returned = {arg[1:] for n in nodes.values() if n.op == "output" for arg in n.args}
+        every = list(sites)
+        inside = [site for site in every if site.startswith(f"{block}.")] if block else []
+        self._short = {**_shortest(every, ""), **_shortest(inside, f"{block}.")}
 
     def site(self, path: str) -> str:
-        """``q_proj`` inside the listed block, the whole path outside."""
+        """``q_proj``: the end of the path where that is one site of the listed block, or of all."""
         return self._short.get(path, path)
 
     def local(self, node: NodeText) -> str:
@@ -144,16 +143,15 @@ class Names:
             return self.reference(source, reader)
         if node.target == "getitem" and source.target == "fxquant.choose_qparams":
             return f"{self._qualified(source, reader)}.{_PARTS[node.args[1]]}"
-        return None
+        if node.target not in _INLINED or node.tag.is_output or node.name in self._returned:
+            return None
+        args = [self._words(text, reader) for text in node.args]
+        return formula("getitem", args, ()) if len(args) == 2 else f"{node.target}({args[0]})"
 
     def operands(self, node: NodeText) -> str:
         """The node's operands in words."""
-
-        def named(text: str) -> str:
-            return _REFERENCE.sub(lambda m: self._named(m.group(1), node), text)
-
-        args = [named(text) for text in node.args]
-        kwargs = [(key, named(text)) for key, text in node.kwargs]
+        args = [self._words(text, node) for text in node.args]
+        kwargs = [(key, self._words(text, node)) for key, text in node.kwargs]
         if is_codes(node):
             return self._scales_of(node)
         if node.op == "call_module":
@@ -178,6 +176,14 @@ class Names:
         read = dict.fromkeys(name for node in section.nodes for name in self.sources(node))
         return [name for name in read if name not in own]
 
+    def full(self, node: NodeText) -> str:
+        """What a node of no site calls ``node``."""
+        site = node.tag.site
+        return ".".join(filter(None, (site and self.site(site), self.local(node))))
+
+    def _words(self, operand: str, reader: NodeText) -> str:
+        return _REFERENCE.sub(lambda m: self._named(m.group(1), reader), operand)
+
     def _named(self, name: str, reader: NodeText) -> str:
         node = self._nodes.get(name)
         return name if node is None else self.reference(node, reader)
@@ -190,10 +196,17 @@ class Names:
         return "weight, a scale each row" if columns == "1" else f"weight, {columns} scales a row"
 
     def _qualified(self, node: NodeText, reader: NodeText) -> str:
-        local, site = self.local(node), node.tag.site
-        if site is None or site == reader.tag.site:
-            return local or self.site(site or "")
-        return f"{self.site(site)}.{local}".rstrip(".")
+        local = self.local(node)
+        return local if local and node.tag.site == reader.tag.site else self.full(node)
+
+
+def _shortest(sites: Sequence[str], prefix: str) -> dict[str, str]:
+    """The end of each path where no other ends so, else what follows the prefix."""
+    last = [site.rpartition(".")[2] for site in sites]
+    return {
+        site: name if last.count(name) == 1 else site.removeprefix(prefix)
+        for site, name in zip(sites, last, strict=True)
+    }
 
 
 def is_codes(node: NodeText) -> bool:
@@ -225,7 +238,7 @@ def row(node: NodeText, names: Names, value: Value) -> Row:
 
 @dataclass(frozen=True)
 class Columns:
-    """Widths that fit some rows into WIDTH; operands wrap, long names lean into the site."""
+    """Widths that fit rows into a line; operands wrap, long names lean into the site's column."""
 
     site: int
     node: int
@@ -234,20 +247,23 @@ class Columns:
     dtype: int
 
     @classmethod
-    def fitting(cls, found: Sequence[Row]) -> Columns:
+    def fitting(cls, found: Sequence[Row], width: int = WIDTH) -> Columns:
         every = [HEAD, *found]
-        site = max(len(r.site) for r in every)
+        site = max(len(r.site) for r in every if r.node or len(r.site) <= _NODE)
         sited = max(len(r.node) for r in every if r.site or r is HEAD)
         loose = max(len(r.node) for r in every)
-        node = max(sited, min(loose, _NODE), loose - site - len(_GAP))
+        alone = max(len(r.site or r.node) for r in every if not (r.site and r.node) or r is HEAD)
+        node = max(sited, min(loose, _NODE), alone - site - len(_GAP))
         operator = max(len(r.operator) for r in every)
         dtype = max(len(r.dtype) for r in every)
         shape = max(len(r.shape) for r in every)
-        left = WIDTH - site - node - operator - dtype - shape - 5 * len(_GAP)
+        left = width - site - node - operator - dtype - shape - 5 * len(_GAP)
         return cls(site, node, operator, max(left, 24), dtype)
 
     def lines(self, r: Row) -> list[str]:
-        if r.site or len(r.node) <= self.node:
+        if r.site and not r.node:
+            place = f"{r.site:<{self.site + len(_GAP) + self.node}}"
+        elif r.site or len(r.node) <= self.node:
             place = f"{r.site:<{self.site}}{_GAP}{r.node:<{self.node}}"
         else:
             place = f"{r.node:>{self.site + len(_GAP) + self.node}}"

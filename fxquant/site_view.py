@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -53,23 +53,25 @@ def _nodes(own: Sequence[NodeText], history: History, values: Mapping[str, Value
 
 
 def _provenance(own: Sequence[NodeText], history: History) -> list[str]:
-    """``integerize made acc, y_1 from x_dq, w, y``, and so on back to the trace."""
-    lines: list[str] = []
-    pending = list(own)
-    names = history.names(Section("", "", ()), {})
+    """From the trace on: ``integerize: x_dq, w, y -> acc, rescaled, y``, a line a step."""
+    pending, every = list(own), dict.fromkeys(own)
     while pending:
-        groups: dict[tuple[str, tuple[str, ...]], list[NodeText]] = {}
-        for node in pending:
-            groups.setdefault((node.tag.origin, node.tag.made_from), []).append(node)
-        sources: dict[str, None] = {}
-        for (origin, made_from), made in groups.items():
-            found = [history.nodes[name] for name in made_from if name in history.nodes]
-            text = f"{origin} made {', '.join(names.local(n) or n.target for n in made)}"
-            origins = ", ".join(names.local(n) or n.target for n in found)
-            lines.append(f"{text} from {origins}" if origins else text)
-            sources.update(dict.fromkeys(made_from))
-        pending = [history.nodes[name] for name in sources if name in history.nodes]
-    return list(dict.fromkeys(lines))
+        found = [source for node in pending for source in history.sources(node)]
+        pending = [node for node in dict.fromkeys(found) if node not in every]
+        every.update(dict.fromkeys(pending))
+    steps: dict[tuple[int, str, tuple[NodeText, ...]], list[NodeText]] = {}
+    for node in every:
+        step = (history.born(node), node.tag.origin, tuple(history.sources(node)))
+        steps.setdefault(step, []).append(node)
+    names = history.names(Section("", "", ()), {})
+
+    def called(nodes: Iterable[NodeText]) -> str:
+        return ", ".join(names.local(node) or node.target for node in nodes)
+
+    return [
+        f"{origin}: {called(sources)} -> {called(made)}" if sources else f"{origin}: {called(made)}"
+        for (_, origin, sources), made in sorted(steps.items(), key=lambda step: step[0][0])
+    ]
 
 
 def _scales(module: QuantizedParameters, record: SiteRecord | None) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
 
 from tabulate import tabulate
 
@@ -15,6 +16,7 @@ from fxquant.spelling import spell_activation, spell_weight
 from fxquant.summary import SiteRow, Summary, span
 
 WIDTH = 100
+BLOCK_ROLES = ("linear", "matmul")
 
 
 def render(summary: Summary, *, markdown: bool = False) -> str:
@@ -32,14 +34,14 @@ def render(summary: Summary, *, markdown: bool = False) -> str:
         )
         parts += [title.format("History"), table]
     if summary.sites:
-        prefix = _common(row.path for row in summary.sites)
+        prefix = _common(row.path for row in summary.sites if row.site.role in BLOCK_ROLES)
         table = tabulate(
             [_cells(row, prefix) for row in summary.sites],
             headers=["site", "shape", "weight", "input", "scale", "range", "clipped", "SQNR"],
             tablefmt=style,
             disable_numparse=True,
         )
-        below = f" (below {prefix.rstrip('.')})" if prefix else ""
+        below = f" (below {prefix})" if prefix else ""
         parts += [title.format(f"Sites{below}"), table, _LEGEND]
     if summary.left_in_float:
         lines = [f"- {entry.path}: {entry.reason}" for entry in summary.left_in_float]
@@ -100,13 +102,11 @@ def _history_row(record: PassRecord) -> list[str]:
     return [spelling, *map(str, counts), f"{record.milliseconds:.1f}", difference]
 
 
-def _common(paths: object) -> str:
-    """The longest dotted prefix of the block sites' paths."""
-    inside = [str(path) for path in paths if "*" in str(path)]  # type: ignore[attr-defined]
-    if not inside:
-        return ""
-    first = inside[0].partition("*")[0]
-    return first if all(path.startswith(first) for path in inside) else ""
+def _common(paths: Iterable[str]) -> str:
+    """What all dotted paths have in common in front of their last name, "" for nothing."""
+    parts = [path.split(".")[:-1] for path in paths]
+    alike = takewhile(lambda names: len(set(names)) == 1, zip(*parts, strict=False))
+    return ".".join(names[0] for names in alike)
 
 
 def _cells(row: SiteRow, prefix: str) -> list[str]:
@@ -126,8 +126,9 @@ def _cells(row: SiteRow, prefix: str) -> list[str]:
 
 
 def _place(row: SiteRow, prefix: str) -> str:
-    path = row.path if row.site.role == "linear" else row.path.rpartition(".")[2]
-    return path.removeprefix(prefix) + (f" ({row.count})" if row.count > 1 else "")
+    inside = row.site.role in BLOCK_ROLES
+    path = row.path.removeprefix(f"{prefix}.") if inside else row.path.rpartition(".")[2]
+    return path + (f" ({row.count})" if row.count > 1 else "")
 
 
 def _specs(spec: str) -> tuple[str, str]:

@@ -139,7 +139,7 @@ def lower_product(gm: GraphModule, site: Site, node: Node, spec: ActivationSpec)
     A scale can leave the sum over K only where it is constant along K: per token on both sides of
     QK^T, but on P's side alone of PV, where V has one scale.
     """
-    builder = Builder(gm, "quantize", site.path)
+    builder = Builder(gm, "quantize", site.path, (node,))
     parameters = QuantizedParameters({})
     install(gm, site.path, parameters)
     operands: list[Node] = []
@@ -204,13 +204,13 @@ def integerize_product(gm: GraphModule, site: Site, node: Node) -> bool:
     left, right = arguments(node)[:2]
     if not (is_op(left, OPS.dequantize.default) and is_op(right, OPS.dequantize.default)):
         return False
-    builder = Builder(gm, "integerize", site.path)
+    builder = Builder(gm, "integerize", site.path, (left, right, node))
     (a, a_scale, _, _, like), (b, b_scale, *_) = arguments(left), arguments(right)
     with gm.graph.inserting_before(node):
         acc = builder.call(OPS.int_matmul.default, a, b, name="acc")
         corrections = (None, None, None, None)
         y = builder.call(
-            OPS.rescale.default, acc, a_scale, b_scale, *corrections, like, is_output=True
+            OPS.rescale.default, acc, a_scale, b_scale, *corrections, like, name="y", is_output=True
         )
     builder.replace(node, y)
     return True

@@ -177,9 +177,11 @@ def _corrections(builder: Builder, p: Pattern, weight_sum: Node | None) -> tuple
 def _finish(builder: Builder, p: Pattern, acc: Node, corrections: tuple[Node | None, ...]) -> Node:
     """rescale, then the bias; only the last of them casts to the model's dtype."""
     like = p.source if p.bias is None else None
+    bare = p.bias is None
+    name = "y" if bare else "rescaled"
     y = builder.call(
-        OPS.rescale.default, acc, p.scale, *corrections, like, name="rescaled", is_output=not p.bias
+        OPS.rescale.default, acc, p.scale, *corrections, like, name=name, is_output=bare
     )
-    if p.bias is None:
+    if bare:
         return y
     return builder.call(OPS.add_bias.default, y, p.bias, p.source, name="y", is_output=True)

@@ -44,12 +44,23 @@ class Golden:
     __hash__ = None  # type: ignore[assignment]
 
 
+def check_goldens(module: pytest.Module) -> None:
+    """AssertionError where a golden of the module belongs to no test that it has."""
+    items = list(module.session.genitems(module))
+    wanted = {_golden_path(i) for i in items if "golden" in getattr(i, "fixturenames", ())}
+    stale = set((GOLDEN / module.path.stem).iterdir()) - wanted
+    assert not stale, f"no test reads {', '.join(sorted(path.name for path in stale))}: delete"
+
+
+def _golden_path(item: pytest.Item) -> Path:
+    name = re.sub(r"[^\w.-]+", "-", item.name).strip("-")
+    return GOLDEN / item.path.stem / f"{name}.txt"
+
+
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Golden:
     """The golden of this test and its parameters."""
-    name = re.sub(r"[^\w.-]+", "-", request.node.name).strip("-")
-    path = GOLDEN / Path(request.node.fspath).stem / f"{name}.txt"
-    return Golden(path, request.config.getoption("--update-golden"))
+    return Golden(_golden_path(request.node), request.config.getoption("--update-golden"))
 
 
 def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str] | None:

@@ -23,8 +23,14 @@ BLOCK = re.compile(
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A ``text printed`` block holds what the block above it prints; ``...`` stands for more."""
+def test_blocks_run(
+    page: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """A ``text printed`` block holds what the block above it prints; ``...`` stands for more.
+
+    ``--update-golden`` writes those without ``...``.
+    """
+    update = request.config.getoption("--update-golden")
     monkeypatch.chdir(ROOT)
     namespace: dict[str, object] = {"__name__": page.stem}
     monkeypatch.setitem(sys.modules, page.stem, types.ModuleType(page.stem))
@@ -32,14 +38,19 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(compile(block["code"], f"{page.name}", "exec"), namespace)
-        if block["printed"] is not None:
+        if block["printed"] is None:
+            continue
+        if update and "..." not in block["printed"]:
+            real = block[0].removesuffix(f"{block['printed']}```\n") + _stripped(printed.getvalue())
+            page.write_text(page.read_text().replace(block[0], f"{real}```\n"))
+        else:
             same = doctest.OutputChecker().check_output
             expected, found = (_stripped(t) for t in (block["printed"], printed.getvalue()))
             assert same(expected, found, doctest.ELLIPSIS), f"{page.name} prints\n{found}"
 
 
 def _stripped(text: str) -> str:
-    return "\n".join(line.rstrip() for line in text.strip().splitlines()) + "\n"
+    return "\n".join(line.rstrip() for line in text.strip("\n").splitlines()) + "\n"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
