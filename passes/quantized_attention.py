@@ -45,6 +45,7 @@ class Attn8(Repair):
     requires = (Level.FLOAT,)
     effect = "equivalent"
     needs_calibration = False
+    makes_sites = True
 
     def rewrite(self, gm: GraphModule) -> GraphModule:
         if not any(spec.weight for spec in self.scheme.specs):
