@@ -57,7 +57,7 @@ def random_orthogonal(order: int, seed: int) -> Tensor:
     gaussian = torch.randn(order, order, generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(gaussian)
     signed: Tensor = q * r.diagonal().sign()
-    return signed
+    return signed.contiguous()  # qr's columns are strided, which torch.kron refuses
 
 
 def orthogonal_factors(order: int, seed: int) -> tuple[Tensor, Tensor, bool]:

@@ -91,21 +91,25 @@ class PassRecord:
 class SiteRecord:
     """What ``quantize`` decided at a site, kept because observers and float weights go.
 
+    A product of two activations has two, one for each operand.
+
     Attributes:
         path: the site.
-        spec: its SiteSpec as text, such as ``w8a8-static``.
-        weight_sqnr: of the codes against the float weight, in dB; infinite for an exact one.
+        spec: its SiteSpec as text, such as ``w8a8-static``; of an operand, ``a8-static``.
+        weight_sqnr: of the codes against the float weight, in dB; infinite for an exact one, None
+            where there is no weight.
         scale, zero_point: of a static input; None where ranges are dynamic or nothing is coded.
         estimator: how the range was found: ``p99.9``, ``absmax``, ``mse``, ``entropy``.
         low, high: the estimated range of the input.
         seen_low, seen_high: the calibration's exact extremes.
         clipped: share of the calibration's elements outside [low, high], 0..1.
         histogram: the calibration's elements in equal bins from seen_low to seen_high.
+        operand: "left" or "right" in a product of two activations, else "".
     """
 
     path: str
     spec: str
-    weight_sqnr: float
+    weight_sqnr: float | None
     scale: float | None = None
     zero_point: int | None = None
     estimator: str | None = None
@@ -115,3 +119,4 @@ class SiteRecord:
     seen_high: float | None = None
     clipped: float | None = None
     histogram: tuple[int, ...] = field(default=(), repr=False)
+    operand: str = ""

@@ -17,7 +17,9 @@ class Repair(Pass):
     """A pass on the named float graph; further fields are its options, spelled ``name(a=1)``.
 
     Class attributes: ``needs_calibration``, whether it reads ``batches``; ``after_calibration``,
-    whether it runs behind calibrate, just before quantize, rather than in front of observe.
+    whether it runs behind calibrate, just before quantize, rather than in front of observe;
+    ``makes_sites``, whether the scheme's overrides may name sites that it makes (from structure
+    alone).
 
     Args:
         scheme: the scheme being built: which sites become codes, and of what kind.
@@ -26,6 +28,7 @@ class Repair(Pass):
 
     needs_calibration: ClassVar[bool] = True
     after_calibration: ClassVar[bool] = False
+    makes_sites: ClassVar[bool] = False
 
     scheme: Scheme = field(kw_only=True, repr=False)
     batches: Batches | None = field(default=None, kw_only=True, repr=False, compare=False)

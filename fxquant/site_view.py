@@ -25,19 +25,22 @@ def site_view(gm: GraphModule, site: Site, history: History, values: Mapping[str
     """The page of one site of a graph of any level."""
     facts = info(gm)
     own = [node for node in history.states[-1] if node.tag.site == site.path]
-    record = next((r for r in facts.site_records if r.path == site.path), None)
+    records = [record for record in facts.site_records if record.path == site.path]
+    specs = ", ".join(dict.fromkeys(record.spec for record in records)) or "not quantized"
     rows, columns = site.shape
-    spec = record.spec if record else "not quantized"
-    parts = [f"site {site.path}: {site.role}, weight [{rows}, {columns}], {spec}"]
+    what = "two activations" if site.role == "matmul" else f"weight [{rows}, {columns}]"
+    parts = [f"site {site.path}: {site.role}, {what}, {specs}"]
     parts += ["nodes\n" + _nodes(own, history, values)]
     parts += ["provenance\n" + "\n".join(_provenance(own, history))]
-    module = gm.get_submodule(site.path)
-    if isinstance(module, QuantizedParameters):
-        parts += ["scales\n" + _scales(module, record)]
-    if record is not None and record.histogram:
-        parts += [_activation(record)]
-    if isinstance(module, QuantizedParameters) and record is not None:
-        parts += [_weight(module, site, record)]
+    module = None if site.role == "matmul" else gm.get_submodule(site.path)
+    first = records[0] if records else None
+    lines = [_weight_scales(module, first)] if isinstance(module, QuantizedParameters) else []
+    lines += [_static_range(record) for record in records if record.scale is not None]
+    if lines:
+        parts += ["scales\n" + "\n".join(lines)]
+    parts += [_activation(record) for record in records if record.histogram]
+    if isinstance(module, QuantizedParameters) and first is not None:
+        parts += [_weight(module, site, first)]
     notes = [f"{note.origin}: {note.text}" for note in facts.notes if note.site == site.path]
     if notes:
         parts += ["notes\n" + "\n".join(notes)]
@@ -74,21 +77,21 @@ def _provenance(own: Sequence[NodeText], history: History) -> list[str]:
     ]
 
 
-def _scales(module: QuantizedParameters, record: SiteRecord | None) -> str:
+def _weight_scales(module: QuantizedParameters, record: SiteRecord | None) -> str:
     scale = module.get_buffer("weight_scale").detach().float().reshape(-1)
     low, middle, high = (float(scale.quantile(q)) for q in (0.0, 0.5, 1.0))
     text = f"weight: {scale.numel()} scales, smallest {low:.3g}, median {middle:.3g}, "
     text += f"largest {high:.3g}"
-    if record is None:
-        return text
-    text += f"; SQNR {record.weight_sqnr:.1f} dB"
-    if record.scale is not None:
-        text += (
-            f"\ninput: scale {record.scale:.6g}, zero point {record.zero_point}, range "
-            f"{record.low:.4g}..{record.high:.4g} by {record.estimator}; calibration saw "
-            f"{record.seen_low:.4g}..{record.seen_high:.4g}, {record.clipped:.3%} clipped"
-        )
-    return text
+    sqnr = None if record is None else record.weight_sqnr
+    return text if sqnr is None else f"{text}; SQNR {sqnr:.1f} dB"
+
+
+def _static_range(record: SiteRecord) -> str:
+    return (
+        f"{record.operand or 'input'}: scale {record.scale:.6g}, zero point {record.zero_point}, "
+        f"range {record.low:.4g}..{record.high:.4g} by {record.estimator}; calibration saw "
+        f"{record.seen_low:.4g}..{record.seen_high:.4g}, {record.clipped:.3%} clipped"
+    )
 
 
 def _activation(record: SiteRecord) -> str:
@@ -105,7 +108,8 @@ def _activation(record: SiteRecord) -> str:
         start, end = record.seen_low + index * step, record.seen_low + (index + 1) * step
         outside = end <= record.low or start >= record.high
         lines.append(_bar(f"{start:10.3g}", count, max(counts), "x" if outside else "#"))
-    head = "input in calibration (bars logarithmic; # inside the range, x clipped)"
+    head = f"{record.operand or 'input'} in calibration "
+    head += "(bars logarithmic; # inside the range, x clipped)"
     return "\n".join([head, *lines])
 
 

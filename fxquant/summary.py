@@ -28,7 +28,7 @@ class SiteRow:
     Attributes:
         path: with ``*`` for the block's number where ``count`` is above 1.
         scales: smallest and largest scale of the weight; None in float.
-        records: what quantize decided, one a site; empty in float.
+        records: what quantize decided, one a site (two a product); empty in float.
     """
 
     path: str
@@ -77,9 +77,10 @@ def summarize(gm: GraphModule, *, fold: bool = True) -> Summary:
 
 def _site_row(gm: GraphModule, site: Site, facts: GraphInfo) -> SiteRow:
     records = tuple(record for record in facts.site_records if record.path == site.path)
-    module = gm.get_submodule(site.path)
     scales = None
-    if isinstance(module, QuantizedParameters):
+    if site.role != "matmul" and isinstance(
+        module := gm.get_submodule(site.path), QuantizedParameters
+    ):
         scale = module.get_buffer("weight_scale").detach()
         scales = (float(scale.min()), float(scale.max()))
     return SiteRow(site.path, 1, site, records[0].spec if records else "fp", scales, records)

@@ -110,12 +110,12 @@ def _common(paths: Iterable[str]) -> str:
 
 
 def _cells(row: SiteRow, prefix: str) -> list[str]:
-    weight, activation = _specs(row.spec)
+    weight, activation = _specs(row)
     records = row.records
     clipped = span(record.clipped for record in records)
     return [
         _place(row, prefix),
-        "x".join(map(str, row.site.shape)),
+        "-" if row.site.role == "matmul" else "x".join(map(str, row.site.shape)),
         weight,
         activation,
         _between(span(record.scale for record in records), ".2g"),
@@ -131,8 +131,10 @@ def _place(row: SiteRow, prefix: str) -> str:
     return path + (f" ({row.count})" if row.count > 1 else "")
 
 
-def _specs(spec: str) -> tuple[str, str]:
-    site = Scheme.parse(spec).spec
+def _specs(row: SiteRow) -> tuple[str, str]:
+    if row.site.role == "matmul":
+        return "-", "float" if row.spec == "fp" else row.spec.partition(":")[0]
+    site = Scheme.parse(row.spec).spec
     if site.weight is None:
         return "float", "float"
     activation = "float" if site.activation is None else spell_activation(site.activation)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import GraphModule, Node
@@ -14,6 +14,7 @@ from fxquant.graph import (
     Builder,
     QuantizedParameters,
     Site,
+    SiteRecord,
     arguments,
     info,
     install,
@@ -21,10 +22,10 @@ from fxquant.graph import (
 )
 from fxquant.levels import OPS
 from fxquant.observers import HistogramObserver
-from fxquant.quantization import calc_qparams_symmetric
-from fxquant.ranges import estimate_range
+from fxquant.passes.static_input import static_input
 from fxquant.schemes import Scheme, matches
 from fxquant.specs import ActivationSpec, TensorSpec
+from fxquant.spelling import spell_activation
 
 _SOFTMAX = ("softmax", "_safe_softmax.default", "_safe_softmax")
 _THROUGH = (
@@ -96,17 +97,18 @@ def attention_path(gm: GraphModule, output: Node) -> str | None:
 
 
 def operand_spec(scheme: Scheme, site: Site) -> ActivationSpec | None:
-    """How a product's operands become codes; None where an override leaves it in float.
+    """How a product's operands become codes; None where the scheme leaves it in float.
 
     8 bits, symmetric; static or dynamic, per tensor or per token, as the scheme's activations
-    are; dynamic per token under a weight-only scheme.
+    are; dynamic per token under a weight-only scheme. An override without activations, such as
+    "fp", leaves the product in float.
     """
-    spec = scheme.spec
+    spec, chosen = scheme.spec, False
     for pattern, override in scheme.overrides:
         if matches(pattern, site.path, site.role):
-            spec = override
-            if spec.activation is None:
-                return None
+            spec, chosen = override, True
+    if spec.weight is None or (chosen and spec.activation is None):
+        return None
     if spec.activation is None:
         return ActivationSpec(TensorSpec(8, granularity="token"))
     granularity = spec.activation.tensor.granularity
@@ -130,10 +132,23 @@ def _sides(site: Site, node: Node) -> Iterator[tuple[str, Node, int]]:
     """Each operand with the dimension that its tokens lie along."""
     left, right = arguments(node)[:2]
     yield "left", left, 2
-    yield "right", right, 3 if site.path.endswith(".qk") else 2
+    yield "right", right, 3 if is_transposed(site) else 2
 
 
-def lower_product(gm: GraphModule, site: Site, node: Node, spec: ActivationSpec) -> None:
+def operand_specs(site: Site, spec: ActivationSpec) -> tuple[ActivationSpec, ActivationSpec]:
+    """The product's left and right operand: V has one scale, since its tokens are summed over."""
+    whole = replace(spec, tensor=replace(spec.tensor, granularity="tensor"))
+    return spec, spec if is_transposed(site) else whole
+
+
+def is_transposed(site: Site) -> bool:
+    """Whether the right operand's tokens are its columns: k^T of QK^T."""
+    return site.path.endswith(".qk")
+
+
+def lower_product(
+    gm: GraphModule, site: Site, node: Node, spec: ActivationSpec
+) -> list[SiteRecord]:
     """matmul(a, b) becomes matmul(dequantize(quantize(a)), dequantize(quantize(b))).
 
     A scale can leave the sum over K only where it is constant along K: per token on both sides of
@@ -143,10 +158,12 @@ def lower_product(gm: GraphModule, site: Site, node: Node, spec: ActivationSpec)
     parameters = QuantizedParameters({})
     install(gm, site.path, parameters)
     operands: list[Node] = []
+    records: list[SiteRecord] = []
+    specs = operand_specs(site, spec)
     with gm.graph.inserting_before(node):
-        for side, operand, dim in _sides(site, node):
+        for own, (side, operand, dim) in zip(specs, _sides(site, node), strict=True):
             turned = dim == 3  # k^T: its tokens are columns
-            grain = "tensor" if side == "right" and not turned else spec.tensor.granularity
+            grain, found = own.tensor.granularity, None
             x = builder.call(torch.transpose, operand, -2, -1) if turned else operand
             if spec.dynamic:
                 qmin, qmax = spec.tensor.qrange
@@ -155,7 +172,13 @@ def lower_product(gm: GraphModule, site: Site, node: Node, spec: ActivationSpec)
                 )
                 scale = builder.item(chosen, 0, f"{side}_scale")
             else:
-                scale = _static_scale(builder, site, side, spec, parameters)
+                buffers, found = static_input(operand_observer(gm, site, side), own)
+                parameters.register_buffer(f"{side}_scale", buffers["input_scale"])
+                scale = builder.attribute(f"{side}_scale")
+            facts = {} if found is None else vars(found)
+            records.append(
+                SiteRecord(site.path, spell_activation(own), None, operand=side, **facts)
+            )
             qmin, qmax = spec.tensor.qrange
             codes = builder.call(
                 OPS.quantize.default, x, scale, None, qmin, qmax, torch.int8, name=f"{side}_q"
@@ -173,25 +196,21 @@ def lower_product(gm: GraphModule, site: Site, node: Node, spec: ActivationSpec)
     builder.replace(node, y)
     if not list(parameters.buffers()):
         gm.delete_submodule(site.path)
+    return records
 
 
-def _static_scale(
-    builder: Builder, site: Site, side: str, spec: ActivationSpec, owner: QuantizedParameters
-) -> Node:
+def operand_observer(gm: GraphModule, site: Site, side: str) -> HistogramObserver:
+    """The observer that ``observed`` put on the operand; CalibrationError if there is none."""
     try:
-        observer = builder.gm.get_submodule(observer_path(site, side))
+        observer = gm.get_submodule(observer_path(site, side))
     except AttributeError:
         observer = None
-    if not isinstance(observer, HistogramObserver) or spec.estimator is None:
+    if not isinstance(observer, HistogramObserver):
         raise CalibrationError(
             f"{site.path}: its range is static, but its {side} operand was not observed; run "
             "Observe and Calibrate before Quantize"
         )
-    _, high = estimate_range(observer, spec.estimator, spec.tensor)
-    limit = torch.tensor(high, dtype=torch.float32, device=observer.counts.device)
-    name = f"{side}_scale"
-    owner.register_buffer(name, calc_qparams_symmetric(limit, spec.tensor.qrange[1]))
-    return builder.attribute(name)
+    return observer
 
 
 def integerize_product(gm: GraphModule, site: Site, node: Node) -> bool:

@@ -12,12 +12,8 @@ from fxquant.passes.weight_codes import WeightCodes
 from fxquant.quantization import check_finite, expand_groups
 
 
-def layer_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> float:
-    """``tr((W - Q) H (W - Q)^T) / tr(W H W^T)``: relative squared error of the layer's output."""
-    return _energy(weight - approximation, hessian) / _energy(weight, hessian)
-
-
-def _energy(weight: Tensor, hessian: Tensor) -> float:
+def energy(weight: Tensor, hessian: Tensor) -> float:
+    """``tr(W H W^T)`` of float [N, K] and [K, K], products in float32."""
     weight, hessian = weight.to(torch.float32), hessian.to(torch.float32)
     return float((weight @ hessian).mul_(weight).sum(dtype=torch.float64))
 

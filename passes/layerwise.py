@@ -25,7 +25,7 @@ from fxquant.graph import (
 )
 from fxquant.operators import unpack_int4
 from fxquant.passes.block_store import BlockStore
-from fxquant.passes.coordinate_descent import layer_error
+from fxquant.passes.coordinate_descent import energy
 from fxquant.passes.hessians import Hessian
 from fxquant.passes.quantize import quantize_weight, site_codes
 from fxquant.passes.weight_codes import WeightCodes
@@ -142,7 +142,8 @@ class Layerwise(Repair):
             store.save(segment.block, chosen)
         for path, codes in chosen.items():
             _simulate(gm, layers[path], codes)
-        run.advance(segment.end)
+        if segment.end is not None:  # nothing to choose behind the last segment, nothing to run
+            run.advance(segment.end)
         changed = 0
         for path, codes in chosen.items():
             layer = layers[path]
@@ -204,8 +205,11 @@ class Layerwise(Repair):
             yield layer, replace(codes, note=self._note(layer, codes, hessian))
 
     def _note(self, layer: Layer, codes: WeightCodes, hessian: Tensor) -> str:
-        old = layer_error(layer.weight, self.reference(layer).dequantize(), hessian)
-        new = layer_error(layer.weight, codes.dequantize(), hessian)
+        signal = energy(layer.weight, hessian)
+        old, new = (
+            energy(layer.weight - each.dequantize(), hessian) / signal
+            for each in (self.reference(layer), codes)
+        )
         return f"layer error {old:.3g} -> {new:.3g} on calibration inputs{codes.note}"
 
 

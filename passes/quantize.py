@@ -74,7 +74,7 @@ class Quantize(Pass):
                 if operands is None:
                     left.append(LeftInFloat(site.path, _why_float(site, self.scheme)))
                 else:
-                    lower_product(gm, site, node, operands)
+                    records += lower_product(gm, site, node, operands)
                 continue
             spec = self.scheme.spec_for(site.path, site.role)
             if spec.weight is None:

@@ -45,9 +45,10 @@ class Attn8(Repair):
     requires = (Level.FLOAT,)
     effect = "equivalent"
     needs_calibration = False
+    makes_sites = True
 
     def rewrite(self, gm: GraphModule) -> GraphModule:
-        if self.scheme.spec.weight is None:
+        if not any(spec.weight for spec in self.scheme.specs):
             raise SchemeError("attn8 goes with a scheme that quantizes, such as w8a8-dynamic+attn8")
         sites = list(info(gm).sites)
         for product in _written_out(gm, self.name):

@@ -79,7 +79,7 @@ def test_parts_sum_to_the_error_of_each_site(name: str, scheme: str) -> None:
     seen: list[str] = []
 
     def check(site: SimulatedSite, x: Tensor) -> Tensor:
-        exact, found = site.output(x, frozenset()), site.output(x, frozenset(site.causes))
+        exact, found = site.output(frozenset(), x), site.output(frozenset(site.causes), x)
         parts = site.errors(x)
         assert parts.keys() <= set(site.causes)
         total = torch.stack(list(parts.values())).sum(0)
@@ -211,7 +211,7 @@ def test_local_figures_against_a_plain_computation() -> None:
 
     def keep(site: SimulatedSite, x: Tensor) -> Tensor:
         inputs[site.path].append(x.flatten(0, -2))
-        return site.output(x, frozenset(site.causes))
+        return site.output(frozenset(site.causes), x)
 
     lab.loss({each.node: lambda x, each=each: keep(each, x) for each in sites})
     for site in sites:

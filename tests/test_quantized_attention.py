@@ -114,6 +114,39 @@ def test_overrides_leave_products_in_float() -> None:
     assert "override" in left["model.decoder.layers.0.self_attn.pv"]
 
 
+def test_inspect_shows_both_operands() -> None:
+    graph = fxquant.convert(llama(), "w8a8-static:absmax+attn8+kv8", calibration=[inputs()])
+    path = "model.layers.1.self_attn.pv"
+    left, right = (r for r in info(graph).site_records if r.path == path)
+    assert (left.operand, right.operand) == ("left", "right")
+    assert left.spec == right.spec == "a8-static:absmax"
+    assert left.weight_sqnr is None
+    assert left.low == -1  # of probabilities, the first token's being 1
+    assert left.scale == pytest.approx(1 / 127)
+    for record in (left, right):
+        assert record.scale == float(graph.get_buffer(f"{path}.{record.operand}_scale"))
+        assert sum(record.histogram) > 0
+    view = fxquant.inspect(graph)
+    assert "*.self_attn.qk (2)  -        -         a8-static" in str(view)
+    page = view.site("layers.1.self_attn.pv")
+    assert "matmul, two activations, a8-static:absmax" in page
+    assert "left_q @ right_q" in page
+    assert "left: scale 0.00787402" in page
+    assert "8 bits, each token and head" in " ".join(view.diff("kv8").split())
+    assert "integerize made acc, rescaled from left_dq, right_dq, y" in page
+    rows = {row["path"]: row for row in view.to_dict()["sites"]}
+    assert [record["operand"] for record in rows[path]["records"]] == ["left", "right"]
+
+
+def test_inspect_shows_dynamic_operands() -> None:
+    graph = fxquant.convert(opt(), "w8a8-dynamic-token+attn8")
+    left, right = (r for r in info(graph).site_records if r.path.endswith("0.self_attn.pv"))
+    assert (left.spec, right.spec) == ("a8-dynamic-token", "a8-dynamic")
+    assert left.scale is None
+    lines = [line.split() for line in str(fxquant.inspect(graph)).splitlines() if ".qk" in line]
+    assert lines[0][1:] == ["(2)", "-", "-", "a8-dynamic-token", "-", "each", "batch", "-", "-"]
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 2500), st.integers(1, 5), st.integers(0, 2**20))
 def test_batched_products_are_exact(rows: int, length: int, columns: int, seed: int) -> None:
@@ -154,6 +187,8 @@ def test_all_three_compose_and_bad_ones_say_why() -> None:
     graph = fxquant.convert(llama(), "w8a8-dynamic-token+attn8+kv8")
     names = [node.target for node in graph.graph.nodes]
     assert names.count(OPS.store_kv.default) == names.count(OPS.int_matmul.default) == 4
+    turned = fxquant.convert(llama(), "w8a8-dynamic-token+kv8+attn8")
+    assert torch.equal(logits(turned), logits(graph))
     with pytest.raises(SchemeError, match="attn8 goes with a scheme that quantizes"):
         fxquant.convert(opt(), "fp+attn8")
     with pytest.raises(SchemeError, match="stored in codes already"):

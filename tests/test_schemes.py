@@ -462,7 +462,7 @@ def test_spec_for(overrides: dict[str, str], path: str, role: Role, wanted: str)
 
 
 def test_roles() -> None:
-    assert ROLES == ("linear", "head", "embeddings")
+    assert ROLES == ("linear", "head", "embeddings", "matmul")
 
 
 @pytest.mark.parametrize(

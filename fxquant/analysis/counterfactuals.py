@@ -13,7 +13,13 @@ from torch.fx import Node
 from fxquant.analysis.lab import Cuts, Lab, Setting, setting
 from fxquant.analysis.local import LocalFigures
 from fxquant.analysis.parts import InputQuantizer
-from fxquant.analysis.sites import LinearSite, SimulatedSite, SiteMaker, dequantized_weight
+from fxquant.analysis.sites import (
+    LinearSite,
+    ProductSite,
+    SimulatedSite,
+    SiteMaker,
+    dequantized_weight,
+)
 from fxquant.graph import source_of
 from fxquant.observers import HistogramObserver
 from fxquant.passes.quantize import quantize_weight
@@ -22,7 +28,7 @@ from fxquant.specs import ActivationSpec, Estimator, TensorSpec
 
 _ALPHA = 0.5
 _TOP = (1, 4)
-Function = Callable[[Tensor], Tensor]
+Function = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,14 +49,17 @@ def choices(
     ``calibrated``: inputs [T, K] that the site saw while calibrating, for ranges and statistics
     of changed inputs. A static range is chosen anew by the site's own estimator.
     """
-    yield "float", partial(site.output, parts=frozenset())
+    yield "float", partial(site.output, frozenset())
+    if isinstance(site, ProductSite):
+        yield "left operand in float", lambda a, b: a @ site.coded_right(b)
+        yield "right operand in float", lambda a, b: site.left(a) @ b
     if not isinstance(site, LinearSite):
         return
     own = site.quantizer
     if own is None:
         yield from _weight_choices(site)
         return
-    yield "float weight", partial(site.output, parts=frozenset(("clipping", "rounding")))
+    yield "float weight", partial(site.output, frozenset(("clipping", "rounding")))
     for name, quantizer in _quantizers(site, own, maker):
         yield name, partial(_linear, site, quantizer)
     for count in _TOP:
@@ -152,15 +161,16 @@ def _smoothed(site: LinearSite, own: InputQuantizer, calibrated: Sequence[Tensor
 def calibration_inputs(
     lab: Lab, sites: Sequence[SimulatedSite], batches: Sequence[dict[str, Tensor]]
 ) -> dict[str, list[Tensor]]:
-    """The attended rows [T, K] that reach ``sites`` in the float graph, for each batch."""
+    """The attended rows [T, K] that reach the linears of ``sites`` in the float graph, by batch."""
     found: dict[str, list[Tensor]] = {each.path: [] for each in sites}
+    linears = [each for each in sites if isinstance(each, LinearSite)]
     executor = lab.executor
-    last = max(executor.position[each.node] for each in sites) if sites else 0
+    last = max((executor.position[each.node] for each in linears), default=0)
     for inputs in batches:
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
 
         def keep(node: Node, value: Tensor, mask: Tensor = mask) -> Tensor:
-            for each in sites:
+            for each in linears:
                 if source_of(each.node) is node:
                     rows = value.reshape(mask.numel(), -1)
                     found[each.path].append(rows[mask.reshape(-1).bool()])

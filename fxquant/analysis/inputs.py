@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from fxquant.analysis.sites import simulated_spec
 from fxquant.batches import Batches, check_ids, model_inputs
 from fxquant.conversion import convert
 from fxquant.errors import CalibrationError, DataError, SchemeError
 from fxquant.graph import device_of, info
 from fxquant.pipeline import Pipeline
-from fxquant.repairs import resolve_repairs
+from fxquant.repairs import REPAIRS, resolve_repairs
 from fxquant.schemes import Scheme
 from fxquant.specs import FLOAT
 
@@ -70,10 +71,11 @@ def restricted(scheme: Scheme, pattern: str | None, graph: GraphModule) -> Schem
     """
     if pattern is None:
         return scheme
-    named = info(convert(graph, Scheme(), level="float")).sites
+    makers = tuple(repair for repair in scheme.repairs if REPAIRS[repair[0]].makes_sites)
+    named = info(convert(graph, replace(scheme, repairs=makers), level="float")).sites
     covered = [site for site in named if fnmatch.fnmatchcase(site.path, pattern)]
-    specs = tuple((site.path, scheme.spec_for(site.path, site.role)) for site in covered)
-    kept = tuple((path, spec) for path, spec in specs if spec.weight is not None)
+    specs = tuple((site.path, simulated_spec(scheme, site)) for site in covered)
+    kept = tuple((path, spec) for path, spec in specs if spec != FLOAT)
     if not kept:
         raise SchemeError(
             f"sites={pattern!r} covers no site that {scheme} quantizes; the model's sites are "

@@ -32,8 +32,8 @@ def setting(sites: Iterable[SimulatedSite], parts: Parts = EVERY_PART) -> Settin
     return {each.node: partial(_output, each, parts & frozenset(each.causes)) for each in sites}
 
 
-def _output(site: SimulatedSite, parts: Parts, x: Tensor) -> Tensor:
-    return site.output(x, parts)
+def _output(site: SimulatedSite, parts: Parts, *operands: Tensor) -> Tensor:
+    return site.output(parts, *operands)
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -79,12 +80,12 @@ def local_figures(
     """Figures of every site, and the loss of the quantized model, from one streaming run."""
     found = {each.path: LocalFigures() for each in sites}
 
-    def recording(site: SimulatedSite, x: Tensor) -> Tensor:
-        y = site.output(x, EVERY_PART & frozenset(site.causes))
-        _record(found[site.path], site, x)
+    def recording(site: SimulatedSite, *operands: Tensor) -> Tensor:
+        y = site.output(EVERY_PART & frozenset(site.causes), *operands)
+        _record(found[site.path], site, *operands)
         return y
 
-    under = {each.node: lambda x, each=each: recording(each, x) for each in sites}
+    under = {each.node: partial(recording, each) for each in sites}
     return found, lab.loss(under)
 
 
@@ -101,18 +102,19 @@ def stretch(peaks: Tensor) -> Tensor:
     return torch.zeros_like(shares).scatter(-1, order, shares)
 
 
-def _record(figures: LocalFigures, site: SimulatedSite, x: Tensor) -> None:
-    errors = site.errors(x)
+def _record(figures: LocalFigures, site: SimulatedSite, *operands: Tensor) -> None:
+    errors = site.errors(*operands)
     total = torch.stack(list(errors.values())).sum(0).to(torch.float32)
     for cause, error in errors.items():
         figures.energy[cause] += _energy(error)
     figures.total += _energy(total)
     figures.outputs += total.numel()
-    by_token = {cause: _by_token(error) for cause, error in errors.items()}
-    figures.tokens.append(_by_token(total))
+    by_token = {cause: _by_token(site, error) for cause, error in errors.items()}
+    figures.tokens.append(_by_token(site, total))
     rounding = by_token.pop("rounding", torch.zeros_like(figures.tokens[-1]))
     blame = torch.stack([*by_token.values(), torch.zeros_like(rounding)]).sum(0)
     if isinstance(site, LinearSite):
+        (x,) = operands
         figures.signal += _energy(site.product(x))
         figures.floor += floor_energy(site, x)
         rows = x.flatten(0, -2)
@@ -120,7 +122,7 @@ def _record(figures: LocalFigures, site: SimulatedSite, x: Tensor) -> None:
             rounding = rounding.sum() * stretch(rows.abs().amax(-1)).to(torch.float32)
         _record_inputs(figures, site, rows)
     else:
-        figures.signal += _energy(site.output(x, frozenset()))
+        figures.signal += _energy(site.output(frozenset(), *operands))
     figures.token_blame.append(blame + rounding)
 
 
@@ -128,8 +130,8 @@ def _energy(values: Tensor) -> float:
     return float(values.to(torch.float64).square().sum())
 
 
-def _by_token(errors: Tensor) -> Tensor:
-    return errors.to(torch.float32).square().sum(-1).flatten()
+def _by_token(site: SimulatedSite, errors: Tensor) -> Tensor:
+    return site.by_token(errors.to(torch.float32).square())
 
 
 def _record_inputs(figures: LocalFigures, site: LinearSite, rows: Tensor) -> None:

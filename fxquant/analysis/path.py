@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -134,12 +135,12 @@ def _frozen_errors(
     """e_s = ŷ - y at every site of the quantized model, and the window's loss difference."""
     errors: dict[str, Tensor] = {}
 
-    def recording(site: SimulatedSite, x: Tensor) -> Tensor:
-        y = site.output(x, EVERY_PART & frozenset(site.causes))
-        errors[site.path] = y - site.output(x, frozenset())
+    def recording(site: SimulatedSite, *operands: Tensor) -> Tensor:
+        y = site.output(EVERY_PART & frozenset(site.causes), *operands)
+        errors[site.path] = y - site.output(frozenset(), *operands)
         return y
 
-    under = {each.node: lambda x, each=each: recording(each, x) for each in sites}
+    under = {each.node: partial(recording, each) for each in sites}
     quantized = lab.nll(cut, ids, under).to(torch.float64).sum()
     change = quantized - lab.nll(cut, ids, FLOAT_SETTING).to(torch.float64).sum()
     lab.meter.count(3 / len(lab.windows))
@@ -160,7 +161,7 @@ def _blended(
     for alpha, weight in zip(*rule, strict=True):
         added = {path: (alpha * error).requires_grad_() for path, error in errors.items()}
         under: Setting = {
-            each.node: lambda x, each=each: each.output(x, frozenset()) + added[each.path]  # noqa: B023
+            each.node: lambda *x, each=each: each.output(frozenset(), *x) + added[each.path]  # noqa: B023
             for each in sites
         }
         loss = lab.nll(cut, ids, under).sum() / lab.tokens
@@ -183,24 +184,28 @@ def _split(
 ) -> None:
     """Run the quantized window once more and split <gradient, e_s> by part, token and channel."""
 
-    def recording(site: SimulatedSite, x: Tensor) -> Tensor:
-        _split_site(found[site.path], site, x, gradients[site.path])
-        return site.output(x, EVERY_PART & frozenset(site.causes))
+    def recording(site: SimulatedSite, *operands: Tensor) -> Tensor:
+        _split_site(found[site.path], site, gradients[site.path], *operands)
+        return site.output(EVERY_PART & frozenset(site.causes), *operands)
 
-    under = {each.node: lambda x, each=each: recording(each, x) for each in sites}
+    under = {each.node: partial(recording, each) for each in sites}
     last = max(sites, key=lambda each: lab.position(each.node))
     after = lab.executor.nodes[lab.position(last.node) + 1]
     lab.executor.advance(cut, after, instead=under)
     lab.meter.count(3 / len(lab.windows))
 
 
-def _split_site(figures: PathSite, site: SimulatedSite, x: Tensor, gradient: Tensor) -> None:
+def _split_site(
+    figures: PathSite, site: SimulatedSite, gradient: Tensor, *operands: Tensor
+) -> None:
     if not isinstance(site, LinearSite):
-        errors = site.errors(x)
-        figures.tokens += [(gradient * error).sum(-1).flatten() for error in errors.values()]
+        errors = site.errors(*operands)
+        whole = torch.stack(list(errors.values())).sum(0)
+        figures.tokens.append(site.by_token(gradient * whole))
         for cause, error in errors.items():
             figures.causes[cause] += _dot(gradient, error)
         return
+    (x,) = operands
     # <g, d Ŵ^T> = <g Ŵ, d>: two products with g serve every part, token and channel.
     by_input: dict[Cause, Tensor] = {"weights": (gradient @ site.weight_error) * x}
     input_errors = site.input_errors(x)

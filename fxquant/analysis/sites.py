@@ -15,12 +15,18 @@ from fxquant.errors import SchemeError
 from fxquant.graph import LINEAR, Site, info, linear_parameters, site_outputs, source_of
 from fxquant.observers import HistogramObserver
 from fxquant.operators import unpack_int4
+from fxquant.passes.attention_products import (
+    is_transposed,
+    operand_observer,
+    operand_spec,
+    operand_specs,
+)
 from fxquant.passes.observe import observers
 from fxquant.passes.quantize import site_codes
 from fxquant.passes.static_input import static_qparams
 from fxquant.quantization import dequantize
 from fxquant.schemes import Scheme
-from fxquant.specs import ActivationSpec, SiteSpec, TensorSpec
+from fxquant.specs import FLOAT, ActivationSpec, SiteSpec, TensorSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,16 +48,23 @@ class SimulatedSite(abc.ABC):
         return self.site.path
 
     @abc.abstractmethod
-    def output(self, x: Tensor, parts: Parts) -> Tensor:
-        """The site's output [..., N]: that of the float graph for no part, of qdq for all."""
+    def output(self, parts: Parts, *operands: Tensor) -> Tensor:
+        """The site's output [..., N]: that of the float graph for no part, of qdq for all.
+
+        ``operands``: its input, or the two factors of a product.
+        """
 
     @abc.abstractmethod
-    def errors(self, x: Tensor) -> dict[Cause, Tensor]:
-        """The exact parts of quantized minus float output, for the x that arrives: [..., N] each.
+    def errors(self, *operands: Tensor) -> dict[Cause, Tensor]:
+        """The exact parts of quantized minus float output, for what arrives: [..., N] each.
 
         weights x (Ŵ - W)^T, clipping (clip(x) - x) Ŵ^T, rounding (x̂ - clip(x)) Ŵ^T. A part that
         is zero everywhere is left out.
         """
+
+    def by_token(self, values: Tensor) -> Tensor:
+        """Sums of ``values``, of the output's shape, over all but batch and token: [b * L]."""
+        return values.sum(-1).flatten()
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +78,8 @@ class LinearSite(SimulatedSite):
     spec: SiteSpec
     observer: HistogramObserver | None
 
-    def output(self, x: Tensor, parts: Parts) -> Tensor:
+    def output(self, parts: Parts, *operands: Tensor) -> Tensor:
+        (x,) = operands
         if self.quantizer is not None:
             x = self.quantizer.with_parts(x, parts)
         weight = self.coded_weight if "weights" in parts else self.weight
@@ -86,7 +100,8 @@ class LinearSite(SimulatedSite):
         }
         return {cause: error for cause, error in found.items() if bool(error.any())}
 
-    def errors(self, x: Tensor) -> dict[Cause, Tensor]:
+    def errors(self, *operands: Tensor) -> dict[Cause, Tensor]:
+        (x,) = operands
         found: dict[Cause, Tensor] = {
             cause: nn.functional.linear(error, self.coded_weight)
             for cause, error in self.input_errors(x).items()
@@ -106,12 +121,52 @@ class EmbeddingSite(SimulatedSite):
     weight: Tensor
     coded_weight: Tensor
 
-    def output(self, x: Tensor, parts: Parts) -> Tensor:
+    def output(self, parts: Parts, *operands: Tensor) -> Tensor:
         table = self.coded_weight if "weights" in parts else self.weight
-        return nn.functional.embedding(x, table)
+        return nn.functional.embedding(operands[0], table)
 
-    def errors(self, x: Tensor) -> dict[Cause, Tensor]:
-        return {"weights": self.output(x, frozenset(("weights",))) - self.output(x, frozenset())}
+    def errors(self, *operands: Tensor) -> dict[Cause, Tensor]:
+        coded = self.output(frozenset(("weights",)), *operands)
+        return {"weights": coded - self.output(frozenset(), *operands)}
+
+
+@dataclass(frozen=True, eq=False)
+class ProductSite(SimulatedSite):
+    """A product of two activations, left [b, heads, L, K] by right [b, heads, K, N].
+
+    Errors by operand, left first: (Q(a) - a) b, then Q(a) (Q(b) - b), each split into clipping and
+    rounding; "rounding" is always listed. Scores that the mask hides count among them: they are
+    computed too.
+    ``transposed``: the right operand's tokens are its columns (k^T), and so are its scales.
+    """
+
+    left: InputQuantizer
+    right: InputQuantizer
+    transposed: bool
+
+    def output(self, parts: Parts, *operands: Tensor) -> Tensor:
+        left, right = operands
+        coded_right = self._turn(self.right.with_parts(self._turn(right), parts))
+        return torch.matmul(self.left.with_parts(left, parts), coded_right)
+
+    def errors(self, *operands: Tensor) -> dict[Cause, Tensor]:
+        left, right = operands
+        a, b = self.left.split(left), self.right.split(self._turn(right))
+        clipped, rounded = self._turn(b.clipped), self._turn(b.rounded)
+        clipping = (a.clipped - left) @ right + a.rounded @ (clipped - right)
+        rounding = (a.rounded - a.clipped) @ right + a.rounded @ (rounded - clipped)
+        found: dict[Cause, Tensor] = {"clipping": clipping} if bool(clipping.any()) else {}
+        return {**found, "rounding": rounding}
+
+    def coded_right(self, right: Tensor) -> Tensor:
+        """The right operand behind quantize and dequantize."""
+        return self._turn(self.right(self._turn(right)))
+
+    def by_token(self, values: Tensor) -> Tensor:
+        return values.sum((1, -1)).flatten()
+
+    def _turn(self, right: Tensor) -> Tensor:
+        return right.transpose(-2, -1) if self.transposed else right
 
 
 def dequantized_weight(codes: dict[str, Tensor], spec: TensorSpec, like: Tensor) -> Tensor:
@@ -138,8 +193,11 @@ class SiteMaker:
         self._known = {site.path: (site, node) for site, node in site_outputs(gm)}
 
     def make(self, path: str, spec: SiteSpec) -> SimulatedSite:
-        """The site at ``path`` under ``spec``, which quantizes its weight."""
+        """The site at ``path`` under ``spec``, which quantizes its weight, or its operands."""
         site, node = self._known[path]
+        if site.role == "matmul":
+            assert spec.activation is not None
+            return self._product(site, node, spec.activation)
         assert spec.weight is not None
         module = self._gm.get_submodule(path) if node.op == "call_module" else None
         if not isinstance(module, (*LINEAR, nn.Embedding)):
@@ -155,6 +213,20 @@ class SiteMaker:
         causes: tuple[Cause, ...] = CAUSES if quantizer is not None else ("weights",)
         observer = self._observers.get(source_of(node))
         return LinearSite(site, node, causes, weight, coded, bias, quantizer, spec, observer)
+
+    def _product(self, site: Site, node: Node, spec: ActivationSpec) -> ProductSite:
+        left, right = (
+            self._operand(site, side, own)
+            for side, own in zip(("left", "right"), operand_specs(site, spec), strict=True)
+        )
+        causes: tuple[Cause, ...] = ("clipping", "rounding")
+        return ProductSite(site, node, causes, left, right, is_transposed(site))
+
+    def _operand(self, site: Site, side: str, spec: ActivationSpec) -> InputQuantizer:
+        if spec.dynamic:
+            return InputQuantizer.of(spec, None, None)
+        found = static_qparams(operand_observer(self._gm, site, side), spec)
+        return InputQuantizer.of(spec, found["input_scale"], None)
 
     def quantizer(self, path: str, spec: ActivationSpec | None) -> InputQuantizer | None:
         """The quantizer of the site's input; static ranges come from the calibrated observer."""
@@ -172,9 +244,19 @@ class SiteMaker:
 def simulated_sites(gm: GraphModule, scheme: Scheme) -> tuple[SimulatedSite, ...]:
     """Every site that ``scheme`` quantizes in an observed graph, in graph order."""
     maker = SiteMaker(gm)
-    specs = ((site, scheme.spec_for(site.path, site.role)) for site, _ in site_outputs(gm))
+    specs = ((site, simulated_spec(scheme, site)) for site, _ in site_outputs(gm))
     with torch.no_grad():
-        return tuple(maker.make(site.path, spec) for site, spec in specs if spec.weight is not None)
+        return tuple(maker.make(site.path, spec) for site, spec in specs if spec != FLOAT)
+
+
+def simulated_spec(scheme: Scheme, site: Site) -> SiteSpec:
+    """What quantizes the site; of a product of activations, its operands' ActivationSpec."""
+    if site.role == "matmul":
+        activation = operand_spec(scheme, site)
+        weight = next((spec.weight for spec in scheme.specs if spec.weight), None)
+        return FLOAT if activation is None else SiteSpec(weight, activation)
+    spec = scheme.spec_for(site.path, site.role)
+    return FLOAT if spec.weight is None else spec
 
 
 @dataclass(frozen=True)
