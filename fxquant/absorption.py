@@ -55,8 +55,8 @@ class ScaleGroup:
 
     @property
     def start(self) -> Node:
-        """The node from which on the scale changes values."""
-        return self.source if self.producer is None else self.producer.node
+        """The first node whose value the scale changes."""
+        return self.source if self.producer is None else self.producer.start
 
     def gather(self, per_column: list[Tensor], reduce: str) -> Tensor:
         """Values of each consumer's columns, [K] each, as one value a channel: float32 [channels].

@@ -28,6 +28,7 @@ class InverseScale(nn.Module):
 def rescale(gm: GraphModule, group: ScaleGroup, scale: Tensor, origin: str) -> None:
     """Divide the group's channels by ``scale`` float [channels] and undo it in the consumers.
 
+    Channels that no consumer reads, such as queries and keys of a fused projection, stay.
     Products are computed in fp32 and rounded once to each parameter's dtype. Where the group has
     no producer a ``mul`` node is placed on its input. Raises NonFiniteError for a scale that is
     not finite and positive, SchemeError (from install_weight) where codes were chosen already.
@@ -37,7 +38,8 @@ def rescale(gm: GraphModule, group: ScaleGroup, scale: Tensor, origin: str) -> N
             f"{origin}: {group.names()}: a scale is not finite and positive: the statistics or "
             "weights behind it are damaged"
         )
-    scale = scale.float()
+    read = torch.cat([consumer.columns for consumer in group.consumers]).unique().to(scale.device)
+    scale = torch.ones_like(scale).index_copy_(0, read, scale[read]).float()
     for consumer in group.consumers:
         path = consumer.site.path
         weight, bias = linear_parameters(gm.get_submodule(path))

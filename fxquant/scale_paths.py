@@ -45,6 +45,7 @@ class Producer:
 
     ``kind``: "norm", a LayerNorm or RMSNorm module; "vector", a multiplication by the parameter
     ``path`` plus ``offset`` (1 in Gemma), as traced RMSNorms end; "rows", of a previous linear.
+    ``reader`` is the get_attr node of a vector.
     """
 
     kind: Kind
@@ -52,6 +53,12 @@ class Producer:
     path: str
     channels: int
     offset: float = 0.0
+    reader: Node | None = None
+
+    @property
+    def start(self) -> Node:
+        """The first node whose value a scale changes: a vector is read before it multiplies."""
+        return self.reader or self.node
 
 
 @dataclass(frozen=True)
@@ -187,7 +194,7 @@ def _product(gm: GraphModule, node: Node) -> ScalePath | Blocked:
             if len(readers) > 1 or len(readers[0].users) > 1:
                 return Blocked(node, f"its gain {path} is read in other places too")
             channels = get_tensor(gm, readers[0]).numel()
-            return ScalePath(Producer("vector", node, path, channels, offset), {})
+            return ScalePath(Producer("vector", node, path, channels, offset, readers[0]), {})
     carriers = tuple(operand for operand in nodes if not _is_scalar(gm, operand))
     return _extend(gm, node, carriers)
 

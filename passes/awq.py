@@ -58,7 +58,7 @@ class Awq(Repair):
 
     scale: bool = True
     clip: bool = True
-    tokens: int = 2048
+    tokens: int = 512
     balanced: bool = True
 
     def __post_init__(self) -> None:

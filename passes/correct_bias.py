@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,9 +15,11 @@ from fxquant.graph import (
     Site,
     add_note,
     clone_sharing_storage,
+    info,
     install,
     linear_parameters,
     site_outputs,
+    update_info,
 )
 from fxquant.levels import is_observer
 from fxquant.observers import attended
@@ -66,6 +68,8 @@ class CorrectBias(Repair):
             created = ", which is new" if bias is None else ""
             text = f"mean error {size:.3g} (rms over channels) moved into the bias{created}"
             add_note(gm, self.name, site.path, text)
+        biased = (replace(s, bias=True) if s.path in errors else s for s in info(gm).sites)
+        update_info(gm, sites=tuple(biased))
         return gm
 
     def _corrects(self, site: Site) -> bool:

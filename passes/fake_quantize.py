@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxquant.quantization import choose_qparams, dequantize, encode
 from fxquant.specs import ActivationSpec, TensorSpec
@@ -22,8 +22,21 @@ def fake_weight(weight: Tensor, spec: TensorSpec) -> Tensor:
         granularity=spec.granularity,
         group_size=spec.group_size,
     )
-    codes = encode(weight, scale, zero_point, qmin, qmax, group_size=spec.group_size)
-    return dequantize(codes, scale, zero_point, group_size=spec.group_size)
+    if spec.group_size is None:
+        return _on_grid(weight, scale, zero_point, qmin, qmax)
+    # Broadcast over groups rather than spread per column: searches do this again and again.
+    length, groups = weight.shape[-1], scale.shape[-1]
+    padded = nn.functional.pad(weight, (0, groups * spec.group_size - length))
+    grouped = padded.unflatten(-1, (groups, spec.group_size))
+    rounded = _on_grid(grouped, scale[..., None], zero_point[..., None], qmin, qmax)
+    return rounded.flatten(-2).narrow(-1, 0, length)
+
+
+def _on_grid(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    """What encode and dequantize give, bit for bit; codes are small integers, exact in float32."""
+    shift = zero_point.to(torch.float32)
+    codes = (x / scale).round_().add_(shift).clamp_(qmin, qmax)
+    return codes.sub_(shift).mul_(scale)
 
 
 def fake_activation(x: Tensor, spec: ActivationSpec, static: Mapping[str, Tensor]) -> Tensor:

