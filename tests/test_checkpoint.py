@@ -443,6 +443,17 @@ def test_convert_saves_streamed_or_not_the_same(
         assert torch.equal(value, other.state_dict()[name]), name
 
 
+def test_convert_checks_its_output_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    command = ["convert", "--model", "nobody/nothing", "--scheme", "w8", "--output"]
+    assert main([*command, str(tmp_path)]) == 2
+    assert "is not a checkpoint of fxquant" in capsys.readouterr().err
+    assert main([*command, str(tmp_path / "new"), "--level", "observed"]) == 2
+    assert "an observed graph holds statistics" in capsys.readouterr().err
+
+
 # What a repair needs on a tiny random model so that it has an effect.
 OPTIONS = {"split_outliers": "(threshold=2.5)"}
 
