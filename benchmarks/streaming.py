@@ -3,6 +3,8 @@
     python -m benchmarks.streaming limit     # every scheme, under the limit, on a random model
     python -m benchmarks.streaming cost      # streamed over in-memory time, where both fit
 
+Both write what they print to benchmarks/streaming.json, each under its own name.
+
 ``limit`` writes a random fp16 model (2.6 GB) to a temporary folder and deletes it afterwards. Each
 scheme runs in a process of its own under RLIMIT_DATA, which counts all private writable memory:
 heap, anonymous mappings, copy-on-write mappings, whether touched or not. The weight files are
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import resource
 import subprocess
 import sys
@@ -30,14 +33,15 @@ from transformers import OPTConfig, OPTForCausalLM
 from transformers.integrations.accelerate import init_empty_weights
 
 import fxquant
+from fxquant.evaluation.models import versions
 from fxquant.evaluation.perplexity import evaluate
 from fxquant.graph import set_workspace
 from fxquant.streamed import Workspace
 from fxquant.streaming import stream
 
-SCHEMES = ("fp", "w8", "w8a8-dynamic", "w8a8-static")
+SCHEMES = ("fp", "w8", "w8a8-dynamic", "w8a8-static", "w4-g128+gptq")
 LIMIT = 2_500_000_000  # bytes above the activations
-LENGTH, WINDOWS, CALIBRATION = 128, 2, 2
+LENGTH, WINDOWS, CALIBRATION = 128, 4, 2
 
 
 def opt_1_3b(layers: int = 24) -> OPTConfig:
@@ -102,18 +106,42 @@ def run_limited(directory: Path, scheme: str) -> dict[str, Any]:
         calibration = ids(CALIBRATION, seed=1).split(1)
         quantized = fxquant.convert(graph, scheme, calibration=calibration)
         loss = evaluate(quantized, ids(WINDOWS, seed=2)).loss
-    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return {
         "scheme": scheme,
         "loss": loss,
         "seconds": round(time.perf_counter() - started, 1),
         "limit_gb": round(limit / 1e9, 3),
-        "private_gb_at_end": round(int(status["VmData"].split()[0]) / 1e6, 3),
-        "peak_resident_gb": round(int(status["VmHWM"].split()[0]) / 1e6, 3),
+        "private_gb_at_end": round(_status("VmData") / 1e9, 3),
+        "peak_resident_gb": round(_status("VmHWM") / 1e9, 3),  # pages of mapped files too
     }
 
 
+def _status(name: str) -> int:
+    """Bytes, from /proc."""
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[name].split()[0]) * 1024
+
+
+def keep(name: str, rows: list[dict[str, Any]], layers: int) -> None:
+    """Put one part's rows into the JSON file; the other part stays."""
+    file = Path(__file__).with_suffix(".json")
+    parts = json.loads(file.read_text()) if file.exists() else {}
+    parts[name] = {
+        "model": f"random, facebook/opt-1.3b's shapes, {layers} of 24 layers, fp16 on disk",
+        "compute_dtype": "float32",
+        "length": LENGTH,
+        "windows": WINDOWS,
+        "calibration_windows": CALIBRATION,
+        "versions": versions(),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "rows": rows,
+    }
+    file.write_text(json.dumps(parts, indent=2) + "\n")
+
+
 def limit(schemes: list[str], layers: int) -> None:
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         write_random(opt_1_3b(layers), Path(folder))
         for scheme in schemes:
@@ -124,10 +152,13 @@ def limit(schemes: list[str], layers: int) -> None:
             if done.returncode:
                 raise SystemExit(f"{scheme} failed under the limit:\n{done.stderr[-2000:]}")
             print(done.stdout.strip(), flush=True)
+            rows.append(json.loads(done.stdout))
+            keep("limit", rows, layers)
 
 
 def cost(layers: int, repeats: int = 3) -> None:
     """Evaluation of the float and the W8A8 graph, streamed over in memory, alternating."""
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         write_random(opt_1_3b(layers), Path(folder))
         model = OPTForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -138,11 +169,13 @@ def cost(layers: int, repeats: int = 3) -> None:
                 fxquant.save(pair[1], Path(folder) / scheme)
                 pair[1] = fxquant.load(Path(folder) / scheme, stream=True)
             seconds = [
-                [evaluate(gm, ids(4, seed=2)).seconds for gm in pair] for _ in range(repeats)
+                [evaluate(gm, ids(WINDOWS, seed=2)).seconds for gm in pair] for _ in range(repeats)
             ]
             best = [min(column) for column in zip(*seconds, strict=True)]
             ratio = round(best[1] / best[0], 3)
-            print(json.dumps({"scheme": scheme, "seconds": best, "streamed/in_memory": ratio}))
+            rows.append({"scheme": scheme, "seconds": best, "streamed/in_memory": ratio})
+            print(json.dumps(rows[-1]), flush=True)
+    keep("cost", rows, layers)
 
 
 def main() -> None:

@@ -48,12 +48,9 @@ def save(
     know (named, with its target), a folder that is in use.
     """
     target = Path(directory)
+    check_target(target)
     tensors = _Tensors(gm)
     text = json.dumps(_encode_graph(gm, tensors), separators=(",", ":"))
-    if target.exists() and not (is_checkpoint(target) or _is_empty(target)):
-        raise CheckpointError(
-            f"{target} exists and is not a checkpoint of fxquant; give another folder"
-        )
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
@@ -69,6 +66,14 @@ def save(
     except BaseException:  # Ctrl-C too must not leave half a checkpoint behind
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def check_target(directory: Path) -> None:
+    """Raise CheckpointError where ``save`` would replace what is no checkpoint."""
+    if directory.exists() and not (is_checkpoint(directory) or _is_empty(directory)):
+        raise CheckpointError(
+            f"{directory} exists and is not a checkpoint of fxquant; give another folder"
+        )
 
 
 def load(

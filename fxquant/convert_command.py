@@ -10,11 +10,12 @@ from pathlib import Path
 from torch.fx import GraphModule
 
 from fxquant import conversion
-from fxquant.checkpoint import save
+from fxquant.checkpoint import check_target, save
 from fxquant.conversion import LEVELS
+from fxquant.errors import CheckpointError
 from fxquant.evaluation.arguments import add_model_arguments, add_text_arguments
 from fxquant.evaluation.converting import convert_as_asked
-from fxquant.graph import info
+from fxquant.graph import Level, info
 from fxquant.inspection import inspect
 from fxquant.pipeline import AfterPass, Pass
 from fxquant.suggest import unknown
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     wanted = [name for name in options.print_after.split(",") if name]
     check_names([name for name in wanted if name != "all"], options)
+    check_output(options)
     after_pass = dump_after(wanted, print) if wanted else None
     with tempfile.TemporaryDirectory(prefix="fxquant-") as workspace:
         converted = convert_as_asked(options, after_pass, Path(workspace))
@@ -58,6 +60,18 @@ def check_names(wanted: list[str], options: argparse.Namespace) -> None:
     for name in wanted:
         if name not in known:
             raise unknown("pass", name, known)
+
+
+def check_output(options: argparse.Namespace) -> None:
+    """Raise CheckpointError where the result could not be written, before any work."""
+    if options.output is None:
+        return
+    check_target(options.output)
+    if options.level == Level.OBSERVED:
+        raise CheckpointError(
+            "--output: an observed graph holds statistics, which are not saved; leave out "
+            "--output or give another --level"
+        )
 
 
 def dump_after(wanted: list[str], say: Callable[[str], None]) -> AfterPass:

@@ -20,6 +20,7 @@ from fxquant.dataclass_json import from_json, to_json
 from fxquant.errors import CheckpointError
 from fxquant.graph import Tag, set_tag, tag
 from fxquant.levels import LEGAL
+from fxquant.passes.decompose_attention import causal_mask, hide, shared_heads
 from fxquant.tracing import default_mask
 
 _OPERATOR = """abs add and_ eq floordiv ge getitem gt iadd invert le lshift lt matmul mod mul ne neg
@@ -49,8 +50,10 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{f"torch.{name}": getattr(torch, name) for name in _TORCH.split()},
     **{f"functional.{name}": getattr(functional, name) for name in _FUNCTIONAL.split()},
     **{str(form.target): form.target for form in LEGAL if not isinstance(form.target, type)},
+    "aten._safe_softmax.default": torch.ops.aten._safe_softmax.default,
     "getattr": getattr,
     "default_mask": default_mask,
+    **{f"attention.{form.__name__}": form for form in (causal_mask, hide, shared_heads)},
 }
 _NAMES = {function: name for name, function in _FUNCTIONS.items()}
 _METHOD_NAMES = frozenset(_METHODS.split())

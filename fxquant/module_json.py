@@ -11,8 +11,10 @@ from transformers.pytorch_utils import Conv1D
 
 from fxquant.dataclass_json import from_json, to_json
 from fxquant.errors import CheckpointError
-from fxquant.graph import CodedLinear, QuantizedParameters
+from fxquant.graph import CodedLinear, FloatColumns, QuantizedParameters
 from fxquant.passes.fp32_gemm import Fp32Linear
+from fxquant.passes.rotate import OnlineRotation
+from fxquant.passes.split_outliers import OutlierIndex
 from fxquant.rescaling import InverseScale
 from fxquant.specs import TensorSpec
 from fxquant.streamed import plain_type
@@ -64,6 +66,9 @@ KINDS = {
         Kind(CodedLinear, (*_LINEAR, ("spec", TensorSpec))),
         Kind(Fp32Linear),
         Kind(InverseScale),
+        Kind(FloatColumns, (("site", str),)),
+        Kind(OutlierIndex),
+        Kind(OnlineRotation),
     )
 }
 

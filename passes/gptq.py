@@ -109,11 +109,8 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float, Tens
         )
     mean = float(diagonal[alive].double().mean())
     while True:
-        damped = hessian.to(torch.float64, copy=True) / mean
-        damped.diagonal().add_((~alive).double()).add_(damping)
-        # The Cholesky factor from the other end, H = R R^T with R upper: then U is its inverse.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not int(failed):
+        lower = _damped_factor(hessian, mean, alive, damping)
+        if lower is not None:
             break
         if damping >= _MOST_DAMPING:
             raise CalibrationError(
@@ -121,8 +118,21 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float, Tens
                 "mean of its diagonal): calibrate with more tokens, and check that it is symmetric"
             )
         damping = min(max(10 * damping, _LEAST_RAISED), _MOST_DAMPING)
-    inverse = _inverse_of_lower(lower.to(torch.float32))
-    return inverse.flip(0, 1) / math.sqrt(mean), damping, alive
+    inverse = _inverse_of_lower(lower)
+    return inverse.flip(0, 1).div_(math.sqrt(mean)), damping, alive
+
+
+def _damped_factor(hessian: Tensor, mean: float, alive: Tensor, damping: float) -> Tensor | None:
+    """The Cholesky factor from the other end, H = R R^T with R upper: then U is its inverse.
+
+    Lower float32, flipped; None where H is not positive definite. Two float64 matrices at a time:
+    with K = 8192 each is half a gigabyte.
+    """
+    damped = hessian.flip(0, 1).to(torch.float64).div_(mean)
+    damped.diagonal().add_((~alive).flip(0).double()).add_(damping)
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    del damped
+    return None if int(failed) else lower.to(torch.float32)
 
 
 def _inverse_of_lower(lower: Tensor) -> Tensor:

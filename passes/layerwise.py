@@ -170,24 +170,26 @@ class Layerwise(Repair):
         self, gm: GraphModule, run: SequentialRun, groups: list[SharedInput]
     ) -> dict[str, WeightCodes]:
         chosen: dict[str, WeightCodes] = {}
-        hessians = [Hessian(group.source, group.layers[0].path) for group in groups]
-        if self.within == "block" and groups:
-            for_source = {hessian.source: hessian for hessian in hessians}
-            run.visit(
-                groups[-1].reader,
-                lambda node, value, mask: (
-                    for_source[node](node, value, mask) if node in for_source else value
-                ),
-            )
-        for group, hessian in zip(groups, hessians, strict=True):
-            if self.within == "layer":
-                run.advance(group.reader, hessian)
-            mean = hessian.mean()
+        means = self._means(run, groups)
+        for group, mean in zip(groups, means, strict=True):
             for layers in group.together():
                 for layer, codes in self._solve(mean, layers):
                     chosen[layer.path] = codes
                     _simulate(gm, layer, codes)
         return chosen
+
+    def _means(self, run: SequentialRun, groups: list[SharedInput]) -> Iterator[Tensor]:
+        """Each group's Hessian, when the codes of the groups before it are installed."""
+        hessians = [Hessian(group.source, group.layers[0].path) for group in groups]
+        if self.within == "block" and groups:
+            _see_block(run, groups[-1].reader, hessians)
+        for group in groups:
+            hessian = hessians.pop(0)
+            if self.within == "layer":
+                run.advance(group.reader, hessian)
+            mean = hessian.mean()
+            del hessian  # K x K, a quarter of a gigabyte for K = 8192, while the solver works
+            yield mean
 
     def _solve(
         self, hessian: Tensor, layers: tuple[Layer, ...]
@@ -211,6 +213,16 @@ class Layerwise(Repair):
             for each in (self.reference(layer), codes)
         )
         return f"layer error {old:.3g} -> {new:.3g} on calibration inputs{codes.note}"
+
+
+def _see_block(run: SequentialRun, until: Node, hessians: list[Hessian]) -> None:
+    for_source = {hessian.source: hessian for hessian in hessians}
+    run.visit(
+        until,
+        lambda node, value, mask: (
+            for_source[node](node, value, mask) if node in for_source else value
+        ),
+    )
 
 
 def stacked_start(layers: tuple[Layer, ...]) -> WeightCodes | None:

@@ -60,7 +60,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return rows(folder)
 
 
-@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_figures_do_not_depend_on_the_number_of_processes(
     processes: int, alone: list[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -76,7 +76,8 @@ def test_figures_do_not_depend_on_the_number_of_processes(
     assert provenance["processes"] == processes
 
 
-@pytest.mark.parametrize("how", ["killed", pytest.param("failed", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["killed", "failed"])
 def test_a_process_that_ends_stops_the_run(how: str, tmp_path: Path) -> None:
     done = torchrun(2, "-m", "tests.distributed_death", how, *JOB, "--output", str(tmp_path))
     assert done.returncode != 0

@@ -29,7 +29,8 @@ from tests.architectures import ARCHITECTURES, opt, padding_mask, token_ids
 from tests.models import SMALL_OPT
 
 INPUTS = {"input_ids": token_ids(3, 14), "attention_mask": padding_mask(3, 14, "both")}
-SCHEMES = ("fp32-gemm", "w8", "w8a8-dynamic", "w8a8-static", "w4-g16/a8-static-asym:absmax")
+SCHEMES = ("fp32-gemm", "w8a8-dynamic", "w4-g16/a8-static-asym:absmax")
+USUAL = ("opt", "gpt2", "gemma3", "bloom")
 REPAIRED = ("w4-g16+gptq", "w4/a8-dynamic+awq", "w4+equalize+clip+refine")
 
 
@@ -56,7 +57,10 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counter
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture",
+    [n if n in USUAL else pytest.param(n, marks=pytest.mark.slow) for n in ARCHITECTURES],
+)
 def test_traced_on_meta_it_computes_the_same_bits(architecture: str, tmp_path: Path) -> None:
     model = ARCHITECTURES[architecture]().to(torch.float16)
     model.save_pretrained(tmp_path)
@@ -78,7 +82,12 @@ def in_memory(directory: Path) -> GraphModule:
 
 @pytest.mark.parametrize(
     ("scheme", "spill"),
-    [*((s, True) for s in (*SCHEMES, *REPAIRED)), ("w8", False), ("w8a8-static", False)],
+    [
+        *((s, True) for s in ("w8", "w8a8-static", *REPAIRED)),
+        ("w8a8-static", False),
+        *(pytest.param(s, True, marks=pytest.mark.slow) for s in SCHEMES),
+        pytest.param("w8", False, marks=pytest.mark.slow),
+    ],
 )
 def test_converted_and_evaluated_to_the_same_bits(
     stored: Path, scheme: str, spill: bool, tmp_path: Path
