@@ -74,7 +74,7 @@ class ScaleGroup:
 
 def scale_groups(gm: GraphModule) -> tuple[ScaleGroup, ...]:
     """Every linear site of a float graph in exactly one group, in graph order of ``start``."""
-    linears = [(site, node) for site, node in site_outputs(gm) if site.role != "embeddings"]
+    linears = [(site, node) for site, node in site_outputs(gm) if site.role in ("linear", "head")]
     by_source = {source_of(node): find_path(gm, source_of(node)) for _, node in linears}
     paths = [path for path in by_source.values() if isinstance(path, ScalePath)]
     numbers = channel_numbers(gm, paths) if paths else {}

@@ -124,11 +124,15 @@ def attention_value(node: Node) -> Node | None:
     return value if isinstance(value, Node) else None
 
 
+# The second is what decompose_attention writes: 0, not NaN, for a row that attends to nothing.
+SOFTMAX = frozenset(("softmax", "_safe_softmax.default"))
+
+
 def is_softmax(node: object) -> bool:
     """Whether the node is a softmax, perhaps cast or reshaped."""
     while isinstance(node, Node) and op_name(node) in CASTS | REARRANGES | {"dropout"}:
         node = node.args[0]
-    return isinstance(node, Node) and op_name(node) == "softmax"
+    return isinstance(node, Node) and op_name(node) in SOFTMAX
 
 
 def gain(gm: GraphModule, node: object) -> tuple[str, float] | None:

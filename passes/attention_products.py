@@ -16,6 +16,7 @@ from fxquant.graph import (
     Site,
     SiteRecord,
     arguments,
+    device_of,
     info,
     install,
     is_op,
@@ -119,7 +120,7 @@ def observed(builder: Builder, site: Site, node: Node, mask: Node) -> None:
     """Put an observer on both operands of the product, tokens first as the mask has them."""
     for side, operand, dim in _sides(site, node):
         path = observer_path(site, side)
-        install(builder.gm, path, HistogramObserver(site.path))
+        install(builder.gm, path, HistogramObserver(site.path).to(device_of(builder.gm)))
         tokens_first = builder.call(torch.transpose, operand, 1, dim, name=f"{side}_tokens")
         builder.module(path, tokens_first, mask)
 

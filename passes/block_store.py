@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -22,13 +23,15 @@ class BlockStore:
     folder: Path | None
     fingerprint: str
 
-    def load(self, block: str, specs: Mapping[str, TensorSpec]) -> dict[str, WeightCodes] | None:
+    def load(
+        self, block: str, specs: Mapping[str, TensorSpec], device: torch.device
+    ) -> dict[str, WeightCodes] | None:
         """The block's codes by site, None if it was not finished; DataError for a damaged file."""
         path = self._path(block)
         if path is None or not path.exists():
             return None
         try:
-            with safe_open(path, "pt") as file:
+            with safe_open(path, "pt", device=str(device)) as file:
                 notes = file.metadata() or {}
                 return {
                     site: WeightCodes(

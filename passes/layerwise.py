@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import hashlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from fxquant.graph import (
     CodedLinear,
     Level,
     add_note,
+    device_of,
     info,
     install,
     linear_parameters,
@@ -32,6 +34,7 @@ from fxquant.passes.weight_codes import WeightCodes
 from fxquant.repair import Repair
 from fxquant.sequential import Segment, SequentialRun
 from fxquant.specs import TensorSpec
+from fxquant.streamed import streamed_tensors
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,8 @@ class Layerwise(Repair):
         if self.cache is None:
             return ""
         digest = hashlib.sha256(f"{self!r} {self.scheme} {run.digest}".encode())
-        for name, value in sorted(gm.state_dict().items()):
+        stored = ((n, v) for n, v in sorted(gm.state_dict().items()) if not v.is_meta)
+        for name, value in itertools.chain(stored, streamed_tensors(gm)):
             digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
             digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()[:32]
@@ -136,7 +140,8 @@ class Layerwise(Repair):
         """Choose the block's codes, move the run behind it; how many codes changed."""
         groups = self._groups(gm, segment)
         layers = {layer.path: layer for group in groups for layer in group.layers}
-        chosen = store.load(segment.block, {path: one.spec for path, one in layers.items()})
+        specs = {path: one.spec for path, one in layers.items()}
+        chosen = store.load(segment.block, specs, device_of(gm))
         if chosen is None:
             chosen = self._choose(gm, run, groups)
             store.save(segment.block, chosen)

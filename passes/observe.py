@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from fxquant.errors import VerificationError
-from fxquant.graph import Builder, Level, info, install, site_outputs, source_of
+from fxquant.graph import Builder, Level, device_of, info, install, site_outputs, source_of
 from fxquant.observers import HistogramObserver
 from fxquant.passes.attention_products import observed, operand_spec
 from fxquant.pipeline import Pass
@@ -50,7 +50,7 @@ class Observe(Pass):
                 continue
             seen.add(source)
             path = f"{CONTAINER}.{site.path.replace('.', '_')}"
-            install(gm, path, HistogramObserver(site.path))
+            install(gm, path, HistogramObserver(site.path).to(device_of(gm)))
             with gm.graph.inserting_before(node):
                 Builder(gm, self.name, site.path).module(path, source, mask)
         return gm

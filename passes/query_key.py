@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch.fx import GraphModule, Node
 
 from fxquant.graph import LINEAR
-from fxquant.scale_paths import op_name
+from fxquant.scale_paths import SOFTMAX, op_name
 
 _PRODUCTS = frozenset(("matmul", "bmm", "baddbmm"))
 
@@ -27,7 +27,7 @@ def _score_operands(gm: GraphModule, node: Node) -> Iterator[Node]:
     if name == "scaled_dot_product_attention":
         operands = [*node.args[:2], node.kwargs.get("query"), node.kwargs.get("key")]
         yield from (operand for operand in operands if isinstance(operand, Node))
-    elif name == "softmax":
+    elif name in SOFTMAX:
         for product in _nearest(gm, node, _PRODUCTS):
             yield from product.all_input_nodes
 

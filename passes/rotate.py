@@ -222,7 +222,10 @@ def _rotate_input(gm: GraphModule, node: Node, seed: int) -> None:
     weight, bias = linear_parameters(_linear(gm, node))
     left, right, _ = orthogonal_factors(weight.shape[1], seed)
     left, right = left.to(weight.device), right.to(weight.device)
-    _put(gm, node, weight.double() @ torch.kron(left, right), bias)
+    # Row by row W kron(left, right), without the [K, K] matrix.
+    square = weight.double().unflatten(1, (left.shape[0], right.shape[0]))
+    turned = (square.transpose(1, 2) @ left).transpose(1, 2) @ right
+    _put(gm, node, turned.flatten(1), bias)
     name = f"{path}_rotation"
     install(gm, name, OnlineRotation(left.to(weight.dtype), right.to(weight.dtype)))
     builder = Builder(gm, Rotate.name, tag(node).site or path)

@@ -101,7 +101,9 @@ class ScaleSearch:
         self._balanced = balanced
         self._gm, self._scheme = gm, scheme
         self._trials: dict[Node, _Trial] = {}
-        linears = [(site, node) for site, node in site_outputs(gm) if site.role != "embeddings"]
+        linears = [
+            (site, node) for site, node in site_outputs(gm) if site.role in ("linear", "head")
+        ]
         instead = {node: self._stand_in(node, site.path) for site, node in linears}
         self._executor = Executor(gm, instead=instead)
         self._masks: list[Tensor] = []

@@ -1,0 +1,99 @@
+"""Repairs behind one another: attention's products, chosen grids, the repairs that meet them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import fxquant
+from fxquant.graph import CodedLinear, clone_sharing_storage, info, linear_parameters
+from fxquant.passes import DecomposeAttention, Gptq, NameSites
+from fxquant.passes.query_key import query_key_linears
+from fxquant.pipeline import Pipeline
+from fxquant.quantization import choose_qparams
+from fxquant.repairs import REPAIRS
+from fxquant.schemes import Scheme
+from fxquant.specs import TensorSpec
+from tests.architectures import ARCHITECTURES, token_ids
+
+BATCHES = [token_ids(4, 20, seed=5), token_ids(4, 20, seed=6)]
+MODELS = ("opt", "llama")
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "repairs", ["attn8+awq", "attn8+smooth(alpha=auto)", "kv8+smooth(where=all)", "attn8+gptq"]
+)
+def test_attention_products_first_then_a_repair_of_the_linears(name: str, repairs: str) -> None:
+    bits = "w4" if "gptq" in repairs or "awq" in repairs else "w8"
+    scheme = f"{bits}/a8-dynamic-token+{repairs}"
+    quantized = fxquant.convert(ARCHITECTURES[name](), scheme, calibration=BATCHES)
+    ran = [record.name for record in info(quantized).history]
+    assert ran.index(repairs.split("+")[0]) < ran.index(repairs.split("+")[1].partition("(")[0])
+    logits = quantized(input_ids=BATCHES[0])
+    plain = fxquant.convert(ARCHITECTURES[name](), "fp")(input_ids=BATCHES[0])
+    # 4-bit weights at random leave about a fifth of the logits' norm as error, noise all of it.
+    assert float((logits - plain).norm() / plain.norm()) < 0.5
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_queries_and_keys_are_found_in_written_out_attention(name: str) -> None:
+    named = NameSites()(fxquant.trace(ARCHITECTURES[name]()))
+    found = query_key_linears(named)
+    assert len(found) == 2 * len(info(named).blocks)
+    assert query_key_linears(DecomposeAttention()(named)) == found
+
+
+@pytest.mark.parametrize("spec", ["w4", "w3-g8-asym"])
+def test_gptq_on_the_min_max_grid(spec: str) -> None:
+    scheme = Scheme.parse(spec)
+    gm = NameSites()(fxquant.trace(ARCHITECTURES["llama"]()))
+    chosen = Gptq(grid="minmax", scheme=scheme, batches=BATCHES)(gm)
+    searched = Gptq(scheme=scheme, batches=BATCHES)(gm)
+    differing = 0
+    for site in info(gm).sites:
+        module = chosen.get_submodule(site.path)
+        if site.role != "linear":
+            continue
+        assert isinstance(module, CodedLinear)
+        weight, _ = linear_parameters(module)
+        scale, _ = _min_max(weight, module.spec)
+        assert torch.equal(module.codes.get_buffer("weight_scale"), scale), site.path
+        other = searched.get_buffer(f"{site.path}.codes.weight_scale")
+        differing += not torch.equal(other, scale)
+    assert differing
+
+
+def _min_max(weight: torch.Tensor, spec: TensorSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    return choose_qparams(
+        weight,
+        *spec.qrange,
+        symmetric=spec.symmetric,
+        granularity=spec.granularity,
+        group_size=spec.group_size,
+    )
+
+
+def test_an_unknown_grid_is_refused() -> None:
+    with pytest.raises(fxquant.FxquantError, match="grid must be search or minmax"):
+        fxquant.recipe("w4+gptq(grid=mse)", calibration=BATCHES)
+
+
+def test_gptq_resumes_with_the_codes_it_kept(tmp_path: Path) -> None:
+    gm = NameSites()(fxquant.trace(ARCHITECTURES["opt"]()))
+    repair = Gptq(scheme=Scheme.parse("w4"), batches=BATCHES, cache=tmp_path)
+    first = Pipeline((repair,)).run(clone_sharing_storage(gm))
+    assert list(tmp_path.rglob("*.safetensors"))
+    again = Pipeline((repair,)).run(gm)
+    for site in info(gm).sites:
+        before, after = first.get_submodule(site.path), again.get_submodule(site.path)
+        if isinstance(before, CodedLinear) and isinstance(after, CodedLinear):
+            for name, value in before.codes.named_buffers():
+                assert torch.equal(value, after.codes.get_buffer(name)), (site.path, name)
+
+
+def test_every_repair_has_a_name_that_a_scheme_can_spell() -> None:
+    for name in REPAIRS:
+        assert Scheme.parse(str(Scheme.parse(f"w8+{name}"))).repairs == ((name, ()),)
