@@ -13,8 +13,9 @@ from tabulate import tabulate, tabulate_formats
 
 from fxquant.errors import DataError
 from fxquant.evaluation.journal import Result
+from fxquant.evaluation.provenance import Provenance
 from fxquant.evaluation.published import ALL, LENGTH, Published
-from fxquant.evaluation.results import Provenance, Row
+from fxquant.evaluation.results import Row
 from fxquant.evaluation.statistics import Difference, mean_sums, paired_difference, spread
 from fxquant.schemes import Scheme
 

@@ -12,7 +12,8 @@ from typing import Any, BinaryIO, Final
 
 from fxquant.errors import DataError
 from fxquant.evaluation.protocol import Protocol
-from fxquant.evaluation.results import Provenance, Row
+from fxquant.evaluation.provenance import Provenance
+from fxquant.evaluation.results import Row
 
 FORMAT: Final = 1
 

@@ -1,4 +1,4 @@
-"""Rows and provenance, and the folder they are written to after each row."""
+"""Rows, and the folder they are written to after each row."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fxquant.errors import DataError
-from fxquant.evaluation.protocol import Protocol
+from fxquant.evaluation.provenance import Provenance
 from fxquant.evaluation.statistics import WindowSums
 
 RESULTS, TABLE = "results.json", "table.md"
@@ -60,51 +60,6 @@ class Row:
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """What made the numbers: enough to make them again.
-
-    ``architecture``: kind and shape, such as "opt 24x2048". ``calibration``: how its windows were
-    drawn. ``windows_hash``: of the token ids themselves, evaluation and calibration.
-    """
-
-    model: str
-    revision: str
-    architecture: str
-    dataset: str
-    text_hash: str
-    windows_hash: str
-    protocol: Protocol
-    windows: int
-    length: int
-    calibration: str
-    calibration_windows: int
-    batch_size: int
-    dtype: str
-    device: str
-    seed: int
-    threads: int
-    versions: dict[str, str]
-    command: str
-    processes: int = 1
-
-    def line(self) -> str:
-        """One line for under a table."""
-        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        processes = f", {self.processes} processes" if self.processes > 1 else ""
-        return (
-            f"{self.model} ({self.revision[:23]}), {self.protocol.line()} "
-            f"({self.text_hash[:23]}), calibrated on {self.calibration}, "
-            f"batch size {self.batch_size}, {self.dtype} on {self.device} "
-            f"({self.threads} threads{processes}), seed {self.seed}; {versions}"
-        )
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Provenance:
-        """From ``dataclasses.asdict``. Raises KeyError or TypeError for other data."""
-        return cls(**{**data, "protocol": Protocol(**data["protocol"])})
 
 
 def prepare_folder(folder: Path, overwrite: bool) -> None:

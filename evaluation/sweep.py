@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from fxquant.batches import check_ids
 from fxquant.errors import FxquantError
+from fxquant.evaluation.converter import Converter, measure
 from fxquant.evaluation.data import Source
 from fxquant.evaluation.fingerprint import (
     Identity,
@@ -25,12 +26,10 @@ from fxquant.evaluation.fingerprint import (
     unavailable,
 )
 from fxquant.evaluation.job import (
-    Converter,
     Job,
     check_job,
     cut,
     make_provenance,
-    measure,
     open_sources,
 )
 from fxquant.evaluation.journal import Journal, Result

@@ -14,8 +14,9 @@ from fxquant.evaluation.comparison import FORMATS, format_results, groups
 from fxquant.evaluation.datasets import NAMED
 from fxquant.evaluation.journal import Result
 from fxquant.evaluation.protocol import Protocol
+from fxquant.evaluation.provenance import Provenance
 from fxquant.evaluation.published import ALL, LADDER, OPT, SMOOTH_LEVELS, Published
-from fxquant.evaluation.results import Provenance, Row
+from fxquant.evaluation.results import Row
 from fxquant.schemes import Scheme
 
 PROTOCOL = Protocol(

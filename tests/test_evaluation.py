@@ -16,8 +16,9 @@ from transformers import OPTModel
 import fxquant
 from fxquant.errors import DataError, FxquantError, ModelError
 from fxquant.evaluation import Job, cut_windows, load_text, run
+from fxquant.evaluation.converter import Converter
 from fxquant.evaluation.data import Source
-from fxquant.evaluation.job import Converter, ordered_schemes
+from fxquant.evaluation.job import ordered_schemes
 from fxquant.evaluation.models import load_model, package_model, resolve_dtype
 from fxquant.evaluation.perplexity import evaluate
 from fxquant.evaluation.results import prepare_folder, read_results
@@ -195,7 +196,7 @@ def test_interruption_keeps_finished_rows(tmp_path: Path, monkeypatch: pytest.Mo
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr("fxquant.evaluation.job.evaluate", interrupted)
+    monkeypatch.setattr("fxquant.evaluation.converter.evaluate", interrupted)
     outcome = run(job(output=tmp_path), said.append)
     assert not outcome.complete
     data = json.loads((tmp_path / "results.json").read_text())

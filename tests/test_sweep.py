@@ -17,8 +17,7 @@ import pytest
 
 from fxquant.cli import main
 from fxquant.errors import DataError, FxquantError
-from fxquant.evaluation import Job, run
-from fxquant.evaluation import job as job_module
+from fxquant.evaluation import Job, converter, run
 from fxquant.evaluation import sweep as sweep_module
 from fxquant.evaluation.comparison import format_results
 from fxquant.evaluation.journal import Journal, Result, read_journal
@@ -159,13 +158,13 @@ def test_changed_weights_are_another_model(tmp_path: Path) -> None:
 def test_a_failing_cell_is_recorded_and_the_rest_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, calls = job_module.measure, []
+    original, calls = converter.measure, []
 
-    def measure(converter: Any, scheme: Any, *rest: Any) -> Row:
+    def measure(converts: Any, scheme: Any, *rest: Any) -> Row:
         calls.append(str(scheme))
         if str(scheme) == "w8":
             raise RuntimeError("out of memory\nwith details")
-        return original(converter, scheme, *rest)
+        return original(converts, scheme, *rest)
 
     monkeypatch.setattr(sweep_module, "measure", measure)
     path = tmp_path / "results.jsonl"
