@@ -112,11 +112,25 @@ def check_job(job: Job) -> list[Scheme]:
 
 
 def open_sources(job: Job) -> tuple[Source, Source | None]:
-    """The text to evaluate on, and the one to calibrate on where it is another."""
-    source = load_text(job.text) if job.dataset is None else open_source(job.dataset, job.data)
-    if job.calibration_dataset in (None, job.dataset) or job.calibration_windows == 0:
+    """The text to evaluate on, and the one to calibrate on where it is another.
+
+    Texts that are equal are one source, whatever they are called: its calibration windows are
+    those that evaluation leaves. Raises DataError where calibration would draw from the evaluated
+    split of a text that has another one to calibrate on.
+    """
+    name = job.text if job.dataset is None else job.dataset
+    source = load_text(name) if job.dataset is None else open_source(name, job.data)
+    if job.calibration_dataset in (None, name) or job.calibration_windows == 0:
         return source, None
-    return source, open_source(str(job.calibration_dataset), job.data)
+    other = open_source(str(job.calibration_dataset), job.data)
+    if not other.draws_from(source.evaluation):
+        return source, other
+    if source.calibration_documents is None:
+        return source, None
+    raise DataError(
+        f"calibration dataset {job.calibration_dataset} is the very text that {name} evaluates on; "
+        f"omit it to calibrate on {name}'s {source.recipe.calibration_split}"
+    )
 
 
 def cut(job: Job, source: Source, calibration: Source | None, loaded: LoadedModel) -> Windows:
@@ -131,6 +145,7 @@ def cut(job: Job, source: Source, calibration: Source | None, loaded: LoadedMode
         stride=job.stride,
         calibration_length=job.calibration_length,
         calibration_source=calibration,
+        revision=job.revision,
     )
 
 
