@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PretrainedConfig
 
+from fxquant.evaluation.decoding import decode
 from fxquant.evaluation.protocol import Protocol
 
 
@@ -50,9 +50,9 @@ class Provenance:
         )
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Provenance:
-        """From ``dataclasses.asdict``. Raises KeyError or TypeError for other data."""
-        return cls(**{**data, "protocol": Protocol(**data["protocol"])})
+    def from_json(cls, data: object, where: str = "") -> Provenance:
+        """From ``dataclasses.asdict``. Raises ValueError that names the field of other data."""
+        return decode(cls, data, where)
 
 
 def architecture(config: PretrainedConfig) -> str:
