@@ -92,7 +92,7 @@ def cut_windows(
     other = calibration_source or source
     drawn = _calibration(
         other,
-        tokenizer_for(other.recipe, tokenizer, revision),
+        reader if other is source else tokenizer_for(other.recipe, tokenizer, revision),
         calibration,
         calibration_length or length,
         seed,

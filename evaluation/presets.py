@@ -19,7 +19,7 @@ from fxquant.evaluation.published import (
     SMOOTHQUANT_TABLE,
     Published,
 )
-from fxquant.evaluation.sweep import Sweep, SweepOutcome, run_sweep
+from fxquant.evaluation.sweep import Sweep, SweepOutcome, check_processes, run_sweep
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,10 @@ def reproduce(
     """Run a preset's sweep into ``folder``/results.jsonl (going on where it stopped) and print our
     figures beside the published ones, with what differs between the two settings.
 
-    Raises DataError before any work for an unknown preset and where models or texts are missing.
+    Raises DataError before any work for an unknown preset and where models or texts are missing,
+    DistributedError under torchrun.
     """
+    check_processes()
     if name not in PRESETS:
         raise DataError(f"unknown preset {name!r}: known are {', '.join(PRESETS)}")
     preset = PRESETS[name]

@@ -182,7 +182,7 @@ def _rung(rung: Rung) -> dict[str, Any]:
         "error": rung.error,
         "delta": rung.delta_loss,
         "se": rung.standard_error,
-        "seeds": [row.delta_loss for row in rung.rows],
+        "seeds": [row.delta_loss for row in rung.rows if math.isfinite(row.delta_loss)],
     }
 
 
