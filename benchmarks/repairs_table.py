@@ -21,8 +21,8 @@ from torch.fx import GraphModule
 import fxquant
 from fxquant.analysis.explanation import explain
 from fxquant.errors import FxquantError
+from fxquant.evaluation.converter import Converter, measure
 from fxquant.evaluation.data import Windows, cut_windows, load_text
-from fxquant.evaluation.job import Converter, measure
 from fxquant.evaluation.models import load_model, versions
 from fxquant.evaluation.outliers import OutlierPlan, plant_outliers
 from fxquant.evaluation.statistics import WindowSums

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fxquant.distributed import is_main, session
-from fxquant.evaluation.datasets import NAMED
+from fxquant.evaluation.datasets import NAMED, tokenizer_note
 from fxquant.evaluation.job import Job, Outcome, run
 from fxquant.evaluation.models import DTYPES
 from fxquant.evaluation.tables import format_table, sentences
@@ -98,6 +98,7 @@ def _print(job: Job, outcome: Outcome) -> int:
     if not outcome.complete:
         return INTERRUPTED
     print()
-    for sentence in sentences(outcome.rows):
+    note = tokenizer_note(outcome.provenance.model, outcome.provenance.protocol)
+    for sentence in [*sentences(outcome.rows), *filter(None, [note])]:
         print(sentence)
     return 0

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from fxquant.evaluation.arguments import INTERRUPTED, window_count
-from fxquant.evaluation.comparison import check_format, format_results
+from fxquant.evaluation.comparison import check_format, format_results, tokenizer_notes
 from fxquant.evaluation.journal import read_journal
 from fxquant.evaluation.models import DTYPES
 from fxquant.evaluation.presets import PRESETS, reproduce
@@ -38,6 +38,8 @@ def sweep_command(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return _interrupted(path)
     print(f"\n{format_results(outcome.results)}")
+    for note in tokenizer_notes(outcome.results):
+        print(f"\n{note}")
     return _finish(outcome, path)
 
 
@@ -83,6 +85,8 @@ def add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seeds", type=int, nargs="+", help="draw the calibration windows (0)")
     add("--device", help="cpu (default) or cuda")
     add("--dtype", choices=("auto", *DTYPES))
+    add("--revision", help="of a hub model")
+    add("--stream", action="store_true", help="leave weights in their files: larger than memory")
     add("--output", type=Path, help="folder to keep and resume results (results/PRESET)")
     _add_retry(parser)
 

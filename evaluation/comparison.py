@@ -12,9 +12,11 @@ from typing import Final
 from tabulate import tabulate, tabulate_formats
 
 from fxquant.errors import DataError
+from fxquant.evaluation.datasets import tokenizer_note
 from fxquant.evaluation.journal import Result
+from fxquant.evaluation.provenance import Provenance
 from fxquant.evaluation.published import ALL, LENGTH, Published
-from fxquant.evaluation.results import Provenance, Row
+from fxquant.evaluation.results import Row
 from fxquant.evaluation.statistics import Difference, mean_sums, paired_difference, spread
 from fxquant.schemes import Scheme
 
@@ -28,6 +30,7 @@ class Line:
 
     ``loss``, ``difference`` None: published only. ``spread``: standard deviation of the loss over
     seeds, None for fewer than two. ``off``: ours minus published, in the published unit.
+    ``results``: what the figures are made from.
     """
 
     scheme: str
@@ -38,6 +41,7 @@ class Line:
     bits_per_weight: float | None = None
     share_clipped: float | None = None
     published: Published | None = None
+    results: tuple[Result, ...] = ()
 
     @property
     def perplexity(self) -> float | None:
@@ -72,24 +76,24 @@ def groups(
 
     ``unmatched``: also the published figures of the group's model and text that none of ours is.
     """
-    found: dict[str, list[tuple[Provenance, Row]]] = {}
+    found: dict[str, list[Result]] = {}
     for result in results:
         if result.figures is not None and result.provenance is not None:
             same = {k: v for k, v in asdict(result.provenance).items() if k not in _PER_SEED}
-            found.setdefault(repr(same), []).append((result.provenance, result.figures))
+            found.setdefault(repr(same), []).append(result)
     return [_group(members, published, unmatched) for members in found.values()]
 
 
-def _group(
-    members: list[tuple[Provenance, Row]], published: Sequence[Published], unmatched: bool
-) -> Group:
-    provenance = members[0][0]
+def _group(members: list[Result], published: Sequence[Published], unmatched: bool) -> Group:
+    provenance = members[0].provenance
+    assert provenance is not None
     known = [figure for figure in published if _comparable(figure, provenance)]
-    by_scheme: dict[str, list[Row]] = {}
-    for _, row in members:
-        by_scheme.setdefault(row.scheme, []).append(row)
-    reference = by_scheme.get(str(Scheme()), [None])[0]
-    lines = [_line(rows, reference, known) for rows in by_scheme.values()]
+    by_scheme: dict[str, list[Result]] = {}
+    for result in members:
+        by_scheme.setdefault(result.scheme, []).append(result)
+    float_model = by_scheme.get(str(Scheme()))
+    reference = None if float_model is None else float_model[0].figures
+    lines = [_line(results, reference, known) for results in by_scheme.values()]
     if unmatched:
         shown = [line.published for line in lines]
         lines += [Line("-", published=figure) for figure in known if figure not in shown]
@@ -107,7 +111,8 @@ def _comparable(figure: Published, provenance: Provenance) -> bool:
     return whole and figure.dataset == protocol.dataset
 
 
-def _line(rows: list[Row], reference: Row | None, known: list[Published]) -> Line:
+def _line(results: list[Result], reference: Row | None, known: list[Published]) -> Line:
+    rows = [result.figures for result in results if result.figures is not None]
     first, sums = rows[0], mean_sums([row.sums for row in rows])
     scheme = Scheme.parse(first.scheme)
     matching = [f for f in known if f.scheme is not None and Scheme.parse(f.scheme) == scheme]
@@ -123,7 +128,15 @@ def _line(rows: list[Row], reference: Row | None, known: list[Published]) -> Lin
         bits_per_weight=first.bits_per_weight,
         share_clipped=sum(clipped) / len(clipped) if clipped else None,
         published=matching[0] if matching else None,
+        results=tuple(results),
     )
+
+
+def tokenizer_notes(results: Iterable[Result]) -> list[str]:
+    """``tokenizer_note`` of each model and text, once."""
+    made = (result.provenance for result in results if result.provenance is not None)
+    notes = (tokenizer_note(one.model, one.protocol) for one in made)
+    return [note for note in dict.fromkeys(notes) if note]
 
 
 def failures(results: Iterable[Result]) -> list[Result]:
@@ -251,12 +264,18 @@ def _csv_row(made: Provenance, line: Line) -> dict[str, object]:
     return {
         "model": made.model,
         "revision": made.revision,
+        "architecture": made.architecture,
         "dataset": protocol.dataset,
+        "text_hash": made.text_hash,
+        "protocol": protocol.line(),
         "windows": protocol.windows,
         "length": protocol.length,
         "stride": protocol.stride,
         "calibration": made.calibration,
+        "batch_size": made.batch_size,
         "dtype": made.dtype,
+        "device": made.device,
+        "versions": ", ".join(f"{name} {version}" for name, version in made.versions.items()),
         "scheme": line.scheme,
         "seeds": line.seeds,
         "loss": line.loss,

@@ -66,6 +66,7 @@ def cut_windows(
     stride: int | None = None,
     calibration_length: int | None = None,
     calibration_source: Source | None = None,
+    revision: str | None = None,
 ) -> Windows:
     """Cut once, for every scheme.
 
@@ -73,7 +74,8 @@ def cut_windows(
     (None: ``length``), of which only tokens that no earlier window held are scored. Calibration:
     ``calibration`` windows of ``calibration_length`` (None: ``length``), drawn by ``seed`` as the
     recipe says from ``calibration_source`` (None: the same source): from its calibration split, or
-    from what the evaluation windows leave of a single text.
+    from what the evaluation windows leave of a single text. ``revision``: of the hub model that the
+    tokenizer is of, for protocols that ask for its slow one.
 
     Raises DataError when a text is too short, with the number of windows it has.
     """
@@ -85,12 +87,12 @@ def cut_windows(
             f"all windows of {source.name} are asked for, which leaves none to calibrate on: "
             "ask for fewer, for 0 calibration windows, or name another calibration dataset"
         )
-    reader = tokenizer_for(source.recipe, tokenizer)
+    reader = tokenizer_for(source.recipe, tokenizer, revision)
     cut = _evaluation(source, reader, count, length, stride)
     other = calibration_source or source
     drawn = _calibration(
         other,
-        tokenizer_for(other.recipe, tokenizer),
+        reader if other is source else tokenizer_for(other.recipe, tokenizer, revision),
         calibration,
         calibration_length or length,
         seed,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from fxquant.errors import DataError
-from fxquant.evaluation.protocol import Recipe
+from fxquant.evaluation.protocol import Protocol, Recipe
 from fxquant.evaluation.source import Documents, Source, load_text
 
 
@@ -134,6 +134,19 @@ def how_to_get(name: str) -> str:
     return (
         f"hf download --repo-type dataset {repository}{version}{files} --local-dir "
         f"DATA/{repository}, then give --data DATA"
+    )
+
+
+def tokenizer_note(model: str, protocol: Protocol) -> str:
+    """What has to be said where a protocol of the papers was run with another tokenizer; or ""."""
+    dataset = NAMED.get(protocol.dataset)
+    if dataset is None or dataset.recipe.tokenizer != "slow":
+        return ""
+    if not protocol.tokenizer.startswith("fast"):
+        return ""
+    return (
+        f"{model} has no slow tokenizer, which the papers used: {protocol.dataset} was cut by its "
+        "fast one"
     )
 
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from fxquant.errors import ModelError
 from fxquant.evaluation.data import Source
-from fxquant.evaluation.job import Job, architecture
+from fxquant.evaluation.job import Job
 from fxquant.evaluation.models import (
     PACKAGE_PREFIX,
     file_hash,
@@ -19,6 +19,7 @@ from fxquant.evaluation.models import (
     versions,
     weights_hash,
 )
+from fxquant.evaluation.provenance import architecture
 from fxquant.schemes import Scheme
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,25 +12,21 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 from tqdm import tqdm
-from transformers import PretrainedConfig
 
 from fxquant import conversion
 from fxquant.batches import check_ids
 from fxquant.distributed import is_main, world_size
-from fxquant.errors import DataError, FxquantError
+from fxquant.errors import DataError
+from fxquant.evaluation.converter import Converter, measure
 from fxquant.evaluation.data import Source, Windows, check_counts, cut_windows, load_text
 from fxquant.evaluation.datasets import check_dataset, open_source
 from fxquant.evaluation.models import LoadedModel, check_device, load_model, resolve_dtype, versions
-from fxquant.evaluation.perplexity import evaluate
-from fxquant.evaluation.results import Provenance, Row, prepare_folder, write_results
-from fxquant.evaluation.statistics import Difference, WindowSums, paired_difference
+from fxquant.evaluation.provenance import Provenance, architecture
+from fxquant.evaluation.results import Row, prepare_folder, write_results
 from fxquant.evaluation.tables import format_table
-from fxquant.graph import GraphInfo, Level, float_dtype, info, set_workspace
+from fxquant.graph import Level, float_dtype, info, set_workspace
 from fxquant.manifest import is_checkpoint
-from fxquant.passes import Integerize, Quantize
-from fxquant.pipeline import Pipeline
 from fxquant.schemes import Scheme
-from fxquant.size import bits_per_weight
 from fxquant.streamed import Workspace
 
 
@@ -118,11 +112,25 @@ def check_job(job: Job) -> list[Scheme]:
 
 
 def open_sources(job: Job) -> tuple[Source, Source | None]:
-    """The text to evaluate on, and the one to calibrate on where it is another."""
-    source = load_text(job.text) if job.dataset is None else open_source(job.dataset, job.data)
-    if job.calibration_dataset in (None, job.dataset) or job.calibration_windows == 0:
+    """The text to evaluate on, and the one to calibrate on where it is another.
+
+    Texts that are equal are one source, whatever they are called: its calibration windows are
+    those that evaluation leaves. Raises DataError where calibration would draw from the evaluated
+    split of a text that has another one to calibrate on.
+    """
+    name = job.text if job.dataset is None else job.dataset
+    source = load_text(name) if job.dataset is None else open_source(name, job.data)
+    if job.calibration_dataset in (None, name) or job.calibration_windows == 0:
         return source, None
-    return source, open_source(str(job.calibration_dataset), job.data)
+    other = open_source(str(job.calibration_dataset), job.data)
+    if not other.draws_from(source.evaluation):
+        return source, other
+    if source.calibration_documents is None:
+        return source, None
+    raise DataError(
+        f"calibration dataset {job.calibration_dataset} is the very text that {name} evaluates on; "
+        f"omit it to calibrate on {name}'s {source.recipe.calibration_split}"
+    )
 
 
 def cut(job: Job, source: Source, calibration: Source | None, loaded: LoadedModel) -> Windows:
@@ -137,6 +145,7 @@ def cut(job: Job, source: Source, calibration: Source | None, loaded: LoadedMode
         stride=job.stride,
         calibration_length=job.calibration_length,
         calibration_source=calibration,
+        revision=job.revision,
     )
 
 
@@ -197,89 +206,6 @@ def _rows(
     return Outcome(rows, provenance, complete=True)
 
 
-def measure(
-    converter: Converter,
-    scheme: Scheme,
-    windows: Windows,
-    batch_size: int,
-    reference: WindowSums | None,
-) -> Row:
-    """Convert and evaluate one scheme; ``reference``: the float model's, None for itself."""
-    started = time.perf_counter()
-    try:
-        converted = converter.convert(scheme)
-    except FxquantError as error:
-        error.add_note(f"while converting to {scheme}")
-        raise
-    convert_seconds = time.perf_counter() - started
-    measured = evaluate(
-        converted,
-        windows.evaluation,
-        batch_size=batch_size,
-        label=str(scheme),
-        scored=windows.scored,
-    )
-    sums = measured.sums
-    if reference is None:
-        change = Difference(0.0 if converter.starts_float else math.nan, None)
-    else:
-        change = paired_difference(sums, reference)
-    return Row(
-        scheme=str(scheme),
-        loss=measured.loss,
-        perplexity=measured.perplexity,
-        delta_loss=change.delta,
-        delta_error=change.error,
-        bits_per_weight=bits_per_weight(converted),
-        share_clipped=measured.share_clipped,
-        convert_seconds=convert_seconds,
-        evaluate_seconds=measured.seconds,
-        left_in_float=tuple(f"{e.path}: {e.reason}" for e in info(converted).left_in_float),
-        window_nll=sums.nll,
-        window_tokens=sums.tokens,
-    )
-
-
-@dataclass
-class Converter:
-    """Converts one float graph to many schemes; calibrates once for all that observe alike."""
-
-    graph: GraphModule
-    calibration: Tensor
-    observed: dict[frozenset[str], GraphModule] = field(default_factory=dict)
-
-    @property
-    def starts_float(self) -> bool:
-        """Whether the graph is as trace made it; a saved one may be anything."""
-        return not info(self.graph).history
-
-    def convert(self, scheme: Scheme) -> GraphModule:
-        if not self.starts_float:
-            return self.graph  # a saved graph: quantized already
-        if not scheme.needs_calibration or scheme.repairs:
-            batches = self.calibration.split(1) if len(self.calibration) else None
-            return conversion.convert(self.graph, scheme, calibration=batches, progress=True)
-        named = conversion.convert(self.graph, scheme, level="float")
-        static = static_sites(info(named), scheme)
-        if static not in self.observed:
-            self.observed[static] = conversion.convert(
-                self.graph,
-                scheme,
-                calibration=self.calibration.split(1),
-                level="observed",
-                progress=True,
-            )
-        return Pipeline((Quantize(scheme), Integerize())).run(self.observed[static])
-
-
-def static_sites(facts: GraphInfo, scheme: Scheme) -> frozenset[str]:
-    """Paths of the sites whose input range is calibrated."""
-    activations = (
-        (site.path, scheme.spec_for(site.path, site.role).activation) for site in facts.sites
-    )
-    return frozenset(path for path, spec in activations if spec is not None and not spec.dynamic)
-
-
 def make_provenance(
     job: Job,
     loaded: LoadedModel,
@@ -317,8 +243,3 @@ def make_provenance(
         command=job.command,
         processes=world_size(),
     )
-
-
-def architecture(config: PretrainedConfig) -> str:
-    """Kind and shape, such as "opt 24x2048": what published figures are looked up by."""
-    return f"{config.model_type} {config.num_hidden_layers}x{config.hidden_size}"

@@ -11,8 +11,10 @@ from types import TracebackType
 from typing import Any, BinaryIO, Final
 
 from fxquant.errors import DataError
+from fxquant.evaluation.decoding import decode
 from fxquant.evaluation.protocol import Protocol
-from fxquant.evaluation.results import Provenance, Row
+from fxquant.evaluation.provenance import Provenance
+from fxquant.evaluation.results import Row
 
 FORMAT: Final = 1
 
@@ -44,18 +46,18 @@ class Result:
 
     @classmethod
     def from_line(cls, line: str) -> Result:
-        """The inverse of to_line. Raises ValueError, KeyError or TypeError for other text."""
-        data: dict[str, Any] = json.loads(line)
-        version = data.pop("format")
-        if version != FORMAT:
-            raise ValueError(f"format {version} is not this version's {FORMAT}")
-        if data["protocol"] is not None:
-            data["protocol"] = Protocol(**data["protocol"])
-        if data["figures"] is not None:
-            data["figures"] = Row.from_json(data["figures"])
-        if data["provenance"] is not None:
-            data["provenance"] = Provenance.from_json(data["provenance"])
-        return cls(**data)
+        """The inverse of to_line. Raises ValueError for other text."""
+        data = json.loads(line)
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ValueError(f"its format is not this version's {FORMAT}")
+        parts: dict[str, Any] = dict.fromkeys(("protocol", "figures", "provenance"))
+        if data.get("figures") is not None:
+            parts["figures"] = Row.from_json(data["figures"], "figures")
+        if data.get("provenance") is not None:
+            parts["provenance"] = Provenance.from_json(data["provenance"], "provenance")
+        if data.get("protocol") is not None:
+            parts["protocol"] = decode(Protocol, data["protocol"], "protocol")
+        return decode(cls, data, **parts)
 
 
 def read_journal(path: Path) -> list[Result]:
@@ -68,6 +70,11 @@ def read_journal(path: Path) -> list[Result]:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read results {path}: {error}") from error
+    return parse_journal(content, path)
+
+
+def parse_journal(content: bytes, path: Path) -> list[Result]:
+    """As read_journal, of the content of the file at ``path``."""
     return list(_parse(content[: _complete(content)], path).values())
 
 
@@ -81,10 +88,10 @@ def _parse(content: bytes, path: Path) -> dict[str, Result]:
     for number, line in enumerate(content.splitlines(), 1):
         try:
             result = Result.from_line(line.decode("utf-8"))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(
-                f"{path}, line {number} is no result of this version ({type(error).__name__}: "
-                f"{error}); move the file away, or delete the line to have its cell done again"
+                f"{path}, line {number} is no result of this version ({error}); move the "
+                "file away, or delete the line to have its cell done again"
             ) from error
         found[result.fingerprint] = result
     return found

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fxquant.errors import DataError, FxquantError
-from fxquant.evaluation.comparison import format_results, groups
+from fxquant.evaluation.comparison import format_results, groups, tokenizer_notes
 from fxquant.evaluation.datasets import NAMED, how_to_get, open_source
 from fxquant.evaluation.fingerprint import identify_model
 from fxquant.evaluation.job import Job
@@ -19,14 +19,14 @@ from fxquant.evaluation.published import (
     SMOOTHQUANT_TABLE,
     Published,
 )
-from fxquant.evaluation.sweep import Sweep, SweepOutcome, run_sweep
+from fxquant.evaluation.sweep import Sweep, SweepOutcome, check_processes, run_sweep
 
 
 @dataclass(frozen=True)
 class Preset:
     """A table to reproduce: its models, setting and published figures.
 
-    The schemes are those of ``published``. ``note``: what the setting leaves different.
+    The schemes are those of ``published``. ``differs``: what setting and schemes leave different.
     """
 
     title: str
@@ -37,7 +37,7 @@ class Preset:
     windows: int | None
     calibration_windows: int
     calibration_length: int
-    note: str
+    differs: tuple[str, ...]
 
     @property
     def schemes(self) -> tuple[str, ...]:
@@ -74,7 +74,7 @@ PRESETS: Final[Mapping[str, Preset]] = {
         windows=64,
         calibration_windows=16,
         calibration_length=LENGTH,
-        note="the reference's text is not named: compare the differences, not the losses",
+        differs=("the reference's text is not named: compare the differences, not the losses",),
     ),
     "gptq-table": Preset(
         title="Weight-only quantization of OPT, WikiText-2 (GPTQ table 3, OmniQuant table A20)",
@@ -85,7 +85,14 @@ PRESETS: Final[Mapping[str, Preset]] = {
         windows=None,
         calibration_windows=128,
         calibration_length=LENGTH,
-        note="calibrated as GPTQ is, on 128 windows of C4; AWQ's authors calibrate on the Pile",
+        differs=(
+            "calibrated as GPTQ is, on 128 windows of C4; AWQ's authors calibrate on the Pile",
+            "gptq has the paper's min-max ranges and float inputs within a block, where ours by "
+            "default searches ranges and works layer by layer; in groups its ranges are those of "
+            "the float weights, the authors' code takes them from weights already updated",
+            "awq has the paper's plain sum of squares, where ours by default weighs large tokens "
+            "less; its scales are searched on 2048 tokens of the calibration, the authors' on all",
+        ),
     ),
     "smoothquant-table": Preset(
         title="W8A8 of OPT-6.7B, WikiText-2 (CushionCache table 1)",
@@ -96,7 +103,10 @@ PRESETS: Final[Mapping[str, Preset]] = {
         windows=None,
         calibration_windows=512,
         calibration_length=512,
-        note="calibrated on 512 windows of 512 tokens of C4, where SmoothQuant's are of the Pile",
+        differs=(
+            "calibrated on 512 windows of 512 tokens of C4, where SmoothQuant's are of the Pile",
+            "attention's own products stay in float, where SmoothQuant's O1 to O3 quantize them",
+        ),
     ),
 }
 
@@ -107,7 +117,7 @@ def check_available(name: str, sweep: Sweep) -> None:
     missing = []
     for model in sweep.models:
         try:
-            identify_model(model)
+            identify_model(model, sweep.job.revision)
         except FxquantError as error:
             folder = model.rsplit("/", 1)[-1]
             missing.append(
@@ -137,8 +147,10 @@ def reproduce(
     """Run a preset's sweep into ``folder``/results.jsonl (going on where it stopped) and print our
     figures beside the published ones, with what differs between the two settings.
 
-    Raises DataError before any work for an unknown preset and where models or texts are missing.
+    Raises DataError before any work for an unknown preset and where models or texts are missing,
+    DistributedError under torchrun.
     """
+    check_processes()
     if name not in PRESETS:
         raise DataError(f"unknown preset {name!r}: known are {', '.join(PRESETS)}")
     preset = PRESETS[name]
@@ -153,13 +165,16 @@ def reproduce(
     return outcome
 
 
+_NOT_COMPARED: Final = ("model", "data", "device", "output", "stream", "revision")
+
+
 def notes(preset: Preset, sweep: Sweep, outcome: SweepOutcome) -> list[str]:
     """What keeps our figures from being the published ones' equals: setting, model, tokenizer."""
-    said = [preset.note]
+    said = list(preset.differs)
     plain = preset.sweep({})
     for field in fields(Job):
         ours, theirs = getattr(sweep.job, field.name), getattr(plain.job, field.name)
-        compared = field.compare and field.name not in ("model", "data", "device", "output")
+        compared = field.compare and field.name not in _NOT_COMPARED
         if compared and ours != theirs:
             said.append(f"{field.name} is {_word(ours)}, the preset's is {_word(theirs)}")
     if sweep.datasets != plain.datasets:
@@ -170,11 +185,9 @@ def notes(preset: Preset, sweep: Sweep, outcome: SweepOutcome) -> list[str]:
             said.append(f"{made.model} is {made.architecture}: nothing was published for it here")
         elif not any(line.published for line in group.lines):
             said.append(f"{made.model}: no published figure is under this protocol")
-        if made.protocol.tokenizer.startswith("fast") and made.dataset in NAMED:
-            said.append(f"{made.model} has no slow tokenizer, which the papers used")
         if made.dtype != "float16":
             said.append(f"{made.model} was run in {made.dtype}, the published figures in float16")
-    return list(dict.fromkeys(said))
+    return list(dict.fromkeys([*said, *tokenizer_notes(outcome.results)]))
 
 
 def _word(value: object) -> str:

@@ -1,19 +1,22 @@
-"""Rows and provenance, and the folder they are written to after each row."""
+"""Rows, and the folder they are written to after each row."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fxquant.errors import DataError
-from fxquant.evaluation.protocol import Protocol
+from fxquant.evaluation.decoding import decode
+from fxquant.evaluation.provenance import Provenance
 from fxquant.evaluation.statistics import WindowSums
 
 RESULTS, TABLE = "results.json", "table.md"
+# What null stands for in a row: JSON has no word for these.
+_NOT_FINITE = {"perplexity": math.inf, "bits_per_weight": math.nan, "delta_loss": math.nan}
 
 
 @dataclass(frozen=True)
@@ -47,64 +50,15 @@ class Row:
         return {name: _finite(value) for name, value in asdict(self).items()}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Row:
-        """The inverse of to_json. Raises KeyError or TypeError for other data."""
-        lost = {"perplexity": math.inf, "bits_per_weight": math.nan}
-        values = {f.name: data[f.name] for f in fields(cls)}
-        for name, value in lost.items():
-            values[name] = value if values[name] is None else values[name]
-        for name in ("left_in_float", "window_nll", "window_tokens"):
-            values[name] = tuple(values[name])
-        return cls(**values)
+    def from_json(cls, data: object, where: str = "") -> Row:
+        """The inverse of to_json. Raises ValueError that names the field of other data."""
+        if isinstance(data, dict):
+            data = {**data, **{k: v for k, v in _NOT_FINITE.items() if data.get(k, 0) is None}}
+        return decode(cls, data, where)
 
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """What made the numbers: enough to make them again.
-
-    ``architecture``: kind and shape, such as "opt 24x2048". ``calibration``: how its windows were
-    drawn. ``windows_hash``: of the token ids themselves, evaluation and calibration.
-    """
-
-    model: str
-    revision: str
-    architecture: str
-    dataset: str
-    text_hash: str
-    windows_hash: str
-    protocol: Protocol
-    windows: int
-    length: int
-    calibration: str
-    calibration_windows: int
-    batch_size: int
-    dtype: str
-    device: str
-    seed: int
-    threads: int
-    versions: dict[str, str]
-    command: str
-    processes: int = 1
-
-    def line(self) -> str:
-        """One line for under a table."""
-        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        processes = f", {self.processes} processes" if self.processes > 1 else ""
-        return (
-            f"{self.model} ({self.revision[:23]}), {self.protocol.line()} "
-            f"({self.text_hash[:23]}), calibrated on {self.calibration}, "
-            f"batch size {self.batch_size}, {self.dtype} on {self.device} "
-            f"({self.threads} threads{processes}), seed {self.seed}; {versions}"
-        )
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Provenance:
-        """From ``dataclasses.asdict``. Raises KeyError or TypeError for other data."""
-        return cls(**{**data, "protocol": Protocol(**data["protocol"])})
 
 
 def prepare_folder(folder: Path, overwrite: bool) -> None:
@@ -154,12 +108,27 @@ def write_results(
 def read_results(path: Path) -> tuple[list[Row], Provenance]:
     """Rows and provenance of a results.json. Raises DataError for anything else."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        rows = [Row.from_json(row) for row in data["rows"]]
-        return rows, Provenance.from_json(data["provenance"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read results {path}: {error}") from error
+    rows, provenance, _ = parse_results(content, path)
+    return rows, provenance
+
+
+def parse_results(content: bytes, path: Path) -> tuple[list[Row], Provenance, bool]:
+    """Rows, provenance and whether all rows are there, of the content of the results.json at
+    ``path``. Raises DataError that names the place of what is wrong."""
+    try:
+        data = json.loads(content.decode("utf-8"))
+        if not isinstance(data, dict) or not isinstance(data.get("rows"), list):
+            raise ValueError("rows: expected a list")
+        rows = [Row.from_json(row, f"rows[{n}]") for n, row in enumerate(data["rows"])]
+        provenance = Provenance.from_json(data.get("provenance"), "provenance")
+        return rows, provenance, bool(data.get("complete", True))
+    except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{path} is no results.json of this version: {type(error).__name__}: {error}"
+            f"{path} is no results.json of this version: {error}; write the file again with the "
+            "command that made it, or move it out of the folder"
         ) from error
 
 

@@ -53,6 +53,13 @@ class Source:
             return None
         return self.recipe.join.join(self.calibration_documents)
 
+    def draws_from(self, text: str) -> bool:
+        """Whether ``text`` is what calibration windows come from."""
+        if self.recipe.sampler == "documents":
+            return False  # single documents out of millions: never joined
+        mine = self.calibration
+        return (self.evaluation if mine is None else mine) == text
+
     @cached_property
     def digest(self) -> str:
         """sha256 of the texts; of the evaluated one where calibration draws from millions."""
@@ -82,16 +89,18 @@ def load_text(text: str) -> Source:
         raise DataError(f"cannot read text {text!r} as UTF-8: {error}") from error
 
 
-def tokenizer_for(recipe: Recipe, tokenizer: Tokenizer) -> Tokenizer:
+def tokenizer_for(recipe: Recipe, tokenizer: Tokenizer, revision: str | None = None) -> Tokenizer:
     """The model's slow tokenizer where the recipe asks for it and the model has one.
 
-    Read from where ``tokenizer`` was loaded. Many models have only a fast one: then that is used,
-    and the protocol's record says so.
+    Read from where ``tokenizer`` was loaded, at the same ``revision`` of a hub model. Many models
+    have only a fast one: then that is used; ``datasets.tokenizer_note`` says so from the protocol.
     """
     if recipe.tokenizer == "default" or not tokenizer.is_fast:
         return tokenizer
     try:
-        return AutoTokenizer.from_pretrained(tokenizer.name_or_path, use_fast=False)
+        return AutoTokenizer.from_pretrained(
+            tokenizer.name_or_path, use_fast=False, revision=revision
+        )
     except (OSError, ValueError, TypeError, ImportError):
         return tokenizer
 

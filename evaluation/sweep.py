@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +16,8 @@ from torch.fx import GraphModule
 from tqdm import tqdm
 
 from fxquant.batches import check_ids
-from fxquant.errors import FxquantError
+from fxquant.errors import DistributedError, FxquantError
+from fxquant.evaluation.converter import Converter, measure
 from fxquant.evaluation.data import Source
 from fxquant.evaluation.fingerprint import (
     Identity,
@@ -25,20 +27,19 @@ from fxquant.evaluation.fingerprint import (
     unavailable,
 )
 from fxquant.evaluation.job import (
-    Converter,
     Job,
     check_job,
+    check_saved,
     cut,
     make_provenance,
-    measure,
     open_sources,
+    workspace_for,
 )
 from fxquant.evaluation.journal import Journal, Result
 from fxquant.evaluation.models import LoadedModel, load_model
 from fxquant.evaluation.statistics import WindowSums
 from fxquant.graph import info
 from fxquant.schemes import Scheme
-from fxquant.tracing import trace
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,17 @@ def run_sweep(
     whose model or text cannot be read, is recorded with its error and the rest goes on. Recorded
     failures are not tried again without ``retry_failed``, unless a model or text was missing.
     """
+    check_processes()
+    for job in sweep.jobs():
+        if job.schemes:
+            check_saved(job)
     schemes = [scheme for job in sweep.jobs() for scheme in check_job(job)]
     schemes = list(dict.fromkeys(schemes))
     with Journal(path) as journal:
         sources = {name: _try(partial(_open, sweep, name)) for name in sweep.datasets}
-        models = {name: _try(partial(identify_model, name)) for name in sweep.models}
+        models = {
+            name: _try(partial(identify_model, name, sweep.job.revision)) for name in sweep.models
+        }
         cells = list(_cells(sweep, schemes, sources, models))
         done = {
             key for key, result in journal.results.items() if not (retry_failed and result.error)
@@ -126,6 +133,16 @@ def run_sweep(
         results = [journal.results[cell.fingerprint] for cell in cells]
     failed = sum(result.error is not None for result in results)
     return SweepOutcome(results, before, len(missing), failed)
+
+
+def check_processes() -> None:
+    """Raise DistributedError under torchrun: every process would do, and write, the same cells."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise DistributedError(
+            f"a sweep runs in one process, and torchrun started {processes}; for one model and "
+            f"text in many: torchrun --nproc-per-node {processes} -m fxquant.evaluation"
+        )
 
 
 def _try(step: Callable[[], T]) -> T | str:
@@ -203,8 +220,9 @@ class _Run:
         if isinstance(loaded, str):
             self.fail(cells, loaded)
             return
-        for _, group in itertools.groupby(cells, key=lambda c: (c.job.dataset, c.job.seed)):
-            self.windows(list(group), *loaded)
+        with workspace_for(loaded[1], first.stream):
+            for _, group in itertools.groupby(cells, key=lambda c: (c.job.dataset, c.job.seed)):
+                self.windows(list(group), *loaded)
 
     def windows(self, cells: list[_Cell], loaded: LoadedModel, graph: GraphModule) -> None:
         """The missing cells of one model, dataset and seed."""
@@ -248,6 +266,8 @@ class _Run:
 
 
 def _load(job: Job) -> tuple[LoadedModel, GraphModule]:
-    loaded = load_model(job.model, dtype=job.dtype, device=job.device, revision=job.revision)
+    loaded = load_model(
+        job.model, dtype=job.dtype, device=job.device, revision=job.revision, streamed=job.stream
+    )
     torch.manual_seed(job.seed)
-    return loaded, trace(loaded.model)
+    return loaded, loaded.graph

@@ -23,6 +23,8 @@ _OPTIONS: Final[Mapping[str, type]] = {
     "data": str,
     "device": str,
     "dtype": str,
+    "revision": str,
+    "stream": bool,
 }
 
 
@@ -66,7 +68,7 @@ def _option(path: Path, name: str, value: Any) -> Any:
         return None
     kind = _OPTIONS[name]
     if type(value) is not kind:
-        what = "a string" if kind is str else "an integer"
+        what = {str: "a string", int: "an integer", bool: "true or false"}[kind]
         also = ' or "all"' if name == "windows" else ""
         raise DataError(f"{path}: {name} must be {what}{also}, got {value!r}")
     return Path(str(value)) if name == "data" else value

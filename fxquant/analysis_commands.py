@@ -23,7 +23,7 @@ from fxquant.evaluation.arguments import (
 from fxquant.evaluation.data import Windows
 from fxquant.evaluation.job import check_job, cut, make_provenance, open_sources
 from fxquant.evaluation.models import LoadedModel, load_model
-from fxquant.evaluation.results import Provenance
+from fxquant.evaluation.provenance import Provenance
 from fxquant.tracing import trace
 
 EXPLANATION, REPORT, PLAN, SCHEME = "explanation.json", "report.md", "plan.json", "scheme.json"

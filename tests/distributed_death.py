@@ -27,5 +27,5 @@ def deadly(*args: Any, **options: Any) -> Any:
 
 
 if __name__ == "__main__":
-    with mock.patch("fxquant.evaluation.job.evaluate", deadly):
+    with mock.patch("fxquant.evaluation.converter.evaluate", deadly):
         sys.exit(main(["evaluate", *sys.argv[2:]]))

@@ -29,11 +29,25 @@ HOSTILE = "</script><img src=x onerror=alert(1)>"
 PROVENANCE: dict[str, Any] = {
     "model": "package:example",
     "revision": "sha256:" + "0f" * 32,
+    "architecture": "llama 12x576",
     "dataset": "builtin",
     "text_hash": "sha256:" + "a7" * 32,
-    "protocol": {"dataset": "builtin", "split": "whole text", "length": 512, "stride": 512},
+    "windows_hash": "sha256:" + "b3" * 32,
+    "protocol": {
+        "dataset": "builtin",
+        "split": "evaluation topics",
+        "join": "",
+        "selection": "all documents",
+        "tokenizer": "fast GPT2TokenizerFast",
+        "bos": "none",
+        "length": 512,
+        "stride": 512,
+        "windows": 8,
+        "complete": False,
+    },
     "windows": 8,
     "length": 512,
+    "calibration": "16 windows of 512 from builtin (calibration topics, grid)",
     "calibration_windows": 16,
     "batch_size": 1,
     "dtype": "float32",
@@ -97,19 +111,22 @@ def _cell(
 
 def _row(scheme: str, delta: float, rng: random.Random) -> dict[str, Any]:
     loss = 2.6641 + delta
+    # Windows differ by a fifth of delta, up and down in turn: 8 of them have a standard error of
+    # delta / 5 / sqrt(7).
+    nll = [511 * (2.6641 + delta * (1 + (-1) ** window / 5)) for window in range(8)]
     static = "static" in scheme
     return {
         "scheme": scheme,
         "loss": loss,
         "perplexity": math.exp(loss),
         "delta_loss": delta,
-        "delta_error": None if scheme == "fp" else abs(delta) * 0.08 + 0.0004,
+        "delta_error": None if scheme == "fp" else abs(delta) / 5 / math.sqrt(7),
         "bits_per_weight": {"fp": 32.0, "w4-g128": 4.13}.get(scheme, 8.05),
         "share_clipped": rng.uniform(1e-5, 2e-3) if static else None,
         "convert_seconds": rng.uniform(1, 9),
         "evaluate_seconds": rng.uniform(5, 20),
         "left_in_float": ["lm_head: left in float unless the scheme says head", "embeddings: same"],
-        "window_nll": [loss * 511] * 8,
+        "window_nll": nll,
         "window_tokens": [511] * 8,
     }
 

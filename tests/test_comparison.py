@@ -14,10 +14,19 @@ from fxquant.evaluation.comparison import FORMATS, format_results, groups
 from fxquant.evaluation.datasets import NAMED
 from fxquant.evaluation.journal import Result
 from fxquant.evaluation.protocol import Protocol
-from fxquant.evaluation.published import ALL, LADDER, OPT, SMOOTH_LEVELS, Published
-from fxquant.evaluation.results import Provenance, Row
+from fxquant.evaluation.provenance import Provenance
+from fxquant.evaluation.published import (
+    ALL,
+    GPTQ_OF_THE_PAPER,
+    LADDER,
+    OPT,
+    SMOOTH_LEVELS,
+    Published,
+)
+from fxquant.evaluation.results import Row
 from fxquant.schemes import Scheme
 
+GPTQ_W4 = f"w4-asym{GPTQ_OF_THE_PAPER}"
 PROTOCOL = Protocol(
     dataset="wikitext2",
     split="test",
@@ -95,15 +104,23 @@ def test_seeds_are_averaged_window_by_window() -> None:
         {"calibration": "something"},
         {"protocol": replace(PROTOCOL, dataset="c4-old")},
         {"protocol": replace(PROTOCOL, tokenizer="fast GPT2TokenizerFast")},
+        {"text_hash": "sha256:3"},
+        {"architecture": "opt 4x128"},
+        {"device": "cuda"},
         {"versions": {"torch": "3"}},
     ],
 )
 def test_what_does_not_compare_is_another_table(changes: dict[str, object]) -> None:
-    assert len(groups([FP, result("w8", (2.7, 2.6), **changes)])) == 2
+    runs = [FP, result("w8", (2.7, 2.6), **changes)]
+    assert len(groups(runs)) == 2
+    # In one csv of all groups, the columns in front tell them apart.
+    first, second = csv.DictReader(io.StringIO(format_results(runs, "csv")))
+    identity = list(first)[: list(first).index("scheme")]
+    assert [first[name] for name in identity] != [second[name] for name in identity]
 
 
 def test_published_perplexities_stand_beside_the_same_protocol_only() -> None:
-    w4 = result("w4-asym+gptq", (2.75, 2.75))
+    w4 = result(GPTQ_W4, (2.75, 2.75))
     (group,) = groups([FP, w4])
     line = group.lines[1]
     assert line.published is not None
@@ -118,9 +135,9 @@ def test_published_perplexities_stand_beside_the_same_protocol_only() -> None:
         replace(PROTOCOL, length=512, stride=512),
         replace(PROTOCOL, dataset="c4-new"),
     ):
-        (group,) = groups([result("w4-asym+gptq", (2.75, 2.75), protocol=protocol)])
+        (group,) = groups([result(GPTQ_W4, (2.75, 2.75), protocol=protocol)])
         assert group.lines[0].published is None
-    (group,) = groups([result("w4-asym+gptq", (2.75, 2.75), architecture="opt 4x128")])
+    (group,) = groups([result(GPTQ_W4, (2.75, 2.75), architecture="opt 4x128")])
     assert group.lines[0].published is None
 
 
@@ -172,7 +189,7 @@ def test_published_numbers_as_printed_in_the_sources() -> None:
         same = [f for f in ALL if f.architecture == OPT[size] and f.dataset == dataset]
         return [f for f in same if f.scheme == scheme]
 
-    assert [f.perplexity for f in find("opt-125m", "w3-asym+gptq")] == [53.85]
+    assert [f.perplexity for f in find("opt-125m", f"w3-asym{GPTQ_OF_THE_PAPER}")] == [53.85]
     assert [f.perplexity for f in find("opt-350m", "w4-asym")] == [25.94]
     assert find("opt-350m", "w4-g128-asym") == []
     assert sorted(f.perplexity or 0 for f in find("opt-1.3b", None)) == [14.88, 15.04]

@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 import fxquant
+from fxquant.cli import main
 from fxquant.errors import DataError
-from fxquant.evaluation import cut_windows
+from fxquant.evaluation import Job, cut_windows
 from fxquant.evaluation.data import Windows, load_text
-from fxquant.evaluation.datasets import NAMED, open_source
+from fxquant.evaluation.datasets import NAMED, open_source, tokenizer_note
+from fxquant.evaluation.job import cut as cut_job
+from fxquant.evaluation.models import LoadedModel
 from fxquant.evaluation.perplexity import evaluate
 from tests.architectures import opt
 from tests.hub_format import (
@@ -32,6 +36,7 @@ from tests.hub_format import (
     write_ptb,
     write_wikitext,
 )
+from tests.models import SMALL_OPT
 
 TOKENIZER = character_tokenizer()
 
@@ -359,6 +364,46 @@ def test_the_papers_protocols_use_the_slow_tokenizer(data: Path, tmp_path: Path)
         open_source(str(parquet)), fast, count=None, length=4, calibration=0, seed=0
     )
     assert local.protocol.tokenizer == "fast GPT2TokenizerFast"
+
+
+def test_the_slow_tokenizer_is_of_the_same_revision(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_slow_tokenizer(tmp_path)
+    fast, asked = AutoTokenizer.from_pretrained(tmp_path), []
+
+    def from_pretrained(name: str, **options: object) -> object:
+        asked.append((name, options))
+        return fast
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
+    model = LoadedModel(torch.nn.Module(), fast, "model", "r", None)
+    job = Job("model", (), "wikitext2", windows=1, length=4, calibration_windows=0, revision="v1")
+    windows = cut_job(job, open_source("wikitext2", data), None, model)
+    assert asked == [(str(tmp_path), {"use_fast": False, "revision": "v1"})]
+    # It was fast all the same, and that is said.
+    assert tokenizer_note("model", windows.protocol).startswith("model has no slow tokenizer")
+    assert tokenizer_note("model", replace(windows.protocol, tokenizer="slow X")) == ""
+    assert tokenizer_note("model", replace(windows.protocol, dataset="x.txt")) == ""
+
+
+def test_evaluate_and_sweep_say_that_the_tokenizer_is_fast(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under the table, not only within the protocol's line."""
+    write_wikitext(tmp_path, {"test": ["some words"] * 40, "train": ["other words"] * 40})
+    options = ["--model", str(SMALL_OPT), "--data", str(tmp_path), "--dataset", "wikitext2"]
+    options += ["--windows", "1", "--length", "16", "--calibration-windows", "0"]
+    assert main(["evaluate", *options, "--schemes", "w8"]) == 0
+    said = "has no slow tokenizer, which the papers used: wikitext2 was cut by its fast one"
+    assert f"\n{SMALL_OPT} {said}\n" in capsys.readouterr().out
+    file = tmp_path / "s.toml"
+    file.write_text(
+        f'models = ["{SMALL_OPT}"]\nschemes = ["fp"]\ndatasets = ["wikitext2"]\nwindows = 1\n'
+        f'length = 16\ncalibration_windows = 0\ndata = "{tmp_path}"\n'
+    )
+    assert main(["sweep", str(file), "--output", str(tmp_path / "out")]) == 0
+    assert f"\n{SMALL_OPT} {said}\n" in capsys.readouterr().out
 
 
 def test_a_tokenizer_without_bos(tmp_path: Path) -> None:

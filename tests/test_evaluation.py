@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from torch import nn
@@ -16,11 +17,13 @@ from transformers import OPTModel
 import fxquant
 from fxquant.errors import DataError, FxquantError, ModelError
 from fxquant.evaluation import Job, cut_windows, load_text, run
+from fxquant.evaluation.converter import Converter
 from fxquant.evaluation.data import Source
-from fxquant.evaluation.job import Converter, ordered_schemes
+from fxquant.evaluation.job import open_sources, ordered_schemes
 from fxquant.evaluation.models import load_model, package_model, resolve_dtype
 from fxquant.evaluation.perplexity import evaluate
 from fxquant.evaluation.results import prepare_folder, read_results
+from fxquant.evaluation.source import tokens
 from fxquant.evaluation.tables import sentences
 from fxquant.levels import OPS
 from fxquant.size import bits_per_weight
@@ -195,7 +198,7 @@ def test_interruption_keeps_finished_rows(tmp_path: Path, monkeypatch: pytest.Mo
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr("fxquant.evaluation.job.evaluate", interrupted)
+    monkeypatch.setattr("fxquant.evaluation.converter.evaluate", interrupted)
     outcome = run(job(output=tmp_path), said.append)
     assert not outcome.complete
     data = json.loads((tmp_path / "results.json").read_text())
@@ -307,6 +310,53 @@ def test_errors_before_conversion(
     monkeypatch.setattr("fxquant.evaluation.job._rows", forbidden)
     with pytest.raises(FxquantError, match=message):
         run(job(**changes))
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize("dataset", [None, "text.txt"])
+@pytest.mark.parametrize("spelling", ["text.txt", "./text.txt", "copy.txt", "train"])
+def test_equal_texts_are_one_source(
+    dataset: str | None, spelling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it is called, the text to calibrate on is what evaluation leaves of it."""
+    monkeypatch.chdir(tmp_path)
+    text = " ".join(f"word {number}" for number in range(3000))
+    for name in ("text.txt", "copy.txt"):
+        Path(name).write_text(text)
+    splits = {
+        name: datasets.Dataset.from_dict({"text": [each]})
+        for name, each in (("train", text), ("test", "other words"))
+    }
+    datasets.DatasetDict(splits).save_to_disk("train")
+    asked = job(dataset=dataset, text="text.txt", calibration_dataset=spelling)
+    source, other = open_sources(asked)
+    assert other is None
+    tokenizer = small_opt()[1]
+    windows = cut_windows(
+        source, tokenizer, count=3, length=32, calibration=8, seed=0, calibration_source=other
+    )
+    stream = tokens(text, tokenizer)[3 * 32 :].tolist()
+    for row in windows.calibration.tolist():
+        assert any(stream[at : at + 32] == row for at in range(0, len(stream), 32))
+
+
+def test_the_evaluated_split_is_no_calibration_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    splits = {
+        name: datasets.Dataset.from_dict({"text": [f"{name} words"]}) for name in ("train", "test")
+    }
+    datasets.DatasetDict(splits).save_to_disk("saved")
+    Path("same.txt").write_text("test words")
+    Path("other.txt").write_text("quite other words")
+    asked = job(dataset="saved", calibration_dataset="same.txt")
+    with pytest.raises(DataError, match=r"the very text that saved evaluates on.*saved's train"):
+        open_sources(asked)
+    _, other = open_sources(replace(asked, calibration_dataset="other.txt"))
+    assert other is not None
+    assert other.name == "other.txt"
+    assert open_sources(replace(asked, calibration_dataset="./saved"))[1] is not None
 
 
 def saved(model: nn.Module, folder: Path) -> str:

@@ -14,8 +14,10 @@ import pytest
 from fxquant.cli import main
 from fxquant.evaluation import presets
 from fxquant.evaluation.data import load_text
-from fxquant.evaluation.presets import PRESETS
-from fxquant.evaluation.published import LENGTH, Published
+from fxquant.evaluation.journal import read_journal
+from fxquant.evaluation.presets import PRESETS, notes
+from fxquant.evaluation.published import GPTQ_TABLE, LENGTH, Published
+from fxquant.evaluation.sweep import SweepOutcome
 from fxquant.repairs import REPAIRS
 from fxquant.schemes import Scheme
 from tests.hub_format import write_c4, write_wikitext
@@ -25,10 +27,15 @@ SHORT = ["--windows", "2", "--length", "48", "--calibration-windows", "2"]
 SHORT += ["--calibration-length", "48"]
 
 
-def runnable(name: str) -> bool:
-    """Whether every repair that the preset's schemes name exists."""
-    schemes = map(Scheme.parse, PRESETS[name].schemes)
-    return all(repair in REPAIRS for scheme in schemes for repair, _ in scheme.repairs)
+def missing_options(name: str) -> set[str]:
+    """Options that the preset's schemes name and the repairs do not have."""
+    named = [repair for text in PRESETS[name].schemes for repair in Scheme.parse(text).repairs]
+    return {
+        f"{repair}({option})"
+        for repair, options in named
+        for option in dict(options)
+        if option not in REPAIRS[repair].option_names()
+    }
 
 
 @pytest.fixture
@@ -78,10 +85,13 @@ def test_without_the_hub_one_error_says_what_to_fetch(
 def test_a_local_directory_goes_on(
     name: str, local: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if not runnable(name):
-        pytest.skip("this version lacks a repair that the table names")
     model, data = local
     output = ["--output", str(tmp_path)]
+    if missing_options(name):
+        command = ["reproduce", name, "--model", model, "--data", data, *SHORT, *output]
+        assert main(command) == 2
+        assert "grid" in capsys.readouterr().err
+        return
     assert main(["reproduce", name, "--model", model, "--data", data, *SHORT, *output]) == 0
     printed = capsys.readouterr().out
     assert PRESETS[name].title in printed
@@ -139,3 +149,38 @@ def test_presets_keep_the_papers_protocol() -> None:
     assert PRESETS["gptq-table"].sweep({}).job.windows is None
     assert PRESETS["gptq-table"].sweep({"windows": 3}).job.windows == 3
     assert PRESETS["opt-1.3b-ladder"].sweep({"windows": None}).job.windows is None
+
+
+def test_the_papers_rows_are_run_as_the_papers_do() -> None:
+    """Not with our own defaults, which search scales and balance tokens."""
+    found = {f.method: Scheme.parse(f.scheme) for f in GPTQ_TABLE if f.scheme is not None}
+    for method, scheme in found.items():
+        options = {name: dict(given) for name, given in scheme.repairs}
+        if method.startswith("GPTQ"):
+            assert options == {"gptq": {"within": "block", "grid": "minmax"}}
+        elif method.startswith("AWQ"):
+            assert options == {"awq": {"balanced": False}}
+        else:
+            assert options == {}
+
+
+def test_what_differs_from_the_papers_is_said() -> None:
+    preset = PRESETS["gptq-table"]
+    sweep = preset.sweep({"stream": True, "revision": "abc"})
+    said = " ".join(notes(preset, sweep, SweepOutcome([], 0, 0, 0)))
+    for words in ("min-max", "already updated", "sum of squares", "the Pile"):
+        assert words in said
+    assert "stream" not in said
+    assert (sweep.job.stream, sweep.job.revision) == (True, "abc")
+
+
+def test_reproduce_streams(local: tuple[str, str], tmp_path: Path) -> None:
+    """Weights stay in their files, figures stay the same."""
+    command = ["reproduce", "opt-1.3b-ladder", "--model", local[0], "--dataset", "builtin", *SHORT]
+    whole, streamed = tmp_path / "whole", tmp_path / "streamed"
+    assert main([*command, "--output", str(whole)]) == 0
+    assert main([*command, "--stream", "--output", str(streamed)]) == 0
+    found = [read_journal(folder / "results.jsonl") for folder in (whole, streamed)]
+    sums = [[(r.scheme, r.figures.sums) for r in results if r.figures] for results in found]
+    assert len(sums[0]) == 5
+    assert sums[0] == sums[1]

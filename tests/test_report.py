@@ -20,12 +20,16 @@ from hypothesis import strategies as st
 
 from fxquant.cli import main
 from fxquant.errors import DataError
+from fxquant.evaluation.comparison import groups
+from fxquant.evaluation.journal import read_journal
 from fxquant.evaluation.report import write_report
 from fxquant.evaluation.report.fields import Fields
 from fxquant.evaluation.report.folder import read_folder
 from fxquant.evaluation.report.ladder import ladders
 from fxquant.evaluation.report.page import PAGE, chart_data, embeddable, read_report, render
 from fxquant.evaluation.report.tables import table_of, text_of
+from fxquant.evaluation.results import read_results
+from fxquant.evaluation.tables import format_table
 from tests.report_folder import HOSTILE, KINDS, LADDER, sites, sweep, write_folder
 
 VOID = {"meta", "link", "input", "img", "br", "hr"}
@@ -179,28 +183,46 @@ def journal(folder: Path, lines: list[dict[str, Any]]) -> Path:
     return folder
 
 
-def test_seeds_are_averaged_within_a_model(tmp_path: Path) -> None:
-    lines = sweep(random.Random(3))
-    first, second = ladders(read_folder(journal(tmp_path, lines)))
-    assert [first.title, second.title] == ["package:example · builtin", "package:other · builtin"]
-    for ladder, model in ((first, "package:example"), (second, "package:other")):
-        for rung in ladder.rungs:
-            cells = [c for c in lines if (c["model"], c["scheme"]) == (model, rung.scheme)]
-            deltas = [c["figures"]["delta_loss"] for c in cells if c["figures"]]
-            assert len(rung.runs) == len(cells) == (3 if "static" in rung.scheme else 1)
-            if rung.error is None:
-                assert rung.delta_loss == pytest.approx(statistics.fmean(deltas))
-            if len(deltas) > 1:
-                errors = [c["figures"]["delta_error"] for c in cells]
-                assert rung.deviation == pytest.approx(statistics.stdev(deltas))
-                assert rung.standard_error == pytest.approx(
-                    statistics.fmean(e**2 for e in errors) ** 0.5
-                )
-    assert dict(first.provenance)["seed"] == "0, 1, 2"
-    failed = second.rungs[-1]
+def test_the_ladder_is_the_table(tmp_path: Path) -> None:
+    """Every figure is the one that ``fxquant table`` prints of the same file."""
+    folder = journal(tmp_path, sweep(random.Random(3)))
+    tables = groups(read_journal(folder / "results.jsonl"), ())
+    found = ladders(read_folder(folder))
+    assert [ladder.title for ladder in found] == [
+        "package:example · builtin",
+        "package:other · builtin",
+    ]
+    for ladder, group in zip(found, tables, strict=True):
+        finished = [rung for rung in ladder.rungs if rung.error is None]
+        assert [rung.line for rung in finished] == list(group.lines)
+        for rung, line in zip(finished, group.lines, strict=True):
+            assert line.difference is not None
+            assert rung.delta_loss == line.difference.delta
+            if rung.scheme != "fp":
+                assert rung.standard_error == line.difference.error
+    assert dict(found[0].provenance)["seed"] == "0, 1, 2"
+    failed = found[1].rungs[-1]
     assert failed.scheme == "w3-g128"
     assert failed.error is not None
     assert HOSTILE in failed.error
+
+
+def test_seeds_are_averaged_before_their_difference(tmp_path: Path) -> None:
+    """± is of the mean over seeds: what changes sign from seed to seed cancels."""
+    lines = sweep(random.Random(3))
+    first, _ = ladders(read_folder(journal(tmp_path, lines)))
+    for rung in first.rungs:
+        cells = [c for c in lines if (c["model"], c["scheme"]) == ("package:example", rung.scheme)]
+        rows = [cell["figures"] for cell in cells]
+        assert rung.line.seeds == len(rows) == (3 if "static" in rung.scheme else 1)
+        if len(rows) == 1:
+            continue
+        float_model = lines[0]["figures"]["window_nll"]
+        means = [statistics.fmean(w) for w in zip(*(r["window_nll"] for r in rows), strict=True)]
+        changes = [(a - b) / 511 for a, b in zip(means, float_model, strict=True)]
+        assert rung.delta_loss == pytest.approx(statistics.fmean(changes))
+        assert rung.standard_error == pytest.approx(statistics.stdev(changes) / 8**0.5)
+        assert rung.line.spread == pytest.approx(statistics.stdev(row["loss"] for row in rows))
 
 
 def test_a_cell_that_was_done_again_counts_once(tmp_path: Path) -> None:
@@ -209,7 +231,17 @@ def test_a_cell_that_was_done_again_counts_once(tmp_path: Path) -> None:
     again["figures"]["delta_loss"] = 0.5
     first, _ = ladders(read_folder(journal(tmp_path, [*lines, again])))
     (rung,) = [rung for rung in first.rungs if rung.scheme == again["scheme"]]
-    assert [run.delta_loss for run in rung.runs] == [0.5]
+    assert [row.delta_loss for row in rung.rows] == [0.5]
+
+
+def test_a_seed_that_failed_is_named_beside_those_that_did_not(tmp_path: Path) -> None:
+    lines = sweep(random.Random(3))
+    lost = next(c for c in lines if c["scheme"] == "w8a8-static" and c["seed"] == 1)
+    lost |= {"figures": None, "provenance": None, "protocol": None, "error": "killed"}
+    first, _ = ladders(read_folder(journal(tmp_path, lines)))
+    (rung,) = [rung for rung in first.rungs if rung.scheme == "w8a8-static"]
+    assert rung.line.seeds == 2
+    assert (first.rungs[-1].scheme, first.rungs[-1].error) == ("w8a8-static (seed 1)", "killed")
 
 
 def test_what_stays_float_is_listed_by_scheme(full: Path) -> None:
@@ -219,22 +251,40 @@ def test_what_stays_float_is_listed_by_scheme(full: Path) -> None:
     assert lines[0].startswith("lm_head")
 
 
-def test_settings_are_not_mixed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("length", 2048),
+        ("text_hash", "sha256:other"),
+        ("calibration", "16 windows of 512 from elsewhere (train, offsets)"),
+        ("versions", {"fxquant": "0.2.0"}),
+        ("dtype", "float16"),
+    ],
+)
+def test_settings_are_not_mixed(tmp_path: Path, name: str, value: Any) -> None:
     lines = sweep(random.Random(3))
-    longer = json.loads(json.dumps(lines[1]))
-    longer["fingerprint"] = "other"
-    longer["provenance"]["length"] = 2048
-    found = ladders(read_folder(journal(tmp_path, [*lines, longer])))
+    other = json.loads(json.dumps(lines[1]))
+    other["fingerprint"] = "other"
+    other["provenance"][name] = value
+    found = ladders(read_folder(journal(tmp_path, [*lines, other])))
+    # The other setting's stands alone, without a float model to compare with.
     assert [len(ladder.rungs) for ladder in found] == [len(LADDER), len(LADDER) + 1, 1]
-    assert dict(found[2].provenance)["length"] == "2,048"
+    assert found[2].rungs[0].delta_loss is None
+    assert len({ladder.title for ladder in found}) == 3
 
 
-def test_a_loss_that_is_not_finite_is_a_failure(tmp_path: Path) -> None:
+def test_a_saved_graph_has_no_difference(tmp_path: Path) -> None:
+    """Its one row has no float model beside it: JSON has no word for that Δloss."""
     write_folder(tmp_path)
     data = json.loads((tmp_path / "results.json").read_text())
-    data["rows"][-1] |= {"loss": None, "perplexity": None, "delta_loss": None}
+    data["rows"] = [{**data["rows"][1], "delta_loss": None, "delta_error": None}]
     (tmp_path / "results.json").write_text(json.dumps(data))
-    assert "failed: its loss is not finite" in Page(render(read_report(tmp_path))).text("span")
+    (row,), _ = read_results(tmp_path / "results.json")
+    assert math.isnan(row.delta_loss)
+    assert format_table([row]).splitlines()[-1].split("|")[4].strip() == "-"
+    report = read_report(tmp_path)
+    assert report.ladders[0].rungs[0].delta_loss is None
+    assert "w8" in Page(render(report)).text("code")
 
 
 # What is missing, unfinished or damaged.
@@ -297,10 +347,10 @@ def put(*keys: str | int, value: Any) -> Callable[[Any], None]:
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
-        ("results.json", put("rows", value={}), "a list at rows"),
-        ("results.json", put("rows", 1, "scheme", value=3), "text at rows[1].scheme"),
-        ("results.json", put("rows", 1, "loss", value="low"), "a number at rows[1].loss"),
-        ("results.json", put("provenance", value=None), "an object at provenance"),
+        ("results.json", put("rows", value={}), "rows: expected a list"),
+        ("results.json", put("rows", 1, "scheme", value=3), "rows[1].scheme: expected"),
+        ("results.json", put("rows", 1, "loss", value="low"), "rows[1].loss: expected"),
+        ("results.json", put("provenance", value=None), "provenance: expected an object"),
         (
             "explanation.json",
             put("delta_loss", value=None),
@@ -320,7 +370,11 @@ def put(*keys: str | int, value: Any) -> Callable[[Any], None]:
             put("sites", 0, "records", 0, "histogram", value=["many"]),
             "finite counts",
         ),
-        ("results.jsonl", put("model", value=None), "text at line 1.model"),
+        (
+            "results.jsonl",
+            put("model", value=None),
+            "line 1 is no result of this version (model: ",
+        ),
     ],
 )
 def test_a_wrong_format_is_one_error_that_names_file_and_place(

@@ -15,17 +15,17 @@ from typing import Any
 
 import pytest
 
+import fxquant
 from fxquant.cli import main
 from fxquant.errors import DataError, FxquantError
-from fxquant.evaluation import Job, run
-from fxquant.evaluation import job as job_module
+from fxquant.evaluation import Job, converter, models, run
 from fxquant.evaluation import sweep as sweep_module
 from fxquant.evaluation.comparison import format_results
 from fxquant.evaluation.journal import Journal, Result, read_journal
 from fxquant.evaluation.results import Row
 from fxquant.evaluation.sweep import Sweep, SweepOutcome, run_sweep
 from fxquant.evaluation.sweep_file import read_sweep
-from tests.models import SMALL_OPT
+from tests.models import SMALL_OPT, small_opt
 
 SCHEMES = ("w8", "w8a8-dynamic", "w8a8-static:p99")
 
@@ -159,13 +159,13 @@ def test_changed_weights_are_another_model(tmp_path: Path) -> None:
 def test_a_failing_cell_is_recorded_and_the_rest_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, calls = job_module.measure, []
+    original, calls = converter.measure, []
 
-    def measure(converter: Any, scheme: Any, *rest: Any) -> Row:
+    def measure(converts: Any, scheme: Any, *rest: Any) -> Row:
         calls.append(str(scheme))
         if str(scheme) == "w8":
             raise RuntimeError("out of memory\nwith details")
-        return original(converter, scheme, *rest)
+        return original(converts, scheme, *rest)
 
     monkeypatch.setattr(sweep_module, "measure", measure)
     path = tmp_path / "results.jsonl"
@@ -217,6 +217,67 @@ def test_what_is_misspelled_stops_before_any_work(
         with pytest.raises(FxquantError):
             swept(wrong, path)
     assert not path.exists()
+
+
+def test_a_sweep_streams_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both reach the loader; conversions get a folder for their leaves, as in evaluate."""
+    file = tmp_path / "s.toml"
+    file.write_text(
+        f'models = ["{SMALL_OPT}"]\nschemes = ["w8"]\nstream = true\nrevision = "v1"\n'
+        "windows = 2\nlength = 48\ncalibration_windows = 0\n"
+    )
+    asked, workspaces = [], []
+    load, convert = models.load_model, converter.Converter.convert
+
+    def load_model(name: str, **options: Any) -> Any:
+        asked.append((options["streamed"], options["revision"]))
+        return load(name, **options)
+
+    def converted(self: converter.Converter, scheme: Any) -> Any:
+        workspaces.append(self.graph.meta.get("fxquant_workspace"))
+        return convert(self, scheme)
+
+    monkeypatch.setattr(sweep_module, "load_model", load_model)
+    monkeypatch.setattr(converter.Converter, "convert", converted)
+    outcome = swept(read_sweep(file), tmp_path / "results.jsonl")
+    assert outcome.failed == 0
+    assert asked == [(True, "v1")]
+    assert len(workspaces) == 2
+    assert None not in workspaces
+
+
+def test_the_revision_identifies_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def identify(name: str, revision: str | None = None) -> Any:
+        asked.append((name, revision))
+        raise DataError("not here")
+
+    monkeypatch.setattr(sweep_module, "identify_model", identify)
+    swept(sweep(schemes=(), revision="v1"), tmp_path / "results.jsonl")
+    assert asked == [(str(SMALL_OPT), "v1")]
+
+
+def test_many_processes_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "s.toml"
+    file.write_text(TOML)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for command in (["sweep", str(file)], ["reproduce", "opt-1.3b-ladder", "--model", "x"]):
+        assert main([*command, "--output", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert "torchrun started 3" in error
+        assert "torchrun --nproc-per-node 3 -m fxquant.evaluation" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_saved_graph_is_refused_before_any_work(tmp_path: Path) -> None:
+    graph = fxquant.convert(fxquant.trace(small_opt()[0]), "w8")
+    fxquant.save(graph, tmp_path / "saved")
+    with pytest.raises(DataError, match="is a saved graph, which has its scheme"):
+        swept(replace(sweep(), models=(str(tmp_path / "saved"),)), tmp_path / "results.jsonl")
+    assert not (tmp_path / "results.jsonl").exists()
 
 
 # --- the journal ----------------------------------------------------------------------------------
@@ -341,6 +402,7 @@ def test_sweep_file_and_command(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ('models = ["x"]\nschemes = ["w8"]\nseeds = [true]', "seeds must be .* integers"),
         ('models = ["x"]\nschemes = ["w8"]\nwindows = "some"', 'an integer or "all"'),
         ('models = ["x"]\nschemes = ["w8"]\ndevice = 1', "device must be a string, got 1"),
+        ('models = ["x"]\nschemes = ["w8"]\nstream = 1', "stream must be true or false, got 1"),
     ],
 )
 def test_bad_sweep_files(tmp_path: Path, text: str, message: str) -> None:

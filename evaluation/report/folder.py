@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fxquant.errors import DataError
+from fxquant.evaluation.journal import Result, parse_journal
 from fxquant.evaluation.report.fields import Fields
+from fxquant.evaluation.results import parse_results
 
 RESULTS, SWEEP = "results.json", "results.jsonl"
 
@@ -26,12 +28,17 @@ class Source:
 
 @dataclass(frozen=True)
 class Folder:
-    """The parts that were found; a part that is not there is empty."""
+    """The parts that were found; a part that is not there is empty.
+
+    ``results``: the rows of results.json as the cells of a sweep with one seed; ``complete``:
+    whether that run is finished.
+    """
 
     path: Path
     sources: tuple[Source, ...] = ()
-    results: Fields | None = None
-    sweep: tuple[Fields, ...] = ()
+    results: tuple[Result, ...] = ()
+    complete: bool = True
+    sweep: tuple[Result, ...] = ()
     explanations: tuple[Fields, ...] = ()
     inspections: tuple[Fields, ...] = ()
 
@@ -43,30 +50,30 @@ class _Reader:
     sources: list[Source] = field(default_factory=list)
 
     def object(self, path: Path) -> Fields:
-        return Fields.of(path, "", _parse(path, "", self._text(path)))
+        return Fields.of(path, "", _parse(path, self.content(path)))
 
-    def lines(self, path: Path) -> tuple[Fields, ...]:
-        """One object a line. A last line without its newline is still being written: left out."""
-        text = self._text(path)
-        whole, _, rest = text.rpartition("\n")
-        if rest.strip():
+    def evaluation(self, path: Path) -> tuple[tuple[Result, ...], bool]:
+        """The rows of a results.json, and whether they are all."""
+        rows, made, complete = parse_results(self.content(path), path)
+        setting = (made.dataset, made.seed, made.protocol)
+        cells = (Result(r.scheme, made.model, r.scheme, *setting, r, made) for r in rows)
+        return tuple(cells), complete
+
+    def sweep(self, path: Path) -> tuple[Result, ...]:
+        """A last line without its newline is still being written: left out."""
+        content = self.content(path)
+        if content.rpartition(b"\n")[2].strip():
             remark = "its last line is unfinished and was left out"
             self.sources[-1] = replace(self.sources[-1], remark=remark)
-        numbered = ((f"line {n}", line) for n, line in enumerate(whole.split("\n"), 1))
-        return tuple(
-            Fields.of(path, where, _parse(path, where, line))
-            for where, line in numbered
-            if line.strip()
-        )
+        return tuple(parse_journal(content, path))
 
-    def _text(self, path: Path) -> str:
+    def content(self, path: Path) -> bytes:
         try:
             raw = path.read_bytes()
-            text = raw.decode("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             raise DataError(f"cannot read {path}: {error}") from error
         self.sources.append(Source(path.name, len(raw), hashlib.sha256(raw).hexdigest()))
-        return text
+        return raw
 
 
 def read_folder(path: Path) -> Folder:
@@ -78,8 +85,9 @@ def read_folder(path: Path) -> Folder:
     if not path.is_dir():
         raise DataError(f"{path} is not a folder; give the one that --output named")
     reader = _Reader()
-    results = reader.object(path / RESULTS) if (path / RESULTS).exists() else None
-    sweep = reader.lines(path / SWEEP) if (path / SWEEP).exists() else ()
+    results, sweep = path / RESULTS, path / SWEEP
+    rows, complete = reader.evaluation(results) if results.exists() else ((), True)
+    cells = reader.sweep(sweep) if sweep.exists() else ()
     explanations = tuple(reader.object(file) for file in sorted(path.glob("expla*.json")))
     inspections = tuple(reader.object(file) for file in sorted(path.glob("inspect*.json")))
     if not reader.sources:
@@ -87,15 +95,14 @@ def read_folder(path: Path) -> Folder:
             f"{path} holds no {RESULTS}, {SWEEP}, explanation*.json or inspect*.json; "
             f"fxquant evaluate --output {path} writes the first"
         )
-    return Folder(path, tuple(reader.sources), results, sweep, explanations, inspections)
+    return Folder(path, tuple(reader.sources), rows, complete, cells, explanations, inspections)
 
 
-def _parse(path: Path, where: str, text: str) -> Any:
+def _parse(path: Path, content: bytes) -> Any:
     try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        at = f" {where}" if where else ""
+        return json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{path}:{at} is not valid JSON ({error}); write the file again with the command that "
+            f"{path}: is not valid JSON ({error}); write the file again with the command that "
             "made it, or move it out of the folder"
         ) from error

@@ -182,7 +182,7 @@ def _rung(rung: Rung) -> dict[str, Any]:
         "error": rung.error,
         "delta": rung.delta_loss,
         "se": rung.standard_error,
-        "seeds": [run.delta_loss for run in rung.finished if run.delta_loss is not None],
+        "seeds": [row.delta_loss for row in rung.rows if math.isfinite(row.delta_loss)],
     }
 
 

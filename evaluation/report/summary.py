@@ -10,6 +10,7 @@ from fxquant.evaluation.report.explanation import Explanation
 from fxquant.evaluation.report.inspection import Inspection
 from fxquant.evaluation.report.ladder import Ladder, Rung
 from fxquant.evaluation.report.tables import Unit, text_of
+from fxquant.schemes import Scheme
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,10 @@ def summary(
 
 def _of_ladder(ladder: Ladder) -> Iterator[Fact]:
     rungs = [rung for rung in ladder.rungs if _known(rung)]
-    reference = next((rung for rung in rungs if rung.scheme == "fp"), None)
-    if reference is not None and reference.loss is not None:
-        yield Fact("Float loss", text_of(reference.loss, "loss"), _perplexity(reference.loss))
+    reference = next((rung for rung in rungs if rung.scheme == str(Scheme())), None)
+    loss = None if reference is None else reference.line.loss
+    if loss is not None:
+        yield Fact("Float loss", text_of(loss, "loss"), _perplexity(loss))
     quantized = sorted((rung for rung in rungs if rung is not reference), key=_cost)
     if quantized:
         yield _delta("Least Δloss", quantized[0])

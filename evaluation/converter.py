@@ -1,0 +1,105 @@
+"""Convert one float graph under many schemes, and measure each on the same windows."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fxquant import conversion
+from fxquant.errors import FxquantError
+from fxquant.evaluation.data import Windows
+from fxquant.evaluation.perplexity import evaluate
+from fxquant.evaluation.results import Row
+from fxquant.evaluation.statistics import Difference, WindowSums, paired_difference
+from fxquant.graph import GraphInfo, info
+from fxquant.passes import Integerize, Quantize
+from fxquant.pipeline import Pipeline
+from fxquant.schemes import Scheme
+from fxquant.size import bits_per_weight
+
+
+def measure(
+    converter: Converter,
+    scheme: Scheme,
+    windows: Windows,
+    batch_size: int,
+    reference: WindowSums | None,
+) -> Row:
+    """Convert and evaluate one scheme; ``reference``: the float model's, None for itself."""
+    started = time.perf_counter()
+    try:
+        converted = converter.convert(scheme)
+    except FxquantError as error:
+        error.add_note(f"while converting to {scheme}")
+        raise
+    convert_seconds = time.perf_counter() - started
+    measured = evaluate(
+        converted,
+        windows.evaluation,
+        batch_size=batch_size,
+        label=str(scheme),
+        scored=windows.scored,
+    )
+    sums = measured.sums
+    if reference is None:
+        change = Difference(0.0 if converter.starts_float else math.nan, None)
+    else:
+        change = paired_difference(sums, reference)
+    return Row(
+        scheme=str(scheme),
+        loss=measured.loss,
+        perplexity=measured.perplexity,
+        delta_loss=change.delta,
+        delta_error=change.error,
+        bits_per_weight=bits_per_weight(converted),
+        share_clipped=measured.share_clipped,
+        convert_seconds=convert_seconds,
+        evaluate_seconds=measured.seconds,
+        left_in_float=tuple(f"{e.path}: {e.reason}" for e in info(converted).left_in_float),
+        window_nll=sums.nll,
+        window_tokens=sums.tokens,
+    )
+
+
+@dataclass
+class Converter:
+    """Converts one float graph to many schemes; calibrates once for all that observe alike."""
+
+    graph: GraphModule
+    calibration: Tensor
+    observed: dict[frozenset[str], GraphModule] = field(default_factory=dict)
+
+    @property
+    def starts_float(self) -> bool:
+        """Whether the graph is as trace made it; a saved one may be anything."""
+        return not info(self.graph).history
+
+    def convert(self, scheme: Scheme) -> GraphModule:
+        if not self.starts_float:
+            return self.graph  # a saved graph: quantized already
+        if not scheme.needs_calibration or scheme.repairs:
+            batches = self.calibration.split(1) if len(self.calibration) else None
+            return conversion.convert(self.graph, scheme, calibration=batches, progress=True)
+        named = conversion.convert(self.graph, scheme, level="float")
+        static = static_sites(info(named), scheme)
+        if static not in self.observed:
+            self.observed[static] = conversion.convert(
+                self.graph,
+                scheme,
+                calibration=self.calibration.split(1),
+                level="observed",
+                progress=True,
+            )
+        return Pipeline((Quantize(scheme), Integerize())).run(self.observed[static])
+
+
+def static_sites(facts: GraphInfo, scheme: Scheme) -> frozenset[str]:
+    """Paths of the sites whose input range is calibrated."""
+    activations = (
+        (site.path, scheme.spec_for(site.path, site.role).activation) for site in facts.sites
+    )
+    return frozenset(path for path, spec in activations if spec is not None and not spec.dynamic)
