@@ -207,6 +207,7 @@ def _places(subject: Data, scheme: str) -> Iterator[str]:
     rows = []
     for site in found["sites"][:5]:
         channel, token = site["worst_channels"][0], site["worst_tokens"][0]
+        text = repr(token["text"]).replace("|", "\\|")
         rows.append(
             [
                 site["site"],
@@ -215,7 +216,7 @@ def _places(subject: Data, scheme: str) -> Iterator[str]:
                 f"{site['share_clipped']:.3%}",
                 f"{channel['channel']} ({channel['blame']:.0%}, max \\|x\\| {channel['peak']:.3g}, "
                 f"{channel['peak_over_median']:.0f}x the median)",
-                f"`{token['text']!r}` at {token['position']} ({token['blame']:.0%})",
+                f"`{text}` at {token['position']} ({token['blame']:.0%})",
                 f"{site['token_groups']['first']:.0%}",
             ]
         )
@@ -245,6 +246,12 @@ def _repairs(subject: Data, scheme: str) -> str:
     ]
     curve = ", ".join(f"{s['fixed']}: {s['delta_loss']:+.4f}" for s in found["recovery"])
     table = _table(rows, ["site", "float recovers", "best other choice", "recovers"])
+    worst, *_ = found["sites"]
+    if found["recovery"][1]["delta_loss"] > found["delta_loss"] + NOTICED:
+        curve += (
+            f". {worst['site']} alone in float makes it worse: the errors of the worst sites act "
+            "on one another, and only several repaired together recover the loss"
+        )
     return (
         f"{subject['name']}, `{scheme}` ({found['delta_loss']:+.4f}): one site changed, the rest "
         f"quantized as it was:\n\n{table}\n\nΔloss with the worst n sites in float, {curve}."

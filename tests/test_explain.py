@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import fxquant
 from fxquant.analysis import explain
 from fxquant.analysis.causes import shapley
 from fxquant.analysis.effects import EFFECTS
-from fxquant.analysis.parts import CAUSES, subsets
+from fxquant.analysis.parts import CAUSES, Cause, subsets
 from fxquant.analysis.path import first_order, gauss_legendre, integrate
 from fxquant.analysis.results import Explanation
 from fxquant.analysis.sites import LinearSite
@@ -448,3 +449,14 @@ def test_what_calls_sites_worst() -> None:
         ]
         assert values == sorted(values, reverse=True)
         assert len(set(values)) > 1
+
+
+def test_the_cause_of_an_error_that_lowers_the_loss() -> None:
+    """The part that lowers it least is not what makes the error."""
+    (site, *_) = tiny("opt", "w8a8-static:p99", methods=("alone",), worst=0).sites
+    energy: dict[Cause, float] = {"weights": 1.0, "clipping": 9.0, "rounding": 0.5}
+    harmful: dict[Cause, float] = {"weights": 0.1, "clipping": 0.2, "rounding": 0.4}
+    lowering: dict[Cause, float] = {"weights": -0.1, "clipping": -1.6, "rounding": -0.01}
+    assert replace(site, energy=energy, causes=None).cause == "clipping"
+    assert replace(site, energy=energy, causes=harmful).cause == "rounding"
+    assert replace(site, energy=energy, causes=lowering).cause == "clipping"
