@@ -137,8 +137,9 @@ def _verdict(subject: Data) -> str:
         f"is {cause}"
     )
     if cause == "clipping":
-        text += ": few values are cut, and they are the ones that matter. That scale mismatch "
-        text += "dominates and not saturation does not hold there"
+        few = ": few values are cut, and they are the ones that matter"
+        text += few if _clipped(found) < 0.01 else ""
+        text += ". That scale mismatch dominates and not saturation does not hold there"
     else:
         text += f". That scale mismatch dominates and not saturation {_holds(mismatch)} there"
     text += (
@@ -282,7 +283,7 @@ def _rescues(found: Data) -> str:
     rescues = {site["site"]: site["rescue"] for site in found["sites"]}
     noisy = shared_draw(rescues, found["delta_loss"])
     if noisy is not None:
-        return f"Here {noisy}."
+        return f"{noisy[0].upper()}{noisy[1:]}."
     return f"The rescues sum to {sum(rescues.values()):+.4f}, Δloss is {found['delta_loss']:+.4f}."
 
 
@@ -302,7 +303,11 @@ def _trust(data: Data) -> str:
         if against in ("alone", "rescue")
     ]
     table = _table(rows, ["figure", "against", "runs", "mean rank correlation", "least"])
-    return f"Over all of these runs (path only where it was presented):\n\n{table}"
+    best = max(values, key=lambda key: mean(values[key]) if key[1] == "alone" else -1.0)
+    return (
+        f"Over all of these runs (path only where it was presented):\n\n{table}\n\nThe closest to "
+        f"`alone` is {best[0]}; no figure replaces a measurement at the sites that it names."
+    )
 
 
 def _costs(data: Data) -> str:
@@ -329,7 +334,7 @@ def _costs(data: Data) -> str:
     )
     return (
         "In forwards of the float model over the same windows; the goals are 0.6 forwards a site "
-        f"for `in_order` and 30 for `path`.\n\n{table}"
+        f"for `in_order` and 30 for `path`. Times are of a machine that other work shared.\n\n{table}"
     )
 
 
