@@ -334,7 +334,8 @@ def _costs(data: Data) -> str:
     )
     return (
         "In forwards of the float model over the same windows; the goals are 0.6 forwards a site "
-        f"for `in_order` and 30 for `path`. Times are of a machine that other work shared.\n\n{table}"
+        "for `in_order` and 30 for `path`. Times are of a machine that other work shared.\n\n"
+        f"{table}"
     )
 
 
