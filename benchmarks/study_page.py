@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from statistics import mean, median
 from typing import Any
 
 from tabulate import tabulate
 
+from fxquant.analysis.validation import shared_draw
+
 CAUSES = ("weights", "clipping", "rounding")
 STATIC, ABSMAX, DYNAMIC = "w8a8-static", "w8a8-static:absmax", "w8a8-dynamic"
+NOTICED = 0.05  # nats a token: a loss that a user would call an error
 Data = dict[str, Any]
 
 
@@ -26,7 +31,9 @@ def _parts(data: Data) -> Iterator[str]:
         "saturation*. Each figure below is a loss difference in nats a token that was measured; "
         "`weights`, `clipping` and `rounding` are exact Shapley values of the three parts into "
         "which a site's error splits, so they sum to Δloss. A range that is too wide shows as "
-        "rounding, one that is too narrow as clipping."
+        "rounding, one that is too narrow as clipping. Whether rounding is a fault of the scale is "
+        "asked of the best range: what the range with the least error, of the same granularity and "
+        "bits, would leave of the error's energy."
     )
     yield "\n".join(f"- **{each['name']}**: {_verdict(each)}" for each in data["subjects"])
     yield "## Causes"
@@ -59,12 +66,15 @@ def _parts(data: Data) -> Iterator[str]:
         for scheme, found in subject["schemes"].items():
             if "alone" in found["costs"]:
                 yield f"{subject['name']}, `{scheme}`:\n\n{_validation(found)}"
+                if "rescue" in found["costs"]:
+                    yield _rescues(found)
     yield _trust(data)
     yield "## What it cost"
     yield _costs(data)
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     yield (
-        f"Text: {data['text']} ({data['text_hash'][:23]}); float32 on CPU, {data['machine']}; "
+        f"Text: {data['text']} ({data['text_hash'][:23]}), windows drawn with seed 0; float32 on "
+        f"CPU, {data['machine']}, shared with other work; "
         f"{versions}. One text and few windows: other windows give other figures."
     )
 
@@ -91,48 +101,89 @@ def _main_cause(found: Data) -> tuple[str, float]:
     """The cause with the largest value, and its share of Δloss."""
     cause = max(CAUSES, key=lambda name: found["causes"][name])
     total = found["delta_loss"]
-    return cause, found["causes"][cause] / total if total > 0 else float("nan")
+    return cause, float(found["causes"][cause] / total) if total > 0 else math.nan
+
+
+def _clipped(found: Data) -> float:
+    """The mean over sites of the share of inputs that a range cuts."""
+    return float(mean(site["share_clipped"] for site in found["sites"]))
+
+
+def _best_range(found: Data) -> float:
+    """What the best range of the same granularity would leave of the input's error: the median
+    over sites of the floor over clipping's and rounding's energies; nan without such an error."""
+    shares = [
+        site["rounding_floor"] / error
+        for site in found["sites"]
+        if (error := site["energy"]["clipping"] + site["energy"]["rounding"]) > 0
+    ]
+    return median(shares) if shares else math.nan
 
 
 def _verdict(subject: Data) -> str:
-    static, absmax = (subject["schemes"][name] for name in (STATIC, ABSMAX))
-    worst = collapse(subject)
+    absmax, worst = subject["schemes"][ABSMAX], collapse(subject)
     found = subject["schemes"][worst]
     cause, share = _main_cause(found)
     wide, wide_share = _main_cause(absmax)
-    holds = "holds" if cause == "rounding" else "does not hold"
-    text = (
-        f"the worst static scheme, `{worst}`, loses {found['delta_loss']:+.4f}, of which "
-        f"{share:.0%} is {cause}: as a statement about this collapse the claim {holds}. "
-        f"With the range at absmax {absmax['delta_loss']:+.4f} remain, {wide_share:.0%} of it "
-        f"{wide}"
+    low = absmax["delta_loss"] > NOTICED or (
+        found["delta_loss"] > NOTICED and _clipped(found) < 0.01
     )
-    if worst != STATIC:
-        text += f"; p99.9 loses {static['delta_loss']:+.4f}"
-    return text + "."
+    mismatch = cause == "rounding" and _best_range(found) < 0.5
+    text = (
+        f"the worst static scheme, `{worst}`, loses {found['delta_loss']:+.4f} with "
+        f"{_clipped(found):.3%} of its inputs clipped (mean of sites), and `{ABSMAX}` "
+        f"{absmax['delta_loss']:+.4f} with {_clipped(absmax):.3%}. That low clipping is not low "
+        f"error {_holds(low)}. In the worst scheme {share:.0%} of the loss "
+        f"is {cause}"
+    )
+    if cause == "clipping":
+        few = ": few values are cut, and they are the ones that matter"
+        text += few if _clipped(found) < 0.01 else ""
+        text += ". That scale mismatch dominates and not saturation does not hold there"
+    else:
+        text += f". That scale mismatch dominates and not saturation {_holds(mismatch)} there"
+    text += (
+        f". With the range at absmax {wide_share:.0%} is {wide}, and the best range of the same "
+        f"granularity would leave {_best_range(absmax):.0%} of the input's error at the median "
+        f"site: "
+    )
+    if _best_range(absmax) < 0.5:
+        return text + "there the scale is at fault."
+    return text + "what is at fault there is not the scale but one scale for a whole tensor."
+
+
+def _holds(claim: bool) -> str:
+    return "holds" if claim else "does not hold"
 
 
 def _cause_table(subject: Data) -> str:
     rows = []
     for scheme, found in subject["schemes"].items():
-        inputs = [site["share_clipped"] for site in found["sites"]]
+        best = _best_range(found)
         path = found["path"]
         rows.append(
             [
                 scheme,
                 f"{found['delta_loss']:+.4f}",
                 *(f"{found['causes'][cause]:+.4f}" for cause in CAUSES),
-                f"{sum(inputs) / len(inputs):.4%}",
+                f"{_clipped(found):.4%}",
+                "" if math.isnan(best) else f"{best:.0%}",
                 "refused" if path["refused"] else f"{path['residual']:+.4f}",
             ]
         )
-    headers = ["scheme", "Δloss", *CAUSES, "clipped, mean of sites", "path residual"]
-    return _table(rows, headers)
+    headers = ["scheme", "Δloss", *CAUSES, "clipped, mean of sites", "best range leaves"]
+    return _table(rows, [*headers, "path residual"])
+
+
+def effect(found: Data, site: Data) -> float:
+    """The effect by which the run calls sites worst, in nats."""
+    value = site[found["ranking"]]
+    return float(sum(value.values()) if isinstance(value, dict) else value)
 
 
 def _carrying(found: Data, share: float) -> int:
-    """The fewest worst sites whose positive rescues make up ``share`` of all positive ones."""
-    values = [max(site["rescue"], 0.0) for site in found["sites"]]
+    """The fewest worst sites whose positive effects make up ``share`` of all positive ones."""
+    values = [max(effect(found, site), 0.0) for site in found["sites"]]
     target, total = share * sum(values), 0.0
     for index, value in enumerate(values):
         total += value
@@ -143,45 +194,65 @@ def _carrying(found: Data, share: float) -> int:
 
 def _places(subject: Data, scheme: str) -> Iterator[str]:
     found = subject["schemes"][scheme]
-    count = len(found["sites"])
+    count, ranking = len(found["sites"]), found["ranking"]
+    detailed = [site for site in found["sites"] if site.get("worst_channels")]
+    alone = [site for site in detailed if site["worst_channels"][0]["blame"] > 0.5]
+    channels = {site["worst_channels"][0]["channel"] for site in alone}
+    tokens = sum(site["worst_tokens"][0]["blame"] > 0.5 for site in detailed)
     yield (
-        f"{subject['name']}, `{scheme}`: {_carrying(found, 0.5)} of {count} sites carry half of "
-        f"what rescuing sites one at a time gives back, {_carrying(found, 0.9)} carry 90%. The "
-        "worst:"
+        f"{subject['name']}, `{scheme}`: by `{ranking}`, {_carrying(found, 0.5)} of {count} sites "
+        f"carry half of all positive effects, {_carrying(found, 0.9)} carry 90%. At {len(alone)} "
+        f"of the {len(detailed)} worst sites one channel has more than half of the blame (channels "
+        f"{', '.join(map(str, sorted(channels))) or 'none'}), at {tokens} one token has. The worst:"
     )
     rows = []
     for site in found["sites"][:5]:
         channel, token = site["worst_channels"][0], site["worst_tokens"][0]
+        text = repr(token["text"]).replace("|", "\\|")
         rows.append(
             [
                 site["site"],
-                f"{site['rescue']:+.4f}",
+                f"{effect(found, site):+.4f}",
                 site["cause"],
                 f"{site['share_clipped']:.3%}",
                 f"{channel['channel']} ({channel['blame']:.0%}, max \\|x\\| {channel['peak']:.3g}, "
                 f"{channel['peak_over_median']:.0f}x the median)",
-                f"`{token['text']!r}` at {token['position']} ({token['blame']:.0%})",
+                f"`{text}` at {token['position']} ({token['blame']:.0%})",
                 f"{site['token_groups']['first']:.0%}",
             ]
         )
-    headers = ["site", "rescue", "cause", "clipped", "channel most to blame"]
+    headers = ["site", ranking, "cause", "clipped", "channel most to blame"]
     yield _table(rows, [*headers, "token most to blame", "error energy at first tokens"])
+    kinds = (
+        f"{kind['name']} {kind['sums'][ranking]:+.4f} ({kind['sites']} sites)"
+        for kind in found["kinds"]
+    )
+    yield f"Summed over kinds of site: {', '.join(kinds)}."
 
 
 def _repairs(subject: Data, scheme: str) -> str:
     found = subject["schemes"][scheme]
+    floating: dict[str, float] = {}
     best: dict[str, Data] = {}
     for each in found["counterfactuals"]:
-        known = best.get(each["site"])
-        if each["choice"] != "float" and (known is None or each["recovered"] > known["recovered"]):
-            best[each["site"]] = each
+        site, known = each["site"], best.get(each["site"])
+        if each["choice"] == "float":
+            floating[site] = each["recovered"]
+        elif known is None or each["recovered"] > known["recovered"]:
+            best[site] = each
     rows = [
-        [site["site"], f"{site['rescue']:+.4f}", other["choice"], f"{other['recovered']:+.4f}"]
+        [site["site"], f"{floating[name]:+.4f}", other["choice"], f"{other['recovered']:+.4f}"]
         for site in found["sites"]
-        if (other := best.get(site["site"])) is not None
+        if (other := best.get(name := site["site"])) is not None
     ]
     curve = ", ".join(f"{s['fixed']}: {s['delta_loss']:+.4f}" for s in found["recovery"])
-    table = _table(rows, ["site", "in float", "best other choice", "recovers"])
+    table = _table(rows, ["site", "float recovers", "best other choice", "recovers"])
+    worst, *_ = found["sites"]
+    if found["recovery"][1]["delta_loss"] > found["delta_loss"] + NOTICED:
+        curve += (
+            f". {worst['site']} alone in float makes it worse: the errors of the worst sites act "
+            "on one another, and only several repaired together recover the loss"
+        )
     return (
         f"{subject['name']}, `{scheme}` ({found['delta_loss']:+.4f}): one site changed, the rest "
         f"quantized as it was:\n\n{table}\n\nΔloss with the worst n sites in float, {curve}."
@@ -200,7 +271,20 @@ def _validation(found: Data) -> str:
         for each in found["validation"]
         if each["against"] in ("alone", "rescue")
     ]
-    return _table(rows, ["figure", "against", "rank correlation", "same worst 8", "error"])
+    large = sum(abs(site["alone"]) > 0.01 * abs(found["delta_loss"]) for site in found["sites"])
+    table = _table(rows, ["figure", "against", "rank correlation", "same worst 8", "error"])
+    return (
+        f"{table}\n\n{large} of {len(found['sites'])} sites have an `alone` above 1% of Δloss; "
+        "the rank correlation counts the order of all others too."
+    )
+
+
+def _rescues(found: Data) -> str:
+    rescues = {site["site"]: site["rescue"] for site in found["sites"]}
+    noisy = shared_draw(rescues, found["delta_loss"])
+    if noisy is not None:
+        return f"{noisy[0].upper()}{noisy[1:]}."
+    return f"The rescues sum to {sum(rescues.values()):+.4f}, Δloss is {found['delta_loss']:+.4f}."
 
 
 def _trust(data: Data) -> str:
@@ -219,7 +303,11 @@ def _trust(data: Data) -> str:
         if against in ("alone", "rescue")
     ]
     table = _table(rows, ["figure", "against", "runs", "mean rank correlation", "least"])
-    return f"Over all of these runs (path only where it was presented):\n\n{table}"
+    best = max(values, key=lambda key: mean(values[key]) if key[1] == "alone" else -1.0)
+    return (
+        f"Over all of these runs (path only where it was presented):\n\n{table}\n\nThe closest to "
+        f"`alone` is {best[0]}; no figure replaces a measurement at the sites that it names."
+    )
 
 
 def _costs(data: Data) -> str:
@@ -246,7 +334,8 @@ def _costs(data: Data) -> str:
     )
     return (
         "In forwards of the float model over the same windows; the goals are 0.6 forwards a site "
-        f"for `in_order` and 30 for `path`.\n\n{table}"
+        "for `in_order` and 30 for `path`. Times are of a machine that other work shared.\n\n"
+        f"{table}"
     )
 
 

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
-from benchmarks.study_page import collapse
+from benchmarks.study_page import collapse, effect
 
 COLOURS = {"weights": "#4c72b0", "clipping": "#c44e52", "rounding": "#ccb974"}
 
@@ -36,21 +36,26 @@ def draw(data: dict[str, Any], folder: Path) -> None:
 
 
 def _heatmap(axis: Any, subject: dict[str, Any]) -> None:
-    """Rescue of each site under the worst static scheme: blocks down, sites of a block across."""
+    """Effect of each site under the worst static scheme: blocks down, sites of a block across."""
     scheme = collapse(subject)
-    sites = subject["schemes"][scheme]["sites"]
+    found = subject["schemes"][scheme]
+    sites = found["sites"]
     blocks = subject["blocks"]
     order = {site["site"]: site for site in sites}
     names = list(dict.fromkeys(_inside(site) for site in sorted(sites, key=lambda s: s["site"])))
     values = [
-        [order.get(f"{block}.{name}", {}).get("rescue", 0.0) for name in names] for block in blocks
+        [
+            effect(found, order[path]) if (path := f"{block}.{name}") in order else 0.0
+            for name in names
+        ]
+        for block in blocks
     ]
     limit = max(abs(value) for row in values for value in row) or 1.0
     image = axis.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
     axis.set_xticks(range(len(names)), [n.split(".")[-1] for n in names], rotation=60, ha="right")
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_ylabel("block")
-    axis.set_title(f"{subject['name']}: rescue, nats\n{scheme}", fontsize=9)
+    axis.set_title(f"{subject['name']}: {found['ranking']}, nats\n{scheme}", fontsize=9)
     axis.figure.colorbar(image, ax=axis)
 
 

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from torch.fx import GraphModule
@@ -87,6 +87,7 @@ def explain_command(options: argparse.Namespace) -> int:
         )
     except KeyboardInterrupt:
         return _interrupted(options)
+    found = replace(found, model=material.loaded.name)  # not the directory it was loaded from
     provenance = material.provenance
     print(f"{found}\n\n{provenance.line()}")
     if options.output is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ import fxquant
 from fxquant.analysis import explain
 from fxquant.analysis.causes import shapley
 from fxquant.analysis.effects import EFFECTS
-from fxquant.analysis.parts import CAUSES, subsets
+from fxquant.analysis.parts import CAUSES, Cause, subsets
 from fxquant.analysis.path import first_order, gauss_legendre, integrate
 from fxquant.analysis.results import Explanation
 from fxquant.analysis.sites import LinearSite
 from fxquant.analysis.store import Store
-from fxquant.analysis.validation import agreement, spearman
+from fxquant.analysis.validation import agreement, shared_draw, spearman
 from fxquant.errors import CalibrationError, DataError, SchemeError
 from fxquant.evaluation import cut_windows, load_text
 from fxquant.evaluation.outliers import OutlierPlan, plant_outliers
@@ -321,7 +322,14 @@ def test_report_and_plain_data() -> None:
     model, tokenizer = small_opt()
     found = explain_small(model, "w8a8-static:p99", tokenizer=tokenizer)
     text = str(found)
-    for part in ("Causes", "Kinds of site", "Worst sites, by rescue", "recovered", "path:", "Cost"):
+    for part in (
+        "Causes",
+        "Kinds of site",
+        "Worst sites, by in_order",
+        "recovered",
+        "path:",
+        "Cost",
+    ):
         assert part in text
     data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert data["delta_loss"] == pytest.approx(data["loss_quantized"] - data["loss_float"])
@@ -415,3 +423,40 @@ def test_spearman_and_agreement() -> None:
     assert spearman(a, torch.tensor([9.0, 1, 2, 3])) == pytest.approx(-1.5 / (4.5 * 5) ** 0.5)
     found = agreement("f", {"a": 1.0, "b": 3.0}, "g", {"a": 2.0, "b": 2.0}, in_nats=True)
     assert found.error == pytest.approx(0.5)
+
+
+def test_rescues_that_share_one_draw_are_called_out() -> None:
+    """A loss that the run happened to draw high stands in every rescue."""
+    effects = {str(i): 0.01 * (i % 3) for i in range(21)}  # they sum to 0.21
+    assert shared_draw(effects, 0.21) is None
+    assert shared_draw({"only": 0.3}, 0.3) is None
+    shifted = {site: value + 0.05 for site, value in effects.items()}
+    text = shared_draw(shifted, 0.21)
+    assert text is not None
+    assert "21 sites give +1.2600 together against Δloss +0.2100" in text
+    assert "in_order and alone" in text
+
+
+def test_what_calls_sites_worst() -> None:
+    """in_order before alone before path where it converged before rescue."""
+    everything = ("rescue", "path", "alone", "in_order")
+    for dropped, ranking in enumerate(("in_order", "alone", "path", "rescue")):
+        found = tiny("opt", "w6", methods=everything[: 4 - dropped], worst=0)
+        assert found.ranking == ranking
+        values = [
+            sum((site.path or {}).values()) if ranking == "path" else site.effects[ranking]
+            for site in found.worst
+        ]
+        assert values == sorted(values, reverse=True)
+        assert len(set(values)) > 1
+
+
+def test_the_cause_of_an_error_that_lowers_the_loss() -> None:
+    """The part that lowers it least is not what makes the error."""
+    (site, *_) = tiny("opt", "w8a8-static:p99", methods=("alone",), worst=0).sites
+    energy: dict[Cause, float] = {"weights": 1.0, "clipping": 9.0, "rounding": 0.5}
+    harmful: dict[Cause, float] = {"weights": 0.1, "clipping": 0.2, "rounding": 0.4}
+    lowering: dict[Cause, float] = {"weights": -0.1, "clipping": -1.6, "rounding": -0.01}
+    assert replace(site, energy=energy, causes=None).cause == "clipping"
+    assert replace(site, energy=energy, causes=harmful).cause == "rounding"
+    assert replace(site, energy=energy, causes=lowering).cause == "clipping"

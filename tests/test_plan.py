@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fxquant
+from fxquant import analysis_commands
 from fxquant.analysis import plan
 from fxquant.analysis.costs import bits, mean_cost, storage
 from fxquant.analysis.planning import make_plan
@@ -20,6 +23,7 @@ from fxquant.analysis.upgrades import Rung, order_upgrades, rungs_of
 from fxquant.cli import main
 from fxquant.errors import BudgetError, CalibrationError, SchemeError
 from fxquant.evaluation import cut_windows, evaluate, load_text
+from fxquant.evaluation.models import LoadedModel, load_model
 from fxquant.graph import Site
 from fxquant.schemes import Scheme
 from fxquant.size import bits_per_weight
@@ -131,8 +135,15 @@ def test_upgrades_by_gain_and_in_order() -> None:
     )  # fmt: skip
 
 
-def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    short = ["--model", str(SMALL_OPT), "--windows", "1", "--length", "48"]
+def test_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(name: str, **options: Any) -> LoadedModel:
+        return replace(load_model(str(SMALL_OPT), **options), name=name)
+
+    # As for a package's model, whose directory is of no use to a reader.
+    monkeypatch.setattr(analysis_commands, "load_model", load)
+    short = ["--model", "package:small-opt", "--windows", "1", "--length", "48"]
     out = tmp_path / "plan"
     command = ["plan", *short, "--calibration-windows", "0", "--budget", "0.05"]
     assert main([*command, "--choices", *CHOICES, "--output", str(out)]) == 0
@@ -147,14 +158,21 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     command = ["explain", *short, "--calibration-windows", "1", "--scheme", "w8a8-static:p99"]
     assert main([*command, "--sites", "*.fc?", "--output", str(out)]) == 0
     first = capsys.readouterr().out
-    assert "Worst sites, by rescue" in first
+    assert first.startswith("package:small-opt under w8a8-static:p99 at sites *.fc?")
+    assert "Worst sites, by in_order" in first
     data = json.loads((out / "explanation.json").read_text())
+    assert data["model"] == "package:small-opt"
+    assert str(SMALL_OPT) not in first + json.dumps(data)
     assert {site["kind"] for site in data["sites"]} == {"fc1", "fc2"}
     assert data["provenance"]["windows"] == 1
     assert (out / "report.md").read_text().startswith(first[:200])
     kept = next(out.glob("losses-*.jsonl")).read_text()
     assert main([*command, "--sites", "*.fc?", "--output", str(out)]) == 0
     assert next(out.glob("losses-*.jsonl")).read_text() == kept  # nothing was run again
+    assert main(["report", str(out)]) == 0
+    page = (out / "report.html").read_text()
+    for site in data["sites"]:
+        assert site["site"] in page
     assert main([*command, "--sites", "nowhere"]) == 2
     assert "covers no site" in capsys.readouterr().err
     assert torch.get_num_threads() == 1

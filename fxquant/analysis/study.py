@@ -38,6 +38,7 @@ from fxquant.analysis.results import (
 )
 from fxquant.analysis.sites import SimulatedSite, SiteMaker, places
 from fxquant.analysis.store import Store
+from fxquant.analysis.validation import shared_draw
 from fxquant.graph import info
 from fxquant.loss import token_nll
 
@@ -72,6 +73,8 @@ class Study:
         if "first_order" in methods:
             with lab.meter.measuring("first_order"):
                 found["first_order"] = path_method.first_order(lab, self.sites)
+        if "rescue" in found:
+            self._note(shared_draw(found["rescue"], self.loss_quantized - self.loss_float))
         path = self._path() if "path" in methods else None
         causes = self._causes() if "causes" in methods else {}
         ranking = _ranking(found, path)
@@ -116,6 +119,9 @@ class Study:
             )
             for name, place in self.where.items()
         }
+
+    def _note(self, text: str | None) -> None:
+        self.notes += [] if text is None else [text]
 
     def _bar(self, steps: Iterable[Any], name: str, total: int) -> Iterable[Any]:
         return tqdm(steps, name, total, leave=False, disable=self.hidden)
@@ -253,13 +259,17 @@ def _path_figures(path: path_method.PathResult) -> PathFigures:
 
 
 def _ranking(found: dict[str, dict[str, float]], path: path_method.PathResult | None) -> str:
-    """Which figure calls sites worst: exact ones first, rescue before all."""
-    for method in ("rescue", "in_order", "alone"):
+    """Which figure calls sites worst.
+
+    rescue comes last of the exact ones: all of a run's rescues share the one draw of rounding noise
+    of the fully quantized model, and where the noise is chaotic it is most of what they measure.
+    """
+    for method in ("in_order", "alone"):
         if method in found:
             return method
     if path is not None and path.refused is None:
         return "path"
-    return "first_order" if "first_order" in found else "local MSE"
+    return next((m for m in ("rescue", "first_order") if m in found), "local MSE")
 
 
 @torch.no_grad()

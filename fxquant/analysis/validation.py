@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -43,6 +44,24 @@ def agreement(
     size = float(b.abs().sum())
     error = float((a - b).abs().sum()) / size if in_nats and size else None
     return Agreement(figure, against, spearman(a, b), len(common) / count, error)
+
+
+def shared_draw(rescues: Mapping[str, float], delta_loss: float) -> str | None:
+    """What there is to say when the rescues measure redrawn rounding noise; None if they do not.
+
+    Every rescue is L(all) minus a trial in which the rounding errors after the site fall anew. If
+    L(all) is one draw of a noisy loss, its distance from the usual draw stands in every rescue: the
+    median site would then give back more than its part of the whole loss difference.
+    """
+    typical = median(rescues.values())
+    if abs(typical) * len(rescues) <= 1.5 * abs(delta_loss):
+        return None
+    return (
+        f"rescue is unreliable here: {len(rescues)} sites give {sum(rescues.values()):+.4f} "
+        f"together against Δloss {delta_loss:+.4f}, and even the median site {typical:+.4f}. All "
+        "share the one draw of rounding noise of the fully quantized model, and every trial draws "
+        "it anew after its site; in_order and alone tell sites apart"
+    )
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
