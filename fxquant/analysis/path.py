@@ -166,7 +166,8 @@ def _blended(
         loss = lab.nll(cut, ids, under).sum() / lab.tokens
         gradients = torch.autograd.grad(loss, list(added.values()))
         for path, gradient in zip(added, gradients, strict=True):
-            scaled = gradient.mul_(weight)
+            # Not in place: an addition hands one gradient to both of its operands.
+            scaled = gradient * weight
             summed[path] = scaled if path not in summed else summed[path].add_(scaled)
         lab.meter.count(2 / len(lab.windows))
     return summed
