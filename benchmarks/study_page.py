@@ -234,7 +234,7 @@ def _costs(data: Data) -> str:
                         [
                             subject["name"],
                             scheme,
-                            name,
+                            f"{name} (resumed)" if cost.get("partial") else name,
                             f"{cost['forwards']:.1f}",
                             f"{cost['measured_forwards']:.1f}",
                             f"{goal:.0f}",
@@ -244,9 +244,16 @@ def _costs(data: Data) -> str:
     table = _table(
         rows, ["model", "scheme", "method", "forwards, by nodes", "by time", "goal", "seconds"]
     )
+    resumed = any(
+        cost.get("partial")
+        for subject in data["subjects"]
+        for found in subject["schemes"].values()
+        for cost in found["costs"].values()
+    )
+    note = "\n\nResumed: only what was run again is counted." if resumed else ""
     return (
         "In forwards of the float model over the same windows; the goals are 0.6 forwards a site "
-        f"for `in_order` and 30 for `path`.\n\n{table}"
+        f"for `in_order` and 30 for `path`.\n\n{table}{note}"
     )
 
 

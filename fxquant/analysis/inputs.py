@@ -15,7 +15,7 @@ from fxquant.conversion import convert
 from fxquant.errors import CalibrationError, DataError, SchemeError
 from fxquant.graph import device_of, info
 from fxquant.pipeline import Pipeline
-from fxquant.repairs import resolve_repairs
+from fxquant.repairs import REPAIRS, resolve_repairs
 from fxquant.schemes import Scheme
 from fxquant.specs import FLOAT
 
@@ -61,6 +61,26 @@ def as_batches(calibration: Batches | None, graph: GraphModule) -> list[dict[str
     if not batches:
         raise CalibrationError("calibration is empty (was a one-shot iterator used up?)")
     return [{name: value.to(device) for name, value in each.items()} for each in batches]
+
+
+def unpadded(batches: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+    """The batches' tokens, as windows to measure on; DataError where a batch is padded."""
+    for index, batch in enumerate(batches):
+        if "attention_mask" in batch and not bool(batch["attention_mask"].all()):
+            raise DataError(
+                f"calibration batch {index} is padded, and the loss is measured on windows without "
+                "padding: pass data="
+            )
+    return [batch["input_ids"] for batch in batches]
+
+
+def baseline_notes(scheme: Scheme) -> list[str]:
+    """What of the scheme is not explained, since the float graph that it starts from has it."""
+    return [
+        f"{name} changes the float graph itself: its error is in the float loss, not in Δloss"
+        for name, _ in scheme.repairs
+        if REPAIRS[name].effect == "lossy"
+    ]
 
 
 def restricted(scheme: Scheme, pattern: str | None, graph: GraphModule) -> Scheme:
