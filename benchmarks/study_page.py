@@ -250,10 +250,11 @@ def _costs(data: Data) -> str:
         for found in subject["schemes"].values()
         for cost in found["costs"].values()
     )
-    note = "\n\nResumed: only what was run again is counted." if resumed else ""
+    if resumed:
+        table += "\n\nResumed: only what was run again is counted."
     return (
         "In forwards of the float model over the same windows; the goals are 0.6 forwards a site "
-        f"for `in_order` and 30 for `path`.\n\n{table}{note}"
+        f"for `in_order` and 30 for `path`.\n\n{table}"
     )
 
 

@@ -14,10 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import fxquant
-from fxquant.analysis import explain
+from fxquant.analysis import explain, meter
 from fxquant.analysis.causes import causes_of, shapley
 from fxquant.analysis.effects import EFFECTS
-from fxquant.analysis.meter import Cost
 from fxquant.analysis.parts import CAUSES, subsets
 from fxquant.analysis.path import first_order, gauss_legendre, integrate
 from fxquant.analysis.results import Explanation
@@ -359,7 +358,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     puts = Store.put
     count = 0
 
-    def interrupted(self: Store, name: str, value: float, cost: Cost) -> None:
+    def interrupted(self: Store, name: str, value: float, cost: meter.Cost) -> None:
         nonlocal count
         puts(self, name, value, cost)
         count += 1
