@@ -322,7 +322,7 @@ def _costs(data: Data) -> str:
                         [
                             subject["name"],
                             scheme,
-                            name,
+                            f"{name} (resumed)" if cost.get("partial") else name,
                             f"{cost['forwards']:.1f}",
                             f"{cost['measured_forwards']:.1f}",
                             f"{goal:.0f}",
@@ -332,6 +332,14 @@ def _costs(data: Data) -> str:
     table = _table(
         rows, ["model", "scheme", "method", "forwards, by nodes", "by time", "goal", "seconds"]
     )
+    resumed = any(
+        cost.get("partial")
+        for subject in data["subjects"]
+        for found in subject["schemes"].values()
+        for cost in found["costs"].values()
+    )
+    if resumed:
+        table += "\n\nResumed: only what was run again is counted."
     return (
         "In forwards of the float model over the same windows; the goals are 0.6 forwards a site "
         "for `in_order` and 30 for `path`. Times are of a machine that other work shared.\n\n"

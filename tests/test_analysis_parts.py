@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 import fxquant
+from fxquant.analysis.floor import floor_energy
 from fxquant.analysis.head import final_head, head_nll
 from fxquant.analysis.inputs import as_batches, observed_graph
 from fxquant.analysis.lab import FLOAT_SETTING, Lab, setting
-from fxquant.analysis.local import local_figures, stretch
+from fxquant.analysis.local import LocalFigures, _record, local_figures, stretch
 from fxquant.analysis.parts import CAUSES, InputQuantizer, subsets
 from fxquant.analysis.sites import LinearSite, SimulatedSite, places, simulated_sites
 from fxquant.graph import source_of
@@ -69,6 +71,21 @@ def test_all_parts_are_the_converted_graph(name: str, scheme: str) -> None:
         floating = lab.executor.run(input_ids=ids)
         assert torch.equal(floating, graph(input_ids=ids))
         assert not torch.equal(floating, found)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "scheme",
+    ["w8a8-static:p99+smooth", "w4-g16-asym/a8-dynamic-token+gptq", "w3/a8-static+smooth+gptq"],
+)
+def test_repaired_sites_are_the_converted_graph(scheme: str) -> None:
+    """Changed weights, and codes that a repair chose."""
+    lab, sites = laboratory("llama", scheme)
+    _, graph = traced("llama")
+    qmodel = fxquant.convert(graph, scheme, calibration=[token_ids(2, 16, 5)], level="qdq")
+    for ids in lab.windows:
+        cut = lab.executor.advance(lab.executor.start(input_ids=ids), instead=setting(sites))
+        assert torch.equal(cut.values[lab.executor.nodes[-1]], qmodel(input_ids=ids))
 
 
 @torch.no_grad()
@@ -200,6 +217,42 @@ def test_stretch_telescopes_to_one() -> None:
     shares = stretch(torch.tensor([1.0, -0.0, 10.0, 2.0]))
     assert float(shares.sum()) == pytest.approx(1)
     assert shares.tolist() == pytest.approx([0.01, 0, 0.96, 0.03])
+    tied = stretch(torch.tensor([[1.0, 2, 2, 0], [3, 3, 3, 3]]))
+    assert tied.tolist()[0] == pytest.approx([0.25, 0.375, 0.375, 0])
+    assert tied.tolist()[1] == pytest.approx([0.25] * 4)
+
+
+@torch.no_grad()
+def test_beyond_a_static_range_nothing_is_blamed_for_rounding() -> None:
+    """A channel, and a token, that reach 50 times the range, as all others reach its end."""
+    _, sites = laboratory("opt", "w8a8-static:absmax")
+    site = sites[0]
+    assert isinstance(site, LinearSite)
+    assert site.quantizer is not None
+    scale = torch.tensor(0.1)
+    site = replace(site, quantizer=replace(site.quantizer, scale=scale))
+    columns = site.site.shape[1]
+    x = torch.rand(columns, columns, generator=torch.Generator().manual_seed(0)) * 12
+    x.fill_diagonal_(13)  # beyond the end, 12.7, in every channel and token
+    plain, planted = LocalFigures(), LocalFigures()
+    _record(plain, site, x)
+    x[3, 5] = 635
+    _record(planted, site, x)
+    for before, after, at in (
+        (plain.blame, planted.blame, 5),
+        (plain.token_blame[0], planted.token_blame[0], 3),
+    ):
+        assert before is not None
+        assert after is not None
+        gained = after - before
+        clipping = planted.energy["clipping"] - plain.energy["clipping"]
+        assert float(gained[at]) == pytest.approx(clipping, rel=0.05)
+        others = torch.cat([gained[:at], gained[at + 1 :]])
+        assert float(others.abs().max()) <= 0.05 * float(before.max())
+        # All reach the end of the range: rounding is laid at them evenly.
+    assert plain.blame is not None
+    rounding = plain.blame - plain.channels["clipping"] - plain.channels["weights"]
+    assert torch.allclose(rounding, rounding.mean().expand(columns), rtol=1e-3)
 
 
 @torch.no_grad()
@@ -256,10 +309,6 @@ def test_the_floor_is_below_every_range_that_was_tried() -> None:
     figures, _ = local_figures(lab, sites)
     assert all(each.floor <= each.energy["rounding"] * 1.001 for each in figures.values())
     # A range 8 times too wide leaves 64 times the floor.
-    from dataclasses import replace
-
-    from fxquant.analysis.floor import floor_energy
-
     site = sites[0]
     assert isinstance(site, LinearSite)
     assert site.quantizer is not None
@@ -268,6 +317,20 @@ def test_the_floor_is_below_every_range_that_was_tried() -> None:
     wide = replace(site, quantizer=replace(site.quantizer, scale=peak))
     energy = float(wide.errors(x)["rounding"].square().sum())
     assert energy / floor_energy(wide, x) > 40
+    # Of every range that a fine search finds, the floor is within a few percent.
+    coarse = replace(site.quantizer, qmin=-7, qmax=7)
+    narrow = replace(site, quantizer=coarse)
+    limit = x.abs().max() / 7
+    energies = []
+    for share in torch.linspace(0.2, 1, 400).tolist():
+        tried = replace(coarse, scale=limit * share)
+        energies.append(float(((tried(x) - x) @ site.coded_weight.T).square().sum()))
+    assert floor_energy(narrow, x) <= 1.03 * min(energies)
+    # The site's own range is a candidate, also between the steps of the search.
+    for share in torch.rand(20, generator=torch.Generator().manual_seed(2)).tolist():
+        own = replace(coarse, scale=limit * (0.4 + 0.6 * share))
+        error = float(((own(x) - x) @ site.coded_weight.T).double().square().sum())
+        assert floor_energy(replace(site, quantizer=own), x) <= error * (1 + 1e-6)
 
 
 def test_subsets_come_smallest_first() -> None:

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import fxquant
-from fxquant.analysis import explain
-from fxquant.analysis.causes import shapley
+from fxquant.analysis import explain, meter
+from fxquant.analysis.causes import causes_of, shapley
 from fxquant.analysis.effects import EFFECTS
 from fxquant.analysis.parts import CAUSES, Cause, subsets
 from fxquant.analysis.path import first_order, gauss_legendre, integrate
@@ -154,7 +154,7 @@ def test_gauss_legendre_is_exact_for_polynomials(points: int) -> None:
         assert total == pytest.approx(1 / (degree + 1), abs=1e-12)
 
 
-@pytest.mark.parametrize("name", ["opt", "llama", "gemma2-sdpa"])
+@pytest.mark.parametrize("name", ["opt", "llama", "gemma2-sdpa", "phi", "gptj"])
 def test_path_converges_and_every_view_has_one_sum(name: str) -> None:
     lab, sites = laboratory(name, "w6/a8-dynamic")
     found = integrate(lab, sites)
@@ -167,6 +167,20 @@ def test_path_converges_and_every_view_has_one_sum(name: str) -> None:
         tokens = sum(float(t.sum()) for t in site.tokens)
         assert tokens == pytest.approx(site.total, abs=1e-6)
         assert float(site.channels.sum()) == pytest.approx(site.total, abs=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_path_by_cause_is_close_to_the_exact_causes(name: str) -> None:
+    """Small errors add up, and then every fair split of them is the same one."""
+    lab, sites = laboratory(name, "w7/a7-static:p97")
+    found = integrate(lab, sites)
+    assert found.refused is None
+    exact = causes_of(lab, sites, cuts=lab.start(), remember=lambda _, compute: compute())
+    size = max(abs(value) for value in exact.values())
+    by_path = {c: sum(site.causes[c] for site in found.sites.values()) for c in CAUSES}
+    assert by_path == pytest.approx(exact, abs=0.25 * size)
+    assert abs(exact["clipping"] - exact["rounding"]) > 0.6 * size  # swapped they would not pass
 
 
 def test_first_order_is_the_derivative() -> None:
@@ -352,9 +366,9 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     puts = Store.put
     count = 0
 
-    def interrupted(self: Store, name: str, value: float) -> None:
+    def interrupted(self: Store, name: str, value: float, cost: meter.Cost) -> None:
         nonlocal count
-        puts(self, name, value)
+        puts(self, name, value, cost)
         count += 1
         if count == 5:
             raise KeyboardInterrupt
@@ -371,10 +385,21 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     everything = count + 1000
     assert resumed.sites == whole.sites
     assert resumed.causes == whole.causes
-    assert resumed.costs["rescue"].forwards < whole.costs["rescue"].forwards
+    # What the first run measured counts with its cost then.
+    for name, cost in whole.costs.items():
+        assert resumed.costs[name].forwards == pytest.approx(cost.forwards)
+        assert not resumed.costs[name].partial
     count = -1000
     tiny("opt", "w4", methods=("rescue", "causes"), output=tmp_path)
     assert count + 1000 < everything / 2
+    # Losses whose cost was not kept: the report says that the sum is partial.
+    lines = [json.loads(line) for line in kept.read_text().splitlines()]
+    bare = ({"name": line["name"], "value": line["value"]} for line in lines)
+    kept.write_text("".join(json.dumps(line) + "\n" for line in bare))
+    unknown = tiny("opt", "w4", methods=("rescue", "causes"), output=tmp_path)
+    assert unknown.costs["rescue"].partial
+    assert unknown.to_dict()["costs"]["rescue"]["partial"]
+    assert "resumed, only what was run again is counted: rescue, causes" in str(unknown)
     # Another scheme is another fingerprint: nothing of it is reused.
     other = tiny("opt", "w3", methods=("rescue",), output=tmp_path)
     assert len(list(tmp_path.glob("losses-*.jsonl"))) == 2
@@ -400,6 +425,10 @@ def test_what_is_refused_before_work() -> None:
         explain(graph, "w8", data=[ids[0]])
     with pytest.raises(CalibrationError):
         explain(graph, "w8a8-static", data=ids)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    with pytest.raises(DataError, match="calibration batch 1 is padded"):
+        explain(graph, "w8", calibration=[ids, {"input_ids": ids, "attention_mask": mask}])
 
 
 def test_without_data_the_calibration_serves_and_it_says_so() -> None:
@@ -412,6 +441,27 @@ def test_without_data_the_calibration_serves_and_it_says_so() -> None:
     assert found.sites == same.sites
     assert any("calibration batches" in note for note in found.notes)
     assert same.notes == ()
+
+
+def test_head_of_the_report_and_notes() -> None:
+    _, graph = traced("llama")
+    data = [token_ids(1, 12), token_ids(2, 20)]
+    found = explain(graph, "w8+kv8", data=data, methods="alone", worst=0)
+    assert list(found.costs) == ["local figures", "alone"]
+    assert "3 windows of 12 to 20 tokens" in str(found)
+    assert any("kv8 changes the float graph itself" in note for note in found.notes)
+    assert found.loss_float != found.loss_unrepaired
+    assert "weights, energy" in str(found)
+    assert found.to_dict()["sites"][0]["cause_by"] == "energy"
+
+
+def test_bars_show_on_a_terminal_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    _, graph = traced("opt")
+    options: dict[str, Any] = {"calibration": [token_ids(1, 20)], "methods": "alone", "worst": 0}
+    explain(graph, "w8a8-static", **options)
+    assert capsys.readouterr().err == ""
+    explain(graph, "w8a8-static", progress=True, **options)
+    assert "local figures" in capsys.readouterr().err
 
 
 def test_spearman_and_agreement() -> None:

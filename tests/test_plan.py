@@ -18,7 +18,10 @@ import fxquant
 from fxquant import analysis_commands
 from fxquant.analysis import plan
 from fxquant.analysis.costs import bits, mean_cost, storage
+from fxquant.analysis.meter import Cost
 from fxquant.analysis.planning import make_plan
+from fxquant.analysis.search import fewest
+from fxquant.analysis.store import Store
 from fxquant.analysis.upgrades import Rung, order_upgrades, rungs_of
 from fxquant.cli import main
 from fxquant.errors import BudgetError, CalibrationError, SchemeError
@@ -82,6 +85,75 @@ def test_what_cannot_be_kept_is_said() -> None:
     model, _ = small_opt()
     with pytest.raises(BudgetError, match=r"no plan keeps the budget of \+0\.0000.*w2"):
         plan(model, data=text_windows(1), budget=1e-5, choices=("w2", "w3"))
+
+
+def test_the_dearest_choice_need_not_be_the_best() -> None:
+    """Two bits in groups of 8 cost more than eight bits, and lose more."""
+    model, _ = small_opt()
+    data = text_windows(1)
+    choices = ("w3", "w2-g8-asym", "w8")
+    graph = fxquant.trace(model)
+    found = make_plan(graph, data=data, budget=0.002, choices=choices, cost="storage")
+    assert found.delta_loss <= 0.002
+    assert found.counts["w8"] > 12
+    with pytest.raises(BudgetError, match=r"best that was measured, 24 sites w8, still"):
+        plan(graph, data=data, budget=0, choices=choices, cost="storage")
+
+
+def test_a_budget_of_nothing_is_kept_by_float() -> None:
+    _, graph = traced("opt")
+    found = make_plan(graph, data=token_ids(3, 20), budget=0, choices=("w2-tensor", "fp"))
+    assert found.delta_loss <= 0
+
+
+@pytest.mark.parametrize(("budget", "expected"), [(0.5, 24), (3.5, 21)])
+def test_the_search_finds_a_valley(budget: float, expected: int) -> None:
+    """Neither end keeps the budget, nor any count that doubling meets."""
+    measured: list[int] = []
+
+    def delta(count: int) -> float:
+        measured.append(count)
+        return abs(count - 24)
+
+    found = fewest(delta, 0, 48, budget)
+    assert found == expected
+    assert len(measured) < 20
+    assert fewest(delta, 30, 48, budget) is None
+    assert fewest(delta, 49, 48, budget) is None
+
+
+@given(st.integers(0, 60), st.integers(0, 60), st.integers(0, 70))
+@settings(max_examples=200, deadline=None)
+def test_the_search_is_exact_for_a_falling_loss(first: int, length: int, enough: int) -> None:
+    last = first + length
+    found = fewest(lambda count: float(enough - count), first, last, 0)
+    assert found == (None if enough > last else max(enough, first))
+
+
+def test_an_interrupted_plan_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, graph = traced("opt")
+    choices = ("w3-tensor", "w4", "w8")
+    asked: dict[str, object] = {"data": token_ids(2, 20), "budget": 0.002, "choices": choices}
+    whole = make_plan(graph, **asked)  # type: ignore[arg-type]
+    puts, count = Store.put, 0
+
+    def interrupted(self: Store, name: str, value: float, cost: Cost) -> None:
+        nonlocal count
+        puts(self, name, value, cost)
+        count += 1
+        if count == 20:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Store, "put", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make_plan(graph, output=tmp_path, **asked)  # type: ignore[arg-type]
+    resumed = make_plan(graph, output=tmp_path, **asked)  # type: ignore[arg-type]
+    first = count
+    assert resumed.scheme == whole.scheme
+    assert resumed.delta_loss == whole.delta_loss
+    assert resumed.forwards == pytest.approx(whole.forwards, rel=0.05)
+    make_plan(graph, output=tmp_path, **asked)  # type: ignore[arg-type]
+    assert count == first  # nothing was measured again
 
 
 def test_bad_input() -> None:

@@ -6,13 +6,15 @@ group, so the values before the group's first site are kept and only the rest is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 from fxquant.analysis.lab import FLOAT_SETTING, Cuts, Lab, Setting, setting
 from fxquant.analysis.sites import SimulatedSite
 
+Remember = Callable[[str, Callable[[], float]], float]
 Effect = Literal["alone", "rescue", "in_order"]
 EFFECTS: tuple[Effect, ...] = get_args(Effect)
 
@@ -30,14 +32,14 @@ def effects(
     effect: Effect,
     groups: Sequence[Group],
     sites: Sequence[SimulatedSite],
-    known: dict[str, float],
+    remember: Remember,
 ) -> Iterator[tuple[str, float]]:
     """(name, loss) of each group's trial, in the order of the groups' first sites.
 
     The losses, not yet differences: ``alone`` with only the group quantized, ``rescue`` with all
-    ``sites`` but the group, ``in_order`` with the group and every group before it. Trials in
-    ``known`` are not run again. Cost: about half a forward a site, since a trial runs from its
-    first site on.
+    ``sites`` but the group, ``in_order`` with the group and every group before it.
+    ``remember(name, compute)`` keeps finished losses. Cost: about half a forward a site, since a
+    trial runs from its first site on.
     """
     done: tuple[SimulatedSite, ...] = ()
     cuts = lab.start()
@@ -46,10 +48,7 @@ def effects(
         before, trial = _settings(effect, group, sites, done)
         cuts = lab.advance(cuts, first.node, before)
         done += group.sites
-        if group.name in known:
-            yield group.name, known[group.name]
-        else:
-            yield group.name, lab.loss(trial, cuts)
+        yield group.name, remember(group.name, partial(lab.loss, trial, cuts))
 
 
 def _settings(

@@ -10,7 +10,15 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fxquant.analysis.effects import EFFECTS
-from fxquant.analysis.inputs import Windows, as_batches, as_windows, observed_graph, restricted
+from fxquant.analysis.inputs import (
+    Windows,
+    as_batches,
+    as_windows,
+    baseline_notes,
+    observed_graph,
+    restricted,
+    unpadded,
+)
 from fxquant.analysis.lab import FLOAT_SETTING, Lab
 from fxquant.analysis.results import Explanation
 from fxquant.analysis.sites import simulated_sites
@@ -32,7 +40,7 @@ def explain(
     *,
     calibration: Batches | None = None,
     data: Windows | None = None,
-    methods: Sequence[str] = DEFAULT_METHODS,
+    methods: str | Sequence[str] = DEFAULT_METHODS,
     sites: str | None = None,
     progress: bool | None = None,
     worst: int = 3,
@@ -46,10 +54,11 @@ def explain(
         scheme: text or a Scheme.
         calibration: as for ``convert``; needed by static schemes.
         data: windows to measure the loss on: LongTensor [N, L], or several [b, L]; each is run by
-            itself, and a dynamic range is of one of them. None: the calibration batches' tokens.
-        methods: of "alone", "rescue", "in_order" (each also with ":kinds" or ":blocks", where the
-            sites of a group are changed together, which is cheaper), "causes", "path" and
-            "first_order". The local figures of every site are always there.
+            itself, and a dynamic range is of one of them. None: the calibration batches' tokens,
+            which must not be padded then.
+        methods: one or more of "alone", "rescue", "in_order" (each also with ":kinds" or ":blocks",
+            where the sites of a group are changed together, which is cheaper), "causes", "path"
+            and "first_order". The local figures of every site are always there.
         sites: a glob that restricts the scheme to the sites it covers.
         progress: bars; None: where the output is a terminal.
         worst: at how many of the worst sites other choices are tried and causes are measured; 0
@@ -61,16 +70,18 @@ def explain(
     CalibrationError and what ``convert`` raises, before any measurement.
     """
     scheme = as_scheme(scheme)
+    methods = (methods,) if isinstance(methods, str) else tuple(dict.fromkeys(methods))
     _check(methods, worst)
     graph = model if isinstance(model, GraphModule) else trace(model)
     batches = as_batches(calibration, graph)
     notes: list[str] = []
     if data is None and batches is not None:
-        data = [batch["input_ids"] for batch in batches]
+        data = unpadded(batches)
         notes.append("the loss is measured on the calibration batches: no other data were given")
+    notes += baseline_notes(scheme)
     windows = as_windows(data, graph)
     narrowed = restricted(scheme, sites, graph)
-    observed = observed_graph(graph, narrowed, batches, bool(progress))
+    observed = observed_graph(graph, narrowed, batches, progress is not False)
     tensors = [value for batch in batches or () for _, value in sorted(batch.items())]
     study = Study(
         lab=Lab(observed, windows),
@@ -82,12 +93,12 @@ def explain(
         notes=notes,
     )
     unrepaired = Lab(graph, windows).loss(FLOAT_SETTING) if scheme.repairs else None
-    return study.run(tuple(dict.fromkeys(methods)), worst, str(scheme), sites, unrepaired)
+    return study.run(methods, worst, str(scheme), sites, unrepaired)
 
 
 def _check(methods: Sequence[str], worst: int) -> None:
     unknown = [method for method in methods if method not in METHODS]
-    if isinstance(methods, str) or unknown:
-        raise SchemeError(f"unknown method {unknown or methods}: known are {', '.join(METHODS)}")
+    if unknown:
+        raise SchemeError(f"unknown method {', '.join(unknown)}: known are {', '.join(METHODS)}")
     if worst < 0:
         raise SchemeError(f"worst must be at least 0, got {worst}")

@@ -64,6 +64,26 @@ def as_batches(calibration: Batches | None, graph: GraphModule) -> list[dict[str
     return [{name: value.to(device) for name, value in each.items()} for each in batches]
 
 
+def unpadded(batches: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+    """The batches' tokens, as windows to measure on; DataError where a batch is padded."""
+    for index, batch in enumerate(batches):
+        if "attention_mask" in batch and not bool(batch["attention_mask"].all()):
+            raise DataError(
+                f"calibration batch {index} is padded, and the loss is measured on windows without "
+                "padding: pass data="
+            )
+    return [batch["input_ids"] for batch in batches]
+
+
+def baseline_notes(scheme: Scheme) -> list[str]:
+    """What of the scheme is not explained, since the float graph that it starts from has it."""
+    return [
+        f"{name} changes the float graph itself: its error is in the float loss, not in Δloss"
+        for name, _ in scheme.repairs
+        if REPAIRS[name].effect == "lossy"
+    ]
+
+
 def restricted(scheme: Scheme, pattern: str | None, graph: GraphModule) -> Scheme:
     """``scheme`` at the sites that the glob ``pattern`` covers, float elsewhere.
 

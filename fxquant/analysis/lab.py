@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import torch
@@ -13,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxquant.analysis.head import final_head, head_nll
+from fxquant.analysis.meter import Meter
 from fxquant.analysis.parts import EVERY_PART, Parts
 from fxquant.analysis.sites import SimulatedSite
 from fxquant.errors import NonFiniteError
@@ -34,36 +32,6 @@ def setting(sites: Iterable[SimulatedSite], parts: Parts = EVERY_PART) -> Settin
 
 def _output(site: SimulatedSite, parts: Parts, *operands: Tensor) -> Tensor:
     return site.output(parts, *operands)
-
-
-@dataclass
-class Cost:
-    """What one method cost: ``forwards``, the share of the graph's nodes that were run, summed over
-    windows and divided by their number (a backward pass counts as one more); wall seconds."""
-
-    forwards: float = 0.0
-    seconds: float = 0.0
-
-
-@dataclass
-class Meter:
-    """Adds up the cost of each method."""
-
-    costs: dict[str, Cost] = field(default_factory=dict)
-    current: str = "other"
-
-    @contextmanager
-    def measuring(self, method: str) -> Iterator[None]:
-        before, self.current = self.current, method
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.costs.setdefault(method, Cost()).seconds += time.perf_counter() - started
-            self.current = before
-
-    def count(self, forwards: float) -> None:
-        self.costs.setdefault(self.current, Cost()).forwards += forwards
 
 
 class Lab:
@@ -99,13 +67,22 @@ class Lab:
         return tuple(self.executor.advance(cut, until, instead=under) for cut in cuts)
 
     @torch.no_grad()
-    def loss(self, under: Setting, cuts: Cuts | None = None) -> float:
-        """The loss when the graph is run on from ``cuts`` (None: from the start)."""
+    def loss(
+        self,
+        under: Setting,
+        cuts: Cuts | None = None,
+        advance: Callable[[], object] = lambda: None,
+    ) -> float:
+        """The loss when the graph is run on from ``cuts`` (None: from the start).
+
+        ``advance`` is called after each window.
+        """
         total = 0.0
         cuts = self.start() if cuts is None else cuts
         self._count(cuts[0].position, len(self.executor.nodes))
         for cut, ids in zip(cuts, self.windows, strict=True):
             total += float(self.nll(cut, ids, under).to(torch.float64).sum())
+            advance()
         loss = total / self.tokens
         if loss != loss or loss in (float("inf"), float("-inf")):
             raise NonFiniteError(

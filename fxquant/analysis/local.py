@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fxquant.analysis.floor import floor_energy
 from fxquant.analysis.lab import Lab
-from fxquant.analysis.parts import CAUSES, EVERY_PART, Cause
+from fxquant.analysis.parts import CAUSES, EVERY_PART, Cause, InputQuantizer
 from fxquant.analysis.sites import LinearSite, SimulatedSite
 
 
@@ -45,7 +45,7 @@ class LocalFigures:
 
     @property
     def range_mismatch(self) -> float:
-        """Rounding energy over the floor; negative where the range is narrower than the best."""
+        """Rounding energy over the floor; negative only where the range clips to spare rounding."""
         return self.energy["rounding"] - self.floor
 
     @property
@@ -75,7 +75,7 @@ class LocalFigures:
 
 
 def local_figures(
-    lab: Lab, sites: Sequence[SimulatedSite]
+    lab: Lab, sites: Sequence[SimulatedSite], advance: Callable[[], object] = lambda: None
 ) -> tuple[dict[str, LocalFigures], float]:
     """Figures of every site, and the loss of the quantized model, from one streaming run."""
     found = {each.path: LocalFigures() for each in sites}
@@ -86,7 +86,7 @@ def local_figures(
         return y
 
     under = {each.node: partial(recording, each) for each in sites}
-    return found, lab.loss(under)
+    return found, lab.loss(under, advance=advance)
 
 
 def stretch(peaks: Tensor) -> Tensor:
@@ -94,12 +94,23 @@ def stretch(peaks: Tensor) -> Tensor:
 
     Rounding energy grows with the square of the range, so without the largest candidate the share
     (p_1^2 - p_2^2) / p_1^2 would go, without the next (p_2^2 - p_3^2) / p_1^2, and so on. A channel
-    with a huge activation may hold little rounding error itself and yet cause all of it.
+    with a huge activation may hold little rounding error itself and yet cause all of it. Equal
+    candidates share evenly. What lies beyond a static range does not stretch it: see reach().
     """
     ordered, order = peaks.to(torch.float64).square().sort(dim=-1, descending=True)
     below = torch.nn.functional.pad(ordered, (0, 1))[..., 1:]
     shares = (ordered - below) / ordered[..., :1].clamp(min=torch.finfo(torch.float64).tiny)
-    return torch.zeros_like(shares).scatter(-1, order, shares)
+    # Of equal candidates the last has the share of all: give it out evenly.
+    new = torch.nn.functional.pad(ordered[..., 1:] != ordered[..., :-1], (1, 0))
+    run = new.to(torch.int64).cumsum(-1)
+    sums = torch.zeros_like(shares).scatter_add(-1, run, shares)
+    counts = torch.zeros_like(shares).scatter_add(-1, run, torch.ones_like(shares))
+    return torch.zeros_like(shares).scatter(-1, order, (sums / counts.clamp(min=1)).gather(-1, run))
+
+
+def reach(quantizer: InputQuantizer, x: Tensor) -> Tensor:
+    """How far each element stretches the range: |x|, in a static range at most to its end."""
+    return (x if quantizer.scale is None else quantizer.split(x).clipped).abs()
 
 
 def _record(figures: LocalFigures, site: SimulatedSite, *operands: Tensor) -> None:
@@ -119,7 +130,8 @@ def _record(figures: LocalFigures, site: SimulatedSite, *operands: Tensor) -> No
         figures.floor += floor_energy(site, x)
         rows = x.flatten(0, -2)
         if site.quantizer is not None and site.quantizer.granularity == "tensor":
-            rounding = rounding.sum() * stretch(rows.abs().amax(-1)).to(torch.float32)
+            peaks = reach(site.quantizer, rows).amax(-1)
+            rounding = rounding.sum() * stretch(peaks).to(torch.float32)
         _record_inputs(figures, site, rows)
     else:
         figures.signal += _energy(site.output(frozenset(), *operands))
@@ -153,7 +165,8 @@ def _record_inputs(figures: LocalFigures, site: LinearSite, rows: Tensor) -> Non
         if site.quantizer.granularity == "token":
             by_channel = (stretch(rows.abs()).T @ rounding.sum(-1).double()).to(torch.float32)
         else:
-            by_channel = rounding.sum() * stretch(peaks).to(torch.float32)
+            within = reach(site.quantizer, rows).amax(0)
+            by_channel = rounding.sum() * stretch(within).to(torch.float32)
         blame = blame + added["clipping"] + by_channel
     figures.blame = blame if figures.blame is None else figures.blame + blame
     for cause, energy in added.items():

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fxquant.analysis.lab import FLOAT_SETTING, Lab, Setting
+from fxquant.analysis.meter import BACKWARD
 from fxquant.analysis.parts import CAUSES, EVERY_PART, Cause
 from fxquant.analysis.sites import LinearSite, SimulatedSite
 from fxquant.execution import Cut
@@ -80,7 +81,8 @@ def integrate(
     """The integrated attribution; each window takes as many points as it needs.
 
     ``advance`` is called after each window. Memory: two tensors the size of every site's output
-    for one window. Cost: about 2 forwards a point, and 8 for the errors and their parts.
+    for one window. Cost: a forward and a backward pass a point, and some 6 forwards for the errors
+    and their parts, which are counted as if every node were a linear's.
     """
     found = {each.path: PathSite() for each in sites}
     estimate, difference, missed, most = 0.0, 0.0, 0.0, 0
@@ -167,9 +169,10 @@ def _blended(
         loss = lab.nll(cut, ids, under).sum() / lab.tokens
         gradients = torch.autograd.grad(loss, list(added.values()))
         for path, gradient in zip(added, gradients, strict=True):
-            scaled = gradient.mul_(weight)
+            # Not in place: an addition hands one gradient to both of its operands.
+            scaled = gradient * weight
             summed[path] = scaled if path not in summed else summed[path].add_(scaled)
-        lab.meter.count(2 / len(lab.windows))
+        lab.meter.count((1 + BACKWARD) / len(lab.windows))
     return summed
 
 

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 from fxquant.analysis.costs import COSTS, Cost, mean_cost
 from fxquant.analysis.inputs import Windows, as_batches, as_windows
 from fxquant.analysis.lab import FLOAT_SETTING, Lab, setting
+from fxquant.analysis.search import candidates
 from fxquant.analysis.sites import SimulatedSite, SiteMaker
 from fxquant.analysis.store import Store, fingerprint
-from fxquant.analysis.upgrades import climbs, order_upgrades
+from fxquant.analysis.upgrades import States, climbs, order_upgrades
 from fxquant.batches import Batches
 from fxquant.conversion import convert
 from fxquant.errors import BudgetError, SchemeError
@@ -47,9 +48,9 @@ class Plan:
     verifications: int
 
     def __str__(self) -> str:
-        counts = ", ".join(f"{count} sites {choice}" for choice, count in self.counts.items())
         return (
-            f"{counts}\nΔloss {self.delta_loss:+.4f}, verified, of at most {self.budget:+.4f} "
+            f"{_spelled(self.counts)}\n"
+            f"Δloss {self.delta_loss:+.4f}, verified, of at most {self.budget:+.4f} "
             f"({self.cheapest_delta_loss:+.4f} with every site at the cheapest choice); "
             f"{self.cost_name} {self.cost:.2f}; {self.forwards:.0f} forwards, "
             f"{self.verifications} plans verified"
@@ -114,7 +115,7 @@ def make_plan(
     graph = model if isinstance(model, GraphModule) else trace(model)
     windows = as_windows(data, graph)
     batches = as_batches(calibration, graph)
-    observed = _observed(graph, specs, batches, bool(progress))
+    observed = _observed(graph, specs, batches, progress is not False)
     tensors = [value for batch in batches or () for _, value in sorted(batch.items())]
     lab = Lab(observed, windows)
     planner = _Planner(
@@ -127,17 +128,22 @@ def make_plan(
         hidden=None if progress is None else not progress,
     )
 
+    loss_float = _loss(graph, windows)
+
     def verify(scheme: Scheme) -> float:
-        """Loss of the converted model, integers and all."""
-        qmodel = convert(graph, scheme, calibration=batches)
-        parts = (
-            part
-            for ids in windows
-            for part in window_losses(lambda each: qmodel(input_ids=each), ids, len(ids))
-        )
-        return mean_loss(torch.cat([part.flatten() for part in parts]))
+        """Loss difference of the converted model, integers and all, by one loss function."""
+        return _loss(convert(graph, scheme, calibration=batches), windows) - loss_float
 
     return planner.run(verify, cost)
+
+
+def _loss(gm: GraphModule, windows: Sequence[torch.Tensor]) -> float:
+    parts = (
+        part
+        for ids in windows
+        for part in window_losses(lambda each: gm(input_ids=each), ids, len(ids))
+    )
+    return mean_loss(torch.cat([part.flatten() for part in parts]))
 
 
 def _parse(choices: Sequence[str], budget: float, cost: str) -> dict[str, SiteSpec]:
@@ -186,24 +192,32 @@ class _Planner:
         steps = climbs(self.sites, self.specs, self.cost, effects)
         chosen = {path: rungs[0].choice for path, rungs in steps.items()}
         upgrades = order_upgrades(steps)
-        states = _States(chosen, upgrades)
+        states = States(chosen, upgrades)
         cheapest = self._delta(states.at(0))
-        verifications = 0
-        count = self._fewest(states, 0)
-        while True:
-            assignment = states.at(count)
-            scheme = self._scheme(assignment)
-            found = verify(scheme) - self.loss_float
-            verifications += 1
-            if found <= self.budget:
-                return self._plan(assignment, scheme, found, cheapest, cost_name, verifications)
-            if count == len(upgrades):
-                raise BudgetError(
-                    f"no plan keeps the budget of {self.budget:+.4f}: with the best of "
-                    f"{', '.join(self.specs)} at every site the loss still moves by {found:+.4f}; "
-                    "allow more, or add a better choice such as 'fp'"
-                )
-            count = self._fewest(states, count + 1)
+        simulated: dict[int, float] = {}
+        verified: dict[int, float] = {}
+        with tqdm(desc="plans", unit="plan", leave=False, disable=self.hidden) as bar:
+
+            def delta(count: int) -> float:
+                if count not in simulated:
+                    simulated[count] = self._delta(states.at(count))
+                    bar.update()
+                return simulated[count]
+
+            for count in candidates(delta, simulated, states.total, self.budget):
+                assignment = states.at(count)
+                scheme = self._scheme(assignment)
+                verified[count] = verify(scheme)
+                if verified[count] <= self.budget:
+                    return self._plan(
+                        assignment, scheme, verified[count], cheapest, cost_name, len(verified)
+                    )
+        best = min(verified, key=lambda count: verified[count])
+        raise BudgetError(
+            f"no plan keeps the budget of {self.budget:+.4f} with {', '.join(self.specs)}: the "
+            f"best that was measured, {_spelled(self._counts(states.at(best)))}, still moves the "
+            f"loss by {verified[best]:+.4f}; allow more, or add a better choice such as 'fp'"
+        )
 
     def _effects(self) -> dict[str, dict[str, float]]:
         """Loss difference of each choice at each site alone, everything else in float."""
@@ -217,28 +231,11 @@ class _Planner:
                         each = self.maker.make(site.path, spec)
                         cuts = self.lab.advance(cuts, each.node, FLOAT_SETTING)
                         measure = partial(self.lab.loss, setting([each]), cuts)
-                        loss = self.store.remember(f"alone {site.path} {name}", measure)
+                        loss = self.store.remember(
+                            f"alone {site.path} {name}", measure, self.lab.meter
+                        )
                     found[site.path][name] = 0.0 if spec == FLOAT else loss - self.loss_float
         return found
-
-    def _fewest(self, states: _States, start: int) -> int:
-        """The fewest upgrades from ``start`` on whose simulated loss keeps the budget.
-
-        Effects of single sites do not add up, so every count is measured: steps that double until
-        the budget holds, then bisection between the last two. All upgrades if none holds.
-        """
-        low, step, high = start, 1, start
-        while self._delta(states.at(high)) > self.budget:
-            if high == states.total:
-                return high
-            low, high, step = high + 1, min(high + step, states.total), step * 2
-        while low < high:
-            middle = (low + high) // 2
-            if self._delta(states.at(middle)) <= self.budget:
-                high = middle
-            else:
-                low = middle + 1
-        return high
 
     def _delta(self, assignment: dict[str, str]) -> float:
         def measure() -> float:
@@ -251,7 +248,7 @@ class _Planner:
 
         key = json.dumps(assignment, sort_keys=True)
         with torch.no_grad(), self.lab.meter.measuring("plans"):
-            return self.store.remember(f"plan {key}", measure) - self.loss_float
+            return self.store.remember(f"plan {key}", measure, self.lab.meter) - self.loss_float
 
     def _built(self, path: str, name: str) -> SimulatedSite:
         """Kept for the last choice of each site only: a site holds its weight in float."""
@@ -270,6 +267,10 @@ class _Planner:
         )
         return Scheme(self.specs[common], overrides=others)
 
+    def _counts(self, assignment: dict[str, str]) -> dict[str, int]:
+        used = list(assignment.values())
+        return {name: used.count(name) for name in self.specs if name in used}
+
     def _plan(
         self,
         assignment: dict[str, str],
@@ -279,7 +280,6 @@ class _Planner:
         cost_name: str,
         verifications: int,
     ) -> Plan:
-        used = list(assignment.values())
         return Plan(
             scheme=scheme,
             budget=self.budget,
@@ -287,22 +287,11 @@ class _Planner:
             cheapest_delta_loss=cheapest,
             cost=mean_cost(self.cost, [(s, self.specs[assignment[s.path]]) for s in self.sites]),
             cost_name=cost_name,
-            counts={name: used.count(name) for name in self.specs if name in used},
+            counts=self._counts(assignment),
             forwards=sum(each.forwards for each in self.lab.meter.costs.values()),
             verifications=verifications,
         )
 
 
-@dataclass(frozen=True)
-class _States:
-    """The assignment after each number of upgrades."""
-
-    start: dict[str, str]
-    upgrades: tuple[tuple[str, str], ...]
-
-    @property
-    def total(self) -> int:
-        return len(self.upgrades)
-
-    def at(self, count: int) -> dict[str, str]:
-        return {**self.start, **dict(self.upgrades[:count])}
+def _spelled(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} sites {choice}" for choice, count in counts.items())

@@ -59,7 +59,9 @@ def _sections(found: Explanation) -> Iterator[str]:
 
 def _head(found: Explanation) -> str:
     where = f" at sites {found.sites_pattern}" if found.sites_pattern else ""
-    count, length = found.windows
+    count, longest = found.windows
+    shortest = found.shortest_window
+    length = f"{longest}" if shortest == longest else f"{shortest} to {longest}"
     lines = [
         f"{found.model} under {found.scheme}{where}: {len(found.sites)} sites, "
         f"{count} windows of {length} tokens",
@@ -103,7 +105,11 @@ def _sites(found: Explanation) -> str:
         total = sum(site.energy.values()) or 1.0
         row = [site.site, *(_nats(site.effects[name]) for name in methods)]
         row += [_nats(sum(site.path.values()))] if with_path and site.path else []
-        row += [site.cause, f"{site.sqnr_db:.1f}", f"{site.share_clipped:.3%}"]
+        row += [
+            f"{site.cause}, {site.cause_by}",
+            f"{site.sqnr_db:.1f}",
+            f"{site.share_clipped:.3%}",
+        ]
         row += [f"{site.share_flushed:.1%}"]
         row += [f"{site.energy[cause] / total:.0%}" for cause in CAUSES]
         body.append(row)
@@ -179,7 +185,14 @@ def _costs(found: Explanation) -> str:
         for name, cost in found.costs.items()
     ]
     table = _table(body, ["method", "forwards, by nodes", "forwards, by time", "seconds"])
-    return f"Cost; one forward takes {found.forward_seconds:.2f} s\n{table}"
+    text = (
+        f"Cost; one forward takes {found.forward_seconds:.2f} s; a backward pass is taken for two "
+        f"forwards by nodes\n{table}"
+    )
+    partial = [name for name, cost in found.costs.items() if cost.partial]
+    if partial:
+        text += f"\nresumed, only what was run again is counted: {', '.join(partial)}"
+    return text
 
 
 def _table(rows: Sequence[Sequence[object]], headers: list[str]) -> str:

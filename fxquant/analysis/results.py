@@ -51,6 +51,11 @@ class SiteFigures:
         values = causes if sum(causes.values()) > 0 else self.energy
         return max(values, key=lambda cause: values[cause])
 
+    @property
+    def cause_by(self) -> str:
+        """What ``cause`` goes by: "Shapley", its effect on the loss, or "energy" at the site."""
+        return "Shapley" if sum((self.causes or {}).values()) > 0 else "energy"
+
 
 @dataclass(frozen=True)
 class GroupFigures:
@@ -79,12 +84,17 @@ class PathFigures:
 
 @dataclass(frozen=True)
 class MethodCost:
-    """``forwards``: node-weighted; ``seconds``; ``measured_forwards``: seconds over those of one
-    plain forward with its loss."""
+    """``forwards``: by nodes, a backward pass as two of them (an assumption, not a measurement);
+    ``seconds``; ``measured_forwards``: seconds over those of one plain forward with its loss.
+
+    What a run that goes on takes from an earlier one counts with its cost then; ``partial``:
+    some of it was not kept, and only what was run again is counted.
+    """
 
     forwards: float
     seconds: float
     measured_forwards: float
+    partial: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,13 +103,15 @@ class Explanation:
 
     ``delta_loss`` = loss_quantized - loss_float, where float is the graph after the scheme's
     repairs; ``loss_unrepaired`` is the model's own loss. ``ranking`` names the figure by which
-    sites are called worst. ``causes`` is None unless the method was run.
+    sites are called worst. ``causes`` is None unless the method was run. ``windows``: how many, and
+    the tokens of the longest.
     """
 
     model: str
     scheme: str
     sites_pattern: str | None
     windows: tuple[int, int]
+    shortest_window: int
     loss_unrepaired: float
     loss_float: float
     loss_quantized: float
@@ -132,6 +144,7 @@ class Explanation:
         for site, figures in zip(data["sites"], self.sites, strict=True):
             site.update(site.pop("effects"))
             site["cause"] = figures.cause
+            site["cause_by"] = figures.cause_by
         plain = _plain(data)
         assert isinstance(plain, dict)
         return plain

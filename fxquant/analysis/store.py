@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -13,12 +14,14 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from fxquant.analysis.meter import Cost, Meter
 from fxquant.errors import DataError
 from fxquant.graph import CodedLinear
 
 
 class Store:
-    """Named numbers under one fingerprint: ``FOLDER/losses-<fingerprint>.jsonl``, a line each.
+    """Named numbers under one fingerprint: ``FOLDER/losses-<fingerprint>.jsonl``, a line each with
+    what the number cost, so that a run that goes on reports the cost of the whole.
 
     Without a folder they live in memory only. A line that was cut off by an interruption is
     ignored. Raises DataError when the folder cannot be written.
@@ -26,6 +29,8 @@ class Store:
 
     def __init__(self, folder: Path | None, fingerprint: str) -> None:
         self.values: dict[str, float] = {}
+        self._costs: dict[str, Cost] = {}
+        self._fresh: set[str] = set()
         self._path: Path | None = None
         if folder is None:
             return
@@ -40,30 +45,39 @@ class Store:
         for line in complete.splitlines():
             entry = json.loads(line)
             self.values[entry["name"]] = entry["value"]
+            if "seconds" in entry:
+                self._costs[entry["name"]] = Cost(entry["forwards"], entry["seconds"])
 
-    def put(self, name: str, value: float) -> None:
-        if name in self.values:
-            return
+    def put(self, name: str, value: float, cost: Cost) -> None:
         self.values[name] = value
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"name": name, "value": value}) + "\n")
+                entry = {
+                    "name": name,
+                    "value": value,
+                    "forwards": cost.forwards,
+                    "seconds": cost.seconds,
+                }
+                file.write(json.dumps(entry) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
 
-    def remember(self, name: str, compute: Callable[[], float]) -> float:
-        """The kept value, or else the computed one, which is kept then."""
-        if name not in self.values:
-            self.put(name, compute())
-        return self.values[name]
+    def remember(self, name: str, compute: Callable[[], float], meter: Meter) -> float:
+        """The kept value, or else the computed one, which is kept then.
 
-    def under(self, prefix: str) -> dict[str, float]:
-        """The values whose names begin with ``prefix``, without it."""
-        return {
-            name.removeprefix(prefix): value
-            for name, value in self.values.items()
-            if name.startswith(prefix)
-        }
+        A value that an earlier run kept brings its cost along; without one it marks the method's
+        cost as partial.
+        """
+        if name not in self.values:
+            before, started = meter.now.forwards, time.perf_counter()
+            value = compute()
+            seconds = time.perf_counter() - started
+            self._fresh.add(name)
+            self.put(name, value, Cost(meter.now.forwards - before, seconds))
+        elif name not in self._fresh:
+            self._fresh.add(name)  # its cost counts once
+            meter.restore(self._costs.get(name))
+        return self.values[name]
 
 
 def fingerprint(gm: GraphModule, windows: Iterable[Tensor], scheme: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -23,7 +24,15 @@ from fxquant.analysis.counterfactuals import (
     measure,
     recovery_counts,
 )
-from fxquant.analysis.effects import EFFECTS, Group, as_effects, effects, first_site, walk_to
+from fxquant.analysis.effects import (
+    EFFECTS,
+    Group,
+    Remember,
+    as_effects,
+    effects,
+    first_site,
+    walk_to,
+)
 from fxquant.analysis.figures import Found, group_figures, is_grouped, site_figures, validate
 from fxquant.analysis.lab import FLOAT_SETTING, Lab, setting
 from fxquant.analysis.local import local_figures
@@ -67,8 +76,8 @@ class Study:
         self.where = places(lab.gm, self.sites)
         self.forward_seconds = _plain_forward_seconds(lab)
         self.loss_float = lab.loss(FLOAT_SETTING)
-        with lab.meter.measuring("local figures"):
-            self.local, self.loss_quantized = local_figures(lab, self.sites)
+        with lab.meter.measuring("local figures"), self._count("local figures") as bar:
+            self.local, self.loss_quantized = local_figures(lab, self.sites, bar.update)
         found = {m: self._effects(m) for m in methods if m in EFFECTS or is_grouped(m)}
         if "first_order" in methods:
             with lab.meter.measuring("first_order"):
@@ -87,7 +96,11 @@ class Study:
             model=info(lab.gm).model,
             scheme=scheme,
             sites_pattern=pattern,
-            windows=(sum(len(ids) for ids in lab.windows), lab.windows[0].shape[1]),
+            windows=(
+                sum(len(ids) for ids in lab.windows),
+                max(ids.shape[1] for ids in lab.windows),
+            ),
+            shortest_window=min(ids.shape[1] for ids in lab.windows),
             loss_unrepaired=self.loss_float if unrepaired is None else unrepaired,
             loss_float=self.loss_float,
             loss_quantized=self.loss_quantized,
@@ -126,6 +139,10 @@ class Study:
     def _bar(self, steps: Iterable[Any], name: str, total: int) -> Iterable[Any]:
         return tqdm(steps, name, total, leave=False, disable=self.hidden)
 
+    def _count(self, name: str) -> Any:
+        """A bar over the windows."""
+        return tqdm(total=len(self.lab.windows), desc=name, leave=False, disable=self.hidden)
+
     # Effects --------------------------------------------------------------------------------------
 
     def _members(self, by: str) -> dict[str, list[SimulatedSite]]:
@@ -142,20 +159,14 @@ class Study:
         groups = [Group(each.path, (each,)) for each in self.sites]
         if by:
             groups = [Group(name, tuple(sites)) for name, sites in self._members(by).items()]
-        known = self.store.under(f"{method} ")
-        losses: dict[str, float] = {}
         with self.lab.meter.measuring(method):
-            trials = effects(self.lab, effect, groups, self.sites, known)  # type: ignore[arg-type]
-            for name, loss in self._bar(trials, method, len(groups)):
-                self.store.put(f"{method} {name}", loss)
-                losses[name] = loss
+            trials = effects(self.lab, effect, groups, self.sites, self._remember(method))  # type: ignore[arg-type]
+            losses = dict(self._bar(trials, method, len(groups)))
         return as_effects(effect, losses, self.loss_float, self.loss_quantized)  # type: ignore[arg-type]
 
     def _path(self) -> path_method.PathResult:
-        with self.lab.meter.measuring("path"):
-            bar = tqdm(total=len(self.lab.windows), desc="path", leave=False, disable=self.hidden)
-            with bar:
-                return path_method.integrate(self.lab, self.sites, bar.update)
+        with self.lab.meter.measuring("path"), self._count("path") as bar:
+            return path_method.integrate(self.lab, self.sites, bar.update)
 
     # Causes ---------------------------------------------------------------------------------------
 
@@ -192,8 +203,9 @@ class Study:
                     )
         return found
 
-    def _remember(self, prefix: str) -> Any:
-        return lambda name, compute: self.store.remember(f"{prefix} {name}", compute)
+    def _remember(self, prefix: str) -> Remember:
+        meter = self.lab.meter
+        return lambda name, compute: self.store.remember(f"{prefix} {name}", compute, meter)
 
     # Repairs --------------------------------------------------------------------------------------
 
@@ -231,8 +243,8 @@ class Study:
             for count in self._bar(counts, "recovery", len(counts)):
                 fixed = set(order[:count])
                 under = setting(each for each in self.sites if each.path not in fixed)
-                name = f"recovery {','.join(sorted(fixed))}"
-                loss = self.store.remember(name, lambda under=under: self.lab.loss(under))  # type: ignore[misc]
+                name = ",".join(sorted(fixed))
+                loss = self._remember("recovery")(name, partial(self.lab.loss, under))
                 found.append(Recovery(count, loss - self.loss_float))
         return tuple(found)
 
@@ -248,7 +260,9 @@ class Study:
 
     def _costs(self) -> dict[str, MethodCost]:
         return {
-            name: MethodCost(cost.forwards, cost.seconds, cost.seconds / self.forward_seconds)
+            name: MethodCost(
+                cost.forwards, cost.seconds, cost.seconds / self.forward_seconds, cost.partial
+            )
             for name, cost in self.lab.meter.costs.items()
             if name != "other"
         }

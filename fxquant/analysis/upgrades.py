@@ -75,3 +75,18 @@ def order_upgrades(steps: Mapping[str, Sequence[Rung]]) -> tuple[tuple[str, str]
             least = min(least, _gain(below, above))
             keyed.append((-least, index, path, above.choice))
     return tuple((path, choice) for _, _, path, choice in sorted(keyed, key=lambda k: k[:2]))
+
+
+@dataclass(frozen=True)
+class States:
+    """The assignment after each number of upgrades."""
+
+    start: dict[str, str]
+    upgrades: tuple[tuple[str, str], ...]
+
+    @property
+    def total(self) -> int:
+        return len(self.upgrades)
+
+    def at(self, count: int) -> dict[str, str]:
+        return {**self.start, **dict(self.upgrades[:count])}
