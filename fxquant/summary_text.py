@@ -85,7 +85,10 @@ def _header(summary: Summary) -> str:
         ("bytes after", f"{_bytes(summary.bytes_after)}{saved}"),
         ("bits per weight", "-" if bits != bits else f"{bits:.2f} in the blocks' linears"),
     ]
-    return "\n".join(f"{name:<17}{value}" for name, value in rows)
+    return "\n".join(
+        textwrap.fill(f"{name:<17}{value}", WIDTH, subsequent_indent=" " * 17)
+        for name, value in rows
+    )
 
 
 def _bytes(found: Bytes) -> str:

@@ -59,7 +59,7 @@ class Awq(Repair):
     scale: bool = True
     clip: bool = True
     tokens: int = 512
-    balanced: bool = True
+    balanced: bool = False
 
     def __post_init__(self) -> None:
         if not all(isinstance(flag, bool) for flag in (self.scale, self.clip, self.balanced)):

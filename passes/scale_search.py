@@ -83,8 +83,8 @@ class ScaleSearch:
     Args:
         tokens: about how many calibration tokens to use; whole batches, at least one.
         balanced: a token whose output is larger than the median token's counts relative to it.
-            Plain sums of squares are those of the few tokens with massive activations, and the
-            scale that suits them ruins all others.
+            Plain sums of squares, as in AWQ's code, are mostly those of the few tokens with massive
+            activations; on SmolLM2 at 3 bits they choose the better scales all the same.
 
     Raises CalibrationError for unusable batches and where there is no token.
     """
