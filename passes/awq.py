@@ -48,8 +48,8 @@ class Awq(Repair):
     function stays, and a later gptq starts from these ranges.
 
     Options: ``scale``, ``clip``: which of the two to do. ``tokens``: of calibration that the
-    search for scales uses; clipping uses all. ``balanced``: see ScaleSearch; false is the paper's
-    plain sum of squares.
+    search for scales uses; clipping uses all. ``balanced``: see ScaleSearch; false, the
+    default, is the paper's plain sum of squares.
     """
 
     name = "awq"
