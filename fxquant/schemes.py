@@ -1,6 +1,6 @@
 """Scheme: what to do at the sites of a model, as a frozen dataclass, as text and as JSON.
 
-    scheme = ("fp" | "fp32-gemm" | weight ["/" activation]) {"+" pass}
+    scheme = ("fp" | "fp32-gemm" | name | weight ["/" activation]) {"+" pass}
 
 docs/schemes.md has the whole grammar; ``Scheme.parse`` and ``str`` are inverse to each other.
 """
@@ -15,7 +15,15 @@ from typing import Literal
 
 from fxquant.errors import SchemeError
 from fxquant.specs import FLOAT, SiteSpec
-from fxquant.spelling import Options, Scanner, scan_repair, scan_site, spell_repair, spell_site
+from fxquant.spelling import (
+    Options,
+    Scanner,
+    expand_alias,
+    scan_repair,
+    scan_site,
+    spell_repair,
+    spell_site,
+)
 
 Role = Literal["linear", "head", "embeddings", "matmul"]
 ROLES: tuple[Role, ...] = ("linear", "head", "embeddings", "matmul")
@@ -69,7 +77,7 @@ class Scheme:
         text = text.strip()
         if text.startswith("{"):
             return cls.from_json(text)
-        scanner = Scanner(text)
+        scanner = Scanner(expand_alias(text))
         fp32_gemm = scanner.accept("fp32-gemm")
         spec = FLOAT if fp32_gemm or scanner.accept("fp") else scan_site(scanner)
         repairs = []

@@ -17,8 +17,7 @@ from fxquant.records import Delta, NodeText, Tag
 
 def describe(gm: GraphModule) -> list[NodeText]:
     """Every node of the graph in words, in the order of evaluation."""
-    kinds = _kinds(gm)
-    return [_in_words(state, kinds) for state in _states(gm)]
+    return [_in_words(state) for state in _states(gm)]
 
 
 def undo(after: Sequence[NodeText], delta: Delta) -> list[NodeText]:
@@ -44,13 +43,15 @@ class _State:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     tag: Tag
+    kind: str
 
     def same_as(self, other: _State) -> bool:
         return (self.args is other.args or self.args == other.args) and (
             self.target,
             self.kwargs,
             self.tag,
-        ) == (other.target, other.kwargs, other.tag)
+            self.kind,
+        ) == (other.target, other.kwargs, other.tag, other.kind)
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,12 @@ class Snapshot:
     """A graph at one moment: references to its nodes' fields, weak ones to its tensors."""
 
     states: tuple[_State, ...]
-    kinds: dict[str, str]
     leaves: dict[str, tuple[weakref.ref[Any], ...]]
 
     @classmethod
     def take(cls, gm: GraphModule) -> Snapshot:
         states = tuple(_states(gm))
-        return cls(states, _kinds(gm), _leaves(gm, states))
+        return cls(states, _leaves(gm, states))
 
     def nodes(self) -> set[Node]:
         return {state.node for state in self.states}
@@ -85,7 +85,7 @@ class Snapshot:
             if path in before.leaves and not _same_objects(refs, before.leaves[path])
         )
         delta = Delta(
-            before=tuple((i, _in_words(s, before.kinds)) for i, s in gone),
+            before=tuple((i, _in_words(s)) for i, s in gone),
             after=tuple(i for i, _ in came),
             size=len(self.states),
             leaves=leaves,
@@ -96,15 +96,12 @@ class Snapshot:
 
 
 def _states(gm: GraphModule) -> list[_State]:
-    return [_State(n, n.target, n.args, n.kwargs, tag(n)) for n in gm.graph.nodes]
+    return [_State(n, n.target, n.args, n.kwargs, tag(n), _kind(gm, n)) for n in gm.graph.nodes]
 
 
-def _kinds(gm: GraphModule) -> dict[str, str]:
-    return {
-        str(node.target): type(gm.get_submodule(str(node.target))).__name__
-        for node in gm.graph.nodes
-        if node.op == "call_module"
-    }
+def _kind(gm: GraphModule, node: Node) -> str:
+    """The class of the module that a node calls, else nothing."""
+    return type(gm.get_submodule(str(node.target))).__name__ if node.op == "call_module" else ""
 
 
 def _leaves(gm: GraphModule, states: Sequence[_State]) -> dict[str, tuple[weakref.ref[Any], ...]]:
@@ -152,13 +149,13 @@ def _same_order(before: Sequence[Node], kept: Sequence[Node]) -> set[Node]:
     return result
 
 
-def _in_words(state: _State, kinds: dict[str, str]) -> NodeText:
+def _in_words(state: _State) -> NodeText:
     node, op = state.node, state.node.op
     return NodeText(
         name=node.name,
         op=op,
         target=_function(state.target) if op == "call_function" else str(state.target),
-        kind=kinds.get(str(state.target), "") if op == "call_module" else "",
+        kind=state.kind,
         args=tuple(_operand(value) for value in state.args),
         kwargs=tuple((key, _operand(value)) for key, value in state.kwargs.items()),
         tag=state.tag,

@@ -35,6 +35,16 @@ EXAMPLES = (
 )
 
 
+# Named recipes and what they stand for; printing a scheme shows the latter.
+ALIASES = {"w8a8-static-best": "w8a8-static:absmax+smooth(alpha=0.7,where=all)"}
+
+
+def expand_alias(text: str) -> str:
+    """The text with a name of ALIASES in front replaced by what it stands for."""
+    name, plus, rest = text.partition("+")
+    return ALIASES.get(name.strip(), name) + plus + rest
+
+
 class Scanner:
     """A position in a scheme's text. ``fail`` raises SchemeError with a caret under it."""
 

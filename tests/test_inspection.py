@@ -58,6 +58,34 @@ def test_what_each_pass_changes(name: str, kind: str, golden: Golden) -> None:
     assert fxquant.inspect(converted(kind, "w8a8-static")).diff(name) == golden
 
 
+REPAIRED = {
+    "smooth": "w8a8-static+smooth",
+    "awq": "w4-g8-asym+awq",
+    "equalize": "w4-tensor+equalize",
+    "clip": "w3+clip",
+    "gptq": "w4-g8+gptq",
+    "refine": "w4-g8+gptq+refine",
+    "rotate": "w4+rotate",
+    "split_outliers": "w8a8-static+split_outliers(threshold=2.5)",
+    "correct_bias": "w3+correct_bias",
+    "attn8": "w8a8-static+attn8",
+    "kv4": "w8+kv4",
+}
+
+
+@pytest.mark.parametrize("kind", BUILD)
+@pytest.mark.parametrize("name", REPAIRED)
+def test_what_each_repair_changes(name: str, kind: str, golden: Golden) -> None:
+    assert fxquant.inspect(converted(kind, REPAIRED[name])).diff(name) == golden
+
+
+def test_the_class_of_a_layer_is_part_of_its_past() -> None:
+    found = fxquant.inspect(converted("opt", "w8/a8-static+clip"))
+    assert "CodedLinear" not in found.diff("name_sites")
+    assert "CodedLinear" in found.diff("clip")
+    assert "CodedLinear" in found.diff("quantize")
+
+
 def test_what_fp32_gemm_changes(golden: Golden) -> None:
     assert fxquant.inspect(converted("opt", "fp32-gemm")).diff("fp32_gemm") == golden
 

@@ -20,7 +20,7 @@ from fxquant.specs import (
     SiteSpec,
     TensorSpec,
 )
-from fxquant.spelling import EXAMPLES, Options, spell_site
+from fxquant.spelling import ALIASES, EXAMPLES, Options, spell_site
 
 CHANNEL8 = TensorSpec(8)
 TENSOR8 = TensorSpec(8, granularity="tensor")
@@ -503,3 +503,12 @@ def test_qrange(bits: int) -> None:
     top = 2 ** (bits - 1) - 1
     assert TensorSpec(bits).qrange == (-top, top)
     assert TensorSpec(bits, symmetric=False).qrange == (-top - 1, top)
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_a_named_scheme_prints_what_it_stands_for(name: str) -> None:
+    assert str(Scheme.parse(name)) == ALIASES[name]
+    assert str(Scheme.parse(f"{name}+correct_bias")) == f"{ALIASES[name]}+correct_bias"
+    assert Scheme.parse(json.dumps({"scheme": name, "overrides": {"head": "w8"}})).repairs
+    with pytest.raises(SchemeError):
+        Scheme.parse(f"{name}r")
