@@ -1,6 +1,6 @@
 """Scheme: what to do at the sites of a model, as a frozen dataclass, as text and as JSON.
 
-    scheme = ("fp" | "fp32-gemm" | name | weight ["/" activation]) {"+" pass}
+    scheme = ("fp" | "fp32-gemm" | alias | weight ["/" activation]) {"+" pass}
 
 docs/schemes.md has the whole grammar; ``Scheme.parse`` and ``str`` are inverse to each other.
 """
