@@ -214,9 +214,9 @@ class _Planner:
                     )
         best = min(verified, key=lambda count: verified[count])
         raise BudgetError(
-            f"no plan from {', '.join(self.specs)} keeps the budget of {self.budget:+.4f}: the "
-            f"best that was measured, {_spelled(self._counts(states.at(best)))}, still moves the "
-            f"loss by {verified[best]:+.4f}; allow more, or add a better choice such as 'fp'"
+            f"no plan keeps the budget of {self.budget:+.4f} with {', '.join(self.specs)}: "
+            f"the best that was measured, {_spelled(self._counts(states.at(best)))}, still moves "
+            f"the loss by {verified[best]:+.4f}; allow more, or add a better choice such as 'fp'"
         )
 
     def _effects(self) -> dict[str, dict[str, float]]:
