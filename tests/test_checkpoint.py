@@ -160,7 +160,7 @@ def test_tied_tensors_are_written_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheme", ["w8a8-dynamic-token", "w4-g128-asym"])
 def test_size_on_disk_is_that_of_the_tensors(scheme: str, tmp_path: Path) -> None:
     """Tensors and graph, that is: the model's own config and tokenizer come on top."""
-    model = llama(hidden_size=768, intermediate_size=2048, vocab_size=512)
+    model = llama(hidden_size=1024, intermediate_size=2816, vocab_size=512, num_hidden_layers=1)
     qmodel = fxquant.convert(model, scheme)
     _, tokenizer = small_opt()
     fxquant.save(qmodel, tmp_path / "saved", tokenizer)

@@ -29,7 +29,7 @@ from tests.architectures import ARCHITECTURES, opt, padding_mask, token_ids
 from tests.models import SMALL_OPT
 
 INPUTS = {"input_ids": token_ids(3, 14), "attention_mask": padding_mask(3, 14, "both")}
-SCHEMES = ("fp32-gemm", "w8a8-dynamic", "w4-g16/a8-static-asym:absmax")
+SCHEMES = ("fp32-gemm", "w8", "w8a8-dynamic", "w4-g16/a8-static-asym:absmax")
 USUAL = ("opt", "gpt2", "gemma3", "bloom")
 REPAIRED = ("w4-g16+gptq", "w4/a8-dynamic+awq", "w4+equalize+clip+refine")
 
@@ -83,7 +83,7 @@ def in_memory(directory: Path) -> GraphModule:
 @pytest.mark.parametrize(
     ("scheme", "spill"),
     [
-        *((s, True) for s in ("w8", "w8a8-static", *REPAIRED)),
+        *((s, True) for s in ("w8a8-static", *REPAIRED)),
         ("w8a8-static", False),
         *(pytest.param(s, True, marks=pytest.mark.slow) for s in SCHEMES),
         pytest.param("w8", False, marks=pytest.mark.slow),
