@@ -1,7 +1,8 @@
 """The table of all repairs in docs/repairs.md: measured, then written from what the run leaves.
 
-    python -m benchmarks.repairs_table            measure what is missing, then write the page
-    python -m benchmarks.repairs_table --render   write the page from the data that is there
+    python -m benchmarks.repairs_table              measure what is missing, then write the page
+    python -m benchmarks.repairs_table --render     write the page from the data that is there
+    python -m benchmarks.repairs_table --base w4    measure only what repairs w4
 
 The data are benchmarks/repairs_table.json; a run that is interrupted goes on from it.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ import fxquant
 from fxquant.analysis.explanation import explain
 from fxquant.errors import FxquantError
 from fxquant.evaluation.converter import Converter, measure
-from fxquant.evaluation.data import Windows, cut_windows, load_text
+from fxquant.evaluation.data import Source, Windows, cut_windows, load_text
 from fxquant.evaluation.models import load_model, versions
 from fxquant.evaluation.outliers import OutlierPlan, plant_outliers
 from fxquant.evaluation.statistics import WindowSums
@@ -63,21 +65,18 @@ STATIC = Family(
         "smooth(alpha=0.5)",
         "smooth(alpha=0.7,where=all)",
         "smooth(alpha=auto,where=all)",
-        "equalize",
         "rotate",
         "split_outliers",
-        "correct_bias",
         "smooth(alpha=0.7,where=all)+correct_bias",
         "rotate+smooth(alpha=0.7,where=all)",
     ),
     explained=("", "smooth(alpha=0.5)", "smooth(alpha=0.7,where=all)", "rotate", "split_outliers"),
 )
-FOUR_BITS = Family("w4", ("clip", "correct_bias", "gptq", "gptq+refine", "gptq(order=static)"))
-THREE_BITS = Family(
-    "w3-g128-asym", ("clip", "awq", "gptq", "gptq+refine", "awq+gptq", "awq+gptq+refine")
-)
-ATTENTION = Family("w8a8-dynamic-token", ("attn8", "kv8", "kv4", "rotate+kv4"))
-FAMILIES = (STATIC, FOUR_BITS, THREE_BITS, ATTENTION)
+FOUR_BITS = Family("w4", ("clip", "gptq", "gptq+refine", "gptq(order=static)"))
+THREE_BITS = Family("w3-g128-asym", ("awq", "gptq", "gptq+refine", "awq+gptq"))
+PER_TENSOR = Family("w4-tensor", ("equalize", "correct_bias"))
+ATTENTION = Family("w8a8-dynamic-token", ("attn8", "kv4"))
+FAMILIES = (STATIC, FOUR_BITS, THREE_BITS, PER_TENSOR, ATTENTION)
 
 SUBJECTS = (
     Subject(
@@ -97,10 +96,15 @@ def spelled(base: str, repair: str) -> str:
     return f"{base}+{repair}" if repair else base
 
 
-def measure_all() -> None:
-    """Measure every row that DATA does not have; it is written after each."""
-    text = load_text("builtin")
-    data = json.loads(DATA.read_text()) if DATA.exists() else {"rows": {}}
+def read_data() -> dict[str, Any]:
+    """What was measured so far."""
+    data: dict[str, Any] = json.loads(DATA.read_text()) if DATA.exists() else {"rows": {}}
+    return data
+
+
+def keep(subject: Subject, text: Source, scheme: str, row: dict[str, Any]) -> None:
+    """Add a row to DATA as it is now: families may be measured by processes of their own."""
+    data = read_data()
     data.update(
         text=text.name,
         text_hash=text.digest,
@@ -108,8 +112,17 @@ def measure_all() -> None:
         threads=torch.get_num_threads(),
         seed=0,
     )
+    data["rows"].setdefault(subject.name, {})[scheme] = row
+    partial = DATA.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(data, indent=1) + "\n")
+    partial.replace(DATA)
+    print(subject.name, scheme, row, flush=True)
+
+
+def measure_all(base: str | None) -> None:
+    """Measure every row that DATA does not have; it is written after each."""
+    text = load_text("builtin")
     for subject in SUBJECTS:
-        rows = data["rows"].setdefault(subject.name, {})
         loaded = load_model(str(ROOT / subject.model) if subject.planted else subject.model)
         model = loaded.model
         if subject.planted is not None:
@@ -126,13 +139,12 @@ def measure_all() -> None:
         converter = Converter(graph, windows.calibration)
         reference = measure(converter, Scheme(), windows, 1, None).sums
         for family in subject.families:
-            for repair in ("", *family.repairs):
+            for repair in ("", *family.repairs) if base in (None, family.base) else ():
                 scheme = spelled(family.base, repair)
-                if scheme not in rows:
+                if scheme not in read_data()["rows"].get(subject.name, {}):
                     apart = repair in family.explained
-                    rows[scheme] = _row(converter, scheme, windows, reference, apart)
-                    DATA.write_text(json.dumps(data, indent=1) + "\n")
-                    print(subject.name, scheme, rows[scheme], flush=True)
+                    row = _row(converter, scheme, windows, reference, apart)
+                    keep(subject, text, scheme, row)
 
 
 def _row(
@@ -207,7 +219,7 @@ def _line(scheme: str, rows: dict[str, Any], without: float) -> tuple[str, ...]:
 
 def render() -> None:
     """Write the tables between the marks of the page."""
-    data = json.loads(DATA.read_text())
+    data = read_data()
     page = PAGE.read_text()
     before, rest = page.split(BEGIN)
     _, after = rest.split(END)
@@ -224,9 +236,12 @@ def render() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--render", action="store_true", help="write the page, measure nothing")
-    if not parser.parse_args().render:
-        measure_all()
-    render()
+    parser.add_argument("--base", help="measure only the repairs of this scheme, write no page")
+    options = parser.parse_args()
+    if not options.render:
+        measure_all(options.base)
+    if options.base is None:
+        render()
 
 
 if __name__ == "__main__":
