@@ -107,7 +107,7 @@ class Names:
 
     def site(self, path: str) -> str:
         """``q_proj``: the end of the path where that is one site of the listed block, or of all."""
-        return self._short.get(path, path)
+        return self._short.get(path, path.removeprefix(f"{self._block}.") if self._block else path)
 
     def local(self, node: NodeText) -> str:
         """The node's name inside its site, "" for the module call at the site's own path."""

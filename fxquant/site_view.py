@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -12,7 +13,7 @@ from torch.fx import GraphModule
 from fxquant.graph import QuantizedParameters, Site, info
 from fxquant.history import History
 from fxquant.operators import unpack_int4
-from fxquant.printer import HEAD, Section, lay_out, row
+from fxquant.printer import HEAD, WIDTH, Section, lay_out, row
 from fxquant.records import NodeText, SiteRecord
 from fxquant.schemes import Scheme
 from fxquant.shapes import UNKNOWN, Value
@@ -71,10 +72,11 @@ def _provenance(own: Sequence[NodeText], history: History) -> list[str]:
     def called(nodes: Iterable[NodeText]) -> str:
         return ", ".join(names.local(node) or node.target for node in nodes)
 
-    return [
+    lines = (
         f"{origin}: {called(sources)} -> {called(made)}" if sources else f"{origin}: {called(made)}"
         for (_, origin, sources), made in sorted(steps.items(), key=lambda step: step[0][0])
-    ]
+    )
+    return [textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in lines]
 
 
 def _weight_scales(module: QuantizedParameters, record: SiteRecord | None) -> str:

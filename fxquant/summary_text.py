@@ -35,12 +35,10 @@ def render(summary: Summary, *, markdown: bool = False) -> str:
         parts += [title.format("History"), table]
     if summary.sites:
         prefix = _common(row.path for row in summary.sites if row.site.role in BLOCK_ROLES)
-        table = tabulate(
-            [_cells(row, prefix) for row in summary.sites],
-            headers=["site", "shape", "weight", "input", "scale", "range", "clipped", "SQNR"],
-            tablefmt=style,
-            disable_numparse=True,
-        )
+        cells = [_cells(row, prefix) for row in summary.sites]
+        table = _sites_table(cells, style)
+        if not markdown and max(map(len, table.splitlines())) > WIDTH:
+            table = _sites_table(cells, style, _NARROW)
         below = f" (below {prefix})" if prefix else ""
         parts += [title.format(f"Sites{below}"), table, _LEGEND]
     if summary.left_in_float:
@@ -50,6 +48,20 @@ def render(summary: Summary, *, markdown: bool = False) -> str:
         lines = [f"- {note.origin}: {note.site}: {note.text}" for note in summary.notes]
         parts += [title.format("Notes"), _wrapped(lines)]
     return "\n\n".join(parts) if markdown else _spaced(parts)
+
+
+# Columns of the sites table where its cells have to wrap: together WIDTH with the gaps.
+_NARROW = (20, 7, 10, 10, 11, 10, 7, 9)
+
+
+def _sites_table(cells: Sequence[Sequence[str]], style: str, widths: Sequence[int] = ()) -> str:
+    return tabulate(
+        cells,
+        headers=["site", "shape", "weight", "input", "scale", "range", "clipped", "SQNR"],
+        tablefmt=style,
+        disable_numparse=True,
+        maxcolwidths=list(widths) or None,
+    )
 
 
 _LEGEND = (

@@ -80,7 +80,7 @@ def test_what_each_repair_changes(name: str, kind: str, golden: Golden) -> None:
 
 
 def test_the_class_of_a_layer_is_part_of_its_past() -> None:
-    found = fxquant.inspect(converted("opt", "w8/a8-static+clip"))
+    found = fxquant.inspect(converted("opt", "w4/a8-static+clip"))
     assert "CodedLinear" not in found.diff("name_sites")
     assert "CodedLinear" in found.diff("clip")
     assert "CodedLinear" in found.diff("quantize")
