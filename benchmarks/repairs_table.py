@@ -186,17 +186,21 @@ def _taken_apart(graph: GraphModule, scheme: str, windows: Windows) -> dict[str,
 
 def table(subject: Subject, data: dict[str, Any]) -> str:
     """The subject's rows, each beside the scheme that it repairs."""
-    rows = data["rows"][subject.name]
-    lines = []
+    rows = data["rows"].get(subject.name, {})
+    lines: list[tuple[str, ...]] = []
+    missing: list[str] = []
     for family in subject.families:
-        without = rows[family.base]["delta_loss"]
-        for repair in ("", *family.repairs):
-            lines.append(_line(spelled(family.base, repair), rows, without))
+        schemes = [spelled(family.base, repair) for repair in ("", *family.repairs)]
+        without = rows.get(family.base, {}).get("delta_loss", float("nan"))
+        lines += [_line(scheme, rows, without) for scheme in schemes if scheme in rows]
+        missing += [scheme for scheme in schemes if scheme not in rows]
     head = ("scheme", "Δloss ± s.e.", "of without", "bits", "convert s", *CAUSES, "worst kind")
     setting = (
         f"**{subject.name}**: {subject.windows} windows of {subject.length} tokens of "
         f"{data['text']}, calibrated on {subject.calibration} others."
     )
+    if missing:
+        setting += f" Not measured yet: {', '.join(f'`{scheme}`' for scheme in missing)}."
     return f"{setting}\n\n{tabulate(lines, head, tablefmt='github', disable_numparse=True)}"
 
 
