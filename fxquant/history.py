@@ -92,12 +92,11 @@ class History:
         return found
 
 
-def diff(history: History, name: str, live: Mapping[str, Value]) -> str:
-    """What a pass changed: a unified diff of the listing before and after it, block by block.
+def diff(history: History, index: int, live: Mapping[str, Value]) -> str:
+    """What the pass at ``index`` changed: a unified diff of the listing, block by block.
 
     Blocks that changed alike are shown once.
     """
-    index = history.index(name)
     record, values = history.records[index], history.past_values(live)
     sides = [{s.title: s for s in history.sections(state)} for state in (index, index + 1)]
     shown: dict[str, tuple[list[str], list[str]]] = {}

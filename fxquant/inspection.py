@@ -69,8 +69,7 @@ class Inspection:
 
         Raises InspectionError listing the passes that ran.
         """
-        self._history.index(pass_name)
-        return diff(self._history, pass_name, self._values)
+        return diff(self._history, self._history.index(pass_name), self._values)
 
     def site(self, path: str) -> str:
         """One site: its nodes, provenance, scales, histograms.
@@ -99,9 +98,9 @@ class Inspection:
     def to_dict(self) -> dict[str, Any]:
         """The summary with every site and each pass's diff, as JSON has it: no NaN, no tuples."""
         data = asdict(summarize(self._gm, fold=False))
-        for record in data["history"]:
+        for index, record in enumerate(data["history"]):
             del record["delta"]
-            record["diff"] = self.diff(record["name"])
+            record["diff"] = diff(self._history, index, self._values)
         plain: dict[str, Any] = _plain(data)
         return plain
 

@@ -515,3 +515,12 @@ def test_codes_are_where_the_listing_says() -> None:
     assert module.get_buffer("weight").dtype == torch.int8
     listing = fxquant.inspect(gm).layer(0)
     assert re.search(r"^fc1 +weight +codes .* int8 +\[64, 32\]$", listing, re.MULTILINE)
+
+
+def test_a_pass_that_ran_twice_has_two_diffs() -> None:
+    found = two_layers("w8a8-dynamic+smooth+smooth(alpha=0.9)")
+    diffs = [r["diff"] for r in found.to_dict()["history"] if r["name"] == "smooth"]
+    assert [text.splitlines()[0].partition(",")[0] for text in diffs] == [
+        "--- before smooth(alpha=0.5",
+        "--- before smooth(alpha=0.9",
+    ]
