@@ -13,9 +13,8 @@ from fxquant.errors import ModelError
 from fxquant.evaluation.data import Source
 from fxquant.evaluation.job import Job
 from fxquant.evaluation.models import (
-    PACKAGE_PREFIX,
     file_hash,
-    package_model,
+    model_directory,
     versions,
     weights_hash,
 )
@@ -34,12 +33,7 @@ class Identity:
 
 def identify_model(name: str, revision: str | None = None) -> Identity:
     """Find a model and what identifies it, without loading weights. Raises ModelError."""
-    if name.startswith(PACKAGE_PREFIX):
-        directory = package_model(name.removeprefix(PACKAGE_PREFIX))
-    else:
-        directory = Path(name)
-        if not directory.exists() and name.startswith((".", "/", "~")):
-            raise ModelError(f"no model directory {name}")
+    directory = model_directory(name)
     source = str(directory) if directory.is_dir() else name
     try:
         config = AutoConfig.from_pretrained(source, revision=revision)

@@ -52,6 +52,19 @@ class LoadedModel:
         return self.model if isinstance(self.model, GraphModule) else trace(self.model)
 
 
+def model_directory(name: str) -> Path:
+    """Where a model's files are; a path that does not exist for a hub name.
+
+    Raises ModelError for a package without a model and for a directory that is not there.
+    """
+    if name.startswith(PACKAGE_PREFIX):
+        return package_model(name.removeprefix(PACKAGE_PREFIX))
+    directory = Path(name)
+    if not directory.exists() and name.startswith((".", "/", "~")):
+        raise ModelError(f"no model directory {name}")
+    return directory
+
+
 def load_model(
     name: str,
     *,
@@ -69,12 +82,7 @@ def load_model(
     check_device(device)
     if is_checkpoint(Path(name)):
         return _load_saved(Path(name), dtype, device, streamed)
-    if name.startswith(PACKAGE_PREFIX):
-        directory = package_model(name.removeprefix(PACKAGE_PREFIX))
-    else:
-        directory = Path(name)
-        if not directory.exists() and name.startswith((".", "/", "~")):
-            raise ModelError(f"no model directory {name}")
+    directory = model_directory(name)
     source = str(directory) if directory.exists() else name
     torch_dtype = resolve_dtype(dtype, device)
     if streamed:

@@ -24,19 +24,15 @@ from fxquant.graph import (
 from fxquant.levels import OPS
 from fxquant.observers import HistogramObserver
 from fxquant.passes.static_input import static_input
+from fxquant.scale_paths import SOFTMAX, op_name
 from fxquant.schemes import Scheme, matches
 from fxquant.specs import ActivationSpec, TensorSpec
 from fxquant.spelling import spell_activation
 
-_SOFTMAX = ("softmax", "_safe_softmax.default", "_safe_softmax")
 _THROUGH = (
     *("add", "mul", "truediv", "div", "where", "masked_fill", "hide", "to", "float", "type_as"),
     *("tanh", "getitem", "dropout", "contiguous", "softmax", "_safe_softmax.default"),
 )
-
-
-def name_of(node: Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,7 @@ class Product:
 def attention_products(gm: GraphModule) -> Iterator[Product]:
     """Every attention that is written out: a softmax between two matmuls, inside a block."""
     for node in gm.graph.nodes:
-        if name_of(node) in _SOFTMAX:
+        if op_name(node) in SOFTMAX:
             scores, output = _backward(node), _forward(node)
             path = None if output is None else attention_path(gm, output)
             if scores is not None and output is not None and path is not None:
@@ -60,12 +56,12 @@ def attention_products(gm: GraphModule) -> Iterator[Product]:
 
 
 def _is_matmul(node: Node) -> bool:
-    return node.op in ("call_function", "call_method") and name_of(node) == "matmul"
+    return node.op in ("call_function", "call_method") and op_name(node) == "matmul"
 
 
 def _backward(node: Node) -> Node | None:
-    while name_of(node) in _THROUGH:
-        source = node.args[1 if name_of(node) == "where" else 0]
+    while op_name(node) in _THROUGH:
+        source = node.args[1 if op_name(node) == "where" else 0]
         if not isinstance(source, Node):
             return None
         node = source
@@ -76,7 +72,7 @@ def _forward(node: Node) -> Node | None:
     for user in node.users:
         if _is_matmul(user) and user.args[0] is node:
             return user
-        found = _forward(user) if name_of(user) in _THROUGH else None
+        found = _forward(user) if op_name(user) in _THROUGH else None
         if found is not None:
             return found
     return None

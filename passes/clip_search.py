@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from fxquant.observers import Observer
-from fxquant.passes.weight_codes import WeightCodes, round_to_nearest
+from fxquant.passes.weight_codes import WeightCodes, range_qparams, round_to_nearest
 from fxquant.quantization import (
-    activation_qparams_from_range,
-    calc_qparams_symmetric,
     dequantize,
     encode,
     group_count,
@@ -59,20 +57,12 @@ def clipped_codes(weight: Tensor, spec: TensorSpec, gram: Tensor) -> WeightCodes
     best, scale, zero_point = torch.full_like(largest, torch.inf), largest, torch.zeros(())
     for shrink in SHRINKS:
         limit = largest * shrink
-        s, z = _grid(torch.maximum(low, -limit), torch.minimum(high, limit), spec)
+        s, z = range_qparams(torch.maximum(low, -limit), torch.minimum(high, limit), spec)
         error = _output_error(grouped, s, z, spec, gram)
         better = error < best
         best = torch.where(better, error, best)
         scale, zero_point = torch.where(better, s, scale), torch.where(better, z, zero_point)
     return round_to_nearest(weight, spec, scale, zero_point.to(torch.int32))
-
-
-def _grid(low: Tensor, high: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
-    qmin, qmax = spec.qrange
-    if spec.symmetric:
-        scale = calc_qparams_symmetric(torch.maximum(-low, high), qmax, ())
-        return scale, torch.zeros_like(scale, dtype=torch.int32)
-    return activation_qparams_from_range(low, high, qmin, qmax)
 
 
 def _output_error(

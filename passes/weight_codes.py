@@ -106,7 +106,7 @@ def _search(weights: Tensor, factors: Tensor, spec: TensorSpec) -> tuple[Tensor,
     low, high = weights.amin(-1), weights.amax(-1)
     best: tuple[Tensor, Tensor, Tensor] | None = None
     for shrink in SHRINKS:
-        scale, zero_point = _grid(low * shrink, high * shrink, spec)
+        scale, zero_point = range_qparams(low * shrink, high * shrink, spec)
         error = _weighted_error(weights, factors, scale, zero_point, spec)
         if best is None:
             best = error, scale, zero_point
@@ -118,7 +118,8 @@ def _search(weights: Tensor, factors: Tensor, spec: TensorSpec) -> tuple[Tensor,
     return best[1], best[2]
 
 
-def _grid(low: Tensor, high: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
+def range_qparams(low: Tensor, high: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each range [low, high] of a weight, in the ranges' shape."""
     qmin, qmax = spec.qrange
     if spec.symmetric:
         scale = calc_qparams_symmetric(torch.maximum(-low, high), qmax, ())

@@ -120,7 +120,6 @@ def test_hessians_are_of_what_quantized_earlier_layers_produce() -> None:
         if later[-1] is node:
             for other in (n for n in later):
                 _install_dequantized(plain, coded, str(other.target))
-    assert torch.allclose(x, x.T)
 
 
 def _install_dequantized(plain: GraphModule, coded: GraphModule, path: str) -> None:

@@ -65,7 +65,6 @@ def test_attn8_makes_sites_that_lose_little(name: str, scheme: str) -> None:
     assert len(sums) == 4
     expected, found = logits(fxquant.convert(model, "fp")), logits(coded)
     error = (found - expected).norm() / expected.norm()
-    assert error != (logits(plain) - expected).norm() / expected.norm()
     assert error < 0.2
 
 

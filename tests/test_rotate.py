@@ -130,12 +130,14 @@ def test_an_outlier_channel_is_spread() -> None:
 
 
 @pytest.mark.parametrize("scheme", ["w4a8-dynamic-token", "w8a8-static", "w4-g16-asym"])
-def test_it_lowers_like_any_other_graph(scheme: str) -> None:
+def test_its_codes_are_no_worse(scheme: str) -> None:
+    """A wrong lowering would leave an error of the logits' own size; plain codes leave 1 to 18%."""
     data = [token_ids(4, 16)]
-    graph = fxquant.convert(llama(), f"{scheme}+rotate", calibration=data)
-    assert bool(torch.isfinite(logits(graph)).all())
-    combined = fxquant.convert(opt(), f"{scheme}+rotate+gptq", calibration=data)
-    assert bool(torch.isfinite(logits(combined)).all())
+    for build, repairs in ((llama, "rotate"), (opt, "rotate+gptq")):
+        expected = logits(fxquant.convert(build(), "fp"))
+        plain = logits(fxquant.convert(build(), scheme, calibration=data))
+        found = logits(fxquant.convert(build(), f"{scheme}+{repairs}", calibration=data))
+        assert (found - expected).norm() < 1.2 * (plain - expected).norm()
 
 
 def test_codes_come_after_rotation() -> None:
