@@ -1,16 +1,24 @@
-"""Seconds of gptq over SmolLM2, against the reference class in a plain layer loop.
+"""Seconds of gptq over SmolLM2, against the reference class in its layer loops.
 
-    python -m benchmarks.gptq_cost [--quick] [--ours-only]
+    python -m benchmarks.gptq_cost [--quick]
 
-Reference: IST-DASLab's gptq.py as opt.py drives it (hooks collect each linear's Hessian over one
-forward of the block, then each linear is solved, then the block runs once more). Ours:
-``convert(model, "w4-g128-asym+gptq", level="float")`` on the same windows. ``--quick`` takes 2
-calibration windows and 4 blocks. Writes benchmarks/gptq_cost.json. Measure alone.
+The reference is IST-DASLab's gptq.py, driven in two ways. "block", as opt.py does: hooks collect
+every linear's Hessian over one forward of the block, all are solved, the block runs once more: two
+forwards. "layer", as llama.py does with --true-sequential: q, k and v, then o, then gate and up,
+then down see what was quantized before them in their own block: five forwards.
+
+Ours is ``convert(model, scheme, level="float")`` on the same windows: ``gptq(within=block,
+grid=minmax)`` computes what "block" does, ``gptq``, the default, what "layer" does, and searches
+its grids besides. ``--quick`` takes 2 calibration windows and 4 blocks. Writes
+benchmarks/gptq_cost.json. Measure alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
+import functools
 import json
 import platform
 import time
@@ -26,7 +34,10 @@ from benchmarks.memory import MODEL
 from fxquant.evaluation.data import cut_windows, load_text
 from fxquant.evaluation.models import load_model, versions
 
-SCHEME = "w4-g128-asym+gptq"
+SCHEMES = {
+    "block": "w4-g128-asym+gptq(within=block,grid=minmax)",
+    "layer": "w4-g128-asym+gptq",
+}
 LENGTH = 512
 
 
@@ -77,9 +88,8 @@ class ReferenceGptq:
         self.layer.weight.data = result
 
 
-@torch.no_grad()
-def reference(model: Any, windows: Tensor, blocks: int) -> None:
-    """The plain layer loop over the first ``blocks`` decoder blocks."""
+def catch_inputs(model: Any, windows: Tensor) -> list[tuple[Tensor, dict[str, Any]]]:
+    """What each window hands to the first block."""
     caught: list[tuple[Tensor, dict[str, Any]]] = []
 
     class Stop(Exception):
@@ -89,36 +99,53 @@ def reference(model: Any, windows: Tensor, blocks: int) -> None:
         caught.append((args[0], kwargs))
         raise Stop
 
-    layers = model.model.layers
-    handle = layers[0].register_forward_pre_hook(catch, with_kwargs=True)
+    handle = model.model.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
     for ids in windows.split(1):
-        try:
+        with contextlib.suppress(Stop):
             model(input_ids=ids, use_cache=False)
-        except Stop:
-            continue
     handle.remove()
+    return caught
+
+
+def subsets(layer: Any, within: str) -> list[list[nn.Linear]]:
+    """The linears that are solved after one forward."""
+    attention, mlp = layer.self_attn, layer.mlp
+    found = [
+        [attention.q_proj, attention.k_proj, attention.v_proj],
+        [attention.o_proj],
+        [mlp.gate_proj, mlp.up_proj],
+        [mlp.down_proj],
+    ]
+    return found if within == "layer" else [[module for part in found for module in part]]
+
+
+@torch.no_grad()
+def reference(model: Any, windows: Tensor, within: str) -> None:
+    """The layer loop; the model's weights become the quantized ones."""
+    caught = catch_inputs(model, windows)
     states = [hidden for hidden, _ in caught]
-    for layer in layers[:blocks]:
-        solvers = {m: ReferenceGptq(m) for m in layer.modules() if isinstance(m, nn.Linear)}
-        handles = [
-            module.register_forward_hook(
-                lambda _, args, __, solver=solver: solver.add_batch(args[0])
-            )
-            for module, solver in solvers.items()
-        ]
-        for hidden, (_, kwargs) in zip(states, caught, strict=True):
-            layer(hidden, **kwargs)
-        for each in handles:
-            each.remove()
-        for solver in solvers.values():
-            solver.solve()
+    for layer in model.model.layers:
+        for modules in subsets(layer, within):
+            solvers = {module: ReferenceGptq(module) for module in modules}
+            handles = [
+                module.register_forward_hook(
+                    lambda _, args, __, solver=solver: solver.add_batch(args[0])
+                )
+                for module, solver in solvers.items()
+            ]
+            for hidden, (_, kwargs) in zip(states, caught, strict=True):
+                layer(hidden, **kwargs)
+            for each in handles:
+                each.remove()
+            for solver in solvers.values():
+                solver.solve()
         outputs = [layer(h, **kwargs) for h, (_, kwargs) in zip(states, caught, strict=True)]
         states = [out if isinstance(out, Tensor) else out[0] for out in outputs]
 
 
-def ours(model: Any, windows: Tensor) -> None:
+def ours(model: Any, windows: Tensor, within: str) -> None:
     """Trace and the repair."""
-    fxquant.convert(model, SCHEME, calibration=list(windows.split(1)), level="float")
+    fxquant.convert(model, SCHEMES[within], calibration=list(windows.split(1)), level="float")
 
 
 def timed(run: Callable[[], None]) -> dict[str, float]:
@@ -131,26 +158,33 @@ def timed(run: Callable[[], None]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--ours-only", action="store_true")
-    options = parser.parse_args()
-    count = 2 if options.quick else 16
+    quick = parser.parse_args().quick
+    count = 2 if quick else 16
     loaded = load_model(MODEL)
     model: Any = loaded.model
-    if options.quick:
+    if quick:
         model.model.layers = model.model.layers[:4]
     windows = cut_windows(
         load_text("builtin"), loaded.tokenizer, count=1, length=LENGTH, calibration=count, seed=0
     ).calibration
-    seconds = {"ours": timed(lambda: ours(model, windows))}
-    ratios = None
-    if not options.ours_only:
-        blocks = len(model.model.layers)
-        seconds["reference"] = timed(lambda: reference(model, windows, blocks))
-        ratios = {k: seconds["ours"][k] / seconds["reference"][k] for k in ("wall", "cpu")}
+    seconds: dict[str, dict[str, float]] = {}
+    for within in SCHEMES:
+        for run in (ours, reference):
+            fresh = copy.deepcopy(model)
+            seconds[f"{run.__name__} {within}"] = timed(
+                functools.partial(run, fresh, windows, within)
+            )
+    ratios = {
+        within: {
+            clock: seconds[f"ours {within}"][clock] / seconds[f"reference {within}"][clock]
+            for clock in ("wall", "cpu")
+        }
+        for within in SCHEMES
+    }
     result = {
         "model": MODEL,
         "revision": loaded.revision,
-        "scheme": SCHEME,
+        "schemes": SCHEMES,
         "windows": [count, LENGTH],
         "blocks": len(model.model.layers),
         "seconds": seconds,
@@ -160,7 +194,7 @@ def main() -> None:
         "versions": versions(),
     }
     print(json.dumps(result, indent=2))
-    if not options.quick:
+    if not quick:
         Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
 
 

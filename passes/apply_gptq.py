@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fxquant.errors import SchemeError
 from fxquant.passes.gptq import gptq
-from fxquant.passes.layerwise import Layer, Layerwise, nearest, stacked_start
+from fxquant.passes.layerwise import Layer, Layerwise, stacked_start
 from fxquant.passes.weight_codes import WeightCodes
 
 
@@ -45,7 +45,7 @@ class Gptq(Layerwise):
     def solve(self, weight: Tensor, hessian: Tensor, layers: tuple[Layer, ...]) -> WeightCodes:
         start = stacked_start(layers)
         if start is None and self.grid == "minmax":
-            start = stacked_start(tuple(replace(layer, start=nearest(layer)) for layer in layers))
+            start = stacked_start(tuple(replace(layer, start=layer.before) for layer in layers))
         found = gptq(
             weight,
             hessian,
@@ -59,6 +59,3 @@ class Gptq(Layerwise):
             raised = f"; damping raised from {self.damping:g} to {found.damping:g}"
             return replace(found, note=f"{raised}: the Hessian was not positive definite")
         return found
-
-    def reference(self, layer: Layer) -> WeightCodes:
-        return layer.start or nearest(layer)

@@ -11,8 +11,8 @@ from torch.fx import Node
 from fxquant.errors import CalibrationError, NonFiniteError
 from fxquant.observers import attended
 
-# Strips of the upper triangle: wide enough for a fast product, and half of the rest is saved.
-_STRIP = 384
+# Strips of the upper triangle: wide enough for a fast product, and nearly half of it is saved.
+_STRIP = 128
 
 
 class Hessian:

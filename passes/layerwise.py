@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 import hashlib
 import itertools
 from collections.abc import Iterator
@@ -36,6 +37,10 @@ from fxquant.sequential import Segment, SequentialRun
 from fxquant.specs import TensorSpec
 from fxquant.streamed import streamed_tensors
 
+# Rows of a weight on which a note's errors are measured: on all of them, the products with the
+# Hessian would cost as much as solving does.
+_NOTE_ROWS = 64
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -46,6 +51,11 @@ class Layer:
     bias: Tensor | None
     spec: TensorSpec
     start: WeightCodes | None
+
+    @functools.cached_property
+    def before(self) -> WeightCodes:
+        """What a repair must improve on: earlier codes, else those that quantize would choose."""
+        return self.start or nearest(self)
 
 
 @dataclass(frozen=True)
@@ -101,10 +111,6 @@ class Layerwise(Repair):
     def solve(self, weight: Tensor, hessian: Tensor, layers: tuple[Layer, ...]) -> WeightCodes:
         """Codes of ``weight`` [N, K], the rows of ``layers`` one below the other."""
 
-    @abc.abstractmethod
-    def reference(self, layer: Layer) -> WeightCodes:
-        """What this repair must improve on."""
-
     def rewrite(self, gm: GraphModule) -> GraphModule:
         self.scheme.check_overrides((site.path, site.role) for site in info(gm).sites)
         wanted = [s for s, _ in site_outputs(gm) if self.scheme.spec_for(s.path, s.role).weight]
@@ -152,7 +158,7 @@ class Layerwise(Repair):
         changed = 0
         for path, codes in chosen.items():
             layer = layers[path]
-            changed += int((codes.codes != self.reference(layer).codes).sum())
+            changed += int((codes.codes != layer.before.codes).sum())
             install(gm, path, CodedLinear(layer.weight, layer.bias, layer.spec, codes.tensors()))
             add_note(gm, self.name, path, codes.note)
         return changed
@@ -207,17 +213,23 @@ class Layerwise(Repair):
             raise type(error)(f"{names}: {error}") from error
         start = 0
         for layer in layers:
-            codes = solved.rows(start, start + len(layer.weight))
+            codes = solved.rows(slice(start, start + len(layer.weight)))
             start += len(layer.weight)
-            yield layer, replace(codes, note=self._note(layer, codes, hessian))
+            yield layer, replace(codes, note=_note(layer, codes, hessian))
 
-    def _note(self, layer: Layer, codes: WeightCodes, hessian: Tensor) -> str:
-        signal = energy(layer.weight, hessian)
-        old, new = (
-            energy(layer.weight - each.dequantize(), hessian) / signal
-            for each in (self.reference(layer), codes)
-        )
-        return f"layer error {old:.3g} -> {new:.3g} on calibration inputs{codes.note}"
+
+def _note(layer: Layer, codes: WeightCodes, hessian: Tensor) -> str:
+    """The layer's error on its inputs, relative to its output, before and after."""
+    total = len(layer.weight)
+    step = -(-total // _NOTE_ROWS)
+    weight = layer.weight[::step]
+    signal = energy(weight, hessian)
+    old, new = (
+        energy(weight - each.rows(slice(None, None, step)).dequantize(), hessian) / signal
+        for each in (layer.before, codes)
+    )
+    where = f" ({len(weight)} of {total} rows)" if step > 1 else ""
+    return f"layer error {old:.3g} -> {new:.3g} on calibration inputs{where}{codes.note}"
 
 
 def _see_block(run: SequentialRun, until: Node, hessians: list[Hessian]) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fxquant.errors import SchemeError
 from fxquant.passes.coordinate_descent import coordinate_descent
-from fxquant.passes.layerwise import Layer, Layerwise, nearest, stacked_start
+from fxquant.passes.layerwise import Layer, Layerwise, stacked_start
 from fxquant.passes.weight_codes import WeightCodes, round_to_nearest, search_scales
 
 
@@ -38,6 +38,3 @@ class Refine(Layerwise):
             grid = search_scales(weight, spec, hessian.diagonal())
             start = round_to_nearest(weight, spec, *grid)
         return coordinate_descent(weight, hessian, start, steps=self.steps)
-
-    def reference(self, layer: Layer) -> WeightCodes:
-        return layer.start or nearest(layer)

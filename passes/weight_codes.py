@@ -46,14 +46,14 @@ class WeightCodes:
             self.codes, self.scales, self.zero_points, group_size=self.spec.group_size
         )
 
-    def rows(self, start: int, end: int) -> WeightCodes:
-        """Those of rows ``start`` to ``end``; a grid per tensor stays whole."""
+    def rows(self, which: slice) -> WeightCodes:
+        """Those of some rows; a grid per tensor stays whole."""
         whole = self.scales.dim() == 0
         return replace(
             self,
-            codes=self.codes[start:end],
-            scales=self.scales if whole else self.scales[start:end],
-            zero_points=self.zero_points if whole else self.zero_points[start:end],
+            codes=self.codes[which],
+            scales=self.scales if whole else self.scales[which],
+            zero_points=self.zero_points if whole else self.zero_points[which],
         )
 
     def tensors(self) -> dict[str, Tensor]:
