@@ -44,6 +44,13 @@ def add_text_arguments(parser: argparse.ArgumentParser, length: int = 512) -> No
     add("--seed", type=int, default=0, help="draws the calibration windows (0)")
 
 
+def add_cache_argument(parser: argparse.ArgumentParser) -> None:
+    """Where long repairs keep what is finished."""
+    parser.add_argument(
+        "--cache", type=Path, help="folder where gptq and refine keep finished blocks, to go on"
+    )
+
+
 def add_window_arguments(parser: argparse.ArgumentParser, windows: int = 8) -> None:
     """Which windows to evaluate."""
     add = parser.add_argument
@@ -65,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_text_arguments(parser)
     add_window_arguments(parser)
+    add_cache_argument(parser)
     parser.add_argument("--output", type=Path, help="folder for results.json and table.md")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that is there")
 

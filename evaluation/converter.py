@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import Tensor
 from torch.fx import GraphModule
@@ -18,6 +19,7 @@ from fxquant.evaluation.statistics import Difference, WindowSums, paired_differe
 from fxquant.graph import GraphInfo, info
 from fxquant.passes import Integerize, Quantize
 from fxquant.pipeline import Pipeline
+from fxquant.repairs import can_resume
 from fxquant.schemes import Scheme
 from fxquant.size import bits_per_weight
 
@@ -67,10 +69,14 @@ def measure(
 
 @dataclass
 class Converter:
-    """Converts one float graph to many schemes; calibrates once for all that observe alike."""
+    """Converts one float graph to many schemes; calibrates once for all that observe alike.
+
+    ``cache``: a folder for finished blocks of the repairs that keep them.
+    """
 
     graph: GraphModule
     calibration: Tensor
+    cache: Path | None = None
     observed: dict[frozenset[str], GraphModule] = field(default_factory=dict)
 
     @property
@@ -83,7 +89,13 @@ class Converter:
             return self.graph  # a saved graph: quantized already
         if not scheme.needs_calibration or scheme.repairs:
             batches = self.calibration.split(1) if len(self.calibration) else None
-            return conversion.convert(self.graph, scheme, calibration=batches, progress=True)
+            return conversion.convert(
+                self.graph,
+                scheme,
+                calibration=batches,
+                progress=True,
+                cache=self.cache if can_resume(scheme) else None,
+            )
         named = conversion.convert(self.graph, scheme, level="float")
         static = static_sites(info(named), scheme)
         if static not in self.observed:

@@ -42,7 +42,7 @@ def convert_as_asked(
     job = replace(job_of(options, (options.scheme,)), windows=1)
     check_job(job)
     available = [Tensor()] if job.calibration_windows else None
-    conversion.recipe(scheme, calibration=available, level=options.level)
+    conversion.recipe(scheme, calibration=available, level=options.level, cache=job.cache)
     calibrates = bool(job.calibration_windows and (scheme.needs_calibration or scheme.repairs))
     sources = open_sources(job) if calibrates else None
     loaded = load_model(
@@ -50,7 +50,12 @@ def convert_as_asked(
     )
     batches = cut(job, *sources, loaded).calibration.split(1) if sources else None
     pipeline = conversion.recipe(
-        scheme, calibration=batches, level=options.level, progress=True, after_pass=after_pass
+        scheme,
+        calibration=batches,
+        level=options.level,
+        progress=True,
+        after_pass=after_pass,
+        cache=job.cache,
     )
     graph = trace(loaded.model)
     if job.stream and workspace is not None:

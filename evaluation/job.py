@@ -16,7 +16,7 @@ from tqdm import tqdm
 from fxquant import conversion
 from fxquant.batches import check_ids
 from fxquant.distributed import is_main, world_size
-from fxquant.errors import DataError
+from fxquant.errors import DataError, SchemeError
 from fxquant.evaluation.converter import Converter, measure
 from fxquant.evaluation.data import Source, Windows, check_counts, cut_windows, load_text
 from fxquant.evaluation.datasets import check_dataset, open_source
@@ -26,6 +26,7 @@ from fxquant.evaluation.results import Row, prepare_folder, write_results
 from fxquant.evaluation.tables import format_table
 from fxquant.graph import Level, float_dtype, info, set_workspace
 from fxquant.manifest import is_checkpoint
+from fxquant.repairs import can_resume
 from fxquant.schemes import Scheme
 from fxquant.streamed import Workspace
 
@@ -53,6 +54,7 @@ class Job:
     output: Path | None = None
     overwrite: bool = False
     stream: bool = False
+    cache: Path | None = None
     command: str = field(default="", compare=False)
 
 
@@ -108,6 +110,11 @@ def check_job(job: Job) -> list[Scheme]:
     for scheme in schemes:
         enough: tuple[Tensor, ...] | None = (torch.empty(0),) if job.calibration_windows else None
         conversion.recipe(scheme, calibration=enough)
+    if job.cache is not None and not any(can_resume(scheme) for scheme in schemes):
+        raise SchemeError(
+            f"cache {job.cache}: no scheme here has a repair that keeps finished blocks: leave it "
+            "out"
+        )
     return schemes
 
 
@@ -186,7 +193,7 @@ def _rows(
     say: Callable[[str], None],
 ) -> Outcome:
     rows: list[Row] = []
-    converter = Converter(graph, windows.calibration)
+    converter = Converter(graph, windows.calibration, job.cache)
 
     def keep(complete: bool) -> None:
         if job.output is not None:

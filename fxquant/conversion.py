@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sized
+from pathlib import Path
 
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
@@ -27,14 +28,15 @@ def recipe(
     level: str = "integer",
     progress: bool = False,
     after_pass: AfterPass | None = None,
+    cache: Path | None = None,
 ) -> Pipeline:
     """The passes that lower a float graph to ``level`` under ``scheme``.
 
-    Raises SchemeError (unknown scheme, pass or level) and CalibrationError (static ranges without
-    calibration data) before any work is done.
+    Raises SchemeError (unknown scheme, pass or level, a cache that nothing uses) and
+    CalibrationError (static ranges without calibration data) before any work is done.
     """
     scheme = as_scheme(scheme)
-    check_repairs(scheme, calibration)
+    check_repairs(scheme, calibration, cache)
     if level == "kernels":
         raise SchemeError(
             "level 'kernels' (packed or fused kernels) does not exist yet: use level='integer', "
@@ -48,15 +50,19 @@ def recipe(
             "calibration=batches (LongTensors [batch, length]), or take a dynamic scheme such as "
             "w8a8-dynamic"
         )
-    return Pipeline(_passes(scheme, calibration, level, progress), after_pass)
+    return Pipeline(_passes(scheme, calibration, level, progress, cache), after_pass)
 
 
 def _passes(
-    scheme: Scheme, calibration: Batches | None, level: str, progress: bool
+    scheme: Scheme,
+    calibration: Batches | None,
+    level: str,
+    progress: bool,
+    cache: Path | None,
 ) -> tuple[Pass, ...]:
     if calibration is not None:
         calibration = _started(calibration)
-    repairs = resolve_repairs(scheme, calibration, progress)
+    repairs = resolve_repairs(scheme, calibration, progress, cache)
     passes: list[Pass] = [NameSites(), *(r for r in repairs if not r.after_calibration)]
     if level == Level.FLOAT:
         return tuple(passes)
@@ -110,6 +116,7 @@ def convert(
     level: str = "integer",
     pipeline: Pipeline | None = None,
     progress: bool = False,
+    cache: Path | None = None,
 ) -> GraphModule:
     """Quantize a causal LM: trace it, run the scheme's pipeline, return the lowered graph.
 
@@ -123,6 +130,8 @@ def convert(
         level: "float", "observed", "qdq" or "integer".
         pipeline: runs instead of the scheme's own.
         progress: progress bars, on a terminal.
+        cache: a folder in which gptq and refine keep finished blocks, so that the same call goes
+            on after an interruption.
 
     Returns a GraphModule: ``qmodel(input_ids=ids, attention_mask=mask)`` gives logits
     [batch, length, vocab]. It scores text; it does not generate (no cache).
@@ -130,6 +139,8 @@ def convert(
     Raises SchemeError, CalibrationError, ModelError, TracingError, NonFiniteError, each before
     work starts where it can be known, and VerificationError if a pass breaks its promise.
     """
-    steps = pipeline or recipe(scheme, calibration=calibration, level=level, progress=progress)
+    steps = pipeline or recipe(
+        scheme, calibration=calibration, level=level, progress=progress, cache=cache
+    )
     graph = model if isinstance(model, GraphModule) else trace(model)
     return steps.run(graph)

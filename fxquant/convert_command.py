@@ -13,7 +13,11 @@ from fxquant import conversion
 from fxquant.checkpoint import check_target, save
 from fxquant.conversion import LEVELS
 from fxquant.errors import CheckpointError
-from fxquant.evaluation.arguments import add_model_arguments, add_text_arguments
+from fxquant.evaluation.arguments import (
+    add_cache_argument,
+    add_model_arguments,
+    add_text_arguments,
+)
 from fxquant.evaluation.converting import convert_as_asked
 from fxquant.graph import Level, info
 from fxquant.inspection import inspect
@@ -26,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scheme", required=True, help="such as w8a8-static: docs/schemes.md")
     parser.add_argument("--level", default="integer", choices=LEVELS, help="where to stop")
     add_text_arguments(parser)
+    add_cache_argument(parser)
     parser.add_argument("--output", type=Path, help="folder for fxquant.save")
     parser.add_argument(
         "--stream", action="store_true", help="leave weights in their files: larger than memory"

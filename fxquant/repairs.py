@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from fxquant.batches import Batches
 from fxquant.errors import CalibrationError, SchemeError
@@ -40,9 +42,20 @@ _KNOWN: tuple[type[Repair], ...] = (
 REPAIRS: dict[str, type[Repair]] = {repair.name: repair for repair in _KNOWN}
 
 
-def check_repairs(scheme: Scheme, calibration: Batches | None) -> None:
+def can_resume(scheme: Scheme) -> bool:
+    """Whether a repair of the scheme keeps finished blocks."""
+    return any(name in REPAIRS and REPAIRS[name].resumes for name, _ in scheme.repairs)
+
+
+def check_repairs(scheme: Scheme, calibration: Batches | None, cache: Path | None = None) -> None:
     """Raise SchemeError or CalibrationError where the scheme's repairs cannot be built."""
     repairs = resolve_repairs(scheme, calibration, progress=False)
+    if cache is not None and not can_resume(scheme):
+        able = ", ".join(name for name, repair in REPAIRS.items() if repair.resumes)
+        raise SchemeError(
+            f"cache={cache}: nothing in scheme {scheme} keeps finished blocks ({able} do): leave "
+            "it out"
+        )
     hungry = [repair.name for repair in repairs if repair.needs_calibration]
     if hungry and calibration is None:
         raise CalibrationError(
@@ -58,7 +71,7 @@ def check_repairs(scheme: Scheme, calibration: Batches | None) -> None:
 
 
 def resolve_repairs(
-    scheme: Scheme, calibration: Batches | None, progress: bool
+    scheme: Scheme, calibration: Batches | None, progress: bool, cache: Path | None = None
 ) -> tuple[Repair, ...]:
     """The scheme's repairs as passes, in the order written; SchemeError names what is unknown."""
     strangers = ", ".join(name for name, _ in scheme.repairs if name not in REPAIRS)
@@ -66,24 +79,22 @@ def resolve_repairs(
         known = ", ".join(REPAIRS) or "none in this version"
         raise SchemeError(f"unknown pass in scheme {scheme}: {strangers}; known: {known}")
     return tuple(
-        _resolve(scheme, name, dict(options), calibration, progress)
+        _resolve(
+            name,
+            dict(options),
+            {"scheme": scheme, "batches": calibration, "progress": progress, "cache": cache},
+        )
         for name, options in scheme.repairs
     )
 
 
-def _resolve(
-    scheme: Scheme,
-    name: str,
-    options: dict[str, str | int | float | bool],
-    calibration: Batches | None,
-    progress: bool,
-) -> Repair:
+def _resolve(name: str, options: dict[str, Any], given: dict[str, Any]) -> Repair:
     kind = REPAIRS[name]
     unknown = [option for option in options if option not in kind.option_names()]
     if unknown:
         known = ", ".join(kind.option_names()) or "none"
         raise SchemeError(f"{name} has no option {', '.join(unknown)}; its options: {known}")
     try:
-        return kind(scheme=scheme, batches=calibration, progress=progress, **options)
+        return kind(**given, **options)
     except TypeError as error:
-        raise SchemeError(f"scheme {scheme}: {name}: {error}") from error
+        raise SchemeError(f"scheme {given['scheme']}: {name}: {error}") from error

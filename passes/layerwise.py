@@ -7,8 +7,7 @@ import functools
 import hashlib
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -90,18 +89,13 @@ class Layerwise(Repair):
         within: what a layer's inputs have gone through: "layer": all earlier layers quantized,
             also those of its own block, in one run of the data; "block": earlier blocks only, its
             own in float, in two runs (the paper).
-        cache: a folder that keeps finished blocks, so that an interrupted run resumes; its files
-            are named by a fingerprint of model, data, scheme and options. Not part of a spelling.
+        cache: see Repair; files are named by a fingerprint of model, data, scheme and options.
     """
 
     within: str = "layer"
-    cache: Path | None = field(default=None, kw_only=True, repr=False, compare=False)
     requires = (Level.FLOAT,)
     effect = "equivalent"
-
-    @classmethod
-    def option_names(cls) -> tuple[str, ...]:
-        return tuple(name for name in super().option_names() if name != "cache")
+    resumes = True
 
     def __post_init__(self) -> None:
         if self.within not in ("layer", "block"):

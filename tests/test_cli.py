@@ -93,6 +93,20 @@ def test_convert_prints_after_passes_as_they_run(capsys: pytest.CaptureFixture[s
     assert text.index("=== after pass 5") < text.index("\nHistory")
 
 
+@pytest.mark.parametrize("command", ["convert --scheme", "evaluate --windows 1 --schemes"])
+def test_finished_blocks_are_kept_in_the_named_folder(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["w4+gptq", "--model", str(SMALL_OPT), "--length", "64", "--calibration-windows", "1"]
+    asked = [*command.split(), *options, "--cache", str(tmp_path)]
+    assert main(asked) == 0
+    files = list(tmp_path.rglob("*.safetensors"))
+    assert files
+    files[0].write_bytes(b"broken")
+    assert main(asked) == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -101,6 +115,7 @@ def test_convert_prints_after_passes_as_they_run(capsys: pytest.CaptureFixture[s
         (["inspect", "--device", "abacus"], "device 'abacus' cannot be used"),
         (["convert", "--print-after", "observe,fold"], "no pass 'fold' in this graph; known: name"),
         (["convert", "--calibration-windows", "0"], "needs calibration data"),
+        (["convert", "--cache", "blocks"], "no scheme here has a repair that keeps"),
     ],
 )
 def test_bad_requests_are_refused_before_a_model_is_loaded(

@@ -228,6 +228,23 @@ def test_an_interrupted_run_resumes_block_by_block(tmp_path: Path) -> None:
         run(tmp_path)
 
 
+def test_convert_keeps_finished_blocks_where_it_is_told(tmp_path: Path) -> None:
+    def run(scheme: str) -> GraphModule:
+        return fxquant.convert(llama(), scheme, calibration=batches(), cache=tmp_path)
+
+    first = run("w4+gptq+refine")
+    assert len(list(tmp_path.iterdir())) == 2  # a run each
+    again = run("w4+gptq+refine")
+    for name, value in first.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value)
+    for file in tmp_path.rglob("*.safetensors"):
+        file.write_bytes(b"broken")
+    with pytest.raises(DataError, match="damaged"):  # so it was read
+        run("w4+gptq+refine")
+    with pytest.raises(SchemeError, match="nothing in scheme .*clip keeps finished blocks"):
+        run("w4+clip")
+
+
 def test_bad_options_and_missing_calibration_say_so() -> None:
     model = opt()
     with pytest.raises(CalibrationError, match="gptq needs calibration"):
