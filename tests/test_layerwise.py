@@ -241,7 +241,7 @@ def test_convert_keeps_finished_blocks_where_it_is_told(tmp_path: Path) -> None:
         file.write_bytes(b"broken")
     with pytest.raises(DataError, match="damaged"):  # so it was read
         run("w4+gptq+refine")
-    with pytest.raises(SchemeError, match="nothing in scheme .*clip keeps finished blocks"):
+    with pytest.raises(SchemeError, match=r"nothing in scheme .*clip keeps finished blocks"):
         run("w4+clip")
 
 
