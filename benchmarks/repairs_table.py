@@ -64,19 +64,47 @@ STATIC = Family(
     (
         "smooth(alpha=0.5)",
         "smooth(alpha=0.7,where=all)",
-        "smooth(alpha=auto,where=all)",
+        "rotate+smooth(alpha=0.7,where=all)",
+        "smooth(alpha=0.8,where=all)",
+        "smooth(alpha=0.6,where=all)",
+        "smooth(alpha=0.7,where=all)+gptq",
+        "smooth(alpha=0.7,where=all)+correct_bias",
         "rotate",
         "split_outliers",
-        "smooth(alpha=0.7,where=all)+correct_bias",
-        "rotate+smooth(alpha=0.7,where=all)",
+        "smooth(alpha=0.7,where=all)+split_outliers",
+        "smooth(alpha=auto,where=all)",
     ),
     explained=("", "smooth(alpha=0.5)", "smooth(alpha=0.7,where=all)", "rotate", "split_outliers"),
 )
-FOUR_BITS = Family("w4", ("clip", "gptq", "gptq+refine", "gptq(order=static)"))
-THREE_BITS = Family("w3-g128-asym", ("awq", "gptq", "gptq+refine", "awq+gptq"))
+STATIC_MSE = Family("w8a8-static:mse", ("smooth(alpha=0.7,where=all)",))
+STATIC_ASYM = Family(
+    "w8a8-static-asym:absmax",
+    (
+        "smooth(alpha=0.7,where=all)",
+        "rotate+smooth(alpha=0.7,where=all)",
+        "smooth(alpha=0.6,where=all)",
+        "smooth(alpha=0.8,where=all)",
+        "smooth(alpha=0.7,where=all)+gptq",
+        "smooth(alpha=0.7,where=all)+split_outliers",
+        "smooth(alpha=0.7,where=all)+split_outliers+gptq",
+        "smooth(alpha=0.7,where=all)+split_outliers(threshold=4)",
+        "smooth(alpha=auto,where=all)",
+        "smooth(alpha=0.7,where=all)+correct_bias",
+    ),
+)
+FOUR_BITS = Family(
+    "w4",
+    ("clip", "gptq", "gptq+refine", "gptq(order=static)"),
+    explained=("", "gptq"),
+)
+THREE_BITS = Family(
+    "w3-g128-asym",
+    ("awq", "gptq", "gptq+refine", "awq+gptq"),
+    explained=("", "awq", "gptq"),
+)
 PER_TENSOR = Family("w4-tensor", ("equalize", "correct_bias"))
-ATTENTION = Family("w8a8-dynamic-token", ("attn8", "kv4"))
-FAMILIES = (STATIC, FOUR_BITS, THREE_BITS, PER_TENSOR, ATTENTION)
+ATTENTION = Family("w8a8-dynamic-token", ("attn8", "kv8", "kv4"), explained=("", "attn8"))
+FAMILIES = (STATIC, STATIC_MSE, STATIC_ASYM, FOUR_BITS, THREE_BITS, PER_TENSOR, ATTENTION)
 
 SUBJECTS = (
     Subject(
@@ -141,28 +169,27 @@ def measure_all(base: str | None) -> None:
         for family in subject.families:
             for repair in ("", *family.repairs) if base in (None, family.base) else ():
                 scheme = spelled(family.base, repair)
-                if scheme not in read_data()["rows"].get(subject.name, {}):
-                    apart = repair in family.explained
-                    row = _row(converter, scheme, windows, reference, apart)
+                known = read_data()["rows"].get(subject.name, {}).get(scheme)
+                row = known or _row(converter, scheme, windows, reference)
+                if repair in family.explained and "causes" not in row and "refused" not in row:
+                    row = {**row, **_taken_apart(converter.graph, scheme, windows)}
+                if row != known:
                     keep(subject, text, scheme, row)
 
 
 def _row(
-    converter: Converter, scheme: str, windows: Windows, reference: WindowSums, apart: bool
+    converter: Converter, scheme: str, windows: Windows, reference: WindowSums
 ) -> dict[str, Any]:
     try:
         row = measure(converter, Scheme.parse(scheme), windows, 1, reference)
     except FxquantError as error:
         return {"refused": str(error)}
-    found: dict[str, Any] = {
+    return {
         "delta_loss": row.delta_loss,
         "delta_error": row.delta_error,
         "bits_per_weight": row.bits_per_weight,
         "convert_seconds": row.convert_seconds,
     }
-    if apart:
-        found.update(_taken_apart(converter.graph, scheme, windows))
-    return found
 
 
 def _taken_apart(graph: GraphModule, scheme: str, windows: Windows) -> dict[str, Any]:

@@ -39,7 +39,15 @@ from fxquant.graph import set_workspace
 from fxquant.streamed import Workspace
 from fxquant.streaming import stream
 
-SCHEMES = ("fp", "w8", "w8a8-dynamic", "w8a8-static", "w4-g128+gptq")
+SCHEMES = (
+    "fp",
+    "w8",
+    "w8a8-dynamic",
+    "w8a8-static:absmax",
+    "w8a8-static:p99.9",
+    "w8a8-static:absmax+smooth(alpha=0.5)",
+    "w4-g128+gptq",
+)
 LIMIT = 2_500_000_000  # bytes above the activations
 LENGTH, WINDOWS, CALIBRATION = 128, 4, 2
 
@@ -123,9 +131,10 @@ def _status(name: str) -> int:
 
 
 def keep(name: str, rows: list[dict[str, Any]], layers: int) -> None:
-    """Put one part's rows into the JSON file; the other part stays."""
+    """Put one part's rows into the JSON file, each in its scheme's place; the rest stays."""
     file = Path(__file__).with_suffix(".json")
     parts = json.loads(file.read_text()) if file.exists() else {}
+    found = {row["scheme"]: row for row in [*parts.get(name, {}).get("rows", []), *rows]}
     parts[name] = {
         "model": f"random, facebook/opt-1.3b's shapes, {layers} of 24 layers, fp16 on disk",
         "compute_dtype": "float32",
@@ -135,7 +144,7 @@ def keep(name: str, rows: list[dict[str, Any]], layers: int) -> None:
         "versions": versions(),
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
-        "rows": rows,
+        "rows": list(found.values()),
     }
     file.write_text(json.dumps(parts, indent=2) + "\n")
 
