@@ -57,6 +57,15 @@ def complete(rows: Tensor) -> Tensor:
     return rows
 
 
+def merges_exactly(observer: Observer) -> bool:
+    """Whether what several processes saw gives the same figures: extremes and integer counts do."""
+    return not any(_is_float_sum(name, value) for name, value in observer.named_buffers())
+
+
+def _is_float_sum(name: str, value: Tensor) -> bool:
+    return not name.startswith(("min", "max")) and value.is_floating_point()
+
+
 def merge_observers(observers: Iterable[Observer]) -> None:
     """Let each observer know what its twins in the other processes have seen.
 
@@ -66,9 +75,9 @@ def merge_observers(observers: Iterable[Observer]) -> None:
         return
     for observer in observers:
         for name, value in list(observer.named_buffers()):
-            kind = "min" if name.startswith("min") else "max" if name.startswith("max") else "sum"
-            if kind == "sum" and value.is_floating_point():
+            if _is_float_sum(name, value):
                 raise TypeError(f"{observer.site}: {name} is a float sum, its order would matter")
+            kind = "min" if name.startswith("min") else "max" if name.startswith("max") else "sum"
             merged = _same_shape(value, kind)
             dist.all_reduce(merged, getattr(dist.ReduceOp, {"sum": "SUM"}.get(kind, kind.upper())))
             observer.register_buffer(name, merged)

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from tqdm import tqdm
 
 from fxquant.batches import Batches, model_inputs
+from fxquant.distributed import is_mine, merge_observers, merges_exactly
 from fxquant.errors import CalibrationError
 from fxquant.execution import Executor, OnNode
 from fxquant.graph import device_of, info
@@ -30,8 +31,10 @@ def observe_nodes(
 ) -> None:
     """Show each node's values on all ``batches`` to its observer, in one run of the data.
 
-    Stops behind the last node asked for; padding does not count. Raises CalibrationError for
-    missing or unusable batches and where no token was seen, NonFiniteError from the observers.
+    Stops behind the last node asked for; padding does not count. Several processes (torchrun)
+    share the batches out where all observers merge exactly; otherwise each reads all. Raises
+    CalibrationError for missing or unusable batches and where no token was seen, NonFiniteError
+    from the observers.
     """
     if batches is None:
         raise CalibrationError(
@@ -39,6 +42,7 @@ def observe_nodes(
             "[batch, length])"
         )
     facts, device, mask_node = info(gm), device_of(gm), attention_mask_node(gm)
+    shared = all(merges_exactly(observer) for observer in observers.values())
     executor = Executor(gm)
     last = max(executor.position[node] for node in observers)
     until = executor.nodes[last + 1]
@@ -48,14 +52,18 @@ def observe_nodes(
     checked = (
         {k: v.to(device) for k, v in model_inputs(batch, facts, index).items()}
         for index, batch in enumerate(bar)
+        if not shared or is_mine(index)
     )
     if is_streamed(gm):
         inputs = list(checked)
         watchers = [_watcher(observers, mask_node) for _ in inputs]
-        list(run_batches(gm, inputs, watchers, until))
+        if inputs:
+            list(run_batches(gm, inputs, watchers, until))
     else:
         for each in checked:
             executor.advance(executor.start(**each), until, _watcher(observers, mask_node))
+    if shared:
+        merge_observers(observers.values())
     if all(int(observer.tokens) == 0 for observer in observers.values()):
         raise CalibrationError(
             f"{label} saw no token: the batches are empty or fully masked (was a one-shot iterator "

@@ -17,7 +17,7 @@ from tests.models import SMALL_OPT
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--windows", "5", "--length", "48", "--calibration-windows", "4"]
-SCHEMES = ["--schemes", "w8a8-dynamic", "w8a8-static"]
+SCHEMES = ["--schemes", "w8a8-dynamic", "w8a8-static", "w8a8-static:absmax+smooth"]
 JOB = ["--model", str(SMALL_OPT), *SCHEMES, *SHORT]
 
 
@@ -66,8 +66,8 @@ def test_figures_do_not_depend_on_the_number_of_processes(
 ) -> None:
     done = torchrun(processes, "-m", "fxquant.evaluation", *JOB, "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("| w8a8-static") == 1  # only one process prints
-    assert len(alone) == 3
+    assert done.stdout.count("| w8a8-static ") == 1  # only one process prints
+    assert len(alone) == 4
     for row, other in zip(alone, rows(tmp_path), strict=True):
         for name in ("loss", "perplexity", "delta_loss"):
             assert other[name] == pytest.approx(row[name], rel=1e-9, abs=1e-9)
