@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
@@ -45,13 +46,13 @@ def save(
     something in it is not. A streamed graph is written block by block.
 
     Raises CheckpointError before anything is written: a node or module that the format does not
-    know (named, with its target), a folder that is in use.
+    know (named, with its target), a folder that is in use or cannot be written; and where writing
+    fails (a full disk), which leaves nothing behind.
     """
     target = Path(directory)
     check_target(target)
     tensors = _Tensors(gm)
     text = json.dumps(_encode_graph(gm, tensors), separators=(",", ":"))
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
         (partial / GRAPH).write_text(text, encoding="utf-8")
@@ -63,17 +64,25 @@ def save(
             tokenizer.save_pretrained(partial)
         write_manifest(partial)
         _put_in_place(partial, target)
-    except BaseException:  # Ctrl-C too must not leave half a checkpoint behind
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {target}: {error}") from error
+    finally:  # Ctrl-C too must not leave half a checkpoint behind
         shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def check_target(directory: Path) -> None:
-    """Raise CheckpointError where ``save`` would replace what is no checkpoint."""
+    """Make the parent folder; raise CheckpointError where ``save`` could not write there or would
+    replace what is no checkpoint."""
     if directory.exists() and not (is_checkpoint(directory) or _is_empty(directory)):
         raise CheckpointError(
             f"{directory} exists and is not a checkpoint of fxquant; give another folder"
         )
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory.parent):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"cannot write {directory}: {error}; give another folder") from error
 
 
 def load(
@@ -106,7 +115,10 @@ def load(
 
 
 # What well-typed code raises when the JSON has another shape than `save` writes.
-_MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, OSError)
+_MALFORMED = (
+    *(KeyError, TypeError, ValueError, AttributeError, IndexError),
+    *(RuntimeError, OSError, SyntaxError),
+)
 
 
 def _is_empty(directory: Path) -> bool:
@@ -247,9 +259,28 @@ def _decode_graph(data: dict[str, Any], files: _Files) -> GraphModule:
     for path, module in data["modules"].items():
         _install(gm, path, module, files)
     files.check_all_used()
-    gm.graph = decode_nodes(data["nodes"])
+    graph = decode_nodes(data["nodes"])
+    _check_targets(gm, graph)
+    gm.graph = graph
     set_info(gm, from_json(GraphInfo, data["info"]))
     return gm.eval()
+
+
+def _check_targets(gm: GraphModule, graph: Graph) -> None:
+    """Nodes may read tensors and call leaves, no other attribute of a module: a way to its
+    ``__dict__`` would be one to run anything. CheckpointError names the node."""
+    tensors = {
+        *(name for name, _ in gm.named_parameters(remove_duplicate=False)),
+        *(name for name, _ in gm.named_buffers(remove_duplicate=False)),
+    }
+    leaves = {name for name, _ in gm.named_modules(remove_duplicate=False) if name}
+    for node in graph.nodes:
+        known = {"get_attr": tensors, "call_module": leaves}.get(node.op)
+        if known is not None and node.target not in known:
+            raise CheckpointError(
+                f"node {node.name!r}: target {node.target!r} of a {node.op} is no "
+                f"{'tensor' if node.op == 'get_attr' else 'module'} of the saved graph"
+            )
 
 
 def _install(gm: GraphModule, path: str, data: dict[str, Any], files: _Files) -> None:

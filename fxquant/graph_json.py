@@ -10,6 +10,7 @@ import importlib
 import operator
 import re
 from collections.abc import Callable
+from keyword import iskeyword
 from typing import Any
 
 import torch
@@ -86,18 +87,12 @@ def decode_nodes(data: list[Any]) -> Graph:
     nodes: dict[str, Node] = {}
     for op, name, target, args, kwargs, provenance in data:
         where = f"node {name!r}"
-        if op not in (
-            "placeholder",
-            "get_attr",
-            "call_function",
-            "call_method",
-            "call_module",
-        ) and (op != "output"):
+        if op not in _OPS:
             raise CheckpointError(f"{where}: unknown kind of node {op!r}")
         decoded = tuple(_decode(value, nodes, where) for value in args)
         options = {key: _decode(value, nodes, where) for key, value in kwargs.items()}
         _check_node(op, name, target, decoded, where)
-        if not all(_IDENTIFIER.fullmatch(key) for key in options):
+        if not all(_IDENTIFIER.fullmatch(key) and not iskeyword(key) for key in options):
             raise CheckpointError(f"{where}: argument names are not identifiers")
         function = _function(target, where) if op == "call_function" else target
         node = graph.create_node(op, function, decoded, options, name)

@@ -68,9 +68,14 @@ def check_manifest(directory: Path) -> list[str]:
     _check_version(path, body)
     if _canonical({key: value for key, value in body.items() if key != "sha256"}) != raw:
         raise _damaged(path, "its checksum does not fit its content")
-    for name, expected in body["files"].items():
+    files = body.get("files")
+    if not isinstance(files, dict):
+        raise _damaged(path, "it lists no files")
+    for name, expected in files.items():
+        if not (isinstance(expected, dict) and {"bytes", "sha256"} <= set(expected)):
+            raise _damaged(path, f"it has no size and checksum of {name}")
         _check_file(directory, name, expected)
-    return list(body["files"])
+    return list(files)
 
 
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:

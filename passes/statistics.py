@@ -42,6 +42,8 @@ def observe_nodes(
             "[batch, length])"
         )
     facts, device, mask_node = info(gm), device_of(gm), attention_mask_node(gm)
+    for observer in observers.values():
+        observer.to(device)  # also one that sees nothing here: processes merge on the device
     shared = all(merges_exactly(observer) for observer in observers.values())
     executor = Executor(gm)
     last = max(executor.position[node] for node in observers)

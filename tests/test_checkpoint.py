@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 from transformers import PreTrainedModel
 
 import fxquant
+from fxquant.checkpoint import check_target
 from fxquant.cli import main
 from fxquant.errors import CheckpointError
 from fxquant.evaluation import evaluate, load_text
@@ -324,12 +325,43 @@ def _info(data: dict[str, Any]) -> None:
     data["info"]["level"] = "float"
 
 
+def _dunder(data: dict[str, Any]) -> None:
+    leaf = _first(data, "call_module")[2]
+    _first(data, "get_attr")[2] = f"{leaf}.__dict__"
+
+
+def _builtins(data: dict[str, Any]) -> None:
+    """From a method's globals to exec, which becomes a leaf's forward."""
+    leaf, provenance = _first(data, "call_module")[2], _first(data, "call_function")[5]
+    put = [{"node": "parts"}, "forward", {"node": "run"}]
+    chain: list[list[Any]] = [
+        ["get_attr", "found", "register_buffer.__builtins__", [], {}, provenance],
+        ["call_function", "run", "operator.getitem", [{"node": "found"}, "exec"], {}, provenance],
+        ["get_attr", "parts", f"{leaf}.__dict__", [], {}, provenance],
+        ["call_function", "put", "operator.setitem", put, {}, provenance],
+        ["call_module", "called", leaf, ["raise SystemExit('ran')"], {}, provenance],
+    ]
+    at = next(i for i, node in enumerate(data["nodes"]) if node[0] != "placeholder")
+    data["nodes"][at:at] = chain
+
+
+def _container(data: dict[str, Any]) -> None:
+    _first(data, "call_module")[2] = "no.such.leaf"
+
+
 ATTACKS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "os.system": (_set("call_function", 2, "os.system"), "'os.system'"),
     "posix.system": (_set("call_function", 2, "posix.system"), "'posix.system'"),
     "eval": (_set("call_function", 2, "builtins.eval"), "'builtins.eval'"),
     "method": (_set("call_method", 2, "__reduce__"), "'__reduce__'"),
     "path": (_set("get_attr", 2, "a.b'); import os; ('"), "import os"),
+    "module's dict": (_dunder, r"__dict__' of a get_attr is no tensor"),
+    "builtins": (_builtins, r"__builtins__' of a get_attr is no tensor"),
+    "no leaf": (_container, r"'no\.such\.leaf' of a call_module is no module"),
+    "reserved word": (
+        lambda data: _first(data, "call_function")[4].update({"class": 1}),
+        "not identifiers",
+    ),
     "name": (_set("call_function", 1, "x = 1; import os"), "not an identifier"),
     "input": (_set("placeholder", 2, "x=print(1)"), "placeholder"),
     "op": (_set("call_method", 0, "exec"), "unknown kind of node"),
@@ -385,6 +417,49 @@ def test_manifest_outside_its_folder_is_refused(copy: Path) -> None:
     (copy / MANIFEST).write_text(json.dumps(body, indent=1, sort_keys=True) + "\n")
     with pytest.raises(CheckpointError, match="outside"):
         fxquant.load(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda body: body.update(files=[]), "lists no files"),
+        (lambda body: body.pop("files"), "lists no files"),
+        (lambda body: body["files"]["graph.json"].pop("sha256"), "no size and checksum of graph"),
+        (lambda body: body["files"].update({"graph.json": None}), "no size and checksum of graph"),
+    ],
+)
+def test_a_manifest_of_another_shape_is_refused(
+    copy: Path, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    body = json.loads((copy / MANIFEST).read_text())
+    body.pop("sha256")
+    change(body)
+    text = json.dumps(body, indent=1, sort_keys=True)
+    body["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    (copy / MANIFEST).write_text(json.dumps(body, indent=1, sort_keys=True) + "\n")
+    with pytest.raises(CheckpointError, match=message):
+        fxquant.load(copy)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("x")
+    with pytest.raises(CheckpointError, match="cannot write"):
+        check_target(file / "saved")
+    command = ["convert", "--model", "no/such", "--scheme", "w8", "--output", str(file / "saved")]
+    assert main(command) == 2
+
+
+def test_a_failed_write_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fxquant.checkpoint.save_file", full)
+    with pytest.raises(CheckpointError, match=r"cannot write .*No space left"):
+        fxquant.save(fxquant.convert(opt(), "w8"), tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
 
 
 def test_evaluate_takes_a_saved_graph(
