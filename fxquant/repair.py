@@ -38,6 +38,11 @@ class Repair(Pass):
     progress: bool = field(default=False, kw_only=True, repr=False)
     cache: Path | None = field(default=None, kw_only=True, repr=False, compare=False)
 
+    @property
+    def readings(self) -> int:
+        """How often it reads the calibration data."""
+        return int(self.needs_calibration)
+
     @classmethod
     def option_names(cls) -> tuple[str, ...]:
         """The options that a scheme may set."""

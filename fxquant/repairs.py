@@ -62,7 +62,7 @@ def check_repairs(scheme: Scheme, calibration: Batches | None, cache: Path | Non
             f"scheme {scheme}: {', '.join(hungry)} needs calibration data: pass "
             "calibration=batches (LongTensors [batch, length])"
         )
-    readers = len(hungry) + scheme.needs_calibration
+    readers = sum(repair.readings for repair in repairs) + scheme.needs_calibration
     if readers > 1 and isinstance(calibration, Iterator):
         raise CalibrationError(
             f"scheme {scheme} reads the calibration data {readers} times, and an iterator can be "

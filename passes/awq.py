@@ -70,6 +70,10 @@ class Awq(Repair):
             raise SchemeError(f"awq: tokens is a number from 1, not {self.tokens!r}")
 
     @property
+    def readings(self) -> int:
+        return self.scale + self.clip
+
+    @property
     def keeps_site_outputs(self) -> bool:
         return False
 
@@ -147,7 +151,10 @@ class Awq(Repair):
                         gram(value, mask)
                 return value
 
-            run.advance(segment.end, on_value)
+            if segment.end is not None:
+                run.advance(segment.end, on_value)
+            elif linears:  # what lies behind the last linear, a head say, is not asked for
+                run.visit(linears[-1][1], on_value)
             for site, node, spec in linears:
                 gram = grams[source_of(node), spec.group_size].gram
                 changed += self._clip(gm, site, spec, gram)

@@ -11,6 +11,9 @@ from fxquant.errors import CalibrationError, SchemeError
 from fxquant.passes.weight_codes import WeightCodes
 from fxquant.quantization import check_finite, expand_groups
 
+# Of the largest diagonal element: fp32 sums say nothing about a column below.
+_NEGLIGIBLE = 1e-20
+
 
 def energy(weight: Tensor, hessian: Tensor) -> float:
     """``tr(W H W^T)`` of float [N, K] and [K, K], products in float32."""
@@ -19,25 +22,36 @@ def energy(weight: Tensor, hessian: Tensor) -> float:
 
 
 def coordinate_descent(
-    weight: Tensor, hessian: Tensor, start: WeightCodes, *, steps: int = 4, block_size: int = 128
+    weight: Tensor,
+    hessian: Tensor,
+    start: WeightCodes,
+    *,
+    steps: int = 4,
+    damping: float = 0.01,
+    block_size: int = 128,
 ) -> WeightCodes:
     """Codes on the grid of ``start`` with a smaller ``tr((W - Q) H (W - Q)^T)``.
 
     Behdin et al., "QuantEase", 2023, algorithm 1: column j goes to the code nearest to
     ``q_j + [(W - Q) H]_j / H_jj``, its optimum given the other columns; no move raises the error.
-    The product (W - Q) H is kept up to date, lazily in blocks.
+    The product (W - Q) H is kept up to date, lazily in blocks. Ours: H is damped. A column that
+    few calibration tokens reach would otherwise go anywhere on its grid to serve those few.
 
     Args:
         weight: float [N, K].
         hessian: float [K, K], mean of x x^T up to a factor.
         start: codes from GPTQ or from rounding to nearest; scales and zero points stay.
         steps: how often each column is visited; stops earlier when no code changes.
+        damping: added to the diagonal, as a share of its median over columns with inputs (the mean
+            may be that of one outlier).
 
     Columns that no input reaches stay as they are. Raises SchemeError, CalibrationError (the
     Hessian is zero, negative or not finite) and NonFiniteError (the weight).
     """
     if steps < 1 or block_size < 1:
         raise SchemeError(f"refine: steps and block_size must be at least 1, got {steps}")
+    if not 0 <= damping <= 1:
+        raise SchemeError(f"refine: damping must be 0..1, got {damping}")
     check_finite(weight, "the weight", "refine")
     diagonal = hessian.diagonal()
     usable = bool(torch.isfinite(hessian).all()) and bool((diagonal >= 0).all())
@@ -46,8 +60,10 @@ def coordinate_descent(
             "refine: the Hessian is zero, negative on its diagonal or not finite: it is the mean "
             "of x x^T over calibration inputs; were there any?"
         )
+    alive = diagonal > _NEGLIGIBLE * diagonal.max()
     hessian = (hessian / diagonal.max()).to(torch.float32)
-    state = _State(weight, hessian, start)
+    hessian.diagonal().add_(damping * hessian.diagonal()[alive].median())
+    state = _State(weight, hessian, start, alive)
     for _ in range(steps):
         if not state.sweep(block_size):
             break
@@ -57,7 +73,7 @@ def coordinate_descent(
 class _State:
     """Columns as contiguous rows: ``codes`` and ``values`` [K, N], ``gradient`` H (W - Q)^T."""
 
-    def __init__(self, weight: Tensor, hessian: Tensor, start: WeightCodes) -> None:
+    def __init__(self, weight: Tensor, hessian: Tensor, start: WeightCodes, alive: Tensor) -> None:
         length, size = weight.shape[1], start.spec.group_size
         self.hessian = hessian
         self.qmin, self.qmax = start.spec.qrange
@@ -70,7 +86,7 @@ class _State:
         self.values = start.dequantize().t().contiguous()
         self.gradient = hessian @ (weight.to(torch.float32).t() - self.values)
         diagonal = hessian.diagonal()
-        self.curvature = torch.where(diagonal > 0, diagonal.reciprocal(), 0.0).tolist()
+        self.curvature = torch.where(alive, diagonal.reciprocal(), 0.0).tolist()
 
     def sweep(self, block_size: int) -> bool:
         """Visit every column once; whether any code changed."""

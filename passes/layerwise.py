@@ -28,12 +28,13 @@ from fxquant.graph import (
 from fxquant.operators import unpack_int4
 from fxquant.passes.block_store import BlockStore
 from fxquant.passes.coordinate_descent import energy
+from fxquant.passes.fake_quantize import fake_activation
 from fxquant.passes.hessians import Hessian
 from fxquant.passes.quantize import quantize_weight, site_codes
 from fxquant.passes.weight_codes import WeightCodes
 from fxquant.repair import Repair
 from fxquant.sequential import Segment, SequentialRun
-from fxquant.specs import TensorSpec
+from fxquant.specs import ActivationSpec, TensorSpec
 from fxquant.streamed import streamed_tensors
 
 # Rows of a weight on which a note's errors are measured: on all of them, the products with the
@@ -43,12 +44,14 @@ _NOTE_ROWS = 64
 
 @dataclass(frozen=True)
 class Layer:
-    """A site whose codes are to be chosen; ``start`` is what an earlier repair chose."""
+    """A site whose codes are to be chosen; ``start`` is what an earlier repair chose,
+    ``activation`` how its input will be quantized, None where that is not known yet (static)."""
 
     path: str
     weight: Tensor
     bias: Tensor | None
     spec: TensorSpec
+    activation: ActivationSpec | None
     start: WeightCodes | None
 
     @functools.cached_property
@@ -78,7 +81,9 @@ class SharedInput:
 
 @dataclass(frozen=True)
 class Layerwise(Repair):
-    """A repair that chooses codes block by block, on inputs as quantized earlier layers make them.
+    """A repair that chooses codes block by block, on inputs as quantized earlier layers make them:
+    with their codes and, where activations are dynamic, with codes of their inputs. Static ranges
+    are calibrated later, so under them earlier layers have quantized weights only.
 
     before:  y = call_module layers.0.fc1(x)        nn.Linear or Conv1D
     after:   y = call_module layers.0.fc1(x)        CodedLinear: the same weight, codes chosen
@@ -160,12 +165,16 @@ class Layerwise(Repair):
     def _groups(self, gm: GraphModule, segment: Segment) -> list[SharedInput]:
         found: dict[Node, tuple[Node, list[Layer]]] = {}
         for site, node in segment.sites:
-            spec = self.scheme.spec_for(site.path, site.role).weight
+            wanted = self.scheme.spec_for(site.path, site.role)
+            spec, activation = wanted.weight, wanted.activation
             if spec is None:
                 continue
+            if activation is not None and not activation.dynamic:
+                activation = None
             module = gm.get_submodule(site.path)
             weight, bias = linear_parameters(module)
-            layer = Layer(site.path, weight, bias, spec, _start(module, spec, site.path))
+            start = _start(module, spec, site.path)
+            layer = Layer(site.path, weight, bias, spec, activation, start)
             found.setdefault(source_of(node), (node, []))[1].append(layer)
         return [
             SharedInput(source, reader, tuple(layers)) for source, (reader, layers) in found.items()
@@ -218,6 +227,8 @@ def _note(layer: Layer, codes: WeightCodes, hessian: Tensor) -> str:
     step = -(-total // _NOTE_ROWS)
     weight = layer.weight[::step]
     signal = energy(weight, hessian)
+    if not signal:
+        return f"no output on calibration inputs{codes.note}"
     old, new = (
         energy(weight - each.rows(slice(None, None, step)).dequantize(), hessian) / signal
         for each in (layer.before, codes)
@@ -273,10 +284,22 @@ def _unpacked(tensors: dict[str, Tensor], spec: TensorSpec, weight: Tensor) -> W
     return WeightCodes(codes, scales, zeros, spec)
 
 
+class _Simulated(nn.Linear):
+    """A linear whose input goes through its dynamic codes."""
+
+    activation: ActivationSpec | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.activation is not None:
+            x = fake_activation(x, self.activation, {}).to(x.dtype)
+        return super().forward(x)
+
+
 def _simulate(gm: GraphModule, layer: Layer, codes: WeightCodes) -> None:
     """Let the run see what the codes stand for; the pass puts a CodedLinear there in the end."""
     rows, columns = layer.weight.shape
-    linear = nn.Linear(columns, rows, bias=False, device="meta")
+    linear = _Simulated(columns, rows, bias=False, device="meta")
+    linear.activation = layer.activation
     weight = codes.dequantize().to(layer.weight.dtype)
     linear.weight = nn.Parameter(weight, requires_grad=False)
     if layer.bias is not None:

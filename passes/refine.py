@@ -19,17 +19,22 @@ class Refine(Layerwise):
     before:  y = call_module layers.0.fc1(x)        CodedLinear or a plain linear
     after:   y = call_module layers.0.fc1(x)        CodedLinear with better codes, the same grid
 
+    ``damping``: of the Hessian, as a share of the median of its diagonal.
+
     Sites without codes start from rounding to nearest, with scales that minimize the error
     weighted by the Hessian's diagonal.
     """
 
     steps: int = 4
+    damping: float = 0.01
     name = "refine"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.steps < 1:
             raise SchemeError(f"refine: steps must be at least 1, got {self.steps}")
+        if not 0 <= self.damping <= 1:
+            raise SchemeError(f"refine: damping must be 0..1, got {self.damping}")
 
     def solve(self, weight: Tensor, hessian: Tensor, layers: tuple[Layer, ...]) -> WeightCodes:
         spec = layers[0].spec
@@ -37,4 +42,4 @@ class Refine(Layerwise):
         if start is None:
             grid = search_scales(weight, spec, hessian.diagonal())
             start = round_to_nearest(weight, spec, *grid)
-        return coordinate_descent(weight, hessian, start, steps=self.steps)
+        return coordinate_descent(weight, hessian, start, steps=self.steps, damping=self.damping)

@@ -66,6 +66,10 @@ class Smooth(Repair):
             raise SchemeError(f"smooth: tokens is a number from 1, not {self.tokens!r}")
 
     @property
+    def readings(self) -> int:
+        return 1 + (self.alpha == "auto")
+
+    @property
     def keeps_site_outputs(self) -> bool:
         return self.where == "default"
 

@@ -168,6 +168,33 @@ def _error(weight: Tensor, codes: WeightCodes, hessian: Tensor) -> float:
     return float((lost @ hessian.double() * lost).sum())
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("bits", [3, 4])
+def test_damping_keeps_descent_from_serving_few_tokens(bits: int, order: Order) -> None:
+    """Columns that fire on 0.4 % of the tokens: what is fitted to them must hold on others."""
+    generator = torch.Generator().manual_seed(0)
+    weight = 0.02 * torch.randn(96, 256, generator=generator)
+    mixing = torch.randn(256, 256, generator=generator) / 16
+    threshold = torch.where(torch.arange(256) < 25, 2.8, 0.0)
+
+    def tokens(count: int) -> Tensor:
+        x = torch.randn(count, 256, generator=generator) @ mixing
+        noise = 0.3 * torch.randn(count, 256, generator=generator)
+        return torch.relu(x + noise - threshold)
+
+    seen, unseen = tokens(4096), tokens(20000)
+    hessian = seen.T @ seen / len(seen)
+    start = gptq(weight, hessian, TensorSpec(bits, symmetric=False), order=order)
+
+    def error(damping: float) -> float:
+        found = coordinate_descent(weight, hessian, start, damping=damping)
+        return float(((weight - found.dequantize()) @ unseen.T).square().sum())
+
+    without = float(((weight - start.dequantize()) @ unseen.T).square().sum())
+    assert error(0.01) < error(0.0)
+    assert error(0.01) < without
+
+
 def test_columns_without_inputs_change_nothing_else() -> None:
     one = layer()
     alive = torch.ones(256, dtype=torch.bool)

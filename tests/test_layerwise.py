@@ -261,6 +261,36 @@ def test_bad_options_and_missing_calibration_say_so() -> None:
             fxquant.convert(model, scheme, calibration=batches())
 
 
+def test_later_layers_see_dynamically_quantized_activations() -> None:
+    plain, quantized = (
+        codes_of(fxquant.convert(llama(), scheme, calibration=batches(), level="float"))
+        for scheme in ("w4+gptq", "w4a4-dynamic-token+gptq")
+    )
+    first, behind = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
+    for name, value in plain.items():
+        if name.startswith(first):  # nothing in front of it is quantized
+            assert torch.equal(quantized[name], value)
+    changed = {
+        name: float((quantized[name] != value).float().mean())
+        for name, value in plain.items()
+        if name.startswith(behind)
+    }
+    assert max(changed.values()) > 0.01
+
+
+def test_a_layer_without_output_keeps_its_zeros() -> None:
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight.zero_()
+    graph = fxquant.convert(model, "w4+gptq+refine", calibration=batches(), level="float")
+    coded = graph.get_submodule("model.layers.0.self_attn.o_proj")
+    assert isinstance(coded, CodedLinear)
+    assert not coded.codes.get_buffer("weight").any()
+    notes = [note.text for note in info(graph).notes if note.site.endswith("0.self_attn.o_proj")]
+    assert notes
+    assert all("no output on calibration inputs" in note for note in notes)
+
+
 def test_a_repair_without_effect_fails() -> None:
     class Idle(Refine):
         def solve(self, weight: Tensor, hessian: Tensor, layers: Any) -> Any:

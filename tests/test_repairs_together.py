@@ -94,6 +94,25 @@ def test_gptq_resumes_with_the_codes_it_kept(tmp_path: Path) -> None:
                 assert torch.equal(value, after.codes.get_buffer(name)), (site.path, name)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "readings"),
+    [
+        ("w4+awq", 2),
+        ("w8a8-dynamic+smooth(alpha=auto)", 2),
+        ("w8a8-static+smooth", 2),
+        ("w4+awq(scale=false)", 1),
+        ("w4+kv8+gptq", 1),
+    ],
+)
+def test_an_iterator_goes_as_far_as_it_is_read_once(scheme: str, readings: int) -> None:
+    model = ARCHITECTURES["llama"]()
+    if readings == 1:
+        fxquant.convert(model, scheme, calibration=iter(BATCHES))
+        return
+    with pytest.raises(fxquant.FxquantError, match=f"reads the calibration data {readings} times"):
+        fxquant.convert(model, scheme, calibration=iter(BATCHES))
+
+
 def test_every_repair_has_a_name_that_a_scheme_can_spell() -> None:
     for name in REPAIRS:
         assert Scheme.parse(str(Scheme.parse(f"w8+{name}"))).repairs == ((name, ()),)
