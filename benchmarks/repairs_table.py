@@ -88,18 +88,41 @@ STATIC_ASYM = Family(
         "smooth(alpha=0.7,where=all)+split_outliers",
         "smooth(alpha=0.7,where=all)+split_outliers+gptq",
         "smooth(alpha=0.7,where=all)+split_outliers(threshold=4)",
+        "smooth(alpha=0.7,where=all)+split_outliers(threshold=4)+gptq",
+        "smooth(alpha=0.7,where=all)+split_outliers(threshold=4)+correct_bias",
         "smooth(alpha=auto,where=all)",
         "smooth(alpha=0.7,where=all)+correct_bias",
+    ),
+    explained=(
+        "",
+        "smooth(alpha=0.7,where=all)",
+        "smooth(alpha=0.7,where=all)+split_outliers(threshold=4)",
     ),
 )
 FOUR_BITS = Family(
     "w4",
-    ("clip", "gptq", "gptq+refine", "gptq(order=static)"),
+    (
+        "clip",
+        "gptq",
+        "gptq(within=block,grid=minmax)",
+        "gptq+refine",
+        "gptq(order=static)",
+        "gptq(order=static)+refine",
+    ),
     explained=("", "gptq"),
 )
 THREE_BITS = Family(
     "w3-g128-asym",
-    ("awq", "gptq", "gptq+refine", "awq+gptq"),
+    (
+        "clip",
+        "awq",
+        "awq(balanced=true)",
+        "awq(scale=false)",
+        "gptq",
+        "gptq+refine",
+        "awq+gptq",
+        "gptq(order=static)+refine",
+    ),
     explained=("", "awq", "gptq"),
 )
 PER_TENSOR = Family("w4-tensor", ("equalize", "correct_bias"))
@@ -131,7 +154,7 @@ def read_data() -> dict[str, Any]:
 
 
 def keep(subject: Subject, text: Source, scheme: str, row: dict[str, Any]) -> None:
-    """Add a row to DATA as it is now: families may be measured by processes of their own."""
+    """Add a row to DATA as it is now."""
     data = read_data()
     data.update(
         text=text.name,
