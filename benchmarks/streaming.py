@@ -131,11 +131,13 @@ def _status(name: str) -> int:
 
 
 def keep(name: str, rows: list[dict[str, Any]], layers: int) -> None:
-    """Put one part's rows into the JSON file, each in its scheme's place; the rest stays."""
+    """Put one part's rows into the JSON file, in place of those of the same scheme.
+
+    Earlier rows stay where they were measured in the same way; the other part stays.
+    """
     file = Path(__file__).with_suffix(".json")
     parts = json.loads(file.read_text()) if file.exists() else {}
-    found = {row["scheme"]: row for row in [*parts.get(name, {}).get("rows", []), *rows]}
-    parts[name] = {
+    setting = {
         "model": f"random, facebook/opt-1.3b's shapes, {layers} of 24 layers, fp16 on disk",
         "compute_dtype": "float32",
         "length": LENGTH,
@@ -144,8 +146,11 @@ def keep(name: str, rows: list[dict[str, Any]], layers: int) -> None:
         "versions": versions(),
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
-        "rows": list(found.values()),
     }
+    before = parts.get(name, {})
+    alike = {k: v for k, v in before.items() if k != "rows"} == setting
+    found = {row["scheme"]: row for row in [*(before["rows"] if alike else []), *rows]}
+    parts[name] = {**setting, "rows": list(found.values())}
     file.write_text(json.dumps(parts, indent=2) + "\n")
 
 
