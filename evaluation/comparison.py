@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Final
 
 from tabulate import tabulate, tabulate_formats
@@ -22,6 +22,7 @@ from fxquant.schemes import Scheme
 
 FORMATS: Final = ("csv", *tabulate_formats)
 _PER_SEED: Final = ("seed", "command", "threads", "windows_hash")
+_OF_CALIBRATION: Final = ("calibration", "calibration_windows")
 
 
 @dataclass(frozen=True)
@@ -74,19 +75,51 @@ def groups(
 ) -> list[Group]:
     """Successful results by model, windows and setting, in order of appearance.
 
-    ``unmatched``: also the published figures of the group's model and text that none of ours is.
+    Where calibrations differ there is a group for each; results that depend on none (seed None)
+    are in all of them. ``unmatched``: also the published figures of the group's model and text
+    that none of ours is.
     """
-    found: dict[str, list[Result]] = {}
+    settings: dict[str, list[Result]] = {}
     for result in results:
         if result.figures is not None and result.provenance is not None:
-            same = {k: v for k, v in asdict(result.provenance).items() if k not in _PER_SEED}
-            found.setdefault(repr(same), []).append(result)
-    return [_group(members, published, unmatched) for members in found.values()]
+            settings.setdefault(_setting(result.provenance), []).append(result)
+    return [
+        _group(members, published, unmatched)
+        for alike in settings.values()
+        for members in _by_calibration(alike)
+    ]
+
+
+def _setting(made: Provenance) -> str:
+    apart = (*_PER_SEED, *_OF_CALIBRATION)
+    return repr({k: v for k, v in asdict(made).items() if k not in apart})
+
+
+def _by_calibration(results: list[Result]) -> list[list[Result]]:
+    """The results of each calibration, those that depend on none in every list."""
+    kinds = dict.fromkeys(_calibration(each) for each in results if each.seed is not None)
+    if not kinds:
+        return [results]
+    return [[r for r in results if r.seed is None or _calibration(r) == kind] for kind in kinds]
+
+
+def _calibration(result: Result) -> tuple[object, ...]:
+    return tuple(getattr(result.provenance, name) for name in _OF_CALIBRATION)
+
+
+def _shared_provenance(members: list[Result]) -> Provenance:
+    """The first one's, with the calibration of those that have one."""
+    made = [each.provenance for each in members if each.provenance is not None]
+    calibrated = (r.provenance for r in members if r.seed is not None and r.provenance is not None)
+    source = next(calibrated, None)
+    if source is None:
+        return replace(made[0], calibration="nothing", calibration_windows=0)
+    calibration = {name: getattr(source, name) for name in _OF_CALIBRATION}
+    return replace(made[0], **calibration)
 
 
 def _group(members: list[Result], published: Sequence[Published], unmatched: bool) -> Group:
-    provenance = members[0].provenance
-    assert provenance is not None
+    provenance = _shared_provenance(members)
     known = [figure for figure in published if _comparable(figure, provenance)]
     by_scheme: dict[str, list[Result]] = {}
     for result in members:
@@ -112,6 +145,8 @@ def _comparable(figure: Published, provenance: Provenance) -> bool:
 
 
 def _line(results: list[Result], reference: Row | None, known: list[Published]) -> Line:
+    # Without a seed there is one figure, however often it was computed.
+    results = [result for result in results if result.seed is not None] or results[-1:]
     rows = [result.figures for result in results if result.figures is not None]
     first, sums = rows[0], mean_sums([row.sums for row in rows])
     scheme = Scheme.parse(first.scheme)

@@ -94,6 +94,12 @@ def test_seeds_are_averaged_window_by_window() -> None:
     assert "+0.8500 ± 0.3500" in format_results(runs)
 
 
+def test_without_a_seed_there_is_one_figure() -> None:
+    once = replace(result("w8", (2.8, 2.7)), seed=None)
+    (group,) = groups([FP, once, replace(once, fingerprint="again")])
+    assert [line.seeds for line in group.lines] == [1, 1]
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -20,7 +20,7 @@ from fxquant.cli import main
 from fxquant.errors import DataError, FxquantError
 from fxquant.evaluation import Job, converter, models, run
 from fxquant.evaluation import sweep as sweep_module
-from fxquant.evaluation.comparison import format_results
+from fxquant.evaluation.comparison import format_results, groups
 from fxquant.evaluation.journal import Journal, Result, read_journal
 from fxquant.evaluation.results import Row
 from fxquant.evaluation.sweep import Sweep, SweepOutcome, run_sweep
@@ -137,6 +137,28 @@ def test_calibration_matters_to_static_schemes_only(
     copy.write_bytes(path.read_bytes())
     other = swept(sweep(calibration_windows=3), copy)
     assert (other.before, other.now) == (3, 2)
+    # What calibration does not touch is compared with either calibration's results.
+    tables = groups(read_journal(copy))
+    assert [group.provenance.calibration_windows for group in tables] == [2, 3]
+    for group in tables:
+        assert [line.scheme for line in group.lines] == ["fp", *SCHEMES]
+        for line, scheme in zip(group.lines, ("fp", *SCHEMES), strict=True):
+            assert line.difference is not None, scheme
+    again = {line.scheme: line for line in groups(other.results)[0].lines}["w8a8-static:p99"]
+    last = figures(other.results[-1]).loss
+    assert again.loss == pytest.approx((figures(other.results[-2]).loss + last) / 2)
+    assert again.difference is not None
+    assert again.loss is not None
+    fp = figures(other.results[0]).loss
+    assert again.difference.delta == pytest.approx(again.loss - fp)
+    assert "| w8a8-static:p99 | - " not in format_results(read_journal(copy))
+
+
+def test_what_is_not_calibrated_shows_alone(undisturbed: Undisturbed) -> None:
+    results = [r for r in undisturbed[1].results if r.seed is None]
+    (group,) = groups(results)
+    assert [line.scheme for line in group.lines] == ["fp", "w8", "w8a8-dynamic"]
+    assert group.provenance.calibration == "nothing"
 
 
 def test_changed_weights_are_another_model(tmp_path: Path) -> None:
