@@ -88,7 +88,10 @@ def fingerprint(
 
 
 def unavailable(job: Job, scheme: Scheme, reason: str) -> str:
-    """The fingerprint of a cell whose model or text cannot be read: it is tried again next time."""
+    """The fingerprint of a cell whose model, weights or text cannot be read.
+
+    It is tried again next time: under its own fingerprint there is no result.
+    """
     return _hash(
         [job.model, str(scheme), job.dataset, job.seed if depends_on_seed(scheme) else None, reason]
     )

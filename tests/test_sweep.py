@@ -17,10 +17,11 @@ import pytest
 
 import fxquant
 from fxquant.cli import main
-from fxquant.errors import DataError, FxquantError
+from fxquant.errors import DataError, FxquantError, TracingError
 from fxquant.evaluation import Job, converter, models, run
 from fxquant.evaluation import sweep as sweep_module
 from fxquant.evaluation.comparison import format_results, groups
+from fxquant.evaluation.fingerprint import Identity
 from fxquant.evaluation.journal import Journal, Result, read_journal
 from fxquant.evaluation.results import Row
 from fxquant.evaluation.sweep import Sweep, SweepOutcome, run_sweep
@@ -161,18 +162,46 @@ def test_what_is_not_calibrated_shows_alone(undisturbed: Undisturbed) -> None:
     assert group.provenance.calibration == "nothing"
 
 
-def test_changed_weights_are_another_model(tmp_path: Path) -> None:
+def copied(tmp_path: Path, without: str = "") -> Path:
+    """The model's files, but those whose name ends with ``without``."""
     folder = tmp_path / "model"
     folder.mkdir()
     for file in SMALL_OPT.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    once = replace(sweep(schemes=()), models=(str(folder),))
-    path = tmp_path / "results.jsonl"
-    assert swept(once, path).now == 1
-    assert swept(once, path).now == 0
+        if not without or not file.name.endswith(without):
+            (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def other_activation(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "activation_function": "gelu"}))
-    assert swept(once, path).now == 1
+
+
+def flipped_bit(folder: Path) -> None:
+    """The last bit of the first weight's mantissa; the file's length stays."""
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[8 + int.from_bytes(content[:8], "little")] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+
+
+def other_tokenizer(folder: Path) -> None:
+    """The same vocabulary, the text in small letters."""
+    data = json.loads((folder / "tokenizer.json").read_text())
+    data["normalizer"] = {"type": "Lowercase"}
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize("change", [other_activation, flipped_bit, other_tokenizer])
+def test_a_changed_file_is_another_model(tmp_path: Path, change: Callable[[Path], None]) -> None:
+    folder = copied(tmp_path)
+    once = replace(sweep(schemes=()), models=(str(folder),))
+    path = tmp_path / "results.jsonl"
+    first = swept(once, path)
+    assert (first.now, first.failed) == (1, 0)
+    assert swept(once, path).now == 0
+    change(folder)
+    second = swept(once, path)
+    assert (second.now, second.failed) == (1, 0)
 
 
 # --- failures -------------------------------------------------------------------------------------
@@ -223,6 +252,42 @@ def test_missing_models_and_texts_fail_alone_and_are_tried_again(tmp_path: Path)
     assert (second.before, second.now, second.failed) == (2, 2, 2)
     table = format_results(read_journal(path))
     assert "no model directory" not in table.split("failed:")[0]
+
+
+@pytest.mark.parametrize("named_by", ["files", "commit"])
+def test_weights_that_come_later_are_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named_by: str
+) -> None:
+    """The configuration is found, the weights are not: nothing of that is final."""
+    folder = copied(tmp_path, without=".safetensors")
+    if named_by == "commit":  # as a model of the hub: its name does not change with its files
+        known = Identity(str(folder), "0123abc", "opt 4x128")
+        monkeypatch.setattr(sweep_module, "identify_model", lambda *_: known)
+    both = replace(sweep(schemes=("w8",)), models=(str(folder),))
+    path = tmp_path / "results.jsonl"
+    for _ in range(2):
+        outcome = swept(both, path)
+        assert (outcome.before, outcome.now, outcome.failed) == (0, 2, 2)
+        assert all("cannot load" in str(result.error) for result in outcome.results)
+        assert len(path.read_text().splitlines()) == 2
+    (folder / "model.safetensors").write_bytes((SMALL_OPT / "model.safetensors").read_bytes())
+    outcome = swept(both, path)
+    assert (outcome.before, outcome.now, outcome.failed) == (0, 2, 0)
+    assert "failed" not in format_results(read_journal(path))
+    assert swept(both, path).now == 0
+
+
+def test_a_model_that_cannot_be_traced_is_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def untraceable(_: Any) -> None:
+        raise TracingError("routes by data")
+
+    monkeypatch.setattr(models, "trace", untraceable)
+    path = tmp_path / "results.jsonl"
+    first = swept(sweep(schemes=()), path)
+    assert [result.error for result in first.results] == ["routes by data"]
+    assert swept(sweep(schemes=()), path).now == 0
 
 
 def test_what_is_misspelled_stops_before_any_work(
