@@ -257,7 +257,7 @@ class _Run:
             self.fail(cells, describe(error))
             return
         provenance = make_provenance(job, loaded, graph, *sources, windows)
-        converter = Converter(graph, windows.calibration)
+        converter = Converter(graph, windows.calibration, job.cache)
         for cell in cells:
             try:
                 torch.manual_seed(job.seed)

@@ -17,7 +17,7 @@ import pytest
 
 import fxquant
 from fxquant.cli import main
-from fxquant.errors import DataError, FxquantError, TracingError
+from fxquant.errors import DataError, FxquantError, SchemeError, TracingError
 from fxquant.evaluation import Job, converter, models, run
 from fxquant.evaluation import sweep as sweep_module
 from fxquant.evaluation.comparison import format_results, groups
@@ -26,6 +26,7 @@ from fxquant.evaluation.journal import Journal, Result, read_journal
 from fxquant.evaluation.results import Row
 from fxquant.evaluation.sweep import Sweep, SweepOutcome, run_sweep
 from fxquant.evaluation.sweep_file import read_sweep
+from fxquant.passes import Gptq
 from tests.models import SMALL_OPT, small_opt
 
 SCHEMES = ("w8", "w8a8-dynamic", "w8a8-static:p99")
@@ -333,6 +334,37 @@ def test_a_sweep_streams_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert None not in workspaces
 
 
+@pytest.mark.parametrize("key", ["cache", ""])
+def test_finished_blocks_are_kept_where_the_file_says(tmp_path: Path, key: str) -> None:
+    """They change no figure, so whether they are kept does not tell one result from another."""
+    file, blocks = tmp_path / "s.toml", tmp_path / "blocks"
+    said = f'models = ["{SMALL_OPT}"]\nschemes = ["w4+gptq"]\n'
+    said += "windows = 2\nlength = 48\ncalibration_windows = 1\n"
+    file.write_text(said + (f'{key} = "{blocks}"\n' if key else ""))
+    path = tmp_path / "results.jsonl"
+    asked = read_sweep(file)
+    first = swept(asked, path)
+    assert (first.now, first.failed) == (2, 0)
+    assert bool(list(blocks.rglob("*.safetensors"))) == bool(key)
+    other = replace(asked, job=replace(asked.job, cache=None if key else blocks))
+    assert swept(other, path).now == 0
+    assert len(groups(first.results)) == 1
+
+
+def test_blocks_of_the_cache_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = replace(sweep(schemes=("w4+gptq",), cache=tmp_path / "blocks"), seeds=(0,))
+    first = swept(asked, tmp_path / "one.jsonl")
+    monkeypatch.setattr(Gptq, "solve", lambda *_: pytest.fail("a finished block was done again"))
+    second = swept(asked, tmp_path / "two.jsonl")
+    assert second.failed == 0
+    assert [figures(r) for r in second.results] == [figures(r) for r in first.results]
+
+
+def test_a_cache_that_nothing_uses_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SchemeError, match="no scheme here has a repair that keeps"):
+        swept(sweep(cache=tmp_path / "blocks"), tmp_path / "results.jsonl")
+
+
 def test_the_revision_identifies_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
@@ -490,6 +522,7 @@ def test_sweep_file_and_command(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ('models = ["x"]\nschemes = ["w8"]\nwindows = "some"', 'an integer or "all"'),
         ('models = ["x"]\nschemes = ["w8"]\ndevice = 1', "device must be a string, got 1"),
         ('models = ["x"]\nschemes = ["w8"]\nstream = 1', "stream must be true or false, got 1"),
+        ('models = ["x"]\nschemes = ["w8"]\ncache = 1', "cache must be a string, got 1"),
     ],
 )
 def test_bad_sweep_files(tmp_path: Path, text: str, message: str) -> None:
