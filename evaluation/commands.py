@@ -65,8 +65,11 @@ def add_table_arguments(parser: argparse.ArgumentParser) -> None:
 def table_command(options: argparse.Namespace) -> int:
     """Print the tables of one or more results.jsonl."""
     check_format(options.format)
-    results = [result for path in options.results for result in read_journal(path)]
-    print(format_results({r.fingerprint: r for r in results}.values(), options.format))
+    read = [result for path in options.results for result in read_journal(path)]
+    results = {result.fingerprint: result for result in read}.values()
+    print(format_results(results, options.format))
+    for note in tokenizer_notes(results) if options.format != "csv" else []:
+        print(f"\n{note}")
     return 0
 
 

@@ -204,9 +204,31 @@ def format_results(
     found = groups(listed, published, unmatched=unmatched)
     if style == "csv":
         return _csv(found)
-    parts = [f"{_title(group.provenance)}\n\n{format_group(group, style)}" for group in found]
+    parts = [part for group in found for part in _parts(group, style)]
     failed = _failed_lines(failures(listed))
     return "\n\n".join([*parts, *(["\n".join(failed)] if failed else [])])
+
+
+def _parts(group: Group, style: str) -> list[str]:
+    notes = "\n".join(calibration_notes(group))
+    return [_title(group.provenance), format_group(group, style), *filter(None, [notes])]
+
+
+def calibration_notes(group: Group) -> list[str]:
+    """A line for each calibration that published figures of the group have and ours have not."""
+    ours = group.provenance.calibration
+    alike: dict[tuple[str, str], list[str]] = {}
+    for line in group.lines:
+        figure = line.published
+        if figure is None or figure.calibration is None or line.loss is None:
+            continue
+        if not figure.calibration.is_that_of(ours):
+            place = (figure.source, figure.calibration.words)
+            alike.setdefault(place, []).append(figure.method)
+    return [
+        f"{', '.join(methods)} ({source}): calibrated on {words}, ours on {ours}"
+        for (source, words), methods in alike.items()
+    ]
 
 
 def _failed_lines(failed: Iterable[Result]) -> list[str]:
@@ -295,6 +317,7 @@ def _csv(found: Iterable[Group]) -> str:
 
 def _csv_row(made: Provenance, line: Line) -> dict[str, object]:
     difference, figure = line.difference, line.published
+    calibration = None if figure is None else figure.calibration
     protocol = made.protocol
     return {
         "model": made.model,
@@ -321,6 +344,7 @@ def _csv_row(made: Provenance, line: Line) -> dict[str, object]:
         "bits_per_weight": line.bits_per_weight,
         "share_clipped": line.share_clipped,
         "published_as": None if figure is None else figure.method,
+        "published_calibration": None if calibration is None else calibration.words,
         "published_perplexity": None if figure is None else figure.perplexity,
         "published_delta_loss": None if figure is None else figure.delta_loss,
         "ours_minus_published": line.off,

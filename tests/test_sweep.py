@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import multiprocessing
@@ -510,6 +512,23 @@ def test_sweep_file_and_command(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert first.provenance.command == f"fxquant sweep {file} --output {output}"
     assert main(["table", str(output / "results.jsonl"), "--format", "latex"]) == 0
     assert r"\begin{tabular}" in capsys.readouterr().out
+
+
+def test_a_table_says_which_tokenizer_had_to_do(
+    undisturbed: Undisturbed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = undisturbed[0].read_text().replace('"dataset": "builtin"', '"dataset": "wikitext2"')
+    path = tmp_path / "results.jsonl"
+    path.write_text(lines)
+    note = f"{SMALL_OPT} has no slow tokenizer, which the papers used"
+    assert main(["table", str(path)]) == 0
+    assert capsys.readouterr().out.count(note) == 1
+    assert main(["table", str(path), "--format", "csv"]) == 0
+    printed = capsys.readouterr().out
+    assert note not in printed
+    rows = list(csv.DictReader(io.StringIO(printed)))
+    assert [row["scheme"] for row in rows] == ["fp", *SCHEMES]
+    assert not any(None in row for row in rows)
 
 
 @pytest.mark.parametrize(
