@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 import fxquant
@@ -23,12 +24,15 @@ from fxquant.errors import DataError, FxquantError, SchemeError, TracingError
 from fxquant.evaluation import Job, converter, models, run
 from fxquant.evaluation import sweep as sweep_module
 from fxquant.evaluation.comparison import format_results, groups
-from fxquant.evaluation.fingerprint import Identity
+from fxquant.evaluation.fingerprint import Identity, fingerprint
+from fxquant.evaluation.job import open_sources
 from fxquant.evaluation.journal import Journal, Result, read_journal
 from fxquant.evaluation.results import Row
 from fxquant.evaluation.sweep import Sweep, SweepOutcome, run_sweep
 from fxquant.evaluation.sweep_file import read_sweep
 from fxquant.passes import Gptq
+from fxquant.schemes import Scheme
+from tests.hub_format import write_c4
 from tests.models import SMALL_OPT, small_opt
 
 SCHEMES = ("w8", "w8a8-dynamic", "w8a8-static:p99")
@@ -334,6 +338,28 @@ def test_a_sweep_streams_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert asked == [(True, "v1")]
     assert len(workspaces) == 2
     assert None not in workspaces
+
+
+def test_a_replaced_calibration_shard_is_another_calibration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C4's train split, of which single documents are drawn, is not part of the text's hash."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    asked = Job(model="", schemes=(), dataset="builtin", calibration_dataset="c4-new")
+    model = Identity("x", "y", "z")
+
+    def found(folder: str, train: list[str], scheme: str) -> str:
+        write_c4(tmp_path / folder, {"validation": ["evaluated"], "train": train})
+        sources = open_sources(replace(asked, data=tmp_path / folder))
+        return fingerprint(asked, Scheme.parse(scheme), model, *sources)
+
+    texts = ["one text", "another", "a third"]
+    for scheme, calibrated in (("w8a8-static", True), ("w4+gptq", True), ("w8", False)):
+        first = found(f"{scheme} 1", texts, scheme)
+        assert found(f"{scheme} 2", texts, scheme) == first
+        for number, other in enumerate((texts[:2], [*texts[1:], texts[0]], ["one textanother"])):
+            again = found(f"{scheme} other {number}", other, scheme)
+            assert (again != first) == calibrated
 
 
 @pytest.mark.parametrize("key", ["cache", ""])
