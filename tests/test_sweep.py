@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 import random
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from fxquant.evaluation import Job, converter, models, run
 from fxquant.evaluation import sweep as sweep_module
 from fxquant.evaluation.comparison import format_results, groups
 from fxquant.evaluation.fingerprint import Identity, fingerprint
-from fxquant.evaluation.job import open_sources
+from fxquant.evaluation.job import check_job, open_sources
 from fxquant.evaluation.journal import Journal, Result, read_journal
 from fxquant.evaluation.results import Row
 from fxquant.evaluation.sweep import Sweep, SweepOutcome, run_sweep
@@ -538,6 +539,15 @@ def test_sweep_file_and_command(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert first.provenance.command == f"fxquant sweep {file} --output {output}"
     assert main(["table", str(output / "results.jsonl"), "--format", "latex"]) == 0
     assert r"\begin{tabular}" in capsys.readouterr().out
+
+
+def test_the_example_of_the_docs_is_a_sweep(tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
+    (block,) = re.findall(r"^```toml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "opt.toml").write_text(block)
+    found = read_sweep(tmp_path / "opt.toml")
+    assert (found.job.windows, found.job.cache) == (None, Path("blocks"))
+    assert [len(check_job(job)) for job in found.jobs()] == [4] * 12
 
 
 def test_a_table_says_which_tokenizer_had_to_do(
