@@ -9,23 +9,64 @@ root; everything between the two marks is replaced:
     <!-- /table -->
 
 results.json (of ``fxquant evaluate``) gives table, provenance and sentences; results.jsonl (of a
-sweep) gives its tables beside the published figures.
+sweep) gives its tables beside the published figures; speed.json (of benchmarks/speed.py) its ratios
+beside their goals; published.py the reference ladder, which is data in the package.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import re
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Final
 
+from tabulate import tabulate
+
+from fxquant.errors import DataError
 from fxquant.evaluation.comparison import format_results
 from fxquant.evaluation.journal import read_journal
+from fxquant.evaluation.published import LADDER, REFERENCE_LOSS, Published
 from fxquant.evaluation.results import read_results
 from fxquant.evaluation.tables import format_table, sentences
 
 ROOT = Path(__file__).parent.parent
 _MARKED = re.compile(r"(<!-- table: (?P<path>\S+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A line of the speed table: a key of speed.json's ratios, in words, and at most how much it
+    was to be; ``beside``: another ratio, and how it is introduced."""
+
+    key: str
+    label: str
+    goal: float | None = None
+    beside: tuple[str, str] | None = None
+
+
+SPEED: Final = (
+    Ratio("w8a8-dynamic-token graph", "integer graph, w8a8-dynamic-token", 1.08),
+    Ratio(
+        "w8a8-dynamic-token graph, compiled",
+        "the same, `torch.compile`",
+        0.97,
+        ("the float model compiled", "float model, compiled"),
+    ),
+    Ratio("fake-quant module swap", "float fake-quant module swap, not exact"),
+    Ratio("w8 graph", "weight-only graph, w8"),
+    Ratio("convert w8a8-dynamic-token / forward", "`convert` without calibration", 6),
+    Ratio("calibration per window / forward", "calibration, per window", 1.4),
+    Ratio(
+        "peak memory of convert / (float + codes)",
+        "peak memory of `convert`, over float model + codes",
+        1.15,
+    ),
+)
 
 
 def pages() -> list[Path]:
@@ -37,10 +78,69 @@ def table_of(path: Path) -> str:
     """The Markdown that stands for a file of results. Raises DataError if it is none."""
     if path.suffix == ".jsonl":
         return format_results(read_journal(path))
+    if path.name == "speed.json":
+        return speed_table(path)
+    if path.name == "published.py":
+        return reference_table()
     rows, made = read_results(path)
     said = "\n".join(f"> {sentence}" for sentence in sentences(rows))
     parts = (format_table(rows), made.line(), f"`{made.command}`", said)
     return "\n\n".join(part for part in parts if part)
+
+
+def speed_table(path: Path) -> str:
+    """The ratios of a speed.json beside their goals, and what they were measured with."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        body = [_speed_row(line, data["ratios"]) for line in SPEED]
+        made = _speed_line(data)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path} is no result of benchmarks/speed.py: {error!r}") from error
+    return (
+        f"{_table(('measured against one eager float forward', 'ratio', 'goal'), body)}\n\n{made}"
+    )
+
+
+def _speed_row(line: Ratio, ratios: dict[str, float]) -> tuple[str, str, str]:
+    ratio = ratios[line.key]
+    goal = "" if line.goal is None else f"{line.goal:g}"
+    if line.goal is not None and ratio > line.goal:
+        goal += ": missed"
+    if line.beside is not None:
+        goal += f" ({line.beside[0]}: {_three(ratios[line.beside[1]])})"
+    return line.label, _three(ratio), goal
+
+
+def _three(value: float) -> str:
+    return f"{value:.1f}" if value >= 2 else f"{value:.2f}"
+
+
+def _speed_line(data: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    return (
+        f"{data['model']} ({data['revision'][:23]}), one window of {data['length']} tokens, "
+        f"{data['rounds']} rounds; {data['threads']} threads on {data['processor']}; {versions}"
+    )
+
+
+def reference_table() -> str:
+    """The published ladder: losses, perplexities and differences from the float model."""
+    head = ("scheme", "measured as", "reference loss", "reference ppl", "reference Δloss")
+    return _table(head, [_reference_row(figure) for figure in LADDER])
+
+
+def _reference_row(figure: Published) -> tuple[str, ...]:
+    assert figure.delta_loss is not None
+    loss = REFERENCE_LOSS + figure.delta_loss
+    change = f"{figure.delta_loss:+.6f}" if figure.delta_loss else "0"
+    perplexity = figure.perplexity or math.exp(loss)
+    return str(figure.scheme), figure.method, f"{loss:.6f}", f"{perplexity:.4f}", change
+
+
+def _table(head: tuple[str, ...], body: Sequence[tuple[str, ...]]) -> str:
+    align = ["left" if name in ("scheme", "measured as", "goal") else "right" for name in head]
+    align[0] = "left"
+    return tabulate(body, head, tablefmt="github", disable_numparse=True, colalign=align)
 
 
 def with_tables(text: str, root: Path = ROOT) -> str:

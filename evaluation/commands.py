@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fxquant.evaluation.arguments import INTERRUPTED, window_count
+from fxquant.evaluation.arguments import INTERRUPTED, add_cache_argument, window_count
 from fxquant.evaluation.comparison import check_format, format_results, tokenizer_notes
 from fxquant.evaluation.journal import read_journal
 from fxquant.evaluation.models import DTYPES
@@ -65,8 +65,11 @@ def add_table_arguments(parser: argparse.ArgumentParser) -> None:
 def table_command(options: argparse.Namespace) -> int:
     """Print the tables of one or more results.jsonl."""
     check_format(options.format)
-    results = [result for path in options.results for result in read_journal(path)]
-    print(format_results({r.fingerprint: r for r in results}.values(), options.format))
+    read = [result for path in options.results for result in read_journal(path)]
+    results = {result.fingerprint: result for result in read}.values()
+    print(format_results(results, options.format))
+    for note in tokenizer_notes(results) if options.format != "csv" else []:
+        print(f"\n{note}")
     return 0
 
 
@@ -87,6 +90,7 @@ def add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("auto", *DTYPES))
     add("--revision", help="of a hub model")
     add("--stream", action="store_true", help="leave weights in their files: larger than memory")
+    add_cache_argument(parser)
     add("--output", type=Path, help="folder to keep and resume results (results/PRESET)")
     _add_retry(parser)
 

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Final
 
 from tabulate import tabulate, tabulate_formats
@@ -22,6 +22,7 @@ from fxquant.schemes import Scheme
 
 FORMATS: Final = ("csv", *tabulate_formats)
 _PER_SEED: Final = ("seed", "command", "threads", "windows_hash")
+_OF_CALIBRATION: Final = ("calibration", "calibration_windows")
 
 
 @dataclass(frozen=True)
@@ -74,19 +75,51 @@ def groups(
 ) -> list[Group]:
     """Successful results by model, windows and setting, in order of appearance.
 
-    ``unmatched``: also the published figures of the group's model and text that none of ours is.
+    Where calibrations differ there is a group for each; results that depend on none (seed None)
+    are in all of them. ``unmatched``: also the published figures of the group's model and text
+    that none of ours is.
     """
-    found: dict[str, list[Result]] = {}
+    settings: dict[str, list[Result]] = {}
     for result in results:
         if result.figures is not None and result.provenance is not None:
-            same = {k: v for k, v in asdict(result.provenance).items() if k not in _PER_SEED}
-            found.setdefault(repr(same), []).append(result)
-    return [_group(members, published, unmatched) for members in found.values()]
+            settings.setdefault(_setting(result.provenance), []).append(result)
+    return [
+        _group(members, published, unmatched)
+        for alike in settings.values()
+        for members in _by_calibration(alike)
+    ]
+
+
+def _setting(made: Provenance) -> str:
+    apart = (*_PER_SEED, *_OF_CALIBRATION)
+    return repr({k: v for k, v in asdict(made).items() if k not in apart})
+
+
+def _by_calibration(results: list[Result]) -> list[list[Result]]:
+    """The results of each calibration, those that depend on none in every list."""
+    kinds = dict.fromkeys(_calibration(each) for each in results if each.seed is not None)
+    if not kinds:
+        return [results]
+    return [[r for r in results if r.seed is None or _calibration(r) == kind] for kind in kinds]
+
+
+def _calibration(result: Result) -> tuple[object, ...]:
+    return tuple(getattr(result.provenance, name) for name in _OF_CALIBRATION)
+
+
+def _shared_provenance(members: list[Result]) -> Provenance:
+    """The first one's, with the calibration of those that have one."""
+    made = [each.provenance for each in members if each.provenance is not None]
+    calibrated = (r.provenance for r in members if r.seed is not None and r.provenance is not None)
+    source = next(calibrated, None)
+    if source is None:
+        return replace(made[0], calibration="nothing", calibration_windows=0)
+    calibration = {name: getattr(source, name) for name in _OF_CALIBRATION}
+    return replace(made[0], **calibration)
 
 
 def _group(members: list[Result], published: Sequence[Published], unmatched: bool) -> Group:
-    provenance = members[0].provenance
-    assert provenance is not None
+    provenance = _shared_provenance(members)
     known = [figure for figure in published if _comparable(figure, provenance)]
     by_scheme: dict[str, list[Result]] = {}
     for result in members:
@@ -112,6 +145,8 @@ def _comparable(figure: Published, provenance: Provenance) -> bool:
 
 
 def _line(results: list[Result], reference: Row | None, known: list[Published]) -> Line:
+    # Without a seed there is one figure, however often it was computed.
+    results = [result for result in results if result.seed is not None] or results[-1:]
     rows = [result.figures for result in results if result.figures is not None]
     first, sums = rows[0], mean_sums([row.sums for row in rows])
     scheme = Scheme.parse(first.scheme)
@@ -169,9 +204,31 @@ def format_results(
     found = groups(listed, published, unmatched=unmatched)
     if style == "csv":
         return _csv(found)
-    parts = [f"{_title(group.provenance)}\n\n{format_group(group, style)}" for group in found]
+    parts = [part for group in found for part in _parts(group, style)]
     failed = _failed_lines(failures(listed))
     return "\n\n".join([*parts, *(["\n".join(failed)] if failed else [])])
+
+
+def _parts(group: Group, style: str) -> list[str]:
+    notes = "\n".join(calibration_notes(group))
+    return [_title(group.provenance), format_group(group, style), *filter(None, [notes])]
+
+
+def calibration_notes(group: Group) -> list[str]:
+    """A line for each calibration that published figures of the group have and ours have not."""
+    ours = group.provenance.calibration
+    alike: dict[tuple[str, str], list[str]] = {}
+    for line in group.lines:
+        figure = line.published
+        if figure is None or figure.calibration is None or line.loss is None:
+            continue
+        if not figure.calibration.is_that_of(ours):
+            place = (figure.source, figure.calibration.words)
+            alike.setdefault(place, []).append(figure.method)
+    return [
+        f"{', '.join(methods)} ({source}): calibrated on {words}, ours on {ours}"
+        for (source, words), methods in alike.items()
+    ]
 
 
 def _failed_lines(failed: Iterable[Result]) -> list[str]:
@@ -260,6 +317,7 @@ def _csv(found: Iterable[Group]) -> str:
 
 def _csv_row(made: Provenance, line: Line) -> dict[str, object]:
     difference, figure = line.difference, line.published
+    calibration = None if figure is None else figure.calibration
     protocol = made.protocol
     return {
         "model": made.model,
@@ -286,6 +344,7 @@ def _csv_row(made: Provenance, line: Line) -> dict[str, object]:
         "bits_per_weight": line.bits_per_weight,
         "share_clipped": line.share_clipped,
         "published_as": None if figure is None else figure.method,
+        "published_calibration": None if calibration is None else calibration.words,
         "published_perplexity": None if figure is None else figure.perplexity,
         "published_delta_loss": None if figure is None else figure.delta_loss,
         "ours_minus_published": line.off,

@@ -65,19 +65,14 @@ def fingerprint(
 ) -> str:
     """sha256 over everything that determines one scheme's figures (but the number of threads,
     which may change the last digits of floating-point sums)."""
-    drawn = calibration or source
     facts = {
         "model": asdict(model),
         "scheme": str(scheme),
         "text": {"name": source.name, "hash": source.digest, "recipe": asdict(source.recipe)},
         "windows": [job.windows, job.length, job.stride or job.length],
-        "calibration": {
-            "seed": job.seed,
-            "windows": [job.calibration_windows, job.calibration_length or job.length],
-            "text": {"name": drawn.name, "hash": drawn.digest, "recipe": asdict(drawn.recipe)},
-        }
-        if depends_on_seed(scheme)
         # What is left over for calibration does not change what is evaluated.
+        "calibration": _calibration(job, calibration or source)
+        if depends_on_seed(scheme)
         else None,
         "batch_size": job.batch_size,
         "device": job.device,
@@ -87,8 +82,22 @@ def fingerprint(
     return _hash(facts)
 
 
+def _calibration(job: Job, drawn: Source) -> dict[str, object]:
+    facts: dict[str, object] = {
+        "seed": job.seed,
+        "windows": [job.calibration_windows, job.calibration_length or job.length],
+        "text": {"name": drawn.name, "hash": drawn.digest, "recipe": asdict(drawn.recipe)},
+    }
+    if drawn.calibration_digest is not None:
+        facts["documents"] = drawn.calibration_digest
+    return facts
+
+
 def unavailable(job: Job, scheme: Scheme, reason: str) -> str:
-    """The fingerprint of a cell whose model or text cannot be read: it is tried again next time."""
+    """The fingerprint of a cell whose model, weights or text cannot be read.
+
+    It is tried again next time: under its own fingerprint there is no result.
+    """
     return _hash(
         [job.model, str(scheme), job.dataset, job.seed if depends_on_seed(scheme) else None, reason]
     )

@@ -165,7 +165,7 @@ def reproduce(
     return outcome
 
 
-_NOT_COMPARED: Final = ("model", "data", "device", "output", "stream", "revision")
+_NOT_COMPARED: Final = ("model", "data", "device", "output", "stream", "revision", "cache")
 
 
 def notes(preset: Preset, sweep: Sweep, outcome: SweepOutcome) -> list[str]:

@@ -19,12 +19,36 @@ LENGTH: Final = 2048
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """What a published figure was calibrated on, in words.
+
+    ``drawn``: how Provenance begins to describe the same windows here; () where none are the same.
+    """
+
+    words: str
+    drawn: tuple[str, ...] = ()
+
+    def is_that_of(self, provenance_calibration: str) -> bool:
+        return provenance_calibration.startswith(self.drawn)
+
+
+_C4_WINDOWS: Final = Calibration(
+    "128 windows of 2048 tokens of C4",
+    tuple(f"128 windows of 2048 from {name} (" for name in ("c4-old", "c4-new")),
+)
+_PILE_WINDOWS: Final = Calibration("512 windows of 512 tokens of the Pile")
+_UNNAMED: Final = Calibration("text that is not named")
+# A table that quotes a method may have calibrated it otherwise than the method's authors.
+_UNRECORDED: Final = Calibration("what is not recorded here")
+
+
+@dataclass(frozen=True)
 class Published:
     """One published figure.
 
     ``architecture``: as in Provenance. ``dataset``: the protocol's name here; None where the text
     is not named, so that only ``delta_loss`` compares. ``scheme``: ours that does the same; None
-    where there is none.
+    where there is none. ``calibration``: None where ``scheme`` depends on none.
     """
 
     architecture: str
@@ -34,6 +58,7 @@ class Published:
     source: str
     perplexity: float | None = None
     delta_loss: float | None = None
+    calibration: Calibration | None = None
 
 
 _GPTQ = "GPTQ table 3"
@@ -62,11 +87,19 @@ _WIKITEXT2: Final = (
 )
 
 
+def _calibrated(scheme: str | None, calibration: Calibration) -> Calibration | None:
+    depends = scheme is not None and ("-static" in scheme or "+" in scheme)
+    return calibration if depends else None
+
+
 def _wikitext2() -> Iterator[Published]:
     for method, scheme, values, source in _WIKITEXT2:
+        drawn = _C4_WINDOWS if source == _GPTQ else _UNRECORDED
+        calibration = _calibrated(scheme, drawn)
         for size, value in zip(_SIZES, values, strict=True):
             if value is not None:
-                yield Published(OPT[size], "wikitext2", method, scheme, source, value)
+                place = (OPT[size], "wikitext2", method, scheme, source)
+                yield Published(*place, value, calibration=calibration)
 
 
 GPTQ_TABLE: Final = (
@@ -103,9 +136,15 @@ _W8A8_175B: Final = (
     ("SmoothQuant O2", SMOOTH_LEVELS["O2"], 11.14),
     ("SmoothQuant O3", SMOOTH_LEVELS["O3"], 11.17),
 )
-SMOOTHQUANT_TABLE: Final = (
-    *(Published(OPT["opt-6.7b"], "wikitext2", m, s, _CUSHION, p) for m, s, p in _W8A8),
-    *(Published(OPT["opt-175b"], _OWN, m, s, _SMOOTHQUANT, p) for m, s, p in _W8A8_175B),
+
+
+SMOOTHQUANT_TABLE: Final = tuple(
+    Published(OPT[size], dataset, m, s, source, p, calibration=_calibrated(s, calibration))
+    for size, dataset, source, calibration, rows in (
+        ("opt-6.7b", "wikitext2", _CUSHION, _UNRECORDED, _W8A8),
+        ("opt-175b", _OWN, _SMOOTHQUANT, _PILE_WINDOWS, _W8A8_175B),
+    )
+    for m, s, p in rows
 )
 
 _TARGET = "reference measurement, text not named"
@@ -119,7 +158,16 @@ _LADDER: Final = (
     ("W8A8 static p99.9", "w8a8-static", 6.391982, None),
 )
 LADDER: Final = tuple(
-    Published(OPT["opt-1.3b"], None, method, scheme, _TARGET, perplexity, loss - REFERENCE_LOSS)
+    Published(
+        OPT["opt-1.3b"],
+        None,
+        method,
+        scheme,
+        _TARGET,
+        perplexity,
+        loss - REFERENCE_LOSS,
+        _calibrated(scheme, _UNNAMED),
+    )
     for method, scheme, loss, perplexity in _LADDER
 )
 

@@ -62,10 +62,26 @@ class Source:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of the texts; of the evaluated one where calibration draws from millions."""
+        """sha256 of the texts; of the evaluated one where calibration draws from millions, which
+        have ``calibration_digest``."""
         calibration = None if self.recipe.sampler == "documents" else self.calibration
         both = f"{self.evaluation}\0{calibration or ''}"
         return f"sha256:{hashlib.sha256(both.encode()).hexdigest()}"
+
+    @cached_property
+    def calibration_digest(self) -> str | None:
+        """sha256 of the documents that single ones are drawn from; None where ``digest`` has them.
+
+        A clone's time stamps and a hub commit would tell copies of the same texts apart.
+        """
+        documents = self.calibration_documents
+        if self.recipe.sampler != "documents" or documents is None:
+            return None
+        digest = hashlib.sha256()
+        for document in documents:
+            content = document.encode()
+            digest.update(len(content).to_bytes(8, "little") + content)
+        return f"sha256:{digest.hexdigest()}"
 
 
 def head(documents: Documents, count: int | None) -> Iterator[str]:

@@ -81,6 +81,11 @@ class _Cell:
     def seed(self) -> int | None:
         return self.job.seed if depends_on_seed(self.scheme) else None
 
+    def unavailable(self, reason: str) -> _Cell:
+        """The cell where it cannot even be begun, which is not kept under its own fingerprint."""
+        name = unavailable(self.job, self.scheme, reason)
+        return replace(self, fingerprint=name, broken=reason)
+
     def failed(self, reason: str) -> Result:
         dataset = str(self.job.dataset)
         return Result(
@@ -104,7 +109,8 @@ def run_sweep(
 
     The setting and all schemes are checked first (FxquantError). After that a cell that fails, or
     whose model or text cannot be read, is recorded with its error and the rest goes on. Recorded
-    failures are not tried again without ``retry_failed``, unless a model or text was missing.
+    failures are not tried again without ``retry_failed``, unless a model, its weights or a text was
+    missing.
     """
     check_processes()
     for job in sweep.jobs():
@@ -130,7 +136,7 @@ def run_sweep(
             run.model(list(group))
             gc.collect()
         bar.close()
-        results = [journal.results[cell.fingerprint] for cell in cells]
+        results = [run.result(cell) for cell in cells]
     failed = sum(result.error is not None for result in results)
     return SweepOutcome(results, before, len(missing), failed)
 
@@ -178,8 +184,7 @@ def _cells(
                 continue
             broken = [found for found in (model, source) if isinstance(found, str)]
             if isinstance(source, str) or isinstance(model, str):
-                reason = "; ".join(broken)
-                yield _Cell(job, scheme, unavailable(job, scheme, reason), reason)
+                yield _Cell(job, scheme, "").unavailable("; ".join(broken))
             else:
                 yield _Cell(job, scheme, fingerprint(job, scheme, model, *source))
 
@@ -195,6 +200,7 @@ class _Run:
         step: Callable[[], object],
     ) -> None:
         self.journal, self.sources, self.step = journal, sources, step
+        self.unloaded: dict[str, str] = {}
         self.references = {
             (cell.job.model, cell.job.dataset): cell.fingerprint
             for cell in cells
@@ -202,8 +208,17 @@ class _Run:
         }
 
     def record(self, result: Result) -> None:
-        self.journal.append(result)
+        if self.journal.results.get(result.fingerprint) != result:
+            self.journal.append(result)
         self.step()
+
+    def result(self, cell: _Cell) -> Result:
+        """What is recorded of a cell, under another name where its model could not be loaded."""
+        found = self.journal.results.get(cell.fingerprint)
+        if found is None:
+            again = cell.unavailable(self.unloaded[cell.job.model])
+            found = self.journal.results[again.fingerprint]
+        return found
 
     def fail(self, cells: Iterable[_Cell], reason: str) -> None:
         for cell in cells:
@@ -218,11 +233,17 @@ class _Run:
         first = cells[0].job
         loaded = _try(partial(_load, first))
         if isinstance(loaded, str):
-            self.fail(cells, loaded)
+            self.unloaded[first.model] = loaded
+            self.fail((cell.unavailable(loaded) for cell in cells), loaded)
             return
-        with workspace_for(loaded[1], first.stream):
+        torch.manual_seed(first.seed)
+        graph = _try(lambda: loaded.graph)
+        if isinstance(graph, str):
+            self.fail(cells, graph)
+            return
+        with workspace_for(graph, first.stream):
             for _, group in itertools.groupby(cells, key=lambda c: (c.job.dataset, c.job.seed)):
-                self.windows(list(group), *loaded)
+                self.windows(list(group), loaded, graph)
 
     def windows(self, cells: list[_Cell], loaded: LoadedModel, graph: GraphModule) -> None:
         """The missing cells of one model, dataset and seed."""
@@ -236,7 +257,7 @@ class _Run:
             self.fail(cells, describe(error))
             return
         provenance = make_provenance(job, loaded, graph, *sources, windows)
-        converter = Converter(graph, windows.calibration)
+        converter = Converter(graph, windows.calibration, job.cache)
         for cell in cells:
             try:
                 torch.manual_seed(job.seed)
@@ -265,9 +286,7 @@ class _Run:
         return result.figures.sums
 
 
-def _load(job: Job) -> tuple[LoadedModel, GraphModule]:
-    loaded = load_model(
+def _load(job: Job) -> LoadedModel:
+    return load_model(
         job.model, dtype=job.dtype, device=job.device, revision=job.revision, streamed=job.stream
     )
-    torch.manual_seed(job.seed)
-    return loaded, loaded.graph

@@ -25,7 +25,9 @@ _OPTIONS: Final[Mapping[str, type]] = {
     "dtype": str,
     "revision": str,
     "stream": bool,
+    "cache": str,
 }
+_PATHS: Final = ("data", "cache")
 
 
 def read_sweep(path: Path, command: str = "") -> Sweep:
@@ -71,4 +73,4 @@ def _option(path: Path, name: str, value: Any) -> Any:
         what = {str: "a string", int: "an integer", bool: "true or false"}[kind]
         also = ' or "all"' if name == "windows" else ""
         raise DataError(f"{path}: {name} must be {what}{also}, got {value!r}")
-    return Path(str(value)) if name == "data" else value
+    return Path(str(value)) if name in _PATHS else value

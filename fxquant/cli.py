@@ -12,6 +12,7 @@ from fxquant import analysis_commands as analyses
 from fxquant import convert_command, inspect_command
 from fxquant.errors import FxquantError
 from fxquant.evaluation import commands as sweeps
+from fxquant.evaluation import to_safetensors
 from fxquant.evaluation.arguments import INTERRUPTED, add_arguments, evaluate_command
 from fxquant.evaluation.report import command as report
 
@@ -82,6 +83,12 @@ COMMANDS = (
         "a results folder as one HTML page",
         report.add_arguments,
         report.report_command,
+    ),
+    Command(
+        "safetensors",
+        "pytorch_model*.bin as files that --stream reads",
+        to_safetensors.add_arguments,
+        to_safetensors.run,
     ),
 )
 

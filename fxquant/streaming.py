@@ -8,6 +8,7 @@ block is read once for all of them.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from fxquant.streamed import Source, Streamed, restream
 from fxquant.tensor_file import TensorFile
 
 INDEX = "model.safetensors.index.json"
+PICKLED = "pytorch_model*.bin"
 
 
 def stream(
@@ -75,14 +77,21 @@ def _weight_files(directory: Path) -> list[TensorFile]:
             names = sorted(path.name for path in directory.glob("*.safetensors"))
         if not names:
             raise ModelError(
-                f"{directory} holds no safetensors files, which streaming needs: save the model "
-                "with save_pretrained(directory, safe_serialization=True)"
+                f"{directory} holds no safetensors files, which streaming needs: "
+                f"{_way_out(directory)}"
             )
         return [TensorFile.open(directory / name) for name in names]
     except (OSError, ValueError, KeyError, CheckpointError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"{directory} cannot be streamed: {error}") from error
+
+
+def _way_out(directory: Path) -> str:
+    if any(directory.glob(PICKLED)):
+        written = shlex.join(["fxquant", "safetensors", str(directory)])
+        return f"{written} writes them from its {PICKLED}, one shard at a time"
+    return "save the model with save_pretrained(directory, safe_serialization=True)"
 
 
 Entries = dict[str, tuple[TensorFile, str]]

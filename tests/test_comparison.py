@@ -12,6 +12,7 @@ import pytest
 from fxquant.errors import DataError
 from fxquant.evaluation.comparison import FORMATS, format_results, groups
 from fxquant.evaluation.datasets import NAMED
+from fxquant.evaluation.fingerprint import depends_on_seed
 from fxquant.evaluation.journal import Result
 from fxquant.evaluation.protocol import Protocol
 from fxquant.evaluation.provenance import Provenance
@@ -94,6 +95,12 @@ def test_seeds_are_averaged_window_by_window() -> None:
     assert "+0.8500 ± 0.3500" in format_results(runs)
 
 
+def test_without_a_seed_there_is_one_figure() -> None:
+    once = replace(result("w8", (2.8, 2.7)), seed=None)
+    (group,) = groups([FP, once, replace(once, fingerprint="again")])
+    assert [line.seeds for line in group.lines] == [1, 1]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -139,6 +146,39 @@ def test_published_perplexities_stand_beside_the_same_protocol_only() -> None:
         assert group.lines[0].published is None
     (group,) = groups([result(GPTQ_W4, (2.75, 2.75), architecture="opt 4x128")])
     assert group.lines[0].published is None
+
+
+def test_another_calibration_than_the_published_is_said() -> None:
+    ours = "16 windows of 512 from builtin (calibration topics, grid)"
+    w4 = result(GPTQ_W4, (2.75, 2.75), calibration=ours)
+    w3 = result(f"w3-asym{GPTQ_OF_THE_PAPER}", (3.1, 3.0), calibration=ours)
+    said = (
+        "GPTQ W4 per row, GPTQ W3 per row (GPTQ table 3): calibrated on 128 windows of 2048 tokens "
+        f"of C4, ours on {ours}"
+    )
+    fp, rtn = (replace(result(s, (2.7, 2.6)), seed=None) for s in ("fp", "w4-asym"))
+    assert format_results([fp, rtn, w4, w3]).splitlines()[-1] == said
+    # Nothing to say of what is not calibrated, nor of the same windows.
+    assert ": calibrated on" not in format_results([fp, rtn])
+    for name in ("c4-old", "c4-new"):
+        same = result(
+            GPTQ_W4, (2.75, 2.75), calibration=f"128 windows of 2048 from {name} (train, documents)"
+        )
+        assert ": calibrated on" not in format_results([fp, same])
+    more = result(GPTQ_W4, (2.75, 2.75), calibration="128 windows of 2048 from c4-newer (x)")
+    assert ": calibrated on" in format_results([fp, more])
+    # In csv it is a column.
+    table = format_results([fp, w4], "csv")
+    first, second = csv.DictReader(io.StringIO(table))
+    assert first["published_calibration"] == ""
+    assert second["published_calibration"] == "128 windows of 2048 tokens of C4"
+    assert second["calibration"] == ours
+
+
+def test_published_figures_say_what_they_were_calibrated_on() -> None:
+    for figure in ALL:
+        calibrated = figure.scheme is not None and depends_on_seed(Scheme.parse(figure.scheme))
+        assert (figure.calibration is not None) == calibrated, figure
 
 
 def test_the_two_c4_protocols_have_their_own_figures() -> None:

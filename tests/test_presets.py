@@ -174,6 +174,23 @@ def test_what_differs_from_the_papers_is_said() -> None:
     assert (sweep.job.stream, sweep.job.revision) == (True, "abc")
 
 
+def test_reproduce_keeps_finished_blocks(
+    local: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    figure = Published("opt 4x128", None, "GPTQ", "w4-asym+gptq", "here", delta_loss=0.5)
+    ladder = replace(PRESETS["opt-1.3b-ladder"], published=(figure,))
+    monkeypatch.setattr(presets, "PRESETS", {"opt-1.3b-ladder": ladder})
+    command = ["reproduce", "opt-1.3b-ladder", "--model", local[0], "--dataset", "builtin", *SHORT]
+    blocks = tmp_path / "blocks"
+    assert main([*command, "--cache", str(blocks), "--output", str(tmp_path / "out")]) == 0
+    assert list(blocks.rglob("*.safetensors"))
+    # It changes no figure: not a difference from the published ones.
+    assert "cache" not in capsys.readouterr().out
+
+
 def test_reproduce_streams(local: tuple[str, str], tmp_path: Path) -> None:
     """Weights stay in their files, figures stay the same."""
     command = ["reproduce", "opt-1.3b-ladder", "--model", local[0], "--dataset", "builtin", *SHORT]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks.readme_tables import pages, table_of, with_tables
+from benchmarks import readme_tables
+from benchmarks.readme_tables import ROOT, pages, table_of, with_tables
 from fxquant.errors import DataError
 from fxquant.evaluation import Job, run
+from fxquant.evaluation.published import LADDER
 from tests.models import SMALL_OPT
 
 MARKED = "before\n<!-- table: results.json -->\nstale\n<!-- /table -->\nafter\n"
@@ -50,3 +54,52 @@ def test_missing_results_are_named(tmp_path: Path) -> None:
         table_of(tmp_path / "nowhere" / "results.json")
     with pytest.raises(DataError, match=r"nowhere/results\.jsonl"):
         table_of(tmp_path / "nowhere" / "results.jsonl")
+
+
+# --- the tables of README that no evaluation makes ------------------------------------------------
+
+README = (ROOT / "README.md").read_text()
+SPEED = ROOT / "benchmarks" / "speed.json"
+
+
+@pytest.mark.parametrize("source", ["benchmarks/speed.json", "evaluation/published.py"])
+def test_readme_has_no_other_figures_than_its_sources(source: str) -> None:
+    """Any digit changed by hand is noticed, and put right."""
+    start = README.index(f"<!-- table: {source} -->")
+    end = README.index("<!-- /table -->", start)
+    digits = [n for n in range(start, end) if README[n].isdigit()]
+    assert len(digits) > 20
+    for place in digits[:: len(digits) // 10]:
+        wrong = README[:place] + str(9 - int(README[place])) + README[place + 1 :]
+        assert with_tables(wrong) == README
+
+
+def test_the_reference_is_the_published_ladder(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = table_of(ROOT / "evaluation" / "published.py")
+    for words in ("3.323711", "27.7632", "6.391982", "597.0387", "+3.068271", "W8A8 static p99.9"):
+        assert words in shown
+    first, *rest = LADDER
+    other = (first, *rest[:-1], replace(rest[-1], delta_loss=1.0))
+    monkeypatch.setattr(readme_tables, "LADDER", other)
+    assert with_tables(README) != README
+
+
+def test_speed_is_what_was_measured_with_its_goals(tmp_path: Path) -> None:
+    data = json.loads(SPEED.read_text())
+    data["ratios"]["w8 graph"] = 1.2345
+    data["ratios"]["calibration per window / forward"] = 1.41
+    data["ratios"]["w8a8-dynamic-token graph"] = 1.07
+    data["threads"] = 7
+    path = tmp_path / "speed.json"
+    path.write_text(json.dumps(data))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table_of(path).split("\n")]
+    assert ["weight-only graph, w8", "1.23", ""] in rows
+    assert ["calibration, per window", "1.41", "1.4: missed"] in rows
+    assert ["integer graph, w8a8-dynamic-token", "1.07", "1.08"] in rows
+    last = table_of(path).split("\n")[-1]
+    for words in ("7 threads", f"torch {data['versions']['torch']}", "512 tokens", data["model"]):
+        assert words in last
+    del data["ratios"]["w8 graph"]
+    path.write_text(json.dumps(data))
+    with pytest.raises(DataError, match=r"speed\.json is no result of benchmarks/speed\.py"):
+        table_of(path)

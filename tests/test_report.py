@@ -256,7 +256,6 @@ def test_what_stays_float_is_listed_by_scheme(full: Path) -> None:
     [
         ("length", 2048),
         ("text_hash", "sha256:other"),
-        ("calibration", "16 windows of 512 from elsewhere (train, offsets)"),
         ("versions", {"fxquant": "0.2.0"}),
         ("dtype", "float16"),
     ],
@@ -271,6 +270,25 @@ def test_settings_are_not_mixed(tmp_path: Path, name: str, value: Any) -> None:
     assert [len(ladder.rungs) for ladder in found] == [len(LADDER), len(LADDER) + 1, 1]
     assert found[2].rungs[0].delta_loss is None
     assert len({ladder.title for ladder in found}) == 3
+
+
+def test_each_calibration_has_the_float_model(tmp_path: Path) -> None:
+    """What depends on no calibration is compared with the results of either."""
+    lines = sweep(random.Random(3))
+    other = json.loads(json.dumps(next(line for line in lines if line["scheme"] == "w8a8-static")))
+    other["fingerprint"] = "other"
+    other["provenance"]["calibration"] = "16 windows of 512 from elsewhere (train, offsets)"
+    found = ladders(read_folder(journal(tmp_path, [*lines, other])))
+    uncalibrated = [scheme for scheme in LADDER if "static" not in scheme]
+    assert [rung.scheme for rung in found[1].rungs] == [*uncalibrated, "w8a8-static"]
+    assert all(rung.delta_loss is not None for rung in found[1].rungs)
+    assert [len(ladder.rungs) for ladder in found] == [
+        len(LADDER),
+        len(uncalibrated) + 1,
+        len(LADDER) + 1,
+    ]
+    shown = [dict(ladder.provenance)["calibration"] for ladder in found]
+    assert ["elsewhere" in text for text in shown] == [False, True, False]
 
 
 def test_a_saved_graph_has_no_difference(tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import multiprocessing
 import random
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -13,18 +16,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 import fxquant
 from fxquant.cli import main
-from fxquant.errors import DataError, FxquantError
+from fxquant.errors import DataError, FxquantError, SchemeError, TracingError
 from fxquant.evaluation import Job, converter, models, run
 from fxquant.evaluation import sweep as sweep_module
-from fxquant.evaluation.comparison import format_results
+from fxquant.evaluation.comparison import format_results, groups
+from fxquant.evaluation.fingerprint import Identity, fingerprint
+from fxquant.evaluation.job import check_job, open_sources
 from fxquant.evaluation.journal import Journal, Result, read_journal
 from fxquant.evaluation.results import Row
 from fxquant.evaluation.sweep import Sweep, SweepOutcome, run_sweep
 from fxquant.evaluation.sweep_file import read_sweep
+from fxquant.passes import Gptq
+from fxquant.schemes import Scheme
+from tests.hub_format import write_c4
 from tests.models import SMALL_OPT, small_opt
 
 SCHEMES = ("w8", "w8a8-dynamic", "w8a8-static:p99")
@@ -137,20 +146,70 @@ def test_calibration_matters_to_static_schemes_only(
     copy.write_bytes(path.read_bytes())
     other = swept(sweep(calibration_windows=3), copy)
     assert (other.before, other.now) == (3, 2)
+    # What calibration does not touch is compared with either calibration's results.
+    tables = groups(read_journal(copy))
+    assert [group.provenance.calibration_windows for group in tables] == [2, 3]
+    for group in tables:
+        assert [line.scheme for line in group.lines] == ["fp", *SCHEMES]
+        for line, scheme in zip(group.lines, ("fp", *SCHEMES), strict=True):
+            assert line.difference is not None, scheme
+    again = {line.scheme: line for line in groups(other.results)[0].lines}["w8a8-static:p99"]
+    last = figures(other.results[-1]).loss
+    assert again.loss == pytest.approx((figures(other.results[-2]).loss + last) / 2)
+    assert again.difference is not None
+    assert again.loss is not None
+    fp = figures(other.results[0]).loss
+    assert again.difference.delta == pytest.approx(again.loss - fp)
+    assert "| w8a8-static:p99 | - " not in format_results(read_journal(copy))
 
 
-def test_changed_weights_are_another_model(tmp_path: Path) -> None:
+def test_what_is_not_calibrated_shows_alone(undisturbed: Undisturbed) -> None:
+    results = [r for r in undisturbed[1].results if r.seed is None]
+    (group,) = groups(results)
+    assert [line.scheme for line in group.lines] == ["fp", "w8", "w8a8-dynamic"]
+    assert group.provenance.calibration == "nothing"
+
+
+def copied(tmp_path: Path, without: str = "") -> Path:
+    """The model's files, but those whose name ends with ``without``."""
     folder = tmp_path / "model"
     folder.mkdir()
     for file in SMALL_OPT.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    once = replace(sweep(schemes=()), models=(str(folder),))
-    path = tmp_path / "results.jsonl"
-    assert swept(once, path).now == 1
-    assert swept(once, path).now == 0
+        if not without or not file.name.endswith(without):
+            (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def other_activation(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "activation_function": "gelu"}))
-    assert swept(once, path).now == 1
+
+
+def flipped_bit(folder: Path) -> None:
+    """The last bit of the first weight's mantissa; the file's length stays."""
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[8 + int.from_bytes(content[:8], "little")] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+
+
+def other_tokenizer(folder: Path) -> None:
+    """The same vocabulary, the text in small letters."""
+    data = json.loads((folder / "tokenizer.json").read_text())
+    data["normalizer"] = {"type": "Lowercase"}
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize("change", [other_activation, flipped_bit, other_tokenizer])
+def test_a_changed_file_is_another_model(tmp_path: Path, change: Callable[[Path], None]) -> None:
+    folder = copied(tmp_path)
+    once = replace(sweep(schemes=()), models=(str(folder),))
+    path = tmp_path / "results.jsonl"
+    first = swept(once, path)
+    assert (first.now, first.failed) == (1, 0)
+    assert swept(once, path).now == 0
+    change(folder)
+    second = swept(once, path)
+    assert (second.now, second.failed) == (1, 0)
 
 
 # --- failures -------------------------------------------------------------------------------------
@@ -203,6 +262,42 @@ def test_missing_models_and_texts_fail_alone_and_are_tried_again(tmp_path: Path)
     assert "no model directory" not in table.split("failed:")[0]
 
 
+@pytest.mark.parametrize("named_by", ["files", "commit"])
+def test_weights_that_come_later_are_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named_by: str
+) -> None:
+    """The configuration is found, the weights are not: nothing of that is final."""
+    folder = copied(tmp_path, without=".safetensors")
+    if named_by == "commit":  # as a model of the hub: its name does not change with its files
+        known = Identity(str(folder), "0123abc", "opt 4x128")
+        monkeypatch.setattr(sweep_module, "identify_model", lambda *_: known)
+    both = replace(sweep(schemes=("w8",)), models=(str(folder),))
+    path = tmp_path / "results.jsonl"
+    for _ in range(2):
+        outcome = swept(both, path)
+        assert (outcome.before, outcome.now, outcome.failed) == (0, 2, 2)
+        assert all("cannot load" in str(result.error) for result in outcome.results)
+        assert len(path.read_text().splitlines()) == 2
+    (folder / "model.safetensors").write_bytes((SMALL_OPT / "model.safetensors").read_bytes())
+    outcome = swept(both, path)
+    assert (outcome.before, outcome.now, outcome.failed) == (0, 2, 0)
+    assert "failed" not in format_results(read_journal(path))
+    assert swept(both, path).now == 0
+
+
+def test_a_model_that_cannot_be_traced_is_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def untraceable(_: Any) -> None:
+        raise TracingError("routes by data")
+
+    monkeypatch.setattr(models, "trace", untraceable)
+    path = tmp_path / "results.jsonl"
+    first = swept(sweep(schemes=()), path)
+    assert [result.error for result in first.results] == ["routes by data"]
+    assert swept(sweep(schemes=()), path).now == 0
+
+
 def test_what_is_misspelled_stops_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,6 +339,59 @@ def test_a_sweep_streams_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert asked == [(True, "v1")]
     assert len(workspaces) == 2
     assert None not in workspaces
+
+
+def test_a_replaced_calibration_shard_is_another_calibration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C4's train split, of which single documents are drawn, is not part of the text's hash."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    asked = Job(model="", schemes=(), dataset="builtin", calibration_dataset="c4-new")
+    model = Identity("x", "y", "z")
+
+    def found(folder: str, train: list[str], scheme: str) -> str:
+        write_c4(tmp_path / folder, {"validation": ["evaluated"], "train": train})
+        sources = open_sources(replace(asked, data=tmp_path / folder))
+        return fingerprint(asked, Scheme.parse(scheme), model, *sources)
+
+    texts = ["one text", "another", "a third"]
+    for scheme, calibrated in (("w8a8-static", True), ("w4+gptq", True), ("w8", False)):
+        first = found(f"{scheme} 1", texts, scheme)
+        assert found(f"{scheme} 2", texts, scheme) == first
+        for number, other in enumerate((texts[:2], [*texts[1:], texts[0]], ["one textanother"])):
+            again = found(f"{scheme} other {number}", other, scheme)
+            assert (again != first) == calibrated
+
+
+@pytest.mark.parametrize("key", ["cache", ""])
+def test_finished_blocks_are_kept_where_the_file_says(tmp_path: Path, key: str) -> None:
+    """They change no figure, so whether they are kept does not tell one result from another."""
+    file, blocks = tmp_path / "s.toml", tmp_path / "blocks"
+    said = f'models = ["{SMALL_OPT}"]\nschemes = ["w4+gptq"]\n'
+    said += "windows = 2\nlength = 48\ncalibration_windows = 1\n"
+    file.write_text(said + (f'{key} = "{blocks}"\n' if key else ""))
+    path = tmp_path / "results.jsonl"
+    asked = read_sweep(file)
+    first = swept(asked, path)
+    assert (first.now, first.failed) == (2, 0)
+    assert bool(list(blocks.rglob("*.safetensors"))) == bool(key)
+    other = replace(asked, job=replace(asked.job, cache=None if key else blocks))
+    assert swept(other, path).now == 0
+    assert len(groups(first.results)) == 1
+
+
+def test_blocks_of_the_cache_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = replace(sweep(schemes=("w4+gptq",), cache=tmp_path / "blocks"), seeds=(0,))
+    first = swept(asked, tmp_path / "one.jsonl")
+    monkeypatch.setattr(Gptq, "solve", lambda *_: pytest.fail("a finished block was done again"))
+    second = swept(asked, tmp_path / "two.jsonl")
+    assert second.failed == 0
+    assert [figures(r) for r in second.results] == [figures(r) for r in first.results]
+
+
+def test_a_cache_that_nothing_uses_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SchemeError, match="no scheme here has a repair that keeps"):
+        swept(sweep(cache=tmp_path / "blocks"), tmp_path / "results.jsonl")
 
 
 def test_the_revision_identifies_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,6 +541,32 @@ def test_sweep_file_and_command(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert r"\begin{tabular}" in capsys.readouterr().out
 
 
+def test_the_example_of_the_docs_is_a_sweep(tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
+    (block,) = re.findall(r"^```toml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "opt.toml").write_text(block)
+    found = read_sweep(tmp_path / "opt.toml")
+    assert (found.job.windows, found.job.cache) == (None, Path("blocks"))
+    assert [len(check_job(job)) for job in found.jobs()] == [4] * 12
+
+
+def test_a_table_says_which_tokenizer_had_to_do(
+    undisturbed: Undisturbed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = undisturbed[0].read_text().replace('"dataset": "builtin"', '"dataset": "wikitext2"')
+    path = tmp_path / "results.jsonl"
+    path.write_text(lines)
+    note = f"{SMALL_OPT} has no slow tokenizer, which the papers used"
+    assert main(["table", str(path)]) == 0
+    assert capsys.readouterr().out.count(note) == 1
+    assert main(["table", str(path), "--format", "csv"]) == 0
+    printed = capsys.readouterr().out
+    assert note not in printed
+    rows = list(csv.DictReader(io.StringIO(printed)))
+    assert [row["scheme"] for row in rows] == ["fp", *SCHEMES]
+    assert not any(None in row for row in rows)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -403,6 +577,7 @@ def test_sweep_file_and_command(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ('models = ["x"]\nschemes = ["w8"]\nwindows = "some"', 'an integer or "all"'),
         ('models = ["x"]\nschemes = ["w8"]\ndevice = 1', "device must be a string, got 1"),
         ('models = ["x"]\nschemes = ["w8"]\nstream = 1', "stream must be true or false, got 1"),
+        ('models = ["x"]\nschemes = ["w8"]\ncache = 1', "cache must be a string, got 1"),
     ],
 )
 def test_bad_sweep_files(tmp_path: Path, text: str, message: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from fxquant.evaluation.comparison import Group, Line, failures, groups
 from fxquant.evaluation.journal import Result
+from fxquant.evaluation.provenance import Provenance
 from fxquant.evaluation.report.folder import RESULTS, SWEEP, Folder
 from fxquant.evaluation.report.tables import flatten, text_of
 from fxquant.evaluation.results import Row
@@ -92,15 +93,23 @@ def _ladders(results: Sequence[Result], origin: str) -> list[Ladder]:
 
 
 def _ladder(group: Group, failed: Iterable[Result], origin: str) -> Ladder:
-    """Its provenance is what its results share, and the seeds that there are."""
+    """Its provenance is what its results share, the group's calibration, and the seeds."""
     rungs = [Rung(line.scheme, line) for line in group.lines]
     results = [result for rung in rungs for result in rung.line.results]
-    facts = [_facts(asdict(result.provenance)) for result in results if result.provenance]
+    facts = [_facts(asdict(_joined(r.provenance, group))) for r in results if r.provenance]
     shared = {k: v for k, v in facts[0].items() if all(each.get(k) == v for each in facts)}
     seeds = sorted({result.seed for result in results if result.seed is not None})
     listed = {"seed": ", ".join(map(str, seeds))} if seeds else {}
     rungs += _failed(failed, {rung.scheme for rung in rungs})
     return Ladder(_title(shared), origin, tuple(rungs), tuple({**shared, **listed}.items()))
+
+
+def _joined(made: Provenance, group: Group) -> Provenance:
+    """A result may be shared by several groups, and keeps the calibration of the first run."""
+    shown = group.provenance
+    return replace(
+        made, calibration=shown.calibration, calibration_windows=shown.calibration_windows
+    )
 
 
 def _failed(results: Iterable[Result], finished: set[str]) -> Iterable[Rung]:

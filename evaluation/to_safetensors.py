@@ -1,0 +1,136 @@
+"""``fxquant safetensors DIR``: pytorch_model*.bin as safetensors files, which can be streamed.
+
+Repositories of older models hold pickles only, which cannot be read tensor by tensor from where
+they lie. Each is mapped and written again in small shards: memory holds one of those.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from fxquant.errors import ModelError
+from fxquant.streaming import INDEX, PICKLED
+
+SHARD_BYTES: Final = 2**29
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, metavar="DIR", help="holds pytorch_model*.bin")
+
+
+def run(options: argparse.Namespace) -> int:
+    written = to_safetensors(options.directory)
+    print(f"{len(written)} safetensors files and {INDEX} written to {options.directory}")
+    return 0
+
+
+def to_safetensors(directory: Path) -> list[Path]:
+    """Write the tensors of ``directory``'s pytorch_model*.bin beside them, as safetensors shards
+    with an index; the files' paths. Names that share memory get a copy each.
+
+    Nothing is left behind where it fails. Raises ModelError: no such files there, safetensors
+    there already, a file that holds anything but named tensors.
+    """
+    if any(directory.glob("*.safetensors")) or (directory / INDEX).exists():
+        raise ModelError(
+            f"{directory} holds safetensors files already: nothing to do, or move them away first"
+        )
+    files = _pickled(directory)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".safetensors-", dir=directory) as partial:
+            return _publish(directory, Path(partial), _write(files, Path(partial)))
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"cannot write safetensors files to {directory}: {error}") from error
+
+
+def _pickled(directory: Path) -> list[Path]:
+    """The files to read: those of the index, where there is one."""
+    index = directory / "pytorch_model.bin.index.json"
+    try:
+        if not index.exists():
+            files = sorted(directory.glob(PICKLED))
+        else:
+            named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = [directory / name for name in sorted(set(named.values()))]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"{index} is no index of weights: {error!r}") from error
+    if not files:
+        raise ModelError(f"{directory} holds no {PICKLED} to write safetensors from")
+    missing = [path.name for path in files if not path.exists()]
+    if missing:
+        raise ModelError(f"{directory} lacks {', '.join(missing)}, which {index.name} names")
+    return files
+
+
+def _write(files: list[Path], folder: Path) -> dict[Path, dict[str, int]]:
+    """Shards in ``folder``, each with its tensors' sizes in bytes."""
+    written: dict[Path, dict[str, int]] = {}
+    seen: set[str] = set()
+    for file in tqdm(files, "files", unit="file", disable=None):
+        for shard in _shards(_read(file)):
+            twice = seen & set(shard)
+            if twice:
+                raise ModelError(f"{file} holds {min(twice)}, which another file holds too")
+            seen |= set(shard)
+            path = folder / f"{len(written)}.safetensors"
+            save_file(shard, path, {"format": "pt"})
+            written[path] = {name: tensor.nbytes for name, tensor in shard.items()}
+    return written
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    """A file's tensors, mapped: read when they are used. Pickles before torch 1.6 cannot be."""
+    try:
+        mapped = zipfile.is_zipfile(file)
+        found = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines() or [repr(error)]
+        raise ModelError(f"cannot read weights from {file}: {reason[0]}") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{file} holds no dictionary of tensors but a {type(found).__name__}")
+    strangers = [name for name, value in found.items() if not isinstance(value, Tensor)]
+    if strangers:
+        raise ModelError(f"{file} holds more than named tensors: {strangers[0]!r} is none")
+    return found
+
+
+def _shards(tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Groups of at most SHARD_BYTES, in order; a larger tensor is alone in its group."""
+    shard: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if shard and sum(each.nbytes for each in shard.values()) + tensor.nbytes > SHARD_BYTES:
+            yield shard
+            shard = {}
+        # The format has no names that share memory, and only contiguous tensors.
+        held = {each.untyped_storage().data_ptr() for each in shard.values()}
+        own = tensor.detach().contiguous()
+        shard[name] = own.clone() if own.untyped_storage().data_ptr() in held else own
+    if shard:
+        yield shard
+
+
+def _publish(directory: Path, partial: Path, written: dict[Path, dict[str, int]]) -> list[Path]:
+    """Move the shards to their names in ``directory``; the index, which is read first, last."""
+    names = [f"model-{n + 1:05}-of-{len(written):05}.safetensors" for n in range(len(written))]
+    shards = list(zip(names, written.values(), strict=True))
+    index = {
+        "metadata": {"total_size": sum(sum(sizes.values()) for _, sizes in shards)},
+        "weight_map": {tensor: name for name, sizes in shards for tensor in sizes},
+    }
+    (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    paths = [path.rename(directory / name) for path, name in zip(written, names, strict=True)]
+    (partial / INDEX).rename(directory / INDEX)
+    return paths
