@@ -10,7 +10,8 @@ root; everything between the two marks is replaced:
 
 results.json (of ``fxquant evaluate``) gives table, provenance and sentences; results.jsonl (of a
 sweep) gives its tables beside the published figures; speed.json (of benchmarks/speed.py) its ratios
-beside their goals; published.py the reference ladder, which is data in the package.
+beside their goals, streaming.json (of benchmarks/streaming.py) its runs under a memory limit;
+published.py the reference ladder, which is data in the package.
 """
 
 from __future__ import annotations
@@ -80,6 +81,8 @@ def table_of(path: Path) -> str:
         return format_results(read_journal(path))
     if path.name == "speed.json":
         return speed_table(path)
+    if path.name == "streaming.json":
+        return streaming_tables(path)
     if path.name == "published.py":
         return reference_table()
     rows, made = read_results(path)
@@ -120,6 +123,40 @@ def _speed_line(data: dict[str, Any]) -> str:
     return (
         f"{data['model']} ({data['revision'][:23]}), one window of {data['length']} tokens, "
         f"{data['rounds']} rounds; {data['threads']} threads on {data['processor']}; {versions}"
+    )
+
+
+def streaming_tables(path: Path) -> str:
+    """Schemes that ran under the memory limit, and streamed over in-memory time."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        parts = [
+            f"{_table(head, [line(row) for row in data[name]['rows']])}\n\n{_setting(data[name])}"
+            for name, head, line in (
+                ("limit", ("scheme", "loss", "limit, GB", "seconds"), _limit_row),
+                ("cost", ("scheme", "in memory, s", "streamed, s", "ratio"), _cost_row),
+            )
+        ]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path} is no result of benchmarks/streaming.py: {error!r}") from error
+    return "\n\n".join(parts)
+
+
+def _limit_row(row: dict[str, Any]) -> tuple[str, ...]:
+    return row["scheme"], f"{row['loss']:.4f}", f"{row['limit_gb']:.2f}", f"{row['seconds']:.0f}"
+
+
+def _cost_row(row: dict[str, Any]) -> tuple[str, ...]:
+    memory, streamed = row["seconds"]
+    return row["scheme"], f"{memory:.2f}", f"{streamed:.2f}", f"{row['streamed/in_memory']:.2f}"
+
+
+def _setting(part: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in part["versions"].items())
+    return (
+        f"{part['model']}, computed in {part['compute_dtype']}; {part['windows']} windows of "
+        f"{part['length']} random tokens, {part['calibration_windows']} to calibrate; "
+        f"{part['threads']} threads on {part['processor']}; {versions}"
     )
 
 
