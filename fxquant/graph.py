@@ -228,6 +228,9 @@ class Builder:
         node = self.gm.graph.create_node("call_function", target, args, name=self._named(name))
         return self._tagged(node, is_output)
 
+    def method(self, name: str, *args: Any) -> Node:
+        return self._tagged(self.gm.graph.create_node("call_method", name, args))
+
     def attribute(self, name: str) -> Node:
         """Read buffer ``name`` of the site's QuantizedParameters."""
         node = self.gm.graph.create_node("get_attr", f"{self.site}.{name}", name=self._named(name))
