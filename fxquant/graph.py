@@ -21,8 +21,8 @@ from transformers.pytorch_utils import Conv1D
 from fxquant.records import PassRecord as PassRecord
 from fxquant.records import SiteRecord as SiteRecord
 from fxquant.records import Tag as Tag
-from fxquant.schemes import Role
-from fxquant.specs import TensorSpec
+from fxquant.schemes import Role, Scheme
+from fxquant.specs import SiteSpec, TensorSpec
 from fxquant.streamed import Workspace, streamed_device
 
 LINEAR = (nn.Linear, Conv1D)
@@ -133,6 +133,19 @@ def site_outputs(gm: GraphModule) -> Iterator[tuple[Site, Node]]:
     for node in gm.graph.nodes:
         if tag(node).is_output:
             yield sites[tag(node).site or ""], node
+
+
+def linear_sites(gm: GraphModule) -> Iterator[tuple[Site, Node]]:
+    """The sites that multiply by a weight: no embedding, no product of attention."""
+    return ((site, node) for site, node in site_outputs(gm) if site.role in ("linear", "head"))
+
+
+def coded_linears(gm: GraphModule, scheme: Scheme) -> Iterator[tuple[Site, Node, SiteSpec]]:
+    """The linear sites whose weights ``scheme`` turns into codes."""
+    for site, node in linear_sites(gm):
+        spec = scheme.spec_for(site.path, site.role)
+        if spec.weight is not None:
+            yield site, node, spec
 
 
 def clone_sharing_storage(module: ModuleT) -> ModuleT:
