@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from fxquant.graph import (
     Builder,
     CodedLinear,
     Level,
+    Site,
     add_note,
     get_tensor,
     info,
@@ -21,6 +22,7 @@ from fxquant.graph import (
     linear_parameters,
     source_of,
     tag,
+    update_info,
 )
 from fxquant.hadamard import orthogonal_factors, random_signs
 from fxquant.repair import Repair
@@ -77,6 +79,7 @@ class Rotate(Repair):
         centred = _centred(stream)
         for norm in stream.norms:
             _fold(gm, norm)
+        update_info(gm, sites=tuple(_with_its_bias(gm, site) for site in info(gm).sites))
         left, right, hadamard = orthogonal_factors(stream.width, self.seed)
         rotation = random_signs(stream.width, self.seed)[:, None] * torch.kron(left, right)
         for node in stream.writers:
@@ -161,6 +164,14 @@ def _fold(gm: GraphModule, norm: Norm) -> None:
         if gain is not None:
             folded = folded * gain.detach().double()
         _put(gm, node, folded, new)
+
+
+def _with_its_bias(gm: GraphModule, site: Site) -> Site:
+    """The site as it is once a norm's bias is folded: the verifier guards a bias that it names."""
+    if site.role not in ("linear", "head"):
+        return site
+    _, bias = linear_parameters(gm.get_submodule(site.path))
+    return replace(site, bias=bias is not None)
 
 
 def _rotate_writer(gm: GraphModule, node: Node, rotation: Tensor, centred: bool) -> None:

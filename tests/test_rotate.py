@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 import fxquant
-from fxquant.errors import ModelError
+from fxquant.errors import ModelError, VerificationError
 from fxquant.execution import Executor
 from fxquant.graph import info, site_outputs, source_of
 from fxquant.hadamard import orthogonal_factors, paley, random_orthogonal, sylvester
+from fxquant.levels import verify
 from fxquant.passes import NameSites, Rotate
 from fxquant.passes.rotate import OnlineRotation
 from fxquant.pipeline import Pipeline
@@ -85,6 +87,24 @@ def test_the_three_mistakes_that_others_make_on_opt() -> None:
         before_fc2 = source_of(sites[f"{block}.fc2"])
         assert isinstance(graph.get_submodule(str(before_fc2.target)), OnlineRotation)
         assert "out_proj_rotation" not in str(source_of(sites[f"{block}.self_attn.out_proj"]))
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_bias_that_comes_from_a_norm_is_guarded(biased: bool) -> None:
+    """OPT's head has none, and no linear of ``enable_bias=False``; a pass that drops one fails."""
+    graph = fxquant.convert(opt(enable_bias=biased), "fp+rotate")
+    sites = {site.path: site for site in info(graph).sites if site.role != "embeddings"}
+    reads_no_norm = () if biased else ("out_proj", "fc2")
+    assert {p for p, s in sites.items() if not s.bias} == {
+        path for path in sites if path.endswith(reads_no_norm)
+    }
+    for path in ("lm_head", "model.decoder.layers.0.fc1"):
+        changed = copy.deepcopy(graph)
+        changed.get_submodule(path).register_parameter("bias", None)
+        with pytest.raises(VerificationError, match=f"{path}: .*the site's bias is dropped"):
+            verify(changed, "a pass")
+    plain = fxquant.convert(ARCHITECTURES["opt-no-bias"](), "fp+rotate")
+    assert not any(site.bias for site in info(plain).sites)
 
 
 def test_norms_are_plain_and_the_stream_has_no_mean() -> None:
