@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LARGEST = 512  # of a Paley matrix in a product: beyond it a random one of the odd part costs less
+
 
 def _is_prime(n: int) -> bool:
     return n > 1 and all(n % d for d in range(2, int(n**0.5) + 1))
@@ -61,24 +63,34 @@ def random_orthogonal(order: int, seed: int) -> Tensor:
 
 
 def orthogonal_factors(order: int, seed: int) -> tuple[Tensor, Tensor, bool]:
-    """Orthogonal A [a, a] and B [b, b], float64, with a b = order; B is Hadamard, b a power of two.
+    """Orthogonal A [a, a] and B [b, b], float64, with a b = order and a + b as small as can be.
 
-    ``kron(A, B)`` spreads every coordinate over all. A is Hadamard for the smallest Paley order
-    that divides (12, 20, 28, 36, 44, 60, 68, 72, ...), which the third value tells; else a random
-    orthogonal matrix of the odd part, and then the product is one too.
+    ``kron(A, B)`` spreads every coordinate over all. It is Hadamard where a Paley order of at most
+    ``LARGEST`` divides (12, 20, 28, 36, 44, 60, 68, 72, ...) and leaves a power of two, which the
+    third value tells; else A has a random orthogonal matrix of the odd part in it.
     """
+    base = _odd_part(order)
+    hadamard = base is not None
+    if base is None:
+        base = random_orthogonal(order // (order & -order), seed)
+    else:
+        base = base / len(base) ** 0.5
+    # Sylvester's matrices factor freely, so they are split where the two products cost least.
+    power = order // len(base)
+    splits = [2**k for k in range(power.bit_length())]
+    left = min(splits, key=lambda k: len(base) * k + power // k)
+    right = power // left
+    return torch.kron(base, sylvester(left) / left**0.5), sylvester(right) / right**0.5, hadamard
+
+
+def _odd_part(order: int) -> Tensor | None:
+    """The smallest Hadamard matrix of +-1 that leaves a power of two of ``order``, if any."""
     power = order & -order
     odd = order // power
     if odd == 1:
-        return torch.ones(1, 1, dtype=torch.float64), sylvester(order) / order**0.5, True
-    scale = 4
-    while scale <= power:
-        base = paley(odd * scale)
-        if base is not None:
-            rest = power // scale
-            return base / len(base) ** 0.5, sylvester(rest) / rest**0.5, True
-        scale *= 2
-    return random_orthogonal(odd, seed), sylvester(power) / power**0.5, False
+        return sylvester(1)
+    scales = (2**k for k in range(2, power.bit_length()) if odd * 2**k <= LARGEST)
+    return next((found for k in scales if (found := paley(odd * k)) is not None), None)
 
 
 def random_signs(order: int, seed: int) -> Tensor:

@@ -28,6 +28,8 @@ from fxquant.hadamard import orthogonal_factors, random_signs
 from fxquant.repair import Repair
 from fxquant.residual import Norm, ResidualStream, residual_stream
 
+CONTAINER = "fxquant_rotations"
+
 
 class OnlineRotation(nn.Module):
     """``x @ kron(left, right)`` over the last dimension, by the two factors; orthogonal."""
@@ -231,14 +233,15 @@ def _ends_mlp(gm: GraphModule, node: Node) -> bool:
 def _rotate_input(gm: GraphModule, node: Node, seed: int) -> None:
     path = str(node.target)
     weight, bias = linear_parameters(_linear(gm, node))
-    left, right, _ = orthogonal_factors(weight.shape[1], seed)
-    left, right = left.to(weight.device), right.to(weight.device)
+    width = weight.shape[1]
+    left, right = (each.to(weight.device) for each in orthogonal_factors(width, seed)[:2])
     # Row by row W kron(left, right), without the [K, K] matrix.
     square = weight.double().unflatten(1, (left.shape[0], right.shape[0]))
     turned = (square.transpose(1, 2) @ left).transpose(1, 2) @ right
     _put(gm, node, turned.flatten(1), bias)
-    name = f"{path}_rotation"
-    install(gm, name, OnlineRotation(left.to(weight.dtype), right.to(weight.dtype)))
+    name = f"{CONTAINER}.width{width}_seed{seed}"
+    if name not in dict(gm.named_modules()):  # one for all layers of the width
+        install(gm, name, OnlineRotation(left.to(weight.dtype), right.to(weight.dtype)))
     builder = Builder(gm, Rotate.name, tag(node).site or path)
     with gm.graph.inserting_before(node):
         rotated = builder.module(name, source_of(node), name="rotated")
