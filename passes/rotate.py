@@ -172,8 +172,7 @@ def _with_its_bias(gm: GraphModule, site: Site) -> Site:
     """The site as it is once a norm's bias is folded: the verifier guards a bias that it names."""
     if site.role not in ("linear", "head"):
         return site
-    _, bias = linear_parameters(gm.get_submodule(site.path))
-    return replace(site, bias=bias is not None)
+    return replace(site, bias=gm.get_submodule(site.path).bias is not None)
 
 
 def _rotate_writer(gm: GraphModule, node: Node, rotation: Tensor, centred: bool) -> None:
