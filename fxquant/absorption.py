@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxquant.channels import channel_numbers, columns_of, leak
-from fxquant.graph import Site, site_outputs, source_of
+from fxquant.graph import Site, linear_sites, source_of
 from fxquant.scale_paths import Blocked, Producer, ScalePath, find_path, op_name
 
 
@@ -74,7 +74,7 @@ class ScaleGroup:
 
 def scale_groups(gm: GraphModule) -> tuple[ScaleGroup, ...]:
     """Every linear site of a float graph in exactly one group, in graph order of ``start``."""
-    linears = [(site, node) for site, node in site_outputs(gm) if site.role in ("linear", "head")]
+    linears = list(linear_sites(gm))
     by_source = {source_of(node): find_path(gm, source_of(node)) for _, node in linears}
     paths = [path for path in by_source.values() if isinstance(path, ScalePath)]
     numbers = channel_numbers(gm, paths) if paths else {}

@@ -21,8 +21,8 @@ from transformers.pytorch_utils import Conv1D
 from fxquant.records import PassRecord as PassRecord
 from fxquant.records import SiteRecord as SiteRecord
 from fxquant.records import Tag as Tag
-from fxquant.schemes import Role
-from fxquant.specs import TensorSpec
+from fxquant.schemes import Role, Scheme
+from fxquant.specs import SiteSpec, TensorSpec
 from fxquant.streamed import Workspace, streamed_device
 
 LINEAR = (nn.Linear, Conv1D)
@@ -135,6 +135,19 @@ def site_outputs(gm: GraphModule) -> Iterator[tuple[Site, Node]]:
             yield sites[tag(node).site or ""], node
 
 
+def linear_sites(gm: GraphModule) -> Iterator[tuple[Site, Node]]:
+    """The sites that multiply by a weight: no embedding, no product of attention."""
+    return ((site, node) for site, node in site_outputs(gm) if site.role in ("linear", "head"))
+
+
+def coded_linears(gm: GraphModule, scheme: Scheme) -> Iterator[tuple[Site, Node, SiteSpec]]:
+    """The linear sites whose weights ``scheme`` turns into codes."""
+    for site, node in linear_sites(gm):
+        spec = scheme.spec_for(site.path, site.role)
+        if spec.weight is not None:
+            yield site, node, spec
+
+
 def clone_sharing_storage(module: ModuleT) -> ModuleT:
     """A deep copy whose parameters and buffers are new objects over the same storage, ties kept.
 
@@ -227,6 +240,9 @@ class Builder:
     ) -> Node:
         node = self.gm.graph.create_node("call_function", target, args, name=self._named(name))
         return self._tagged(node, is_output)
+
+    def method(self, name: str, *args: Any) -> Node:
+        return self._tagged(self.gm.graph.create_node("call_method", name, args))
 
     def attribute(self, name: str) -> Node:
         """Read buffer ``name`` of the site's QuantizedParameters."""

@@ -177,7 +177,7 @@ def _run_checked(current: Pass, gm: GraphModule, before: Snapshot) -> tuple[Grap
             f"pass {current.name} needs level {wanted}, the graph is at {found}"
         )
     started = time.perf_counter()
-    probe = _probe_for(gm)
+    probe = probe_for(gm)
     outputs = run_probe(gm, probe, {}) if current.effect != "lossy" else None
     gm = current.rewrite(gm)
     if current.ensures is not None:
@@ -212,7 +212,8 @@ def _record(
     )
 
 
-def _probe_for(gm: GraphModule) -> Probe:
+def probe_for(gm: GraphModule) -> Probe:
+    """The batch on which passes on ``gm`` are compared."""
     facts = info(gm)
     length = min(12, facts.max_positions or 12)
     return Probe.random(facts.vocab_size, device_of(gm), length=length)

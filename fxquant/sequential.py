@@ -19,7 +19,7 @@ from tqdm import tqdm
 from fxquant.batches import Batches, model_inputs
 from fxquant.errors import CalibrationError
 from fxquant.execution import Cut, Executor
-from fxquant.graph import Site, device_of, info, site_outputs
+from fxquant.graph import Site, device_of, info, linear_sites
 
 OnValue = Callable[[Node, Any, Tensor], Any]
 
@@ -47,7 +47,7 @@ def segments(gm: GraphModule) -> tuple[Segment, ...]:
     starts = {block: _first_below(gm, block) for block in info(gm).blocks}
     blocks = sorted((order[node], block, node) for block, node in starts.items() if node)
     ends = [node for _, _, node in blocks[1:]] + [None]
-    sites = [(site, node) for site, node in site_outputs(gm) if site.role in ("linear", "head")]
+    sites = list(linear_sites(gm))
     found: list[Segment] = []
     for (_, block, first), end in zip(blocks, ends, strict=True):
         inside = tuple(pair for pair in sites if pair[0].path.startswith(f"{block}."))

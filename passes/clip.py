@@ -8,7 +8,7 @@ import torch
 from torch.fx import GraphModule
 
 from fxquant.errors import SchemeError
-from fxquant.graph import CodedLinear, Level, Site, install, linear_parameters, site_outputs
+from fxquant.graph import CodedLinear, Level, Site, coded_linears, install, linear_parameters
 from fxquant.passes.quantize import quantize_weight
 from fxquant.passes.weight_codes import round_to_nearest, search_scales
 from fxquant.repair import Repair
@@ -34,10 +34,9 @@ class Clip(Repair):
 
     def rewrite(self, gm: GraphModule) -> GraphModule:
         changed = 0
-        for site, _ in list(site_outputs(gm)):
-            spec = self.scheme.spec_for(site.path, site.role).weight
-            if spec is not None and site.role != "embeddings":
-                changed += _clip(gm, site, spec)
+        for site, _, spec in list(coded_linears(gm, self.scheme)):
+            assert spec.weight is not None
+            changed += _clip(gm, site, spec.weight)
         if not changed:
             raise SchemeError(
                 f"clip had no effect: under scheme {self.scheme} no weight gets other codes than "

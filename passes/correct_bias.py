@@ -15,6 +15,7 @@ from fxquant.graph import (
     Site,
     add_note,
     clone_sharing_storage,
+    coded_linears,
     info,
     install,
     linear_parameters,
@@ -50,7 +51,7 @@ class CorrectBias(Repair):
     after_calibration = True
 
     def rewrite(self, gm: GraphModule) -> GraphModule:
-        sites = [site for site, _ in site_outputs(gm) if self._corrects(site)]
+        sites = [site for site, *_ in coded_linears(gm, self.scheme)]
         if not sites:
             raise SchemeError(f"correct_bias: scheme {self.scheme} quantizes no linear")
         errors = self._mean_errors(gm, sites)
@@ -71,10 +72,6 @@ class CorrectBias(Repair):
         biased = (replace(s, bias=True) if s.path in errors else s for s in info(gm).sites)
         update_info(gm, sites=tuple(biased))
         return gm
-
-    def _corrects(self, site: Site) -> bool:
-        spec = self.scheme.spec_for(site.path, site.role)
-        return spec.weight is not None and site.role != "embeddings"
 
     def _mean_errors(self, gm: GraphModule, sites: list[Site]) -> dict[str, Tensor]:
         """E[y^ - y] of each site: float64 [N]."""

@@ -40,11 +40,14 @@ class DecomposeAttention(Pass):
     """Write attention out, so that its two products can be quantized.
 
     before:  y = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=s)
-    after:   scores = matmul(q, transpose(k)) * s
+    after:   scores = matmul(q * s, transpose(k))
              p = softmax(hide(scores, mask))        (a float mask is added)
              y = matmul(p, v)
 
-    A row that sees nothing (a query of padding) gives 0, as the fused function does.
+    The query is scaled, not the product, which would overflow fp16 where the scores themselves do
+    not (PyTorch's own math kernel scales its operands too). In half precision mask and softmax are
+    in fp32, as in fused kernels: added to fp16's least number, as OPT's mask has it, a score would
+    vanish. A row that sees nothing (a query of padding) gives 0, as the fused function does.
     """
 
     name = "decompose_attention"
@@ -90,14 +93,17 @@ def _write_out(gm: GraphModule, node: Node, facts: dict[Node, Any]) -> None:
         if given.get("enable_gqa"):
             key, value = (build.call(shared_heads, x, query) for x in (key, value))
         turned = build.call(torch.transpose, key, -2, -1)
-        scores = build.call(torch.mul, build.call(torch.matmul, query, turned), scale)
-        mask = given.get("attn_mask")
+        scores = build.call(torch.matmul, build.call(torch.mul, query, scale), turned)
+        half = facts[query].dtype in (torch.float16, torch.bfloat16)
+        if half:
+            scores = build.method("float", scores)
         if given.get("is_causal"):
             scores = build.call(hide, scores, build.call(causal_mask, query, key))
-        elif mask is not None and facts[mask].dtype == torch.bool:
-            scores = build.call(hide, scores, mask)
-        elif mask is not None:
-            scores = build.call(torch.add, scores, mask)
+        elif (mask := given.get("attn_mask")) is not None:
+            form = hide if facts[mask].dtype == torch.bool else torch.add
+            scores = build.call(form, scores, mask)
         weights = build.call(torch.ops.aten._safe_softmax.default, scores, -1)
+        if half:
+            weights = build.method("type_as", weights, query)
         result = build.call(torch.matmul, weights, value)
     build.replace(node, result)

@@ -8,12 +8,13 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
-from fxquant.errors import ModelError, SchemeError
+from fxquant.errors import ModelError, SchemeError, VerificationError
 from fxquant.graph import Builder, Level, Site, Tag, add_note, arguments, info, set_tag, update_info
 from fxquant.levels import OPS
 from fxquant.passes.attention_products import Product, attention_products
 from fxquant.passes.decompose_attention import DecomposeAttention
 from fxquant.passes.name_sites import attention_left_in_float
+from fxquant.pipeline import probe_for, run_probe
 from fxquant.repair import Repair
 
 
@@ -61,6 +62,17 @@ class Attn8(Repair):
         return gm
 
 
+def _check_finite(gm: GraphModule, name: str) -> None:
+    """VerificationError unless the logits of a probe are; the pipeline compares no lossy pass."""
+    probe = probe_for(gm)
+    logits, _ = run_probe(gm, probe, {})
+    if not bool(probe.attended(logits).isfinite().all()):
+        raise VerificationError(
+            f"after {name}: logits of the probe batch are not finite: attention written out "
+            f"overflows {logits.dtype}, or the model does; give the model in fp32 or bf16"
+        )
+
+
 @dataclass(frozen=True)
 class _StoredKeysAndValues(Repair):
     """Keys and values as a cache of few bits gives them back: affine, per token and head.
@@ -85,6 +97,7 @@ class _StoredKeysAndValues(Repair):
             self._store(gm, product.path, product.scores, turned=True)
             self._store(gm, product.path, product.output, turned=False)
             add_note(gm, self.name, product.path, f"keys and values in {self.bits} bits")
+        _check_finite(gm, self.name)
         return gm
 
     def _store(self, gm: GraphModule, path: str, product: Node, turned: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from fxquant.graph import (
     Builder,
     CodedLinear,
     Level,
+    Site,
     add_note,
     get_tensor,
     info,
@@ -21,10 +22,13 @@ from fxquant.graph import (
     linear_parameters,
     source_of,
     tag,
+    update_info,
 )
 from fxquant.hadamard import orthogonal_factors, random_signs
 from fxquant.repair import Repair
 from fxquant.residual import Norm, ResidualStream, residual_stream
+
+CONTAINER = "fxquant_rotations"
 
 
 class OnlineRotation(nn.Module):
@@ -77,6 +81,7 @@ class Rotate(Repair):
         centred = _centred(stream)
         for norm in stream.norms:
             _fold(gm, norm)
+        update_info(gm, sites=tuple(_with_its_bias(gm, site) for site in info(gm).sites))
         left, right, hadamard = orthogonal_factors(stream.width, self.seed)
         rotation = random_signs(stream.width, self.seed)[:, None] * torch.kron(left, right)
         for node in stream.writers:
@@ -163,6 +168,13 @@ def _fold(gm: GraphModule, norm: Norm) -> None:
         _put(gm, node, folded, new)
 
 
+def _with_its_bias(gm: GraphModule, site: Site) -> Site:
+    """The site as it is once a norm's bias is folded: the verifier guards a bias that it names."""
+    if site.role not in ("linear", "head"):
+        return site
+    return replace(site, bias=gm.get_submodule(site.path).bias is not None)
+
+
 def _rotate_writer(gm: GraphModule, node: Node, rotation: Tensor, centred: bool) -> None:
     if node.op == "call_module" and isinstance(_linear(gm, node), LINEAR):
         weight, bias = linear_parameters(_linear(gm, node))
@@ -220,14 +232,15 @@ def _ends_mlp(gm: GraphModule, node: Node) -> bool:
 def _rotate_input(gm: GraphModule, node: Node, seed: int) -> None:
     path = str(node.target)
     weight, bias = linear_parameters(_linear(gm, node))
-    left, right, _ = orthogonal_factors(weight.shape[1], seed)
-    left, right = left.to(weight.device), right.to(weight.device)
+    width = weight.shape[1]
+    left, right = (each.to(weight.device) for each in orthogonal_factors(width, seed)[:2])
     # Row by row W kron(left, right), without the [K, K] matrix.
     square = weight.double().unflatten(1, (left.shape[0], right.shape[0]))
     turned = (square.transpose(1, 2) @ left).transpose(1, 2) @ right
     _put(gm, node, turned.flatten(1), bias)
-    name = f"{path}_rotation"
-    install(gm, name, OnlineRotation(left.to(weight.dtype), right.to(weight.dtype)))
+    name = f"{CONTAINER}.width{width}_seed{seed}"
+    if name not in dict(gm.named_modules()):  # one for all layers of the width
+        install(gm, name, OnlineRotation(left.to(weight.dtype), right.to(weight.dtype)))
     builder = Builder(gm, Rotate.name, tag(node).site or path)
     with gm.graph.inserting_before(node):
         rotated = builder.module(name, source_of(node), name="rotated")

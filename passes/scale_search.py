@@ -14,7 +14,7 @@ from fxquant.absorption import Consumer, ScaleGroup
 from fxquant.batches import Batches, model_inputs
 from fxquant.errors import CalibrationError
 from fxquant.execution import Cut, Executor
-from fxquant.graph import device_of, info, linear_parameters, site_outputs, source_of, tag
+from fxquant.graph import device_of, info, linear_parameters, linear_sites, source_of, tag
 from fxquant.observers import HistogramObserver, attended
 from fxquant.passes.fake_quantize import fake_activation, fake_weight
 from fxquant.passes.static_input import static_qparams
@@ -101,10 +101,7 @@ class ScaleSearch:
         self._balanced = balanced
         self._gm, self._scheme = gm, scheme
         self._trials: dict[Node, _Trial] = {}
-        linears = [
-            (site, node) for site, node in site_outputs(gm) if site.role in ("linear", "head")
-        ]
-        instead = {node: self._stand_in(node, site.path) for site, node in linears}
+        instead = {node: self._stand_in(node, site.path) for site, node in linear_sites(gm)}
         self._executor = Executor(gm, instead=instead)
         self._masks: list[Tensor] = []
         self._cuts: list[Cut] = []

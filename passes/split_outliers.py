@@ -16,10 +16,10 @@ from fxquant.graph import (
     Level,
     Site,
     add_note,
+    coded_linears,
     info,
     install,
     linear_parameters,
-    site_outputs,
     source_of,
     update_info,
 )
@@ -71,8 +71,8 @@ class SplitOutliers(Repair):
 
     def rewrite(self, gm: GraphModule) -> GraphModule:
         readers: dict[Node, list[tuple[Site, Node]]] = {}
-        for site, node in site_outputs(gm):
-            if self.scheme.spec_for(site.path, site.role).activation is not None:
+        for site, node, spec in coded_linears(gm, self.scheme):
+            if spec.activation is not None:
                 readers.setdefault(source_of(node), []).append((site, node))
         if not readers:
             raise SchemeError(

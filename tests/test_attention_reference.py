@@ -82,7 +82,7 @@ def reference(model: Any, scheme: str, graph: GraphModule, batch: dict[str, Tens
         of_q, of_k, of_p, of_v = quantizers(scheme, graph, module.layer_idx)
         groups = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-        scores = of_q(query) @ of_k(key).mT * (scaling or query.shape[-1] ** -0.5)
+        scores = of_q(query * (scaling or query.shape[-1] ** -0.5)) @ of_k(key).mT
         weights = (scores + attention_mask[..., : key.shape[-2]]).softmax(-1)
         return (of_p(weights) @ of_v(value)).transpose(1, 2).contiguous(), None
 

@@ -9,11 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedModel
 
 import fxquant
-from fxquant.errors import ModelError, SchemeError
+from fxquant.errors import ModelError, SchemeError, VerificationError
+from fxquant.execution import Executor
 from fxquant.gemm import batched_int_matmul
 from fxquant.graph import info, is_op, site_outputs
 from fxquant.levels import OPS
@@ -35,6 +37,18 @@ def logits(graph: GraphModule) -> Tensor:
     return found[inputs()["attention_mask"].bool()]
 
 
+@torch.no_grad()
+def node_values(graph: GraphModule) -> dict[Any, Any]:
+    values: dict[Any, Any] = {}
+
+    def keep(node: Node, value: Any) -> Any:
+        values[node] = value
+        return value
+
+    Executor(graph).run(keep, **inputs())
+    return values
+
+
 @pytest.mark.parametrize("name", FUSED)
 def test_written_out_attention_is_equal(name: str) -> None:
     """To 1e-5, also in rows of padding that see nothing; and no fused call is left."""
@@ -46,6 +60,44 @@ def test_written_out_attention_is_equal(name: str) -> None:
     assert scaled_dot_product_attention in [node.target for node in before.graph.nodes]
     assert scaled_dot_product_attention not in targets
     assert targets.count(torch.ops.aten._safe_softmax.default) == len(info(after).blocks)
+
+
+def loud(gain: float) -> PreTrainedModel:
+    """A Llama in fp16 with heads of 64 channels, its queries and keys ``gain`` times the usual."""
+    model = llama(1, hidden_size=128, num_attention_heads=2, num_key_value_heads=1)
+    for name, module in model.named_modules():
+        if name.endswith(("q_proj", "k_proj")):
+            module.weight.data *= gain
+    return model.half()
+
+
+@pytest.mark.parametrize("scheme", ["fp+kv8", "w8a8-dynamic-token+attn8"])
+def test_scores_that_fit_half_precision_only_when_scaled(scheme: str) -> None:
+    graph = fxquant.convert(loud(50), scheme)
+    assert bool(logits(graph).isfinite().all())
+    values = node_values(DecomposeAttention()(fxquant.convert(loud(50), "fp")))
+    products = [x for n, x in values.items() if is_op(n, torch.matmul) and x.shape[-1] == 11]
+    assert len(products) == 2
+    largest = max(float(scores.abs().max()) for scores in products)
+    assert largest < torch.finfo(torch.float16).max < largest * 64**0.5
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_cache_that_overflows_is_refused(bits: int) -> None:
+    with pytest.raises(VerificationError, match=f"after kv{bits}: logits of the probe"):
+        fxquant.convert(loud(250), f"fp+kv{bits}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_half_precision_loses_little_more(name: str, dtype: torch.dtype) -> None:
+    """Also OPT's mask in fp16, whose least number swallows the scores that it is added to."""
+    scheme = "w8a8-dynamic-token+attn8+kv8"
+    model = ARCHITECTURES[name]()
+    expected, whole = (logits(fxquant.convert(model, s)) for s in ("fp", scheme))
+    half = logits(fxquant.convert(model.to(dtype), scheme))
+    assert half.dtype == dtype
+    assert (half.float() - expected).norm() < 1.5 * (whole - expected).norm()
 
 
 @pytest.mark.parametrize("scheme", ["w8a8-dynamic", "w8a8-dynamic-token", "w8a8-static:absmax"])
@@ -72,15 +124,7 @@ def test_attn8_makes_sites_that_lose_little(name: str, scheme: str) -> None:
 def test_a_product_by_hand(scheme: str) -> None:
     """The integer site from the values in front of it, in float64: codes, sums, scales."""
     graph = fxquant.convert(llama(), scheme, calibration=[inputs()])
-    values: dict[Any, Any] = {}
-    from fxquant.execution import Executor
-
-    def keep(node: Any, value: Any) -> Any:
-        values[node] = value
-        return value
-
-    with torch.no_grad():
-        Executor(graph).run(keep, **inputs())
+    values = node_values(graph)
     checked = 0
     for site, node in site_outputs(graph):
         if site.role != "matmul":

@@ -39,6 +39,21 @@ def test_attention_products_first_then_a_repair_of_the_linears(name: str, repair
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("repair", ["clip", "correct_bias", "split_outliers(threshold=2.5)"])
+def test_an_override_of_linears_and_products_changes_linears_only(name: str, repair: str) -> None:
+    scheme = f"w8a8-dynamic+attn8+{repair}"
+    mixed = f'{{"scheme": "{scheme}", "overrides": {{"*.self_attn.*": "w4a8-dynamic-token"}}}}'
+    quantized = fxquant.convert(ARCHITECTURES[name](), mixed, calibration=BATCHES[:1])
+    facts = info(quantized)
+    products = {site.path: site for site in facts.sites if site.role == "matmul"}
+    assert len(products) == 2 * len(facts.blocks)
+    assert not any(site.bias for site in products.values())
+    own = repair.partition("(")[0]
+    assert products.keys().isdisjoint(n.site for n in facts.notes if n.origin == own)
+    assert bool(quantized(input_ids=BATCHES[0]).isfinite().all())
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_queries_and_keys_are_found_in_written_out_attention(name: str) -> None:
     named = NameSites()(fxquant.trace(ARCHITECTURES[name]()))
     found = query_key_linears(named)
