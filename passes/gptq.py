@@ -162,34 +162,35 @@ def _round_columns(
 ) -> Tensor:
     """Codes int8 [K, N] of ``columns`` [K, N], which it uses up; ``groups``: each one's group.
 
-    Columns are rows here, so that all work is on contiguous memory. ``errors`` are w - q; the
+    Columns are rows here, so that all work is on contiguous memory; few and small operations each,
+    since their number is K. ``steps`` are codes less zero points, ``errors`` are w - q; the
     division by U_ii is in ``ratios`` = U_ij / U_ii.
     """
     length, rows = columns.shape
     ratios = upper / upper.diagonal()[:, None]
     scale_rows = scales.expand(rows, -1).t().contiguous() if scales.dim() else scales.view(1, 1)
-    zero_rows = None
+    zeros = torch.zeros_like(scale_rows)
     if zero_points is not None:
         shape = (rows, -1) if zero_points.dim() else (1, 1)
-        zero_rows = zero_points.to(torch.float32).expand(shape).t().contiguous()
+        zeros = zero_points.to(torch.float32).expand(shape).t().contiguous()
+    lowest, highest = (list((end - zeros).unbind()) for end in qrange)
+    of_group = list(scale_rows.unbind())
     codes = torch.empty((length, rows), dtype=torch.int8, device=columns.device)
-    errors = columns.new_empty((block_size, rows))
+    steps, errors = columns.new_empty((2, block_size, rows))
+    step_rows, error_rows, before = list(steps.unbind()), list(errors.unbind()), errors.t()
     for start in range(0, length, block_size):
         end = min(start + block_size, length)
-        block = ratios[start:end, start:end]
-        for i in range(end - start):
-            column, group = columns[start + i], groups[start + i]
+        weights = list(ratios[start:end, start:end].t().contiguous().unbind())
+        for i, column in enumerate(columns[start:end].unbind()):
+            group, step = groups[start + i], step_rows[i]
             if i:
-                column = torch.addmv(column, errors[:i].t(), block[:i, i], alpha=-1)
-            scale = scale_rows[group]
-            code = torch.div(column, scale).round_()
-            if zero_rows is not None:
-                code.add_(zero_rows[group])
-            codes[start + i] = code.clamp_(*qrange)
-            if zero_rows is not None:
-                code.sub_(zero_rows[group])
-            torch.addcmul(column, code, scale, value=-1, out=errors[i])
+                column = torch.addmv(column, before[:, :i], weights[i][:i], alpha=-1)
+            torch.div(column, of_group[group], out=step).round_()
+            torch.clamp(step, lowest[group], highest[group], out=step)
+            torch.addcmul(column, step, of_group[group], value=-1, out=error_rows[i])
+        used = end - start
+        codes[start:end] = steps[:used].add_(zeros[groups[start:end]])
         if end < length:
             done = ratios[start:end, end:].t()
-            columns[end:].addmm_(done, errors[: end - start], alpha=-1)
+            columns[end:].addmm_(done, errors[:used], alpha=-1)
     return codes
