@@ -74,17 +74,21 @@ def write_random(config: OPTConfig, directory: Path) -> None:
     config.save_pretrained(directory)
     generator = torch.Generator().manual_seed(0)
     shards: dict[str, dict[str, Tensor]] = {}
+    places: dict[str, str] = {}
     for name, parameter in model.named_parameters():
         value = torch.randn(parameter.shape, generator=generator) * 0.02
         gain = name.endswith("layer_norm.weight")
         stored = (1 + value if gain else value).to(torch.float16)
         parts = name.split(".")
         block = parts[3] if parts[2] == "layers" else "rest"
-        shards.setdefault(f"model-{block}.safetensors", {})[name] = stored
+        places[name] = f"model-{block}.safetensors"
+        shards.setdefault(places[name], {})[name] = stored
         for shard in [s for s in shards if s != f"model-{block}.safetensors" and "rest" not in s]:
             save_file(shards.pop(shard), directory / shard)
     for shard, tensors in shards.items():
         save_file(tensors, directory / shard)
+    index = {"metadata": {}, "weight_map": places}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     files = sorted(directory.glob("*.safetensors"))
     print(f"written: {sum(f.stat().st_size for f in files) / 1e9:.2f} GB in {len(files)} files")
 
