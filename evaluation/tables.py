@@ -47,15 +47,17 @@ def _cost(row: Row) -> str:
 
 def sentences(rows: Sequence[Row]) -> list[str]:
     """What a reader needs to know, said from the numbers: nothing where rows are missing."""
-    kinds: dict[str, list[Row]] = {"weight": [], "dynamic": [], "static": []}
+    kinds: dict[str, list[Row]] = {"weight": [], "dynamic": [], "static": [], "repaired": []}
     for row in rows[1:]:
         activation = Scheme.parse(row.scheme).spec.activation
-        if activation is not None:
+        if Scheme.parse(row.scheme).repairs:
+            kinds["repaired"].append(row)
+        elif activation is not None:
             kinds["dynamic" if activation.dynamic else "static"].append(row)
         elif Scheme.parse(row.scheme).spec.weight is not None:
             kinds["weight"].append(row)
     said = [_weights(rows[0], kinds["weight"]), _dynamic(kinds["dynamic"])]
-    said += [_static(rows[0], kinds["static"]), _clipping(kinds["static"])]
+    said += [_static(rows[0], kinds["static"]), _clipping(kinds["static"]), _repaired(kinds)]
     return [sentence for sentence in said if sentence]
 
 
@@ -97,6 +99,18 @@ def _static(reference: Row, rows: list[Row]) -> str:
         f"Static ranges: {', '.join(map(_cost, rows))}; {worst.scheme} multiplies perplexity by "
         f"{factor:.3g}."
     )
+
+
+def _repaired(kinds: dict[str, list[Row]]) -> str:
+    if not kinds["repaired"]:
+        return ""
+    text = f"Repaired: {', '.join(map(_cost, kinds['repaired']))}"
+    against = [
+        f"{_cost(min(kinds[kind], key=lambda row: row.delta_loss))}, the best {kind} one"
+        for kind in ("static", "dynamic")
+        if kinds[kind]
+    ]
+    return f"{text}; without repairs: {'; '.join(against)}." if against else f"{text}."
 
 
 def _clipping(rows: list[Row]) -> str:

@@ -233,6 +233,10 @@ def test_sentences_follow_the_numbers(outcome: tuple[Path, Any]) -> None:
     assert len(said) == 3
     assert all(f"{row.delta_loss:+.4f}" in " ".join(said) for row in rows[1:])
     assert sentences(rows[:1]) == []
+    repaired = replace(rows[3], scheme="w8a8-static+smooth(alpha=0.7)", delta_loss=0.0123)
+    *before, last = sentences([*rows, repaired])
+    assert before == said  # the plain schemes' sentences are about plain schemes
+    assert last.startswith("Repaired: w8a8-static+smooth(alpha=0.7) +0.0123; without repairs: ")
     w8 = rows[1]
     small = replace(w8, delta_loss=-0.0015, delta_error=0.001)
     large = replace(w8, delta_loss=-0.0015, delta_error=0.0005)
