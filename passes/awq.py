@@ -15,9 +15,9 @@ from fxquant.graph import (
     Level,
     Site,
     add_note,
+    coded_linears,
     install,
     linear_parameters,
-    site_outputs,
     source_of,
 )
 from fxquant.passes.clip_search import GroupGram, clipped_codes
@@ -78,7 +78,7 @@ class Awq(Repair):
         return False
 
     def rewrite(self, gm: GraphModule) -> GraphModule:
-        if not any(self._spec(site) for site, _ in site_outputs(gm)):
+        if next(coded_linears(gm, self.scheme), None) is None:
             raise SchemeError(f"awq: scheme {self.scheme} quantizes no weight")
         changed = self._search_scales(gm) if self.scale else 0
         if self.clip:
@@ -91,8 +91,6 @@ class Awq(Repair):
         return gm
 
     def _spec(self, site: Site) -> TensorSpec | None:
-        if site.role == "embeddings":
-            return None
         return self.scheme.spec_for(site.path, site.role).weight
 
     def _search_scales(self, gm: GraphModule) -> int:

@@ -18,11 +18,11 @@ from fxquant.graph import (
     CodedLinear,
     Level,
     add_note,
+    coded_linears,
     device_of,
     info,
     install,
     linear_parameters,
-    site_outputs,
     source_of,
 )
 from fxquant.operators import unpack_int4
@@ -112,8 +112,7 @@ class Layerwise(Repair):
 
     def rewrite(self, gm: GraphModule) -> GraphModule:
         self.scheme.check_overrides((site.path, site.role) for site in info(gm).sites)
-        wanted = [s for s, _ in site_outputs(gm) if self.scheme.spec_for(s.path, s.role).weight]
-        if not any(site.role != "embeddings" for site in wanted):
+        if next(coded_linears(gm, self.scheme), None) is None:
             raise SchemeError(
                 f"{self.name}: scheme {self.scheme} quantizes no linear's weight; name one in "
                 "front, such as w4-g128"
