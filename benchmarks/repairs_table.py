@@ -121,6 +121,7 @@ THREE_BITS = Family(
         "gptq",
         "gptq+refine",
         "awq+gptq",
+        "awq(clip=false)+gptq",
         "gptq(order=static)+refine",
     ),
     explained=("", "awq", "gptq"),
@@ -251,13 +252,23 @@ def table(subject: Subject, data: dict[str, Any]) -> str:
     )
     if missing:
         setting += f" Not measured yet: {', '.join(f'`{scheme}`' for scheme in missing)}."
-    return f"{setting}\n\n{tabulate(lines, head, tablefmt='github', disable_numparse=True)}"
+    body = tabulate(lines, head, tablefmt="github", disable_numparse=True)
+    return "\n\n".join([f"{setting}\n\n{body}", *_refusals(rows)])
+
+
+def _refusals(rows: dict[str, Any]) -> list[str]:
+    """A line for each reason, with the schemes that were refused for it."""
+    by_reason: dict[str, list[str]] = {}
+    for scheme, row in rows.items():
+        if "refused" in row:
+            by_reason.setdefault(row["refused"], []).append(f"`{scheme}`")
+    return [f"Refused: {', '.join(schemes)}: {why}." for why, schemes in by_reason.items()]
 
 
 def _line(scheme: str, rows: dict[str, Any], without: float) -> tuple[str, ...]:
     row = rows[scheme]
     if "refused" in row:
-        return (f"`{scheme}`", f"refused: {row['refused']}", *[""] * 7)
+        return (f"`{scheme}`", "refused", *[""] * 7)
     causes = row.get("causes", {})
     kind = f"{row['worst_kind']} {row['worst_kind_rescue']:+.3f}" if causes else ""
     return (
