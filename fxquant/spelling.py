@@ -38,7 +38,7 @@ EXAMPLES = (
 # Named recipes and what they stand for; printing a scheme shows the latter.
 ALIASES = {
     "w8a8-static-best": (
-        "w8a8-static-asym:absmax+smooth(alpha=0.7,where=all)+split_outliers(threshold=4)+gptq"
+        "w8a8-static-asym:absmax+smooth(alpha=0.7,where=all)+split_outliers(threshold=4)"
     )
 }
 
