@@ -225,15 +225,15 @@ def _note(layer: Layer, codes: WeightCodes, hessian: Tensor) -> str:
     total = len(layer.weight)
     step = -(-total // _NOTE_ROWS)
     weight = layer.weight[::step]
+    where = "on calibration inputs" + (f" ({len(weight)} of {total} rows)" if step > 1 else "")
     signal = energy(weight, hessian)
     if not signal:
-        return f"no output on calibration inputs{codes.note}"
+        return f"no output {where}{codes.note}"
     old, new = (
         energy(weight - each.rows(slice(None, None, step)).dequantize(), hessian) / signal
         for each in (layer.before, codes)
     )
-    where = f" ({len(weight)} of {total} rows)" if step > 1 else ""
-    return f"layer error {old:.3g} -> {new:.3g} on calibration inputs{where}{codes.note}"
+    return f"layer error {old:.3g} -> {new:.3g} {where}{codes.note}"
 
 
 def _see_block(run: SequentialRun, until: Node, hessians: list[Hessian]) -> None:
