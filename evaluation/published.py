@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from fxquant.evaluation.fingerprint import depends_on_seed
+from fxquant.schemes import Scheme
+
 OPT: Final = {
     "opt-125m": "opt 12x768",
     "opt-350m": "opt 24x1024",
@@ -88,7 +91,7 @@ _WIKITEXT2: Final = (
 
 
 def _calibrated(scheme: str | None, calibration: Calibration) -> Calibration | None:
-    depends = scheme is not None and ("-static" in scheme or "+" in scheme)
+    depends = scheme is not None and depends_on_seed(Scheme.parse(scheme))
     return calibration if depends else None
 
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fxquant.quantization import choose_qparams
+from fxquant.specs import TensorSpec
+
 
 @dataclass(frozen=True)
 class Synthetic:
@@ -48,6 +51,17 @@ def min_max(weight: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor,
     scale = (high - low) / top
     zero = torch.full_like(scale, (top + 1) / 2) if symmetric else torch.round(-low / scale)
     return scale, zero, top
+
+
+def min_max_grid(weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
+    """Scales and zero points as quantize takes them, with no search."""
+    return choose_qparams(
+        weight,
+        *spec.qrange,
+        symmetric=spec.symmetric,
+        granularity=spec.granularity,
+        group_size=spec.group_size,
+    )
 
 
 def rounded(weight: Tensor, grid: tuple[Tensor, Tensor, int]) -> Tensor:

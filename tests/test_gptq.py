@@ -15,9 +15,15 @@ from fxquant.errors import CalibrationError, NonFiniteError, SchemeError
 from fxquant.passes.coordinate_descent import coordinate_descent, energy
 from fxquant.passes.gptq import Order, gptq, inverse_factor
 from fxquant.passes.weight_codes import WeightCodes, round_to_nearest, search_scales
-from fxquant.quantization import choose_qparams
 from fxquant.specs import TensorSpec
-from tests.gptq_reference import Synthetic, min_max, reference_gptq, rounded, synthetic
+from tests.gptq_reference import (
+    Synthetic,
+    min_max,
+    min_max_grid,
+    reference_gptq,
+    rounded,
+    synthetic,
+)
 
 ORDERS: tuple[Order, ...] = ("none", "static")
 CONFIGURATIONS = [(size, order) for size in (None, 128) for order in ORDERS]
@@ -37,16 +43,6 @@ def reference_error(bits: int, symmetric: bool, size: int | None, order: Order) 
 
 def spec_of(bits: int, symmetric: bool, size: int | None) -> TensorSpec:
     return TensorSpec(bits, symmetric, "channel" if size is None else "group", size)
-
-
-def min_max_grid(weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
-    return choose_qparams(
-        weight,
-        *spec.qrange,
-        symmetric=spec.symmetric,
-        granularity=spec.granularity,
-        group_size=spec.group_size,
-    )
 
 
 def test_the_reference_gives_the_published_figures() -> None:

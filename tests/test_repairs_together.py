@@ -12,11 +12,10 @@ from fxquant.graph import CodedLinear, clone_sharing_storage, info, linear_param
 from fxquant.passes import DecomposeAttention, Gptq, NameSites
 from fxquant.passes.query_key import query_key_linears
 from fxquant.pipeline import Pipeline
-from fxquant.quantization import choose_qparams
 from fxquant.repairs import REPAIRS
 from fxquant.schemes import Scheme
-from fxquant.specs import TensorSpec
 from tests.architectures import ARCHITECTURES, token_ids
+from tests.gptq_reference import min_max_grid
 
 BATCHES = [token_ids(4, 20, seed=5), token_ids(4, 20, seed=6)]
 MODELS = ("opt", "llama")
@@ -74,21 +73,11 @@ def test_gptq_on_the_min_max_grid(spec: str) -> None:
             continue
         assert isinstance(module, CodedLinear)
         weight, _ = linear_parameters(module)
-        scale, _ = _min_max(weight, module.spec)
+        scale, _ = min_max_grid(weight, module.spec)
         assert torch.equal(module.codes.get_buffer("weight_scale"), scale), site.path
         other = searched.get_buffer(f"{site.path}.codes.weight_scale")
         differing += not torch.equal(other, scale)
     assert differing
-
-
-def _min_max(weight: torch.Tensor, spec: TensorSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    return choose_qparams(
-        weight,
-        *spec.qrange,
-        symmetric=spec.symmetric,
-        granularity=spec.granularity,
-        group_size=spec.group_size,
-    )
 
 
 def test_an_unknown_grid_is_refused() -> None:
