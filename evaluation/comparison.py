@@ -12,10 +12,10 @@ from typing import Final
 from tabulate import tabulate, tabulate_formats
 
 from fxquant.errors import DataError
-from fxquant.evaluation.datasets import tokenizer_note
 from fxquant.evaluation.journal import Result
 from fxquant.evaluation.provenance import Provenance
 from fxquant.evaluation.published import ALL, LENGTH, Published
+from fxquant.evaluation.result_notes import failed_lines, failures
 from fxquant.evaluation.results import Row
 from fxquant.evaluation.statistics import Difference, mean_sums, paired_difference, spread
 from fxquant.schemes import Scheme
@@ -167,24 +167,6 @@ def _line(results: list[Result], reference: Row | None, known: list[Published]) 
     )
 
 
-def tokenizer_notes(results: Iterable[Result]) -> list[str]:
-    """``tokenizer_note`` of each model and text, once."""
-    made = (result.provenance for result in results if result.provenance is not None)
-    notes = (tokenizer_note(one.model, one.protocol) for one in made)
-    return [note for note in dict.fromkeys(notes) if note]
-
-
-def failures(results: Iterable[Result]) -> list[Result]:
-    """Failed cells that were not done since."""
-    listed = list(results)
-
-    def place(result: Result) -> tuple[str, str, str, int | None]:
-        return result.model, result.scheme, result.dataset, result.seed
-
-    done = {place(result) for result in listed if result.error is None}
-    return [result for result in listed if result.error and place(result) not in done]
-
-
 def check_format(style: str) -> None:
     """Raise DataError for a format that there is not."""
     if style not in FORMATS:
@@ -205,7 +187,7 @@ def format_results(
     if style == "csv":
         return _csv(found)
     parts = [part for group in found for part in _parts(group, style)]
-    failed = _failed_lines(failures(listed))
+    failed = failed_lines(failures(listed))
     return "\n\n".join([*parts, *(["\n".join(failed)] if failed else [])])
 
 
@@ -228,18 +210,6 @@ def calibration_notes(group: Group) -> list[str]:
     return [
         f"{', '.join(methods)} ({source}): calibrated on {words}, ours on {ours}"
         for (source, words), methods in alike.items()
-    ]
-
-
-def _failed_lines(failed: Iterable[Result]) -> list[str]:
-    """One line for all cells of a model and text that failed alike."""
-    alike: dict[tuple[str, str, str], list[str]] = {}
-    for result in failed:
-        cell = result.scheme if result.seed is None else f"{result.scheme} (seed {result.seed})"
-        alike.setdefault((result.model, result.dataset, str(result.error)), []).append(cell)
-    return [
-        f"failed: {model} on {dataset}, {', '.join(cells)}: {error}"
-        for (model, dataset, error), cells in alike.items()
     ]
 
 

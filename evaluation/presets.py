@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fxquant.errors import DataError, FxquantError
-from fxquant.evaluation.comparison import format_results, groups, tokenizer_notes
+from fxquant.evaluation.comparison import format_results, groups
 from fxquant.evaluation.datasets import NAMED, how_to_get, open_source
 from fxquant.evaluation.fingerprint import identify_model
 from fxquant.evaluation.job import Job
@@ -19,6 +19,7 @@ from fxquant.evaluation.published import (
     SMOOTHQUANT_TABLE,
     Published,
 )
+from fxquant.evaluation.result_notes import tokenizer_notes
 from fxquant.evaluation.sweep import Sweep, SweepOutcome, check_processes, run_sweep
 
 
