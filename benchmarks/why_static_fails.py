@@ -28,6 +28,7 @@ from fxquant.analysis.explanation import explain
 from fxquant.evaluation.data import Source, cut_windows, load_text
 from fxquant.evaluation.models import load_model, versions
 from fxquant.evaluation.outliers import OutlierPlan, PlantedOutlier, plant_outliers
+from fxquant.formats.integer import integer
 from fxquant.graph import info, site_outputs, source_of
 from fxquant.passes.observe import observers
 from fxquant.ranges import distribution, estimate_range
@@ -204,7 +205,7 @@ def histogram(graph: GraphModule, site: str, calibration: Tensor) -> dict[str, A
     counts = torch.zeros(int(bins.max()) - first + 1, dtype=torch.float64)
     counts.index_add_(0, bins - first, seen.counts)
     limits = {
-        name: estimate_range(observer, estimator, TensorSpec(8, granularity="tensor"))[1]
+        name: estimate_range(observer, estimator, TensorSpec(integer(8), "tensor"))[1]
         for name, estimator in ESTIMATORS.items()
     }
     return {

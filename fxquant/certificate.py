@@ -6,10 +6,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fxquant.errors import VerificationError
+from fxquant.formats.packing import unpack_int4
 from fxquant.gemm import CHUNK, certified_chunk
 from fxquant.graph import arguments, get_tensor, is_op, tag
 from fxquant.levels import OPS
-from fxquant.operators import unpack_int4
 
 
 def check_chunks(gm: GraphModule) -> None:

@@ -13,20 +13,25 @@ import typing
 from typing import Any
 
 from fxquant.errors import CheckpointError
+from fxquant.formats.grid import Grid
+from fxquant.formats.table import GRIDS
 
 PRIMITIVES = (str, bool, int, float, type(None))
 
 
 def to_json(value: object) -> Any:
-    """Dataclasses, enums, tuples, dicts with text keys and primitives as JSON values.
+    """Dataclasses, enums, number formats (their names), tuples, dicts with text keys and primitives
+    as JSON values.
 
     Raises CheckpointError for any other type.
     """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if dataclasses.is_dataclass(value) and not isinstance(value, Grid | type):
         fields = dataclasses.fields(value)
         return {field.name: to_json(getattr(value, field.name)) for field in fields}
     if isinstance(value, enum.Enum):
         return value.value
+    if isinstance(value, Grid):
+        return value.name
     if isinstance(value, tuple | list):
         return [to_json(item) for item in value]
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
@@ -41,6 +46,8 @@ def from_json(hint: Any, data: Any) -> Any:
 
     Fields that ``data`` lacks take their defaults; unknown ones are an error.
     """
+    if hint is Grid:
+        return _checked(hint, data, lambda: GRIDS[data])
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return _record(hint, data)

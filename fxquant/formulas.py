@@ -65,6 +65,12 @@ def _choose_qparams(a: Sequence[str]) -> str:
     return f"{ends} of {x}, {each}, {_range(qmin, qmax)}"
 
 
+def _choose_scale(a: Sequence[str]) -> str:
+    x, granularity, grid = a
+    each = "each token" if granularity == "'token'" else "the tensor"
+    return f"max|x| of {x}, {each}, to the ends of {grid.strip(chr(39))}"
+
+
 def _quantize(a: Sequence[str]) -> str:
     x, scale, zero_point, qmin, qmax, _ = a
     shift = "" if zero_point == "None" else f" + {zero_point}"
@@ -107,6 +113,9 @@ def _rescale(a: Sequence[str]) -> str:
 _FORMULAS: dict[str, tuple[int, Callable[[Sequence[str]], str]]] = {
     "fxquant.choose_qparams": (5, _choose_qparams),
     "fxquant.quantize": (6, _quantize),
+    "fxquant.choose_scale": (3, _choose_scale),
+    "fxquant.quantize_to": (3, lambda a: f"{a[0]} / {a[1]}, nearest of {a[2].strip(chr(39))}"),
+    "fxquant.decode": (3, lambda a: f"{a[0]}, the number of each {a[1].strip(chr(39))} code"),
     "fxquant.dequantize": (5, _dequantize),
     "fxquant.unpack_int4": (2, lambda a: f"{a[0]}, two codes a byte"),
     "fxquant.code_sum": (1, lambda a: f"sum of {a[0]} over columns"),

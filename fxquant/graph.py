@@ -190,7 +190,7 @@ class QuantizedParameters(nn.Module):
 class CodedLinear(nn.Linear):
     """A float linear whose codes a repair has chosen; the function is that of the float weight.
 
-    ``codes`` holds what ``passes.quantize.quantize_weight`` returns (packed up to 4 bits), chosen
+    ``codes`` holds the buffers of WeightCodes.tensors() (packed up to 4 bits), chosen
     for ``spec``; the quantize pass takes them instead of rounding to nearest. A pass that changes
     the weight installs a plain linear, and the choice is gone.
     """

@@ -41,6 +41,9 @@ LEGAL = (
     Form("observer", Observer, (O,), "sees its input, has no users"),
     Form("choose_qparams", OPS.choose_qparams.default, (Q, I), "dynamic scale and zero point"),
     Form("quantize", OPS.quantize.default, (Q, I), "float to integer codes"),
+    Form("choose_scale", OPS.choose_scale.default, (Q, I), "dynamic scale for another grid"),
+    Form("quantize_to", OPS.quantize_to.default, (Q, I), "float to codes of another grid"),
+    Form("decode", OPS.decode.default, (Q, I), "codes of another grid to its numbers"),
     Form("unpack_int4", OPS.unpack_int4.default, (Q, I), "two codes a byte to int8 codes"),
     Form("dequantize", OPS.dequantize.default, (Q, I), "codes to float; at integer: weights only"),
     Form("code_sum", OPS.code_sum.default, (I,), "row sums of codes, for weight zero points"),
@@ -109,7 +112,7 @@ def _check_order(gm: GraphModule, after: str) -> None:
 
 def _check_dequantize(gm: GraphModule, node: Node, level: Level, after: str) -> None:
     codes, scale, _, group_size, _ = arguments(node)
-    if level is I and is_op(codes, OPS.quantize.default):
+    if level is I and is_op(codes, OPS.quantize.default) and not _on_another_grid(node):
         _fail(after, node, "an activation is still dequantized at level integer")
     attributes = [n for n in (codes, scale) if isinstance(n, Node) and n.op == "get_attr"]
     if len(attributes) < 2:
@@ -119,6 +122,17 @@ def _check_dequantize(gm: GraphModule, node: Node, level: Level, after: str) -> 
     groups = -(-shape[-1] // group_size) if group_size else 1
     if scales not in ((), (shape[0], groups)):
         _fail(after, node, f"scale of shape {list(scales)} does not fit codes {list(shape)}")
+
+
+def _on_another_grid(dequantized: Node) -> bool:
+    """Whether the weights that meet this input are on a grid that has no exact integer product."""
+    operands = [arg for user in dequantized.users for arg in user.args[1:2]]
+    weights = [
+        source_of(arg)
+        for arg in operands
+        if isinstance(arg, Node) and is_op(arg, OPS.dequantize.default)
+    ]
+    return bool(weights) and all(is_op(weight, OPS.decode.default) for weight in weights)
 
 
 def _check_rescale(gm: GraphModule, node: Node, after: str) -> None:

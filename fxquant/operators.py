@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from fxquant import gemm, quantization
+from fxquant.formats.integer import integer
+from fxquant.formats.packing import unpack_int4
+from fxquant.formats.table import grid_named
 
 _LIBRARY = torch.library.Library("fxquant", "DEF")
 
@@ -38,24 +41,25 @@ def dequantize(
     )
 
 
-def pack_int4(codes: Tensor) -> Tensor:
-    """int8 codes in -8..7 [N, K] to bytes [N, ceil(K / 2)], even columns in the low nibble."""
-    even, odd = codes[:, 0::2], codes[:, 1::2]
-    odd = torch.nn.functional.pad(odd, (0, even.shape[1] - odd.shape[1]))
-    return _nibble(even) | (_nibble(odd) << 4)
+def choose_scale(x: Tensor, granularity: str, grid: str) -> Tensor:
+    """Dynamic scale (fp32) for a grid that is no integer's: () or, for "token", [..., 1]."""
+    reach = grid_named(grid).reach
+    return quantization.calc_qparams_symmetric(x, reach, None if granularity == "tensor" else -1)
 
 
-def _nibble(codes: Tensor) -> Tensor:
-    return codes.to(torch.uint8) & 0xF
+def quantize_to(x: Tensor, scale: Tensor, grid: str) -> Tensor:
+    """Codes of ``x`` on a grid that is no integer's, granularity by the scale's shape."""
+    found = grid_named(grid)
+    return found.encode(found.nearest_(torch.div(x.to(torch.float32), scale)))
 
 
-def unpack_int4(packed: Tensor, length: int) -> Tensor:
-    """The inverse of pack_int4: int8 codes [N, length]."""
-    # Shifting a signed byte right carries its sign down.
-    low = (packed << 4).view(torch.int8) >> 4
-    high = packed.view(torch.int8) >> 4
-    both = torch.stack((low, high), dim=-1).flatten(-2)
-    return both if both.shape[-1] == length else both.narrow(-1, 0, length)
+def decode(stored: Tensor, grid: str, length: int) -> Tensor:
+    """float32 [..., length]: the numbers of a grid that is no integer's, before their scale.
+
+    length 0: the codes are not packed.
+    """
+    found = grid_named(grid)
+    return found.decode(found.unpack(stored, length) if length else stored)
 
 
 def int_gemm(x_codes: Tensor, weight_codes: Tensor, chunk: int) -> Tensor:
@@ -79,7 +83,7 @@ def store_kv(x: Tensor, bits: int) -> Tensor:
 
     Affine codes per token and head (its last dimension), in x's dtype.
     """
-    qmin, qmax = quantization.integer_range(bits, symmetric=False)
+    qmin, qmax = integer(bits, symmetric=False).codes
     scale, zero_point = quantization.choose_qparams(
         x, qmin, qmax, symmetric=False, granularity="token"
     )
@@ -175,6 +179,9 @@ _COMPOSITE = {
     "dequantize(Tensor codes, Tensor scale, Tensor? zero_point, int group_size, Tensor like)"
     " -> Tensor": dequantize,
     "unpack_int4(Tensor packed, int length) -> Tensor": unpack_int4,
+    "choose_scale(Tensor x, str granularity, str grid) -> Tensor": choose_scale,
+    "quantize_to(Tensor x, Tensor scale, str grid) -> Tensor": quantize_to,
+    "decode(Tensor stored, str grid, int length) -> Tensor": decode,
     "int_gemm(Tensor x_codes, Tensor weight_codes, int chunk) -> Tensor": int_gemm,
     "int_matmul(Tensor left_codes, Tensor right_codes) -> Tensor": int_matmul,
     "store_kv(Tensor x, int bits) -> Tensor": store_kv,

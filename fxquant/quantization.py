@@ -29,18 +29,6 @@ class Clipping(NamedTuple):
     high: Tensor
 
 
-def integer_range(bits: int, symmetric: bool) -> tuple[int, int]:
-    """``(qmin, qmax)`` of signed ``bits``-bit codes; symmetric ranges leave the lowest code out.
-
-    >>> integer_range(8, symmetric=True), integer_range(4, symmetric=False)
-    ((-127, 127), (-8, 7))
-    """
-    if not 2 <= bits <= 8:
-        raise ValueError(f"bits must be 2..8, got {bits}")
-    qmax = 2 ** (bits - 1) - 1
-    return (-qmax if symmetric else -qmax - 1), qmax
-
-
 def check_finite(x: Tensor, what: str, site: str) -> None:
     """Raise NonFiniteError naming ``what`` and ``site`` if ``x`` holds NaN or infinity."""
     bad = x.numel() - int(torch.isfinite(x).sum())
@@ -58,13 +46,13 @@ def _safe_scale(scale: Tensor) -> Tensor:
 
 
 def calc_qparams_symmetric(
-    x: Tensor, qmax: int, dim: int | tuple[int, ...] | None = None
+    x: Tensor, qmax: float, dim: int | tuple[int, ...] | None = None
 ) -> Tensor:
     """The symmetric scale ``max|x| / qmax``, float32.
 
     Args:
         x: any float tensor.
-        qmax: largest code, at least 1.
+        qmax: largest code, or the largest number of a grid.
         dim: reduce over these dimensions, kept with size 1; ``None`` reduces all to shape ``()``.
             Pass ``()`` when ``x`` already holds maxima, one scale for each element.
 
@@ -81,7 +69,7 @@ def calc_qparams_symmetric(
 
 
 def activation_qparams_from_range(
-    low: Tensor, high: Tensor, qmin: int, qmax: int
+    low: Tensor, high: Tensor, qmin: float, qmax: float
 ) -> tuple[Tensor, Tensor]:
     """Affine scale (float32) and zero point (int32) of the range ``[low, high]``, elementwise.
 
@@ -123,22 +111,28 @@ def expand_groups(values: Tensor, length: int, group_size: int | None) -> Tensor
     return values.repeat_interleave(size, dim=-1).narrow(-1, 0, length)
 
 
+def split_groups(x: Tensor, group_size: int | None) -> Tensor:
+    """``[..., K]`` as ``[..., G, g]``, a short last group filled up with zeros; None: one group."""
+    length = x.shape[-1]
+    size = length if group_size is None else group_size
+    groups = group_count(length, size)
+    padded = torch.nn.functional.pad(x, (0, groups * size - length))
+    return padded.view(*x.shape[:-1], groups, size)
+
+
 def group_ranges(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """Minimum and maximum of each group of the last dimension: two tensors ``[..., G]``.
 
     A last group that is short is filled with zeros, which is harmless: every range holds 0.
     """
-    length = x.shape[-1]
-    groups = group_count(length, group_size)
-    padded = torch.nn.functional.pad(x, (0, groups * group_size - length))
-    grouped = padded.unflatten(-1, (groups, group_size))
+    grouped = split_groups(x, group_size)
     return grouped.amin(-1), grouped.amax(-1)
 
 
 def choose_qparams(
     x: Tensor,
-    qmin: int,
-    qmax: int,
+    qmin: float,
+    qmax: float,
     *,
     symmetric: bool,
     granularity: str = "tensor",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fxquant.errors import CalibrationError
 from fxquant.observers import BINS, HistogramObserver
-from fxquant.quantization import activation_qparams_from_range, calc_qparams_symmetric
+from fxquant.quantizer import range_qparams
 from fxquant.specs import Estimator, TensorSpec
 
 _POINTS_PER_BIN = 4  # where a bin is about as wide as a step, its centre alone would mislead
@@ -109,14 +109,14 @@ def estimate_range(
     """
     seen = seen or distribution(observer)
     low, high = float(observer.min_value), float(observer.max_value)
-    if spec.symmetric:
+    if not spec.grid.has_zero_point:
         high = max(-low, high)
         low = -high
     if estimator.kind == "absmax" or high == low:
         return low, high
     if estimator.kind == "percentile":
         assert estimator.percent is not None
-        return _percentile(seen, estimator.percent / 100, spec.symmetric)
+        return _percentile(seen, estimator.percent / 100, not spec.grid.has_zero_point)
     if estimator.kind == "mse":
         return _least_mse(seen, low, high, spec)
     return _least_divergence(seen, low, high, spec)
@@ -139,19 +139,13 @@ def share_outside(observer: HistogramObserver, low: float, high: float) -> float
 
 def _squared_error(seen: Distribution, low: Tensor, high: Tensor, spec: TensorSpec) -> Tensor:
     """Expected squared error of each candidate range ``[C]``: float64 [C]."""
-    qmin, qmax = spec.qrange
-    if spec.symmetric:
-        scale = calc_qparams_symmetric(high, qmax, ()).double()
-        zero_point = torch.zeros_like(scale)
-    else:
-        scale, zero_point = (
-            q.double() for q in activation_qparams_from_range(low, high, qmin, qmax)
-        )
+    scales, zero_points = range_qparams(low, high, spec.grid)
     values, weights = seen.points()
     errors = []
-    for s, z in zip(scale, zero_point, strict=True):
-        codes = (torch.round(values / s) + z).clamp_(qmin, qmax)
-        errors.append((((codes - z) * s - values).square() * weights).sum())
+    for index, scale in enumerate(scales.double()):
+        shift = None if zero_points is None else zero_points[index]
+        nearest = spec.grid.nearest_(values / scale, shift)
+        errors.append(((nearest * scale - values).square() * weights).sum())
     return torch.stack(errors)
 
 
@@ -161,7 +155,7 @@ def _least_mse(
     shrink = torch.linspace(1 / _CANDIDATES, 1, _CANDIDATES, dtype=torch.float64)
     best = shrink[_squared_error(seen, low * shrink, high * shrink, spec).argmin()]
     low, high = low * float(best), high * float(best)
-    if spec.symmetric:
+    if not spec.grid.has_zero_point:
         return low, high
     # Then each end alone: the tails of an affine range are rarely alike.
     ends = torch.linspace(0.25, 1.5, _CANDIDATES // 2, dtype=torch.float64)
@@ -182,21 +176,22 @@ def _least_divergence(
     Symmetric: |x| against ``2**(bits-1)`` levels, as TensorRT. Affine: x against ``2**bits``.
     """
     low, high = min(low, 0.0), max(high, 0.0)
-    if spec.symmetric:
-        start, levels, source = 0.0, 2 ** (spec.bits - 1), seen.magnitude()
+    symmetric, bits = not spec.grid.has_zero_point, spec.grid.bits
+    if symmetric:
+        start, levels, source = 0.0, 2 ** (bits - 1), seen.magnitude()
     else:
-        start, levels, source = low, 2**spec.bits, seen
+        start, levels, source = low, 2**bits, seen
     values, weights = source.points()
     index = ((values - start) / (high - start) * _KL_BINS).long().clamp_(0, _KL_BINS - 1)
     histogram = torch.zeros(_KL_BINS, dtype=torch.float64).index_add_(0, index, weights)
-    zero_bin = 0 if spec.symmetric else int(-low / (high - low) * _KL_BINS)
+    zero_bin = 0 if symmetric else int(-low / (high - low) * _KL_BINS)
     histogram[min(zero_bin, _KL_BINS - 1)] = 0  # exact zeros quantize without error
     if not histogram.sum():
         return low, high
     best, best_divergence = 1.0, float("inf")
     for step in range(levels, _KL_BINS + 1, 16):
         share = step / _KL_BINS
-        first = 0 if spec.symmetric else round((_KL_BINS - step) * -low / (high - low))
+        first = 0 if symmetric else round((_KL_BINS - step) * -low / (high - low))
         divergence = _divergence(histogram, first, first + step, levels)
         if divergence < best_divergence:
             best, best_divergence = share, divergence

@@ -12,7 +12,6 @@ from torch.fx import GraphModule
 
 from fxquant.graph import QuantizedParameters, Site, info
 from fxquant.history import History
-from fxquant.operators import unpack_int4
 from fxquant.printer import HEAD, WIDTH, Section, lay_out, row
 from fxquant.records import NodeText, SiteRecord
 from fxquant.schemes import Scheme
@@ -118,10 +117,8 @@ def _activation(record: SiteRecord) -> str:
 def _weight(module: QuantizedParameters, site: Site, record: SiteRecord) -> str:
     spec = Scheme.parse(record.spec).spec.weight
     assert spec is not None
-    codes: Tensor = module.get_buffer("weight")
-    if spec.bits <= 4:
-        codes = unpack_int4(codes, site.shape[1])
-    qmin, qmax = spec.qrange
+    codes: Tensor = spec.grid.unpack(module.get_buffer("weight"), site.shape[1])
+    qmin, qmax = spec.grid.codes
     width = math.ceil((qmax - qmin + 1) / _ROWS)
     index = (codes.detach().reshape(-1).to(torch.int64) - qmin) // width
     counts = torch.bincount(index, minlength=math.ceil((qmax - qmin + 1) / width)).tolist()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fxquant.errors import SchemeError
-from fxquant.quantization import integer_range
+from fxquant.formats.grid import Grid
 
 Granularity = Literal["tensor", "channel", "token", "group"]
 EstimatorKind = Literal["absmax", "percentile", "mse", "entropy"]
@@ -16,27 +16,21 @@ EstimatorKind = Literal["absmax", "percentile", "mse", "entropy"]
 class TensorSpec:
     """How one tensor becomes codes.
 
+    ``grid``: the numbers that an element may be, before its scale: ``integer(8)``.
     ``granularity``: "tensor", "channel" (rows of a weight), "token" (rows of an activation), or
     "group" (``group_size`` columns of each row share a scale, the last group may be shorter).
     Raises SchemeError when the parts do not go together.
     """
 
-    bits: int
-    symmetric: bool = True
+    grid: Grid
     granularity: Granularity = "channel"
     group_size: int | None = None
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise SchemeError(f"bits must be 2..8, got {self.bits}")
         if (self.granularity == "group") != (self.group_size is not None):
             raise SchemeError("granularity 'group' and group_size go together")
         if self.group_size is not None and self.group_size < 1:
             raise SchemeError(f"group_size must be at least 1, got {self.group_size}")
-
-    @property
-    def qrange(self) -> tuple[int, int]:
-        return integer_range(self.bits, self.symmetric)
 
 
 @dataclass(frozen=True)

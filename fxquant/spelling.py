@@ -1,7 +1,8 @@
 """The spelling of schemes: a scanner whose errors point at the place, and the way back to text.
 
-weight     = "w" bits ["-tensor" | "-g" size] ["-asym"]
-activation = "a" bits ("-dynamic" ["-token"] | "-static") ["-asym"] [":" estimator]
+weight     = "w" element ["-tensor" | "-g" size] ["-asym"]
+element    = bits | name of a grid (fxquant/formats/table.py)
+activation = "a" element ("-dynamic" ["-token"] | "-static") ["-asym"] [":" estimator]
 estimator  = "absmax" | "p" percent | "mse" | "entropy"
 pass       = name ["(" option "=" value {"," option "=" value} ")"]
 """
@@ -12,6 +13,9 @@ import re
 from typing import NoReturn
 
 from fxquant.errors import SchemeError
+from fxquant.formats.grid import Grid
+from fxquant.formats.integer import IntegerGrid, integer
+from fxquant.formats.table import GRIDS
 from fxquant.specs import (
     DEFAULT_ESTIMATOR,
     ActivationSpec,
@@ -98,18 +102,33 @@ def scan_site(scanner: Scanner) -> SiteSpec:
         scanner.fail(str(error), at=start)
 
 
-def _scan_bits(scanner: Scanner) -> int:
+def _scan_element(scanner: Scanner) -> Grid:
+    """A number of bits, or the name of a grid that is no integer's."""
+    others = [name for name, grid in GRIDS.items() if not isinstance(grid, IntegerGrid)]
+    for name in sorted(others, key=len, reverse=True):
+        if scanner.accept(name):
+            return GRIDS[name]
     start = scanner.position
     bits = int(scanner.match(_DIGITS, "a number of bits"))
     if not 2 <= bits <= 8:
         scanner.fail(f"bits must be 2..8, got {bits}", at=start)
-    return bits
+    return integer(bits)
+
+
+def _scan_zero_point(scanner: Scanner, grid: Grid) -> Grid:
+    """The same grid with a zero point where the text goes on with ``-asym``."""
+    start = scanner.position
+    if not scanner.accept("-asym"):
+        return grid
+    if not isinstance(grid, IntegerGrid):
+        scanner.fail(f"{grid.name} has no zero point", at=start)
+    return integer(grid.bits, symmetric=False)
 
 
 def _scan_weight(scanner: Scanner) -> TensorSpec:
     if not scanner.accept("w"):
         scanner.fail('expected "fp", "fp32-gemm" or a weight such as "w8"')
-    bits = _scan_bits(scanner)
+    element = _scan_element(scanner)
     granularity: Granularity = "channel"
     group_size = None
     if scanner.accept("-tensor"):
@@ -120,24 +139,24 @@ def _scan_weight(scanner: Scanner) -> TensorSpec:
         group_size = int(scanner.match(_DIGITS, "a group size"))
         if group_size < 1:
             scanner.fail(f"a group size must be at least 1, got {group_size}", at=start)
-    return TensorSpec(bits, not scanner.accept("-asym"), granularity, group_size)
+    return TensorSpec(_scan_zero_point(scanner, element), granularity, group_size)
 
 
 def _scan_activation(scanner: Scanner) -> ActivationSpec:
     if not scanner.accept("a"):
         scanner.fail('expected an activation such as "a8-dynamic"')
-    bits = _scan_bits(scanner)
+    element = _scan_element(scanner)
     if not scanner.peek("-static|-dynamic"):
         scanner.fail('expected "-dynamic" or "-static"')
     static = scanner.accept("-static")
     token = not static and scanner.accept("-dynamic") and scanner.accept("-token")
-    symmetric = not scanner.accept("-asym")
+    grid = _scan_zero_point(scanner, element)
     estimator = None
     if scanner.peek(":") and not static:
         scanner.fail("a range estimator is for static activations only")
     if static:
         estimator = _scan_estimator(scanner) if scanner.accept(":") else DEFAULT_ESTIMATOR
-    tensor = TensorSpec(bits, symmetric, "token" if token else "tensor")
+    tensor = TensorSpec(grid, "token" if token else "tensor")
     return ActivationSpec(tensor, estimator)
 
 
@@ -195,13 +214,18 @@ def spell_site(spec: SiteSpec) -> str:
 
 def spell_weight(spec: TensorSpec) -> str:
     grain = {"tensor": "-tensor", "group": f"-g{spec.group_size}"}.get(spec.granularity, "")
-    return f"w{spec.bits}{grain}{'' if spec.symmetric else '-asym'}"
+    return f"w{_spell_element(spec.grid)}{grain}{'-asym' if spec.grid.has_zero_point else ''}"
+
+
+def _spell_element(grid: Grid) -> str:
+    return str(grid.bits) if isinstance(grid, IntegerGrid) else grid.name
 
 
 def spell_activation(spec: ActivationSpec) -> str:
-    text = f"a{spec.tensor.bits}-{'dynamic' if spec.dynamic else 'static'}"
+    grid = spec.tensor.grid
+    text = f"a{_spell_element(grid)}-{'dynamic' if spec.dynamic else 'static'}"
     text += "-token" if spec.tensor.granularity == "token" else ""
-    text += "" if spec.tensor.symmetric else "-asym"
+    text += "-asym" if grid.has_zero_point else ""
     if spec.estimator is not None and spec.estimator != DEFAULT_ESTIMATOR:
         text += f":{spell_estimator(spec.estimator)}"
     return text

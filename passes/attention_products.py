@@ -9,6 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fxquant.errors import CalibrationError
+from fxquant.formats.integer import integer
 from fxquant.graph import (
     LINEAR,
     Builder,
@@ -107,9 +108,11 @@ def operand_spec(scheme: Scheme, site: Site) -> ActivationSpec | None:
     if spec.weight is None or (chosen and spec.activation is None):
         return None
     if spec.activation is None:
-        return ActivationSpec(TensorSpec(8, granularity="token"))
+        return ActivationSpec(TensorSpec(integer(8), granularity="token"))
     granularity = spec.activation.tensor.granularity
-    return ActivationSpec(TensorSpec(8, granularity=granularity), spec.activation.estimator)
+    return ActivationSpec(
+        TensorSpec(integer(8), granularity=granularity), spec.activation.estimator
+    )
 
 
 def observed(builder: Builder, site: Site, node: Node, mask: Node) -> None:
@@ -162,8 +165,8 @@ def lower_product(
             turned = dim == 3  # k^T: its tokens are columns
             grain, found = own.tensor.granularity, None
             x = builder.call(torch.transpose, operand, -2, -1) if turned else operand
+            qmin, qmax = spec.tensor.grid.codes
             if spec.dynamic:
-                qmin, qmax = spec.tensor.qrange
                 chosen = builder.call(
                     OPS.choose_qparams.default, x, grain, True, qmin, qmax, name=f"{side}_qparams"
                 )
@@ -176,7 +179,6 @@ def lower_product(
             records.append(
                 SiteRecord(site.path, spell_activation(own), None, operand=side, **facts)
             )
-            qmin, qmax = spec.tensor.qrange
             codes = builder.call(
                 OPS.quantize.default, x, scale, None, qmin, qmax, torch.int8, name=f"{side}_q"
             )

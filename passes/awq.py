@@ -21,9 +21,9 @@ from fxquant.graph import (
     source_of,
 )
 from fxquant.passes.clip_search import GroupGram, clipped_codes
-from fxquant.passes.quantize import quantize_weight
 from fxquant.passes.query_key import query_key_linears
 from fxquant.passes.scale_search import ScaleSearch
+from fxquant.passes.weight_codes import min_max_codes
 from fxquant.repair import Repair
 from fxquant.rescaling import rescale
 from fxquant.sequential import SequentialRun
@@ -165,10 +165,10 @@ class Awq(Repair):
                 f"awq: {site.path}: an earlier pass has chosen its codes; write +awq before it"
             )
         weight, bias = linear_parameters(module)
-        nearest = quantize_weight(weight, spec, site.path)
-        chosen = clipped_codes(weight, spec, gram).tensors()
-        install(gm, site.path, CodedLinear(weight, bias, spec, chosen))
-        return not torch.equal(nearest["weight"], chosen["weight"])
+        nearest = min_max_codes(weight, spec, site.path)
+        chosen = clipped_codes(weight, spec, gram)
+        install(gm, site.path, CodedLinear(weight, bias, spec, chosen.tensors()))
+        return not torch.equal(nearest.codes, chosen.codes)
 
 
 def awq_scales(group: ScaleGroup, means: list[Tensor], ratio: float) -> Tensor:

@@ -37,7 +37,9 @@ class BlockStore:
                     site: WeightCodes(
                         file.get_tensor(f"{site}.codes"),
                         file.get_tensor(f"{site}.scales"),
-                        file.get_tensor(f"{site}.zero_points"),
+                        file.get_tensor(f"{site}.zero_points")
+                        if spec.grid.has_zero_point
+                        else None,
                         spec,
                         note=notes[site],
                     )
@@ -56,7 +58,8 @@ class BlockStore:
         for site, one in chosen.items():
             tensors[f"{site}.codes"] = one.codes.contiguous()
             tensors[f"{site}.scales"] = one.scales.contiguous()
-            tensors[f"{site}.zero_points"] = one.zero_points.contiguous()
+            if one.zero_points is not None:
+                tensors[f"{site}.zero_points"] = one.zero_points.contiguous()
         partial = path.with_suffix(f".{os.getpid()}.partial")
         save_file(tensors, partial, {site: one.note for site, one in chosen.items()})
         partial.replace(path)

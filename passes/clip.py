@@ -9,8 +9,7 @@ from torch.fx import GraphModule
 
 from fxquant.errors import SchemeError
 from fxquant.graph import CodedLinear, Level, Site, coded_linears, install, linear_parameters
-from fxquant.passes.quantize import quantize_weight
-from fxquant.passes.weight_codes import round_to_nearest, search_scales
+from fxquant.passes.weight_codes import min_max_codes, round_to_nearest, search_scales
 from fxquant.repair import Repair
 from fxquant.specs import TensorSpec
 
@@ -52,8 +51,8 @@ def _clip(gm: GraphModule, site: Site, spec: TensorSpec) -> bool:
             f"clip: {site.path}: an earlier pass has chosen its codes; write +clip before it"
         )
     weight, bias = linear_parameters(module)
-    nearest = quantize_weight(weight, spec, site.path)
+    nearest = min_max_codes(weight, spec, site.path)
     grid = search_scales(weight, spec, torch.ones(weight.shape[1], device=weight.device))
-    chosen = round_to_nearest(weight, spec, *grid).tensors()
-    install(gm, site.path, CodedLinear(weight, bias, spec, chosen))
-    return not torch.equal(nearest["weight"], chosen["weight"])
+    chosen = round_to_nearest(weight, spec, *grid)
+    install(gm, site.path, CodedLinear(weight, bias, spec, chosen.tensors()))
+    return not torch.equal(nearest.codes, chosen.codes)

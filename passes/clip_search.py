@@ -6,12 +6,9 @@ import torch
 from torch import Tensor
 
 from fxquant.observers import Observer
-from fxquant.passes.weight_codes import WeightCodes, range_qparams, round_to_nearest
-from fxquant.quantization import (
-    dequantize,
-    encode,
-    group_count,
-)
+from fxquant.passes.weight_codes import WeightCodes, round_to_nearest
+from fxquant.quantization import split_groups
+from fxquant.quantizer import range_qparams
 from fxquant.specs import TensorSpec
 
 # 1, 0.95, ... 0.55 of max|w|: auto_clip.py of AWQ (Lin et al. 2023) with n_grid 20, max_shrink 0.5.
@@ -34,14 +31,6 @@ class GroupGram(Observer):
         self.gram = self.gram.add_(product) if self.gram.numel() else product
 
 
-def split_groups(rows: Tensor, group_size: int | None) -> Tensor:
-    """[N, K] as [N, G, g], the last group filled up with zeros; one group without a size."""
-    columns = rows.shape[1]
-    size = columns if group_size is None else group_size
-    padding = group_count(columns, size) * size - columns
-    return torch.nn.functional.pad(rows, (0, padding)).view(-1, group_count(columns, size), size)
-
-
 def clipped_codes(weight: Tensor, spec: TensorSpec, gram: Tensor) -> WeightCodes:
     """Codes of ``weight`` [N, K] with its range clamped to a share of max|w|, out of SHRINKS.
 
@@ -54,24 +43,26 @@ def clipped_codes(weight: Tensor, spec: TensorSpec, gram: Tensor) -> WeightCodes
     largest = torch.maximum(-low, high)
     if spec.granularity == "tensor":
         low, high, largest = low.amin(), high.amax(), largest.amax()
-    best, scale, zero_point = torch.full_like(largest, torch.inf), largest, torch.zeros(())
-    for shrink in SHRINKS:
+    scale, zero_point = range_qparams(low, high, spec.grid)
+    least = _output_error(grouped, scale, zero_point, spec, gram)
+    for shrink in SHRINKS[1:]:
         limit = largest * shrink
-        s, z = range_qparams(torch.maximum(low, -limit), torch.minimum(high, limit), spec)
+        s, z = range_qparams(torch.maximum(low, -limit), torch.minimum(high, limit), spec.grid)
         error = _output_error(grouped, s, z, spec, gram)
-        better = error < best
-        best = torch.where(better, error, best)
-        scale, zero_point = torch.where(better, s, scale), torch.where(better, z, zero_point)
-    return round_to_nearest(weight, spec, scale, zero_point.to(torch.int32))
+        better = error < least
+        least, scale = torch.where(better, error, least), torch.where(better, s, scale)
+        if zero_point is not None and z is not None:
+            zero_point = torch.where(better, z, zero_point)
+    return round_to_nearest(weight, spec, scale, zero_point)
 
 
 def _output_error(
-    grouped: Tensor, scale: Tensor, zero_point: Tensor, spec: TensorSpec, gram: Tensor
+    grouped: Tensor, scale: Tensor, zero_point: Tensor | None, spec: TensorSpec, gram: Tensor
 ) -> Tensor:
     """[N, G], or () where one scale serves the tensor."""
-    qmin, qmax = spec.qrange
-    s, z = (q[..., None] if q.dim() else q for q in (scale, zero_point))
-    error = dequantize(encode(grouped, s, z, qmin, qmax), s, z) - grouped
+    s, z = (q if q is None or not q.dim() else q[..., None] for q in (scale, zero_point))
+    assert s is not None
+    error = spec.grid.nearest_(grouped / s, z).mul_(s) - grouped
     by_group = error.transpose(0, 1)
     squares = ((by_group @ gram.to(error.device)) * by_group).sum(-1).t()
     return squares if scale.dim() else squares.sum()

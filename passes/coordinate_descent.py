@@ -67,26 +67,31 @@ def coordinate_descent(
     for _ in range(steps):
         if not state.sweep(block_size):
             break
-    return replace(start, codes=state.codes.t().to(torch.int8).contiguous())
+    return replace(start, codes=state.codes())
 
 
 class _State:
-    """Columns as contiguous rows: ``codes`` and ``values`` [K, N], ``gradient`` H (W - Q)^T."""
+    """Columns as contiguous rows: ``numbers`` of the grid and ``values`` [K, N], ``gradient``
+    H (W - Q)^T."""
 
     def __init__(self, weight: Tensor, hessian: Tensor, start: WeightCodes, alive: Tensor) -> None:
         length, size = weight.shape[1], start.spec.group_size
         self.hessian = hessian
-        self.qmin, self.qmax = start.spec.qrange
+        self.grid = start.spec.grid
         rows = (len(weight), length)
         self.scales = expand_groups(start.scales, length, size).expand(rows).t()
         self.zeros = None
-        if not start.spec.symmetric:
+        if start.zero_points is not None:
             self.zeros = expand_groups(start.zero_points, length, size).expand(rows).t().float()
-        self.codes = start.codes.t().to(torch.float32)
+        self.numbers = self.grid.decode(start.codes.t())
         self.values = start.dequantize().t().contiguous()
         self.gradient = hessian @ (weight.to(torch.float32).t() - self.values)
         diagonal = hessian.diagonal()
         self.curvature = torch.where(alive, diagonal.reciprocal(), 0.0).tolist()
+
+    def codes(self) -> Tensor:
+        """[N, K]."""
+        return self.grid.encode(self.numbers.t()).contiguous()
 
     def sweep(self, block_size: int) -> bool:
         """Visit every column once; whether any code changed."""
@@ -111,15 +116,11 @@ class _State:
             if not self.curvature[column]:
                 continue
             scale = self.scales[column]
-            code = torch.add(self.values[column], gradient, alpha=self.curvature[column])
-            code.div_(scale).round_()
-            if self.zeros is not None:
-                code.add_(self.zeros[column])
-            code.clamp_(self.qmin, self.qmax)
-            self.codes[column] = code
-            if self.zeros is not None:
-                code.sub_(self.zeros[column])
-            value = code.mul_(scale)
+            steps = torch.add(self.values[column], gradient, alpha=self.curvature[column])
+            zeros = None if self.zeros is None else self.zeros[column]
+            self.grid.nearest_(steps.div_(scale), zeros)
+            self.numbers[column] = steps if zeros is None else steps + zeros
+            value = steps.mul_(scale)
             torch.sub(value, self.values[column], out=moves[i])
             self.values[column] = value
         return moves

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import CalibrationError, SchemeError
+from fxquant.formats.grid import Grid
 from fxquant.passes.weight_codes import WeightCodes, search_scales
 from fxquant.quantization import check_finite
 from fxquant.specs import TensorSpec
@@ -27,7 +28,7 @@ def gptq(
     block_size: int = 128,
     damping: float = 0.01,
     order: Order = "none",
-    grid: tuple[Tensor, Tensor] | None = None,
+    grid: tuple[Tensor, Tensor | None] | None = None,
 ) -> WeightCodes:
     """Codes of ``weight`` that keep ``tr((W - Q) H (W - Q)^T)`` small.
 
@@ -38,7 +39,7 @@ def gptq(
     Args:
         weight: float [N, K].
         hessian: float [K, K], mean of x x^T up to a factor.
-        spec: bits, symmetry, granularity "tensor", "channel" or "group"; a group size need divide
+        spec: number format, granularity "tensor", "channel" or "group"; a group size need divide
             neither K nor block_size.
         block_size: columns whose updates to later columns are gathered into one product.
         damping: added to the diagonal, as a share of its mean. Where the damped Hessian is not
@@ -67,9 +68,9 @@ def gptq(
         weight.to(torch.float32).t()[places],
         upper,
         scales,
-        None if spec.symmetric else zeros,
+        zeros,
         (places // (spec.group_size or columns)).tolist(),
-        spec.qrange,
+        spec.grid,
         block_size,
     )
     return WeightCodes(codes[back].t().contiguous(), scales, zeros, spec, used)
@@ -157,10 +158,10 @@ def _round_columns(
     scales: Tensor,
     zero_points: Tensor | None,
     groups: list[int],
-    qrange: tuple[int, int],
+    grid: Grid,
     block_size: int,
 ) -> Tensor:
-    """Codes int8 [K, N] of ``columns`` [K, N], which it uses up; ``groups``: each one's group.
+    """Codes [K, N] of ``columns`` [K, N], which it uses up; ``groups``: each one's group.
 
     Columns are rows here, so that all work is on contiguous memory; few and small operations each,
     since their number is K. ``steps`` are codes less zero points, ``errors`` are w - q; the
@@ -169,13 +170,13 @@ def _round_columns(
     length, rows = columns.shape
     ratios = upper / upper.diagonal()[:, None]
     scale_rows = scales.expand(rows, -1).t().contiguous() if scales.dim() else scales.view(1, 1)
-    zeros = torch.zeros_like(scale_rows)
+    of_group = list(scale_rows.unbind())
+    zeros = None
     if zero_points is not None:
         shape = (rows, -1) if zero_points.dim() else (1, 1)
         zeros = zero_points.to(torch.float32).expand(shape).t().contiguous()
-    lowest, highest = (list((end - zeros).unbind()) for end in qrange)
-    of_group = list(scale_rows.unbind())
-    codes = torch.empty((length, rows), dtype=torch.int8, device=columns.device)
+    rounders = [grid.rounder(None if zeros is None else zeros[g]) for g in range(len(of_group))]
+    codes = torch.empty((length, rows), dtype=grid.storage, device=columns.device)
     steps, errors = columns.new_empty((2, block_size, rows))
     step_rows, error_rows, before = list(steps.unbind()), list(errors.unbind()), errors.t()
     for start in range(0, length, block_size):
@@ -185,11 +186,13 @@ def _round_columns(
             group, step = groups[start + i], step_rows[i]
             if i:
                 column = torch.addmv(column, before[:, :i], weights[i][:i], alpha=-1)
-            torch.div(column, of_group[group], out=step).round_()
-            torch.clamp(step, lowest[group], highest[group], out=step)
+            rounders[group](torch.div(column, of_group[group], out=step))
             torch.addcmul(column, step, of_group[group], value=-1, out=error_rows[i])
         used = end - start
-        codes[start:end] = steps[:used].add_(zeros[groups[start:end]])
+        values = steps[:used]
+        codes[start:end] = grid.encode(
+            values if zeros is None else values + zeros[groups[start:end]]
+        )
         if end < length:
             done = ratios[start:end, end:].t()
             columns[end:].addmm_(done, errors[:used], alpha=-1)

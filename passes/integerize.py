@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxquant.errors import VerificationError
+from fxquant.formats.packing import unpack_int4
 from fxquant.gemm import MAX_LENGTH, certified_chunk, reduced_precision
 from fxquant.graph import Builder, Level, Site, arguments, get_tensor, is_op, site_outputs
 from fxquant.levels import OPS
-from fxquant.operators import unpack_int4
 from fxquant.passes.attention_products import integerize_product
 from fxquant.pipeline import Pass
 from fxquant.quantization import expand_groups, group_count
@@ -79,6 +79,8 @@ def match(node: Node) -> Pattern | None:
         return None
     codes, scale, zero_point, _, _ = arguments(x)
     weight, weight_scale, weight_zero_point, group_size, _ = arguments(w)
+    if not is_op(codes, OPS.quantize.default) or is_op(weight, OPS.decode.default):
+        return None  # one of them is on a grid that is no integer's
     source, _, _, qmin, qmax, _ = arguments(codes)
     return Pattern(
         output=node,

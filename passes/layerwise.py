@@ -25,13 +25,12 @@ from fxquant.graph import (
     linear_parameters,
     source_of,
 )
-from fxquant.operators import unpack_int4
 from fxquant.passes.block_store import BlockStore
 from fxquant.passes.coordinate_descent import energy
-from fxquant.passes.fake_quantize import fake_activation
 from fxquant.passes.hessians import Hessian
-from fxquant.passes.quantize import quantize_weight, site_codes
-from fxquant.passes.weight_codes import WeightCodes
+from fxquant.passes.quantize import site_codes
+from fxquant.passes.weight_codes import WeightCodes, min_max_codes, stacked
+from fxquant.quantizer import Quantizer
 from fxquant.repair import Repair
 from fxquant.sequential import Segment, SequentialRun
 from fxquant.specs import ActivationSpec, TensorSpec
@@ -57,7 +56,7 @@ class Layer:
     @functools.cached_property
     def before(self) -> WeightCodes:
         """What a repair must improve on: earlier codes, else those that quantize would choose."""
-        return self.start or nearest(self)
+        return self.start or min_max_codes(self.weight, self.spec, self.path)
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,7 @@ class Layerwise(Repair):
                 activation = None
             module = gm.get_submodule(site.path)
             weight, bias = linear_parameters(module)
-            start = _start(module, spec, site.path)
+            start = site_codes(module, spec, site.path) if isinstance(module, CodedLinear) else None
             layer = Layer(site.path, weight, bias, spec, activation, start)
             found.setdefault(source_of(node), (node, []))[1].append(layer)
         return [
@@ -252,54 +251,24 @@ def stacked_start(layers: tuple[Layer, ...]) -> WeightCodes | None:
     present = [start for start in starts if start is not None]
     if len(present) < len(starts):
         return None
-    if len(present) == 1:
-        return present[0]
-    return replace(
-        present[0],
-        codes=torch.cat([start.codes for start in present]),
-        scales=torch.cat([start.scales for start in present]),
-        zero_points=torch.cat([start.zero_points for start in present]),
-    )
-
-
-def nearest(layer: Layer) -> WeightCodes:
-    """What quantize would do by itself: rounding to nearest in the min-max range."""
-    return _unpacked(
-        quantize_weight(layer.weight, layer.spec, layer.path), layer.spec, layer.weight
-    )
-
-
-def _start(module: nn.Module, spec: TensorSpec, site: str) -> WeightCodes | None:
-    if not isinstance(module, CodedLinear):
-        return None
-    return _unpacked(site_codes(module, spec, site), spec, module.weight)
-
-
-def _unpacked(tensors: dict[str, Tensor], spec: TensorSpec, weight: Tensor) -> WeightCodes:
-    codes, scales = tensors["weight"], tensors["weight_scale"]
-    if spec.bits <= 4:
-        codes = unpack_int4(codes, weight.shape[1])
-    zeros = tensors.get("weight_zero_point", torch.zeros_like(scales, dtype=torch.int32))
-    return WeightCodes(codes, scales, zeros, spec)
+    return stacked(tuple(present))
 
 
 class _Simulated(nn.Linear):
     """A linear whose input goes through its dynamic codes."""
 
-    activation: ActivationSpec | None
+    quantizer: Quantizer | None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.activation is not None:
-            x = fake_activation(x, self.activation, {}).to(x.dtype)
-        return super().forward(x)
+        return super().forward(x if self.quantizer is None else self.quantizer(x))
 
 
 def _simulate(gm: GraphModule, layer: Layer, codes: WeightCodes) -> None:
     """Let the run see what the codes stand for; the pass puts a CodedLinear there in the end."""
     rows, columns = layer.weight.shape
     linear = _Simulated(columns, rows, bias=False, device="meta")
-    linear.activation = layer.activation
-    weight = codes.dequantize().to(layer.weight.dtype)
+    linear.quantizer = None if layer.activation is None else Quantizer(layer.activation.tensor)
+    weight = codes.dequantize(layer.weight.dtype)
     linear.weight = nn.Parameter(weight, requires_grad=False)
     if layer.bias is not None:
         linear.bias = nn.Parameter(layer.bias, requires_grad=False)

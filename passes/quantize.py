@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxquant.errors import CalibrationError, VerificationError
+from fxquant.formats.grid import Grid
+from fxquant.formats.integer import IntegerGrid
 from fxquant.graph import (
     Builder,
     CodedLinear,
@@ -27,17 +28,11 @@ from fxquant.graph import (
 )
 from fxquant.levels import OPS
 from fxquant.observers import HistogramObserver
-from fxquant.operators import pack_int4, unpack_int4
 from fxquant.passes.attention_products import lower_product, operand_spec
 from fxquant.passes.observe import CONTAINER, observers
 from fxquant.passes.static_input import StaticRange, static_input
+from fxquant.passes.weight_codes import WeightCodes, min_max_codes
 from fxquant.pipeline import Pass
-from fxquant.quantization import (
-    check_finite,
-    choose_qparams,
-    dequantize,
-    encode,
-)
 from fxquant.schemes import Scheme, matches
 from fxquant.specs import ActivationSpec, SiteSpec, TensorSpec
 from fxquant.spelling import spell_site
@@ -118,21 +113,8 @@ class _Inputs:
         """The node of the dequantized input; static scales become buffers of ``owner``."""
         if (source, spec) in self.done:
             return self.done[source, spec]
-        qmin, qmax = spec.tensor.qrange
         if spec.dynamic:
-            chosen = builder.call(
-                OPS.choose_qparams.default,
-                source,
-                spec.tensor.granularity,
-                spec.tensor.symmetric,
-                qmin,
-                qmax,
-                name="qparams",
-            )
-            scale = builder.item(chosen, 0, "input_scale")
-            zero_point = (
-                None if spec.tensor.symmetric else builder.item(chosen, 1, "input_zero_point")
-            )
+            scale, zero_point = choose(builder, source, spec.tensor)
         else:
             if source not in self.observers:
                 raise CalibrationError(
@@ -142,82 +124,78 @@ class _Inputs:
             buffers, self.records[source, spec] = static_input(self.observers[source], spec)
             for name, value in buffers.items():
                 owner.register_buffer(name, value)
-            scale = builder.attribute("input_scale")
-            zero_point = None if spec.tensor.symmetric else builder.attribute("input_zero_point")
-        codes = builder.call(
-            OPS.quantize.default, source, scale, zero_point, qmin, qmax, torch.int8, name="x_q"
-        )
+            scale, zero_point = builder.attribute("input_scale"), None
+            if spec.tensor.grid.has_zero_point:
+                zero_point = builder.attribute("input_zero_point")
+        numbers = _input_numbers(builder, source, spec.tensor.grid, scale, zero_point)
         result = builder.call(
-            OPS.dequantize.default, codes, scale, zero_point, 0, source, name="x_dq"
+            OPS.dequantize.default, numbers, scale, zero_point, 0, source, name="x_dq"
         )
         self.done[source, spec] = result
         return result
 
 
-def site_codes(module: nn.Module, spec: TensorSpec, site: str) -> dict[str, Tensor]:
+def choose(builder: Builder, x: Node, spec: TensorSpec) -> tuple[Node, Node | None]:
+    """Nodes of the dynamic scale and zero point of x."""
+    grid = spec.grid
+    if not isinstance(grid, IntegerGrid):
+        scale = builder.call(
+            OPS.choose_scale.default, x, spec.granularity, grid.name, name="input_scale"
+        )
+        return scale, None
+    chosen = builder.call(
+        OPS.choose_qparams.default,
+        x,
+        spec.granularity,
+        not grid.has_zero_point,
+        *grid.codes,
+        name="qparams",
+    )
+    scale = builder.item(chosen, 0, "input_scale")
+    return scale, builder.item(chosen, 1, "input_zero_point") if grid.has_zero_point else None
+
+
+def _input_numbers(
+    builder: Builder, x: Node, grid: Grid, scale: Node, zero_point: Node | None
+) -> Node:
+    if isinstance(grid, IntegerGrid):
+        return builder.call(
+            OPS.quantize.default, x, scale, zero_point, *grid.codes, torch.int8, name="x_q"
+        )
+    codes = builder.call(OPS.quantize_to.default, x, scale, grid.name, name="x_q")
+    return builder.call(OPS.decode.default, codes, grid.name, 0, name="x_v")
+
+
+def site_codes(module: nn.Module, spec: TensorSpec, site: str) -> WeightCodes:
     """The codes that a repair chose for the site, else its weight rounded to nearest.
 
     Raises VerificationError if they were chosen for another spec.
     """
+    weight = linear_parameters(module)[0]
     if not isinstance(module, CodedLinear):
-        return quantize_weight(linear_parameters(module)[0], spec, site)
+        return min_max_codes(weight, spec, site)
     if module.spec != spec:
         raise VerificationError(
             f"quantize: {site}: its codes were chosen for {module.spec}, the scheme asks for {spec}"
         )
     # By attribute: streamed buffers are on meta.
-    return {name: getattr(module.codes, name) for name, _ in module.codes.named_buffers()}
+    tensors = {name: getattr(module.codes, name) for name, _ in module.codes.named_buffers()}
+    return WeightCodes.read(tensors, spec, weight.shape[1])
 
 
-def quantize_weight(weight: Tensor, spec: TensorSpec, site: str) -> dict[str, Tensor]:
-    """Buffers of a weight [N, K]: int8 codes (two a byte up to 4 bits), scale, zero point.
-
-    ``weight_scale`` is (), [N, 1] or [N, G]; ``weight_zero_point`` only when affine.
-    Raises NonFiniteError naming the site.
-    """
-    check_finite(weight, "its weight", site)
-    qmin, qmax = spec.qrange
-    scale, zero_point = choose_qparams(
-        weight,
-        qmin,
-        qmax,
-        symmetric=spec.symmetric,
-        granularity=spec.granularity,
-        group_size=spec.group_size,
-    )
-    shift = None if spec.symmetric else zero_point
-    codes = encode(weight, scale, shift, qmin, qmax, torch.int8, spec.group_size)
-    tensors = {"weight": pack_int4(codes) if spec.bits <= 4 else codes, "weight_scale": scale}
-    if shift is not None:
-        tensors["weight_zero_point"] = shift
-    return tensors
-
-
-def decode_weight(tensors: dict[str, Tensor], spec: TensorSpec, length: int) -> Tensor:
-    """The float32 weight [N, length] that quantize_weight's buffers stand for."""
-    codes = tensors["weight"]
-    if spec.bits <= 4:
-        codes = unpack_int4(codes, length)
-    scale, zero_point = tensors["weight_scale"], tensors.get("weight_zero_point")
-    return dequantize(codes, scale, zero_point, group_size=spec.group_size)
-
-
-def weight_sqnr(weight: Tensor, tensors: dict[str, Tensor], spec: TensorSpec) -> float:
-    """SQNR in dB of the codes of a weight [N, K] against it, with norms in float32."""
-    error = decode_weight(tensors, spec, weight.shape[1]).sub_(weight)
-    noise = float(torch.linalg.vector_norm(error))
-    signal = float(torch.linalg.vector_norm(weight, dtype=torch.float32))
-    if noise == 0:
-        return math.inf
-    return 20 * math.log10(signal / noise) if signal else -math.inf
+def _unpacked(builder: Builder, grid: Grid, stored: Node, length: int) -> Node:
+    """Numbers of the grid, one an element, from codes as they are stored."""
+    if not isinstance(grid, IntegerGrid):
+        return builder.call(OPS.decode.default, stored, grid.name, length, name="w_q")
+    if grid.packed:
+        return builder.call(OPS.unpack_int4.default, stored, length, name="w_q")
+    return stored
 
 
 def _weight_node(builder: Builder, spec: TensorSpec, length: int, like: Node) -> Node:
-    codes = builder.attribute("weight")
-    if spec.bits <= 4:
-        codes = builder.call(OPS.unpack_int4.default, codes, length, name="w_q")
+    codes = _unpacked(builder, spec.grid, builder.attribute("weight"), length)
     scale = builder.attribute("weight_scale")
-    zero_point = None if spec.symmetric else builder.attribute("weight_zero_point")
+    zero_point = builder.attribute("weight_zero_point") if spec.grid.has_zero_point else None
     return builder.call(
         OPS.dequantize.default, codes, scale, zero_point, spec.group_size or 0, like, name="w"
     )
@@ -230,8 +208,9 @@ def _lower_linear(
     module = gm.get_submodule(site.path)
     weight, bias = linear_parameters(module)
     source = source_of(node)
-    tensors = site_codes(module, spec.weight, site.path)
-    sqnr = weight_sqnr(weight, tensors, spec.weight)
+    codes = site_codes(module, spec.weight, site.path)
+    sqnr = codes.sqnr(weight)
+    tensors = codes.tensors()
     if bias is not None:
         tensors["bias"] = bias
     parameters = QuantizedParameters(tensors)
@@ -254,8 +233,8 @@ def _lower_embedding(
 ) -> SiteRecord:
     """Look up codes and their scales, then dequantize only the rows found."""
     weight, _ = linear_parameters(gm.get_submodule(site.path))
-    tensors = quantize_weight(weight, spec, site.path)
-    sqnr = weight_sqnr(weight, tensors, spec)
+    codes = min_max_codes(weight, spec, site.path)
+    sqnr, tensors = codes.sqnr(weight), codes.tensors()
     install(gm, site.path, QuantizedParameters({**tensors, "like": weight.new_empty(0)}))
     builder = Builder(gm, Quantize.name, site.path, (node,))
 
@@ -268,12 +247,11 @@ def _lower_embedding(
         return builder.call(nn.functional.embedding, node.args[0], table, name=f"{name}_rows")
 
     with gm.graph.inserting_before(node):
-        codes = rows("weight")
-        if spec.bits <= 4:
-            codes = builder.call(OPS.unpack_int4.default, codes, site.shape[1], name="w_q")
+        stored = rows("weight")
+        assert stored is not None
         y = builder.call(
             OPS.dequantize.default,
-            codes,
+            _unpacked(builder, spec.grid, stored, site.shape[1]),
             rows("weight_scale"),
             rows("weight_zero_point"),
             spec.group_size or 0,

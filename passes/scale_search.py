@@ -16,8 +16,8 @@ from fxquant.errors import CalibrationError
 from fxquant.execution import Cut, Executor
 from fxquant.graph import device_of, info, linear_parameters, linear_sites, source_of, tag
 from fxquant.observers import HistogramObserver, attended
-from fxquant.passes.fake_quantize import fake_activation, fake_weight
-from fxquant.passes.static_input import static_qparams
+from fxquant.passes.static_input import static_quantizer
+from fxquant.quantizer import Quantizer
 from fxquant.scale_paths import op_name
 from fxquant.schemes import Scheme
 from fxquant.specs import ActivationSpec
@@ -61,13 +61,12 @@ class _Trial:
     factors: Tensor
     weight: Tensor
     bias: Tensor | None
-    activation: ActivationSpec | None
-    static: Mapping[str, Tensor]
+    quantizer: Quantizer | None
 
     def __call__(self, x: Tensor) -> Tensor:
         scaled = x.float() / self.factors
-        if self.activation is not None:
-            scaled = fake_activation(scaled, self.activation, self.static)
+        if self.quantizer is not None:
+            scaled = self.quantizer(scaled)
         return nn.functional.linear(scaled, self.weight, self.bias).to(x.dtype)
 
 
@@ -158,7 +157,7 @@ class ScaleSearch:
         usual = torch.cat(sizes).median()
         found = []
         for scale in scales:
-            ranges: dict[tuple[Node, ActivationSpec], Mapping[str, Tensor]] = {}
+            ranges: dict[tuple[Node, ActivationSpec], Quantizer] = {}
             self._trials = {
                 consumer.node: self._trial(consumer, scale, inputs, ranges)
                 for consumer in group.consumers
@@ -181,26 +180,24 @@ class ScaleSearch:
         consumer: Consumer,
         scale: Tensor,
         inputs: Mapping[Node, Tensor],
-        ranges: dict[tuple[Node, ActivationSpec], Mapping[str, Tensor]],
+        ranges: dict[tuple[Node, ActivationSpec], Quantizer],
     ) -> _Trial:
         spec = self._scheme.spec_for(consumer.site.path, consumer.site.role)
         weight, bias = linear_parameters(self._gm.get_submodule(consumer.site.path))
         factors = scale[consumer.columns.to(scale.device)]
         scaled = weight.float() * factors
         if spec.weight is not None:
-            scaled = fake_weight(scaled, spec.weight)
-        static: Mapping[str, Tensor] = {}
+            scaled = Quantizer(spec.weight)(scaled)
+        quantizer = None if spec.activation is None else Quantizer(spec.activation.tensor)
         if spec.activation is not None and not spec.activation.dynamic:
             key = (source_of(consumer.node), spec.activation)
             if key not in ranges:
                 x = inputs[key[0]].float() / factors
                 observer = HistogramObserver(consumer.site.path).to(x.device)
                 observer(x, torch.ones(1, len(x), dtype=torch.bool, device=x.device))
-                ranges[key] = static_qparams(observer, spec.activation)
-            static = ranges[key]
-        return _Trial(
-            factors, scaled, None if bias is None else bias.float(), spec.activation, static
-        )
+                ranges[key] = static_quantizer(observer, spec.activation)
+            quantizer = ranges[key]
+        return _Trial(factors, scaled, None if bias is None else bias.float(), quantizer)
 
     def _stand_in(self, node: Node, path: str) -> Callable[[Tensor], Tensor]:
         def linear(x: Tensor) -> Tensor:

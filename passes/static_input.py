@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxquant.observers import HistogramObserver
-from fxquant.quantization import activation_qparams_from_range, calc_qparams_symmetric
+from fxquant.quantizer import Quantizer, range_qparams
 from fxquant.ranges import distribution, estimate_range
 from fxquant.specs import ActivationSpec
 from fxquant.spelling import spell_estimator
@@ -52,18 +52,17 @@ def static_input(
     )
 
 
-def static_qparams(observer: HistogramObserver, spec: ActivationSpec) -> dict[str, Tensor]:
-    """The buffers of ``static_input`` alone."""
-    return static_input(observer, spec)[0]
+def static_quantizer(observer: HistogramObserver, spec: ActivationSpec) -> Quantizer:
+    """The quantizer of a static input, in the range that ``static_input`` finds."""
+    buffers = static_input(observer, spec)[0]
+    return Quantizer(spec.tensor, buffers["input_scale"], buffers.get("input_zero_point"))
 
 
 def _range_qparams(
     low: float, high: float, spec: ActivationSpec, device: torch.device
 ) -> dict[str, Tensor]:
-    qmin, qmax = spec.tensor.qrange
-    if spec.tensor.symmetric:
-        limit = torch.tensor(high, dtype=torch.float32, device=device)
-        return {"input_scale": calc_qparams_symmetric(limit, qmax)}
     ends = torch.tensor([low, high], dtype=torch.float32, device=device)
-    scale, zero_point = activation_qparams_from_range(ends[0], ends[1], qmin, qmax)
+    scale, zero_point = range_qparams(ends[0], ends[1], spec.tensor.grid)
+    if zero_point is None:
+        return {"input_scale": scale}
     return {"input_scale": scale, "input_zero_point": zero_point}

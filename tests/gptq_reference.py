@@ -57,8 +57,8 @@ def min_max_grid(weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
     """Scales and zero points as quantize takes them, with no search."""
     return choose_qparams(
         weight,
-        *spec.qrange,
-        symmetric=spec.symmetric,
+        *spec.grid.codes,
+        symmetric=(not spec.grid.has_zero_point),
         granularity=spec.granularity,
         group_size=spec.group_size,
     )

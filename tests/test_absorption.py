@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 import fxquant
 from fxquant.absorption import ScaleGroup, scale_groups
 from fxquant.errors import NonFiniteError, SchemeError
+from fxquant.formats.integer import integer
 from fxquant.graph import CodedLinear, clone_sharing_storage, install, linear_parameters
 from fxquant.passes import NameSites
 from fxquant.rescaling import rescale
@@ -182,7 +183,7 @@ def test_a_chosen_code_is_not_lost_silently() -> None:
     path = "model.decoder.layers.0.fc1"
     module = gm.get_submodule(path)
     assert isinstance(module, nn.Linear)
-    install(gm, path, CodedLinear(module.weight, module.bias, TensorSpec(8), {}))
+    install(gm, path, CodedLinear(module.weight, module.bias, TensorSpec(integer(8)), {}))
     for members in ("fc1", "fc2"):  # its columns, its rows
         group = first_block(gm)[members]
         with pytest.raises(SchemeError, match=r"fc1: an earlier pass has chosen.*write \+smooth"):

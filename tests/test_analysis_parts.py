@@ -18,11 +18,14 @@ from fxquant.analysis.head import final_head, head_nll
 from fxquant.analysis.inputs import as_batches, observed_graph
 from fxquant.analysis.lab import FLOAT_SETTING, Lab, setting
 from fxquant.analysis.local import LocalFigures, _record, local_figures, stretch
-from fxquant.analysis.parts import CAUSES, InputQuantizer, subsets
+from fxquant.analysis.parts import CAUSES, subsets
 from fxquant.analysis.sites import LinearSite, SimulatedSite, places, simulated_sites
+from fxquant.formats.integer import integer
 from fxquant.graph import source_of
 from fxquant.loss import token_nll
+from fxquant.quantizer import Quantizer
 from fxquant.schemes import Scheme
+from fxquant.specs import TensorSpec
 from tests.architectures import opt, token_ids
 from tests.test_tracing import traced
 
@@ -130,7 +133,7 @@ def test_clipping_ends_where_rounding_begins(
     qmin = -qmax if symmetric else -qmax - 1
     scale = torch.tensor(limit / (qmax - qmin), dtype=torch.float32)
     shift = None if symmetric else torch.tensor(min(qmin + 1, qmax), dtype=torch.int32)
-    quantizer = InputQuantizer(qmin, qmax, symmetric, "tensor", scale, shift)
+    quantizer = Quantizer(TensorSpec(integer(bits, symmetric), "tensor"), scale, shift)
     split = quantizer.split(x)
     # Rounding is at most half a step, where codes are exact in float32 to some 2^-24 of x.
     slack = 1e-6 * float(x.abs().max() + limit)
@@ -144,8 +147,8 @@ def test_clipping_ends_where_rounding_begins(
 def test_sixteen_bits_keep_the_range() -> None:
     x = torch.linspace(-3, 5, 999).view(1, -1)
     for symmetric, shift in ((True, None), (False, torch.tensor(-28, dtype=torch.int32))):
-        qmin = -127 if symmetric else -128
-        own = InputQuantizer(qmin, 127, symmetric, "tensor", torch.tensor(0.02), shift)
+        spec = TensorSpec(integer(8, symmetric), "tensor")
+        own = Quantizer(spec, torch.tensor(0.02), shift)
         finer = own.with_bits(16)
         coarse, fine = own.split(x), finer.split(x)
         assert float((coarse.clipped - fine.clipped).abs().max()) <= 0.02 / 256
@@ -319,7 +322,7 @@ def test_the_floor_is_below_every_range_that_was_tried() -> None:
     assert energy / floor_energy(wide, x) > 40
     # Against a fine search: some 3% for the last step, and 3% (2 / 2048)^0.5 because ranges are
     # compared as if the errors of different columns were uncorrelated.
-    coarse = replace(site.quantizer, qmin=-7, qmax=7)
+    coarse = replace(site.quantizer, spec=replace(site.quantizer.spec, grid=integer(4)))
     narrow = replace(site, quantizer=coarse)
     limit = x.abs().max() / 7
     energies = []

@@ -28,9 +28,10 @@ from fxquant.analysis.validation import agreement, shared_draw, spearman
 from fxquant.errors import CalibrationError, DataError, SchemeError
 from fxquant.evaluation import cut_windows, load_text
 from fxquant.evaluation.outliers import OutlierPlan, plant_outliers
+from fxquant.formats.integer import integer
 from fxquant.graph import CodedLinear, install, linear_parameters, update_info
 from fxquant.loss import token_nll
-from fxquant.passes.quantize import quantize_weight
+from fxquant.passes.weight_codes import min_max_codes
 from fxquant.specs import TensorSpec
 from tests.architectures import ARCHITECTURES, VOCABULARY, token_ids
 from tests.models import small_opt
@@ -303,9 +304,9 @@ def test_clipping_and_a_bad_weight_scale_are_told_apart(fault: str) -> None:
         scheme = json.dumps({"scheme": scheme, "overrides": {site: "w8a8-static:p99"}})
     else:
         weight, bias = linear_parameters(graph.get_submodule(site))
-        codes = quantize_weight(weight, TensorSpec(8), site)
+        codes = min_max_codes(weight, TensorSpec(integer(8)), site).tensors()
         codes["weight_scale"] = codes["weight_scale"] * 1.5
-        install(graph, site, CodedLinear(weight, bias, TensorSpec(8), codes))
+        install(graph, site, CodedLinear(weight, bias, TensorSpec(integer(8)), codes))
     evaluation, calibration = windows()
     found = explain(
         graph,

@@ -24,6 +24,7 @@ from fxquant.evaluation.data import cut_windows, load_text
 from fxquant.graph import CodedLinear, info, site_outputs, source_of
 from fxquant.passes import Gptq, NameSites, Refine
 from fxquant.passes.hessians import Hessian
+from fxquant.passes.weight_codes import stacked
 from fxquant.pipeline import Pipeline
 from fxquant.schemes import Scheme
 from fxquant.sequential import SequentialRun
@@ -125,7 +126,7 @@ def test_hessians_are_of_what_quantized_earlier_layers_produce() -> None:
 def _install_dequantized(plain: GraphModule, coded: GraphModule, path: str) -> None:
     module = coded.get_submodule(path)
     assert isinstance(module, CodedLinear)
-    from fxquant.operators import unpack_int4
+    from fxquant.formats.packing import unpack_int4
 
     codes = unpack_int4(module.codes.weight, module.weight.shape[1])  # type: ignore[arg-type]
     layer = plain.get_submodule(path)
@@ -294,17 +295,7 @@ def test_a_layer_without_output_keeps_its_zeros() -> None:
 def test_a_repair_without_effect_fails() -> None:
     class Idle(Refine):
         def solve(self, weight: Tensor, hessian: Tensor, layers: Any) -> Any:
-            from dataclasses import replace
-
-            from fxquant.passes.layerwise import nearest
-
-            found = [nearest(layer) for layer in layers]
-            return replace(
-                found[0],
-                codes=torch.cat([one.codes for one in found]),
-                scales=torch.cat([one.scales for one in found]),
-                zero_points=torch.cat([one.zero_points for one in found]),
-            )
+            return stacked(tuple(layer.before for layer in layers))
 
     repair = Idle(scheme=Scheme.parse("w8"), batches=batches())
     with pytest.raises(VerificationError, match="no effect"):

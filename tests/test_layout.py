@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 # Each row may import the rows above it and its own members.
 ORDER: tuple[tuple[str, ...], ...] = (
     ("errors",),
+    ("formats",),
     ("quantization",),
     ("records", "dataclass_json", "tensor_file", "manifest"),
     (
@@ -27,6 +28,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "gemm",
         "operators",
         "observers",
+        "quantizer",
         "ranges",
         "loss",
         "distributed",
@@ -65,6 +67,7 @@ def modules() -> list[tuple[str, Path]]:
     found = [(path.stem, path) for path in (ROOT / "fxquant").glob("*.py")]
     for package in ("passes", "evaluation"):
         found += [(package, path) for path in (ROOT / package).rglob("*.py")]
+    found += [("formats", path) for path in (ROOT / "fxquant" / "formats").glob("*.py")]
     found += [("analysis", path) for path in (ROOT / "fxquant" / "analysis").glob("*.py")]
     found = [("cli" if path.stem == "__main__" else name, path) for name, path in found]
     return [
@@ -127,6 +130,8 @@ def test_wheel_holds_each_file_once(tmp_path: Path) -> None:
         tracked += [f"fxquant/{p.relative_to(ROOT)}" for p in (ROOT / package).rglob("*.py")]
     page = ROOT / "evaluation" / "report" / "page"
     tracked += [f"fxquant/{p.relative_to(ROOT)}" for p in page.rglob("*") if p.is_file()]
+    formats = (ROOT / "fxquant" / "formats").glob("*.py")
+    tracked += [f"fxquant/formats/{p.name}" for p in formats]
     analysis = (ROOT / "fxquant" / "analysis").glob("*.py")
     tracked += [f"fxquant/analysis/{p.name}" for p in analysis]
     assert sorted(packed) == sorted(tracked)

@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxquant import operators, quantization
+from fxquant.formats.packing import pack_int4
 from fxquant.gemm import CHUNK
 
 OPS = torch.ops.fxquant
@@ -26,6 +27,9 @@ NAMES = (
     "choose_qparams",
     "quantize",
     "dequantize",
+    "choose_scale",
+    "quantize_to",
+    "decode",
     "unpack_int4",
     "int_gemm",
     "code_sum",
@@ -55,6 +59,9 @@ def calls(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
         "choose_qparams": (x, "token", False, -128, 127),
         "quantize": (x, token, shift, -128, 127, torch.int8),
         "dequantize": (int8(2, 3, 16), token, shift, 0, like),
+        "choose_scale": (x, "token", "int4"),
+        "quantize_to": (x, token, "int8"),
+        "decode": (torch.randint(0, 256, (5, 8), dtype=torch.uint8), "int4", 15),
         "unpack_int4": (torch.randint(0, 256, (5, 8), dtype=torch.uint8), 15),
         "int_gemm": (int8(2, 3, 16), int8(5, 16), 0),
         "code_sum": (int8(2, 3, 16),),
@@ -108,7 +115,7 @@ def test_every_operator_gives_a_result_that_depends_on_its_input() -> None:
         first = tensors(getattr(OPS, name)(*args))
         changed = tuple(a + 1 if torch.is_tensor(a) else a for a in args)
         second = tensors(getattr(OPS, name)(*changed))
-        if name not in ("choose_qparams", "quantize"):
+        if name not in ("choose_qparams", "quantize", "choose_scale", "quantize_to"):
             assert any(not torch.equal(a, b) for a, b in zip(first, second, strict=True)), name
 
 
@@ -163,14 +170,14 @@ def test_opcheck(name: str) -> None:
 def test_packing_round_trips(seed: int, rows: int, length: int) -> None:
     g = torch.Generator().manual_seed(seed)
     codes = torch.randint(-8, 8, (rows, length), dtype=torch.int8, generator=g)
-    packed = operators.pack_int4(codes)
+    packed = pack_int4(codes)
     assert packed.dtype == torch.uint8
     assert packed.shape == (rows, (length + 1) // 2)
     assert torch.equal(OPS.unpack_int4(packed, length), codes)
 
 
 def test_packing_by_hand() -> None:
-    packed = operators.pack_int4(torch.tensor([[1, -1, -8, 7, 5]], dtype=torch.int8))
+    packed = pack_int4(torch.tensor([[1, -1, -8, 7, 5]], dtype=torch.int8))
     assert packed.tolist() == [[0xF1, 0x78, 0x05]]
     every_byte = torch.arange(256, dtype=torch.uint8)[:, None]
     nibble = [n if n < 8 else n - 16 for n in range(16)]
@@ -181,7 +188,7 @@ def test_packing_by_hand() -> None:
 def test_unpacking_rows_of_a_lookup() -> None:
     codes = int8(7, 9, low=-8, high=7)
     ids = torch.tensor([[3, 0], [6, 3]])
-    rows = torch.nn.functional.embedding(ids, operators.pack_int4(codes))
+    rows = torch.nn.functional.embedding(ids, pack_int4(codes))
     assert torch.equal(OPS.unpack_int4(rows, 9), codes[ids])
 
 

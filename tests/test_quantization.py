@@ -12,7 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxquant.errors import NonFiniteError
+from fxquant.errors import NonFiniteError, SchemeError
+from fxquant.formats.integer import integer
 from fxquant.quantization import (
     MIN_SCALE,
     activation_qparams_from_range,
@@ -24,7 +25,6 @@ from fxquant.quantization import (
     expand_groups,
     group_count,
     group_ranges,
-    integer_range,
     quantize_affine,
     quantize_symmetric,
     sqnr_db,
@@ -59,14 +59,14 @@ def unclamped(x: Tensor, scale: np.ndarray, zero_point: np.ndarray) -> np.ndarra
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_integer_range(bits: int) -> None:
     codes = range(-(2 ** (bits - 1)), 2 ** (bits - 1))
-    assert integer_range(bits, symmetric=False) == (codes[0], codes[-1])
-    assert integer_range(bits, symmetric=True) == (codes[1], codes[-1])
+    assert integer(bits, symmetric=False).codes == (codes[0], codes[-1])
+    assert integer(bits, symmetric=True).codes == (codes[1], codes[-1])
 
 
 @pytest.mark.parametrize("bits", [-1, 0, 1, 9, 16])
 def test_integer_range_refuses(bits: int) -> None:
-    with pytest.raises(ValueError, match=r"bits must be 2\.\.8"):
-        integer_range(bits, symmetric=True)
+    with pytest.raises(SchemeError, match=r"bits must be 2\.\.8"):
+        integer(bits)
 
 
 # --- codes ----------------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ def test_codes_and_clipping_equal_numpy(
 ) -> None:
     x = random(seed, rows, length)
     size = group_size if granularity == "group" else None
-    qmin, qmax = integer_range(bits, symmetric)
+    qmin, qmax = integer(bits, symmetric).codes
     scale, zero_point = choose_qparams(
         x, qmin, qmax, symmetric=symmetric, granularity=granularity, group_size=size
     )
@@ -264,7 +264,7 @@ def test_symmetric_scale_is_the_largest_magnitude_over_qmax(
     seed: int, bits: int, dim: int | tuple[int, ...] | None
 ) -> None:
     x = random(seed, 2, 3, 5)
-    qmax = integer_range(bits, symmetric=True)[1]
+    qmax = integer(bits, symmetric=True).codes[1]
     scale = calc_qparams_symmetric(x, qmax, dim)
     magnitude = np.abs(x.numpy())
     if dim != ():
@@ -278,7 +278,7 @@ def test_symmetric_scale_is_the_largest_magnitude_over_qmax(
 @settings(deadline=None, max_examples=300)
 def test_any_finite_range_has_a_usable_affine_scale(ends: tuple[float, float], bits: int) -> None:
     low, high = sorted(ends)
-    qmin, qmax = integer_range(bits, symmetric=False)
+    qmin, qmax = integer(bits, symmetric=False).codes
     scale, zero_point = activation_qparams_from_range(
         torch.tensor(low), torch.tensor(high), qmin, qmax
     )
@@ -302,7 +302,7 @@ def test_any_finite_range_has_a_usable_affine_scale(ends: tuple[float, float], b
 @given(value=FLOAT32, bits=BITS)
 @settings(deadline=None, max_examples=200)
 def test_any_finite_value_has_a_usable_symmetric_scale(value: float, bits: int) -> None:
-    qmax = integer_range(bits, symmetric=True)[1]
+    qmax = integer(bits, symmetric=True).codes[1]
     scale = calc_qparams_symmetric(torch.tensor([value]), qmax)
     assert 0 < float(scale) < math.inf
     assert math.isfinite(float(1 / scale))
@@ -320,7 +320,7 @@ def test_all_zero_tensors_have_scale_one() -> None:
     x = torch.zeros(3, 8)
     for symmetric in (True, False):
         for granularity in GRANULARITIES:
-            qmin, qmax = integer_range(8, symmetric)
+            qmin, qmax = integer(8, symmetric).codes
             scale, zero_point = choose_qparams(
                 x, qmin, qmax, symmetric=symmetric, granularity=granularity, group_size=3
             )
@@ -333,7 +333,7 @@ def test_all_zero_tensors_have_scale_one() -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_constant_tensors_are_exact_up_to_rounding(value: float, symmetric: bool) -> None:
     x = torch.full((2, 6), value)
-    qmin, qmax = integer_range(4, symmetric)
+    qmin, qmax = integer(4, symmetric).codes
     scale, zero_point = choose_qparams(x, qmin, qmax, symmetric=symmetric)
     codes, clipping = quantize_affine(x, scale, zero_point, qmin, qmax)
     assert (float(clipping.low), float(clipping.high)) == (0, 0)
@@ -362,7 +362,7 @@ def test_one_row_of_zeros_among_others() -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_half_precision_inputs_have_float32_scales(dtype: torch.dtype, symmetric: bool) -> None:
     x = random(torch.seed() % 2**32, 4, 32, dtype=dtype)
-    qmin, qmax = integer_range(8, symmetric)
+    qmin, qmax = integer(8, symmetric).codes
     for granularity in GRANULARITIES:
         options = {"granularity": granularity, "group_size": 5}
         half = choose_qparams(x, qmin, qmax, symmetric=symmetric, **options)  # type: ignore[arg-type]
@@ -390,7 +390,7 @@ def test_the_error_is_at_most_half_a_step(
     seed: int, bits: int, symmetric: bool, granularity: str, factor: float
 ) -> None:
     x = random(seed, 4, 21) * factor
-    qmin, qmax = integer_range(bits, symmetric)
+    qmin, qmax = integer(bits, symmetric).codes
     scale, zero_point = choose_qparams(
         x, qmin, qmax, symmetric=symmetric, granularity=granularity, group_size=8
     )
@@ -471,8 +471,8 @@ def test_each_bit_more_is_worth_six_decibels() -> None:
     x = torch.rand(1, 20000, generator=torch.Generator().manual_seed(6)) - 0.5
     levels = []
     for bits in (4, 5, 6, 7):
-        scale, zero_point = choose_qparams(x, *integer_range(bits, False), symmetric=False)
-        codes, _ = quantize_affine(x, scale, zero_point, *integer_range(bits, False))
+        scale, zero_point = choose_qparams(x, *integer(bits, False).codes, symmetric=False)
+        codes, _ = quantize_affine(x, scale, zero_point, *integer(bits, False).codes)
         levels.append(sqnr_db(x, dequantize(codes, scale, zero_point)))
     # Uniform noise: the step halves as the levels go from 2**b - 1 to 2**(b+1) - 1, 20 log10 of
     # that is 6.3 at 4 bits and 6.05 at 7; sampling noise of 20000 values is below 0.1 dB.

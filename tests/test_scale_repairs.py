@@ -19,17 +19,19 @@ from fxquant.evaluation import cut_windows, evaluate, load_text
 from fxquant.evaluation.data import Windows
 from fxquant.evaluation.outliers import OutlierPlan, plant_outliers
 from fxquant.execution import Executor
+from fxquant.formats.integer import integer
 from fxquant.graph import CodedLinear, Note, info, linear_parameters, site_outputs
 from fxquant.observers import attended
 from fxquant.passes import NameSites
 from fxquant.passes.awq import awq_scales
-from fxquant.passes.clip_search import SHRINKS, GroupGram, clipped_codes, split_groups
+from fxquant.passes.clip_search import SHRINKS, GroupGram, clipped_codes
 from fxquant.passes.equalize import equalizing_scales
-from fxquant.passes.fake_quantize import fake_weight
-from fxquant.passes.quantize import decode_weight, quantize_weight
 from fxquant.passes.query_key import query_key_linears
 from fxquant.passes.scale_search import ScaleSearch
 from fxquant.passes.smooth import smoothing_scales
+from fxquant.passes.weight_codes import WeightCodes, min_max_codes
+from fxquant.quantization import split_groups
+from fxquant.quantizer import Quantizer
 from fxquant.rescaling import rescale
 from fxquant.size import bits_per_weight
 from fxquant.specs import TensorSpec
@@ -177,7 +179,7 @@ def test_clipping_takes_the_share_with_the_least_output_error() -> None:
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(6, 20, generator=generator) ** 3
     x = torch.randn(50, 20, generator=generator) * torch.exp(torch.randn(20, generator=generator))
-    spec = TensorSpec(3, symmetric=False, granularity="group", group_size=8)
+    spec = TensorSpec(integer(3, symmetric=False), "group", group_size=8)
     observer = GroupGram("test", 8)
     observer(x[:30, None], torch.ones(30, 1))
     observer(x[30:, None], torch.ones(20, 1))
@@ -209,7 +211,7 @@ def test_clipping_of_rows_and_whole_tensors(granularity: str) -> None:
     generator = torch.Generator().manual_seed(1)
     w = torch.randn(5, 12, generator=generator) ** 3
     x = torch.randn(40, 12, generator=generator)
-    spec = TensorSpec(3, granularity=granularity)  # type: ignore[arg-type]
+    spec = TensorSpec(integer(3), granularity)  # type: ignore[arg-type]
     gram = (split_groups(x, None).transpose(0, 1).transpose(1, 2)) @ split_groups(
         x, None
     ).transpose(0, 1)
@@ -450,8 +452,10 @@ def test_what_searches_try_is_what_quantize_stores(spelling: str) -> None:
     spec = fxquant.Scheme.parse(spelling).spec_for("", "linear").weight
     assert spec is not None
     w = torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
-    stored = decode_weight(quantize_weight(w, spec, "test"), spec, 20)
-    assert torch.equal(fake_weight(w, spec), stored)
+    codes = min_max_codes(w, spec, "test")
+    stored = WeightCodes.read(codes.tensors(), spec, 20)
+    assert torch.equal(stored.codes, codes.codes)
+    assert torch.equal(Quantizer(spec)(w), stored.dequantize())
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxquant.errors import FxquantError, SchemeError
+from fxquant.formats.integer import integer
 from fxquant.schemes import ROLES, Role, Scheme, as_scheme
 from fxquant.specs import (
     DEFAULT_ESTIMATOR,
@@ -22,27 +23,27 @@ from fxquant.specs import (
 )
 from fxquant.spelling import ALIASES, EXAMPLES, Options, spell_site
 
-CHANNEL8 = TensorSpec(8)
-TENSOR8 = TensorSpec(8, granularity="tensor")
-ASYM8 = TensorSpec(8, symmetric=False, granularity="tensor")
-TOKEN8 = TensorSpec(8, granularity="token")
-GROUP4 = TensorSpec(4, granularity="group", group_size=128)
+CHANNEL8 = TensorSpec(integer(8))
+TENSOR8 = TensorSpec(integer(8), "tensor")
+ASYM8 = TensorSpec(integer(8, symmetric=False), "tensor")
+TOKEN8 = TensorSpec(integer(8), "token")
+GROUP4 = TensorSpec(integer(4), "group", group_size=128)
 
 SPELLINGS = {
     "fp": FLOAT,
     "w8": SiteSpec(CHANNEL8),
-    "w4": SiteSpec(TensorSpec(4)),
-    "w2": SiteSpec(TensorSpec(2)),
+    "w4": SiteSpec(TensorSpec(integer(4))),
+    "w2": SiteSpec(TensorSpec(integer(2))),
     "w8-tensor": SiteSpec(TENSOR8),
-    "w8-asym": SiteSpec(TensorSpec(8, symmetric=False)),
+    "w8-asym": SiteSpec(TensorSpec(integer(8, symmetric=False))),
     "w8-tensor-asym": SiteSpec(ASYM8),
     "w4-g128": SiteSpec(GROUP4),
-    "w4-g128-asym": SiteSpec(TensorSpec(4, False, "group", 128)),
+    "w4-g128-asym": SiteSpec(TensorSpec(integer(4, symmetric=False), "group", group_size=128)),
     "w8a8-dynamic": SiteSpec(CHANNEL8, ActivationSpec(TENSOR8)),
     "w8a8-dynamic-token": SiteSpec(CHANNEL8, ActivationSpec(TOKEN8)),
     "w8a8-dynamic-asym": SiteSpec(CHANNEL8, ActivationSpec(ASYM8)),
     "w8a8-dynamic-token-asym": SiteSpec(
-        CHANNEL8, ActivationSpec(TensorSpec(8, False, granularity="token"))
+        CHANNEL8, ActivationSpec(TensorSpec(integer(8, symmetric=False), "token"))
     ),
     "w8a8-static": SiteSpec(CHANNEL8, ActivationSpec(TENSOR8, Estimator("percentile", 99.9))),
     "w8a8-static:absmax": SiteSpec(CHANNEL8, ActivationSpec(TENSOR8, Estimator("absmax"))),
@@ -55,11 +56,11 @@ SPELLINGS = {
     "w8a8-static:p100": SiteSpec(CHANNEL8, ActivationSpec(TENSOR8, Estimator("percentile", 100))),
     "w8a8-static-asym": SiteSpec(CHANNEL8, ActivationSpec(ASYM8, DEFAULT_ESTIMATOR)),
     "w8a8-static-asym:mse": SiteSpec(CHANNEL8, ActivationSpec(ASYM8, Estimator("mse"))),
-    "w4a8-dynamic": SiteSpec(TensorSpec(4), ActivationSpec(TENSOR8)),
+    "w4a8-dynamic": SiteSpec(TensorSpec(integer(4)), ActivationSpec(TENSOR8)),
     "w4-g128/a8-dynamic-token": SiteSpec(GROUP4, ActivationSpec(TOKEN8)),
     "w8-tensor/a4-static:p99.99": SiteSpec(
         TENSOR8,
-        ActivationSpec(TensorSpec(4, granularity="tensor"), Estimator("percentile", 99.99)),
+        ActivationSpec(TensorSpec(integer(4), "tensor"), Estimator("percentile", 99.99)),
     ),
 }
 
@@ -129,7 +130,7 @@ def weights(draw: st.DrawFn) -> TensorSpec:
     granularities: tuple[Granularity, ...] = ("tensor", "channel", "group")
     granularity = draw(st.sampled_from(granularities))
     size = draw(GROUP_SIZES) if granularity == "group" else None
-    return TensorSpec(draw(BITS), draw(st.booleans()), granularity, size)
+    return TensorSpec(integer(draw(BITS), draw(st.booleans())), granularity, size)
 
 
 ESTIMATORS = st.one_of(
@@ -144,7 +145,9 @@ def activations(draw: st.DrawFn) -> ActivationSpec:
     estimator = draw(st.none() | ESTIMATORS)
     granularities: tuple[Granularity, ...] = ("tensor",) if estimator else ("tensor", "token")
     granularity = draw(st.sampled_from(granularities))
-    return ActivationSpec(TensorSpec(draw(BITS), draw(st.booleans()), granularity), estimator)
+    return ActivationSpec(
+        TensorSpec(integer(draw(BITS), draw(st.booleans())), granularity), estimator
+    )
 
 
 SITES = st.one_of(st.just(FLOAT), st.builds(SiteSpec, weights(), st.none() | activations()))
@@ -217,14 +220,14 @@ def test_the_text_of_a_site_says_all_of_it(spec: SiteSpec) -> None:
     grain = {"channel": None, "tensor": "-tensor"}.get(
         spec.weight.granularity, f"-g{spec.weight.group_size}"
     )
-    assert (int(found["bits"]), found["grain"]) == (spec.weight.bits, grain)
-    assert (found["asym"] is None) is spec.weight.symmetric
+    assert (int(found["bits"]), found["grain"]) == (spec.weight.grid.bits, grain)
+    assert (found["asym"] is None) is (not spec.weight.grid.has_zero_point)
     assert (found["source"] is None) is (spec.activation is None)
     if spec.activation is not None:
-        assert int(found["a_bits"]) == spec.activation.tensor.bits
+        assert int(found["a_bits"]) == spec.activation.tensor.grid.bits
         assert found["source"].startswith("dynamic") is spec.activation.dynamic
         assert (found["token"] is not None) is (spec.activation.tensor.granularity == "token")
-        assert (found["a_asym"] is None) is spec.activation.tensor.symmetric
+        assert (found["a_asym"] is None) is (not spec.activation.tensor.grid.has_zero_point)
         assert (found["estimator"] is None) is (
             spec.activation.estimator in (None, DEFAULT_ESTIMATOR)
         )
@@ -357,7 +360,7 @@ def test_json_inside_json() -> None:
 
 
 def test_a_pattern_given_twice_is_refused() -> None:
-    w8, w4 = SiteSpec(CHANNEL8), SiteSpec(TensorSpec(4))
+    w8, w4 = SiteSpec(CHANNEL8), SiteSpec(TensorSpec(integer(4)))
     with pytest.raises(SchemeError, match=r"'\*'"):
         Scheme(w8, overrides=(("*", w8), ("a", w4), ("*", FLOAT)))
 
@@ -368,16 +371,16 @@ def test_a_pattern_given_twice_is_refused() -> None:
 @pytest.mark.parametrize("bits", [-8, 0, 1, 9, 16])
 def test_bits_outside_2_to_8(bits: int) -> None:
     with pytest.raises(SchemeError, match=r"bits must be 2\.\.8"):
-        TensorSpec(bits)
+        TensorSpec(integer(bits))
 
 
 def test_group_and_group_size_go_together() -> None:
     with pytest.raises(SchemeError, match="go together"):
-        TensorSpec(4, granularity="group")
+        TensorSpec(integer(4), "group")
     with pytest.raises(SchemeError, match="go together"):
-        TensorSpec(4, granularity="channel", group_size=128)
+        TensorSpec(integer(4), "channel", group_size=128)
     with pytest.raises(SchemeError, match="at least 1"):
-        TensorSpec(4, granularity="group", group_size=0)
+        TensorSpec(integer(4), "group", group_size=0)
 
 
 @pytest.mark.parametrize("percent", [50, 0, -1, 100.01, float("nan")])
@@ -395,7 +398,9 @@ def test_percent_and_percentile_go_together() -> None:
 
 @pytest.mark.parametrize("granularity", ["channel", "group"])
 def test_activations_have_no_channel_scales(granularity: Granularity) -> None:
-    tensor = TensorSpec(8, True, granularity, 4 if granularity == "group" else None)
+    tensor = TensorSpec(
+        integer(8, symmetric=True), granularity, group_size=4 if granularity == "group" else None
+    )
     for estimator in (None, DEFAULT_ESTIMATOR):
         with pytest.raises(SchemeError, match=f"not per {granularity}"):
             ActivationSpec(tensor, estimator)
@@ -501,8 +506,8 @@ def test_schemes_are_values() -> None:
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_qrange(bits: int) -> None:
     top = 2 ** (bits - 1) - 1
-    assert TensorSpec(bits).qrange == (-top, top)
-    assert TensorSpec(bits, symmetric=False).qrange == (-top - 1, top)
+    assert integer(bits).codes == (-top, top)
+    assert integer(bits, symmetric=False).codes == (-top - 1, top)
 
 
 @pytest.mark.parametrize("name", ALIASES)

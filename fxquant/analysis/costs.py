@@ -16,7 +16,7 @@ def storage(site: Site, spec: SiteSpec) -> float:
     rows, columns = site.shape
     if spec.weight is None:
         return float(FLOAT_BITS * rows * columns)
-    width = 4 if spec.weight.bits <= 4 else 8
+    width = 4 if spec.weight.grid.packed else 8
     return float(width * rows * columns + _scales(site, spec.weight))
 
 
@@ -24,13 +24,13 @@ def _scales(site: Site, spec: TensorSpec) -> int:
     rows, columns = site.shape
     groups = -(-columns // spec.group_size) if spec.group_size else 1
     count = 1 if spec.granularity == "tensor" else rows * groups
-    return count * (32 if spec.symmetric else 64)
+    return count * (64 if spec.grid.has_zero_point else 32)
 
 
 def bits(site: Site, spec: SiteSpec) -> float:
     """Bits of both operands of every product: the weight's stored bits and the activation's."""
     rows, columns = site.shape
-    activation = FLOAT_BITS if spec.activation is None else spec.activation.tensor.bits
+    activation = FLOAT_BITS if spec.activation is None else spec.activation.tensor.grid.bits
     return storage(site, spec) + activation * rows * columns
 
 

@@ -12,18 +12,18 @@ from torch.fx import Node
 
 from fxquant.analysis.lab import Cuts, Lab, Setting, setting
 from fxquant.analysis.local import LocalFigures
-from fxquant.analysis.parts import InputQuantizer
 from fxquant.analysis.sites import (
     LinearSite,
     ProductSite,
     SimulatedSite,
     SiteMaker,
-    dequantized_weight,
 )
+from fxquant.formats.integer import IntegerGrid, integer
 from fxquant.graph import source_of
 from fxquant.observers import HistogramObserver
-from fxquant.passes.quantize import quantize_weight
-from fxquant.passes.static_input import static_qparams
+from fxquant.passes.static_input import static_quantizer
+from fxquant.passes.weight_codes import min_max_codes
+from fxquant.quantizer import Quantizer
 from fxquant.specs import ActivationSpec, Estimator, TensorSpec
 
 _ALPHA = 0.5
@@ -69,22 +69,24 @@ def choices(
         yield "smoothing", _smoothed(site, own, calibrated)
 
 
-def _linear(site: LinearSite, quantizer: InputQuantizer, x: Tensor) -> Tensor:
+def _linear(site: LinearSite, quantizer: Quantizer, x: Tensor) -> Tensor:
     return nn.functional.linear(quantizer(x), site.coded_weight, site.bias)
 
 
 def _weight_choices(site: LinearSite) -> Iterator[tuple[str, Function]]:
     assert site.spec.weight is not None
-    finer = TensorSpec(site.spec.weight.bits, symmetric=False, granularity="group", group_size=32)
+    grid = site.spec.weight.grid
+    affine = integer(grid.bits, symmetric=False) if isinstance(grid, IntegerGrid) else grid
+    finer = TensorSpec(affine, "group", group_size=32)
     if finer == site.spec.weight:
         return
-    coded = dequantized_weight(quantize_weight(site.weight, finer, site.path), finer, site.weight)
+    coded = min_max_codes(site.weight, finer, site.path).dequantize(site.weight.dtype)
     yield "groups of 32", lambda x: nn.functional.linear(x, coded, site.bias)
 
 
 def _quantizers(
-    site: LinearSite, own: InputQuantizer, maker: SiteMaker
-) -> Iterator[tuple[str, InputQuantizer]]:
+    site: LinearSite, own: Quantizer, maker: SiteMaker
+) -> Iterator[tuple[str, Quantizer]]:
     spec = site.spec.activation
     assert spec is not None
     yield "16-bit activation, same range", own.with_bits(16)
@@ -106,7 +108,7 @@ def _quantizers(
             yield name, quantizer
 
 
-def _anew(site: LinearSite, own: InputQuantizer, inputs: Sequence[Tensor]) -> InputQuantizer:
+def _anew(site: LinearSite, own: Quantizer, inputs: Sequence[Tensor]) -> Quantizer:
     """The site's quantizer for changed inputs: a static range is estimated from them anew."""
     spec = site.spec.activation
     assert spec is not None
@@ -115,13 +117,12 @@ def _anew(site: LinearSite, own: InputQuantizer, inputs: Sequence[Tensor]) -> In
     observer = HistogramObserver(site.path).to(site.weight.device)
     for rows in inputs:
         observer(rows, torch.ones(1, rows.shape[0], dtype=torch.int64, device=rows.device))
-    found = static_qparams(observer, spec)
-    return replace(own, scale=found["input_scale"], zero_point=found.get("input_zero_point"))
+    return static_quantizer(observer, spec)
 
 
 def _top_channels(
     site: LinearSite,
-    own: InputQuantizer,
+    own: Quantizer,
     figures: LocalFigures,
     count: int,
     calibrated: Sequence[Tensor],
@@ -142,7 +143,7 @@ def _top_channels(
     return function
 
 
-def _smoothed(site: LinearSite, own: InputQuantizer, calibrated: Sequence[Tensor]) -> Function:
+def _smoothed(site: LinearSite, own: Quantizer, calibrated: Sequence[Tensor]) -> Function:
     """Xiao et al., "SmoothQuant", 2022, equation 4, with an explicit division of the input."""
     assert site.spec.weight is not None
     peaks = torch.stack([rows.abs().amax(0) for rows in calibrated]).amax(0).to(torch.float32)
@@ -151,8 +152,7 @@ def _smoothed(site: LinearSite, own: InputQuantizer, calibrated: Sequence[Tensor
     factor = factor / widest.clamp(min=1e-5) ** (1 - _ALPHA)
     factor = factor.clamp(min=1e-5).to(site.weight.dtype)
     weight = site.weight * factor
-    codes = quantize_weight(weight, site.spec.weight, site.path)
-    coded = dequantized_weight(codes, site.spec.weight, weight)
+    coded = min_max_codes(weight, site.spec.weight, site.path).dequantize(weight.dtype)
     quantizer = _anew(site, own, [rows / factor for rows in calibrated])
     return lambda x: nn.functional.linear(quantizer(x / factor), coded, site.bias)
 

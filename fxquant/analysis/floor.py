@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fxquant.analysis.parts import InputQuantizer
 from fxquant.analysis.sites import LinearSite
+from fxquant.quantizer import Quantizer
 
 _FINER = (1 / 4, 1 / 8, 1 / 16)  # halvings of the step, in octaves
 _STEPS = 16  # from the absmax down to 1/181 of it, each sqrt(2) smaller
@@ -27,7 +27,7 @@ def floor_energy(site: LinearSite, x: Tensor) -> float:
         return 0.0
     columns = site.coded_weight.to(torch.float32).square().sum(0)
     dynamic = replace(quantizer, scale=None, zero_point=None)
-    per_token = quantizer.granularity == "token"
+    per_token = quantizer.spec.granularity == "token"
     share = x.new_ones((*x.shape[:-1], 1) if per_token else (), dtype=torch.float32)
     best = _with_range(dynamic, x, share) - x
     least = _energy(best, columns, per_token)
@@ -51,7 +51,7 @@ def _output_energy(site: LinearSite, error: Tensor) -> float:
     return float(nn.functional.linear(error, site.coded_weight).to(torch.float64).square().sum())
 
 
-def _with_range(quantizer: InputQuantizer, x: Tensor, share: Tensor) -> Tensor:
+def _with_range(quantizer: Quantizer, x: Tensor, share: Tensor) -> Tensor:
     """x quantized into ``share`` of its own range; scales shrink, zero points stay."""
     scale, zero_point = quantizer.qparams(x)
     return quantizer.rounded(x, scale * share, zero_point)

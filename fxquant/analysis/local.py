@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fxquant.analysis.floor import floor_energy
 from fxquant.analysis.lab import Lab
-from fxquant.analysis.parts import CAUSES, EVERY_PART, Cause, InputQuantizer
+from fxquant.analysis.parts import CAUSES, EVERY_PART, Cause
 from fxquant.analysis.sites import LinearSite, SimulatedSite
+from fxquant.quantizer import Quantizer
 
 
 @dataclass
@@ -108,7 +109,7 @@ def stretch(peaks: Tensor) -> Tensor:
     return torch.zeros_like(shares).scatter(-1, order, (sums / counts.clamp(min=1)).gather(-1, run))
 
 
-def reach(quantizer: InputQuantizer, x: Tensor) -> Tensor:
+def reach(quantizer: Quantizer, x: Tensor) -> Tensor:
     """How far each element stretches the range: |x|, in a static range at most to its end."""
     return (x if quantizer.scale is None else quantizer.split(x).clipped).abs()
 
@@ -129,7 +130,7 @@ def _record(figures: LocalFigures, site: SimulatedSite, *operands: Tensor) -> No
         figures.signal += _energy(site.product(x))
         figures.floor += floor_energy(site, x)
         rows = x.flatten(0, -2)
-        if site.quantizer is not None and site.quantizer.granularity == "tensor":
+        if site.quantizer is not None and site.quantizer.spec.granularity == "tensor":
             peaks = reach(site.quantizer, rows).amax(-1)
             rounding = rounding.sum() * stretch(peaks).to(torch.float32)
         _record_inputs(figures, site, rows)
@@ -162,7 +163,7 @@ def _record_inputs(figures: LocalFigures, site: LinearSite, rows: Tensor) -> Non
         rounding = (split.rounded - split.clipped).to(torch.float32).square() * columns
         added["clipping"] = _channels(split.clipped - rows, columns)
         added["rounding"] = rounding.sum(0)
-        if site.quantizer.granularity == "token":
+        if site.quantizer.spec.granularity == "token":
             by_channel = (stretch(rows.abs()).T @ rounding.sum(-1).double()).to(torch.float32)
         else:
             within = reach(site.quantizer, rows).amax(0)

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxquant.analysis.parts import CAUSES, Cause, InputQuantizer, Parts
+from fxquant.analysis.parts import CAUSES, Cause, Parts, with_parts
 from fxquant.errors import SchemeError
 from fxquant.graph import LINEAR, Site, info, linear_parameters, site_outputs, source_of
 from fxquant.observers import HistogramObserver
-from fxquant.operators import unpack_int4
 from fxquant.passes.attention_products import (
     is_transposed,
     operand_observer,
@@ -23,10 +22,10 @@ from fxquant.passes.attention_products import (
 )
 from fxquant.passes.observe import observers
 from fxquant.passes.quantize import site_codes
-from fxquant.passes.static_input import static_qparams
-from fxquant.quantization import dequantize
+from fxquant.passes.static_input import static_quantizer
+from fxquant.quantizer import Quantizer
 from fxquant.schemes import Scheme
-from fxquant.specs import FLOAT, ActivationSpec, SiteSpec, TensorSpec
+from fxquant.specs import FLOAT, ActivationSpec, SiteSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,14 +73,14 @@ class LinearSite(SimulatedSite):
     weight: Tensor
     coded_weight: Tensor
     bias: Tensor | None
-    quantizer: InputQuantizer | None
+    quantizer: Quantizer | None
     spec: SiteSpec
     observer: HistogramObserver | None
 
     def output(self, parts: Parts, *operands: Tensor) -> Tensor:
         (x,) = operands
         if self.quantizer is not None:
-            x = self.quantizer.with_parts(x, parts)
+            x = with_parts(self.quantizer, x, parts)
         weight = self.coded_weight if "weights" in parts else self.weight
         return nn.functional.linear(x, weight, self.bias)
 
@@ -140,14 +139,14 @@ class ProductSite(SimulatedSite):
     ``transposed``: the right operand's tokens are its columns (k^T), and so are its scales.
     """
 
-    left: InputQuantizer
-    right: InputQuantizer
+    left: Quantizer
+    right: Quantizer
     transposed: bool
 
     def output(self, parts: Parts, *operands: Tensor) -> Tensor:
         left, right = operands
-        coded_right = self._turn(self.right.with_parts(self._turn(right), parts))
-        return torch.matmul(self.left.with_parts(left, parts), coded_right)
+        coded_right = self._turn(with_parts(self.right, self._turn(right), parts))
+        return torch.matmul(with_parts(self.left, left, parts), coded_right)
 
     def errors(self, *operands: Tensor) -> dict[Cause, Tensor]:
         left, right = operands
@@ -169,27 +168,13 @@ class ProductSite(SimulatedSite):
         return right.transpose(-2, -1) if self.transposed else right
 
 
-def dequantized_weight(codes: dict[str, Tensor], spec: TensorSpec, like: Tensor) -> Tensor:
-    """Ŵ [N, K] in like's dtype from what ``passes.quantize.site_codes`` returns."""
-    stored = codes["weight"]
-    if spec.bits <= 4:
-        stored = unpack_int4(stored, like.shape[1])
-    return dequantize(
-        stored,
-        codes["weight_scale"],
-        codes.get("weight_zero_point"),
-        group_size=spec.group_size,
-        dtype=like.dtype,
-    )
-
-
 class SiteMaker:
     """Builds simulated sites of one observed graph; ranges of shared inputs are found once."""
 
     def __init__(self, gm: GraphModule) -> None:
         self._gm = gm
         self._observers = observers(gm)
-        self._ranges: dict[tuple[Node, ActivationSpec], dict[str, Tensor]] = {}
+        self._ranges: dict[tuple[Node, ActivationSpec], Quantizer] = {}
         self._known = {site.path: (site, node) for site, node in site_outputs(gm)}
 
     def make(self, path: str, spec: SiteSpec) -> SimulatedSite:
@@ -206,7 +191,7 @@ class SiteMaker:
                 "leave the site in float by an override"
             )
         weight, bias = linear_parameters(module)
-        coded = dequantized_weight(site_codes(module, spec.weight, path), spec.weight, weight)
+        coded = site_codes(module, spec.weight, path).dequantize(weight.dtype)
         if site.role == "embeddings":
             return EmbeddingSite(site, node, ("weights",), weight, coded)
         quantizer = self.quantizer(path, spec.activation)
@@ -222,23 +207,21 @@ class SiteMaker:
         causes: tuple[Cause, ...] = ("clipping", "rounding")
         return ProductSite(site, node, causes, left, right, is_transposed(site))
 
-    def _operand(self, site: Site, side: str, spec: ActivationSpec) -> InputQuantizer:
+    def _operand(self, site: Site, side: str, spec: ActivationSpec) -> Quantizer:
         if spec.dynamic:
-            return InputQuantizer.of(spec, None, None)
-        found = static_qparams(operand_observer(self._gm, site, side), spec)
-        return InputQuantizer.of(spec, found["input_scale"], None)
+            return Quantizer(spec.tensor)
+        return static_quantizer(operand_observer(self._gm, site, side), spec)
 
-    def quantizer(self, path: str, spec: ActivationSpec | None) -> InputQuantizer | None:
+    def quantizer(self, path: str, spec: ActivationSpec | None) -> Quantizer | None:
         """The quantizer of the site's input; static ranges come from the calibrated observer."""
         if spec is None:
             return None
         if spec.dynamic:
-            return InputQuantizer.of(spec, None, None)
+            return Quantizer(spec.tensor)
         source = source_of(self._known[path][1])
         if (source, spec) not in self._ranges:
-            self._ranges[source, spec] = static_qparams(self._observers[source], spec)
-        found = self._ranges[source, spec]
-        return InputQuantizer.of(spec, found["input_scale"], found.get("input_zero_point"))
+            self._ranges[source, spec] = static_quantizer(self._observers[source], spec)
+        return self._ranges[source, spec]
 
 
 def simulated_sites(gm: GraphModule, scheme: Scheme) -> tuple[SimulatedSite, ...]:

@@ -1,0 +1,72 @@
+"""Grids of a few numbers of their own, listed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fxquant.formats.grid import Grid, Rounder
+
+
+@dataclass(frozen=True)
+class LevelGrid(Grid):
+    """At most 2^bits ascending numbers, 0 among them; the code is the number's place.
+
+    Codes are counted from -2^(bits - 1), so that up to 4 bits two share a byte as integers do. A
+    value in the middle between two numbers goes to the one with the even place. No zero point.
+    """
+
+    name: str
+    levels: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if list(self.levels) != sorted(set(self.levels)) or 0.0 not in self.levels:
+            raise ValueError(f"{self.name}: levels must ascend and hold 0, got {self.levels}")
+        if not (3 <= len(self.levels) <= 256 and self.levels[0] < 0 < self.levels[-1]):
+            raise ValueError(f"{self.name}: 3 to 256 levels on both sides of 0 make a grid")
+
+    @property
+    def bits(self) -> int:  # type: ignore[override]
+        return max(2, (len(self.levels) - 1).bit_length())
+
+    @property
+    def has_zero_point(self) -> bool:  # type: ignore[override]
+        return False
+
+    @property
+    def lowest(self) -> float:  # type: ignore[override]
+        return self.levels[0]
+
+    @property
+    def highest(self) -> float:  # type: ignore[override]
+        return self.levels[-1]
+
+    @property
+    def codes(self) -> tuple[int, int]:
+        first = -(2 ** (self.bits - 1))
+        return first, first + len(self.levels) - 1
+
+    # Not kept: under fake tensors it would stay a fake one.
+    def _table(self, device: torch.device) -> Tensor:
+        return torch.tensor(self.levels, dtype=torch.float32, device=device)
+
+    def _places(self, values: Tensor) -> Tensor:
+        """Place of the nearest number, int64."""
+        ends = zip(self.levels[:-1], self.levels[1:], strict=True)
+        middles = torch.tensor([(a + b) / 2 for a, b in ends], device=values.device)
+        below = torch.bucketize(values, middles)  # a middle itself belongs to the place below
+        above = torch.bucketize(values, middles, right=True)
+        return torch.where(below % 2 == 0, below, above)
+
+    def rounder(self, zero_point: Tensor | None = None) -> Rounder:
+        if zero_point is not None:
+            raise ValueError(f"{self.name} has no zero point")
+        return lambda steps: steps.copy_(self._table(steps.device)[self._places(steps)])
+
+    def encode(self, values: Tensor) -> Tensor:
+        return (self._places(values) + self.codes[0]).to(self.storage)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return self._table(codes.device)[codes.to(torch.int64) - self.codes[0]]
