@@ -14,7 +14,8 @@ from torch.fx import GraphModule, Node
 
 from fxquant.channels import channel_numbers, columns_of, leak
 from fxquant.graph import Site, linear_sites, source_of
-from fxquant.scale_paths import Blocked, Producer, ScalePath, find_path, op_name
+from fxquant.scale_paths import Blocked, Producer, ScalePath, find_path
+from fxquant.vocabulary import op_name
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from torch.fx import GraphModule, Node
 
 from fxquant.execution import Executor
 from fxquant.graph import device_of
-from fxquant.scale_paths import CASTS, REARRANGES, ScalePath, attention_value, op_name
+from fxquant.scale_paths import ScalePath, attention_value
+from fxquant.vocabulary import MOVES, Kind, is_a, op_name
 
 # Two digits of this base are exact in bfloat16 and reach further than any model is wide.
 _BASE = 256
-_READS_SHAPE = frozenset(("size", "dim", "numel", "getattr", "stride", "new_zeros", "new_ones"))
 
 
 @torch.no_grad()
@@ -59,7 +59,7 @@ def _with_rearrangements(nodes: set[Node]) -> set[Node]:
     found, todo = set(nodes), list(nodes)
     while todo:
         for user in todo.pop().users:
-            if user not in found and op_name(user) in REARRANGES | CASTS:
+            if user not in found and is_a(user, Kind.CAST, *MOVES):
                 found.add(user)
                 todo.append(user)
     return found
@@ -67,8 +67,7 @@ def _with_rearrangements(nodes: set[Node]) -> set[Node]:
 
 def _carry(node: Node, operand: Node) -> Callable[..., Any] | None:
     """A stand-in that hands the operand on, for nodes that would change channel numbers."""
-    name = op_name(node)
-    if name in REARRANGES or name in CASTS or name in ("relu", "relu_", ""):
+    if not op_name(node) or is_a(node, Kind.CAST, Kind.RELU, *MOVES):
         return None
     if operand in node.args:
         index = node.args.index(operand)
@@ -108,7 +107,7 @@ def leak(
         for user in node.users:
             if user in allowed or _reads_shape(user, node):
                 continue
-            if op_name(user) not in REARRANGES:
+            if not is_a(user, *MOVES):
                 return user
             found = numbers.get(user)
             if found is None or bool(torch.isin(used, found.reshape(-1)).any()):
@@ -117,7 +116,6 @@ def leak(
 
 
 def _reads_shape(user: Node, node: Node) -> bool:
-    name = op_name(user)
-    if name in ("type_as", "to", "expand_as", "view_as"):
+    if op_name(user) in ("type_as", "to", "expand_as", "view_as"):
         return user.args[0] is not node
-    return name in _READS_SHAPE
+    return is_a(user, Kind.SHAPE)

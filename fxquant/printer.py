@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from fxquant.blocks import block_of
 from fxquant.formulas import formula, operator_name
 from fxquant.records import NodeText
 from fxquant.shapes import UNKNOWN, Value
@@ -53,7 +54,7 @@ def sections(nodes: Sequence[NodeText], blocks: Sequence[str]) -> list[Section]:
     current = ""
     last = blocks[-1] if blocks else ""
     for node in nodes:
-        own = block_of(node, blocks)
+        own = _block_of(node, blocks)
         if own is None and node.op == "output":
             own = "end"
         if own is None:
@@ -68,16 +69,12 @@ def sections(nodes: Sequence[NodeText], blocks: Sequence[str]) -> list[Section]:
     ]
 
 
-def block_of(node: NodeText, blocks: Sequence[str]) -> str | None:
+def _block_of(node: NodeText, blocks: Sequence[str]) -> str | None:
     """The decoder block that a node belongs to: by its site, its scope, or what it calls."""
     places = [node.tag.site or node.tag.scope]
     if node.op in ("call_module", "get_attr"):
         places.append(node.target)
-    for place in places:
-        for block in blocks:
-            if place == block or place.startswith(f"{block}."):
-                return block
-    return None
+    return next((block for place in places if (block := block_of(place, blocks))), None)
 
 
 class Names:

@@ -7,8 +7,6 @@ does not change; a linear ends it; what is added to it is traced back to what wr
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,18 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from fxquant.blocks import block_of
 from fxquant.errors import ModelError
 from fxquant.execution import Executor
 from fxquant.graph import LINEAR, device_of, info
 from fxquant.pipeline import Probe
+from fxquant.vocabulary import Kind, is_a, op_name
 
-_ADD = (operator.add, torch.add, "add", operator.iadd, "add_")
-_SCALE = (operator.mul, operator.truediv, torch.mul, torch.div, "mul", "div")
-_MULTIPLY = (operator.mul, torch.mul, "mul")
-_KEEP = ("to", "float", "contiguous", "view", "reshape", "clone", "type_as", "detach")
-_ASK = ("size", "dim")
-_POWER = ("pow", torch.pow, operator.pow)
-_SCALAR = (*_ADD, *_SCALE, torch.rsqrt, torch.sqrt, "rsqrt", "sqrt", operator.pow, torch.pow, "pow")
+_SCALE = (Kind.PRODUCT, Kind.QUOTIENT)
+_KEEP = (Kind.CAST, Kind.SAME, Kind.RESHAPE)
+_SCALAR = (*_SCALE, Kind.SUM, Kind.ROOT, Kind.POWER)
 
 
 @dataclass
@@ -99,10 +95,11 @@ class _Analysis:
         )
 
     def _check_blocks(self) -> None:
-        for block in info(self.gm).blocks:
-            readers = [r for norm in self.stream.norms for r in norm.readers]
-            readers += self.stream.readers
-            if not any(str(r.target).startswith(f"{block}.") for r in readers):
+        readers = [r for norm in self.stream.norms for r in norm.readers] + self.stream.readers
+        blocks = info(self.gm).blocks
+        reading = {block_of(str(reader.target), blocks) for reader in readers}
+        for block in blocks:
+            if block not in reading:
                 raise ModelError(
                     f"rotate: {info(self.gm).model}: {block} does not read the stream that the "
                     "token embedding starts through a norm (an embedding of another width is "
@@ -111,20 +108,20 @@ class _Analysis:
 
     def _visit(self, node: Node) -> None:
         # type_as asks its second operand for the dtype only.
-        read = node.args[:1] if _is(node, "type_as") else node.all_input_nodes
+        read = node.args[:1] if op_name(node) == "type_as" else node.all_input_nodes
         operands = [n for n in read if isinstance(n, Node) and n in self.kind]
         if not operands or node in self.kind:
             return
         kinds = {self.kind[n] for n in operands}
-        if _is(node, getattr) or _is(node, *_ASK):
+        if is_a(node, Kind.SHAPE):
             return
         if node.op == "call_module":
             self._visit_module(node, operands[0])
         elif (kind := self._invariant(node, operands, kinds)) is not None:
             self.kind[node] = kind
-        elif kinds == {"stream", "scalar"} and _is(node, *_MULTIPLY):
+        elif kinds == {"stream", "scalar"} and is_a(node, Kind.PRODUCT):
             self._start_norm(node)
-        elif kinds == {"normed"} and _is(node, *_MULTIPLY) and self._gain(node) is not None:
+        elif kinds == {"normed"} and is_a(node, Kind.PRODUCT) and self._gain(node) is not None:
             norm = self.norm_of[operands[0]]
             norm.node, norm.normed, norm.gain = node, operands[0], self._gain(node)
             self._follow(node, "gained", norm)
@@ -132,7 +129,7 @@ class _Analysis:
             self.kind[node] = self.kind[operands[0]]
             if operands[0] in self.norm_of:
                 self.norm_of[node] = self.norm_of[operands[0]]
-        elif kinds == {"stream"} and _is(node, *_ADD):
+        elif kinds == {"stream"} and is_a(node, Kind.SUM):
             self._add(node)
         else:
             what = " and ".join(sorted(kinds))
@@ -142,7 +139,7 @@ class _Analysis:
         """ "squares" of the stream, or a "scalar": their mean and what is computed from it."""
         if kinds == {"stream"} and self._is_square(node):
             return "squares"
-        if kinds == {"squares"} and _is(node, "mean", torch.mean) and _last_dim(node):
+        if kinds == {"squares"} and is_a(node, Kind.MEAN) and _last_dim(node):
             return "scalar"
         return "scalar" if kinds == {"scalar"} and self._is_scalar(node, operands) else None
 
@@ -172,12 +169,12 @@ class _Analysis:
 
     def _is_square(self, node: Node) -> bool:
         args = node.args
-        if _is(node, *_POWER):
+        if is_a(node, Kind.POWER):
             return len(args) > 1 and bool(args[1] == 2)
-        return _is(node, *_MULTIPLY) and args[0] is args[1]
+        return is_a(node, Kind.PRODUCT) and args[0] is args[1]
 
     def _is_scalar(self, node: Node, operands: list[Node]) -> bool:
-        return _is(node, *_SCALAR) and all(n in operands for n in node.all_input_nodes)
+        return is_a(node, *_SCALAR) and all(n in operands for n in node.all_input_nodes)
 
     def _gain(self, node: Node) -> Tensor | None:
         """The vector [width] by which a normed value is multiplied."""
@@ -192,16 +189,16 @@ class _Analysis:
             return False
         if before.shape[-1:] != after.shape[-1:]:
             return False
-        if _is(node, *_KEEP):
+        if is_a(node, *_KEEP):
             return True
-        if _is(node, operator.getitem):
+        if op_name(node) == "getitem":
             index = node.args[1]
             full = slice(None, None, None)
             return isinstance(index, tuple) and len(index) == before.dim() and index[-1] == full
-        return _is(node, *_SCALE) and self._constant_factor(node, source)
+        return is_a(node, *_SCALE) and self._constant_factor(node, source)
 
     def _constant_factor(self, node: Node, source: Node) -> bool:
-        if _is(node, operator.truediv, torch.div, "div") and node.args[0] is not source:
+        if is_a(node, Kind.QUOTIENT) and node.args[0] is not source:
             return False
         values = (
             self.values[a] if isinstance(a, Node) else a for a in node.args if a is not source
@@ -218,15 +215,15 @@ class _Analysis:
 
     def _trace_back(self, node: Node, user: Node) -> None:
         """Find what wrote ``node``, which is added to the stream."""
-        users = [u for u in node.users if not (_is(u, getattr) or _is(u, *_ASK))]
+        users = [u for u in node.users if not is_a(u, Kind.SHAPE)]
         if users != [user]:
             self._refuse(node, "is added to the residual stream, and also read elsewhere")
         module = None
         if node.op == "call_module":
             module = self.gm.get_submodule(str(node.target))
-        if isinstance(module, (*LINEAR, nn.Embedding)) or _is(node, nn.functional.embedding):
+        if isinstance(module, (*LINEAR, nn.Embedding)) or op_name(node) == "embedding":
             self.stream.writers.append(node)
-        elif _is(node, *_ADD) and all(isinstance(a, Node) for a in node.args):
+        elif is_a(node, Kind.SUM) and all(isinstance(a, Node) for a in node.args):
             for operand in node.args:
                 assert isinstance(operand, Node)
                 self._trace_back(operand, node)
@@ -243,10 +240,6 @@ class _Analysis:
 
 def _name(node: Node) -> str:
     return str(node.target) if node.op == "call_module" else node.name
-
-
-def _is(node: Node, *targets: str | Callable[..., Any]) -> bool:
-    return node.op in ("call_function", "call_method") and node.target in targets
 
 
 def _last_dim(node: Node) -> bool:

@@ -15,18 +15,12 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxquant.graph import LINEAR, get_tensor, tag
+from fxquant.vocabulary import MOVES, Kind, is_a, op_name
 
-Kind = Literal["norm", "vector", "rows"]
+ProducerKind = Literal["norm", "vector", "rows"]
 
-REARRANGES = frozenset(
-    (
-        *("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "contiguous", "clone"),
-        *("transpose", "permute", "movedim", "swapaxes", "expand", "repeat", "repeat_interleave"),
-        *("getitem", "split", "chunk", "narrow", "select"),
-    )
-)
-CASTS = frozenset(("to", "float", "half", "bfloat16", "double", "type_as", "type"))
-_RELU = frozenset(("relu", "relu_"))
+# Homogeneous in their first operand, whose channels they at most move about.
+_HOMOGENEOUS = (*MOVES, Kind.CAST, Kind.RELU, Kind.NEGATION)
 _CALLED = {
     "silu": "SiLU",
     "gelu": "GELU",
@@ -48,7 +42,7 @@ class Producer:
     ``reader`` is the get_attr node of a vector.
     """
 
-    kind: Kind
+    kind: ProducerKind
     node: Node
     path: str
     channels: int
@@ -81,72 +75,55 @@ class Blocked:
     reason: str
 
 
-def op_name(node: Node) -> str:
-    """``relu`` for torch.relu, F.relu and x.relu(); empty for what is no call of an operator."""
-    if node.op == "call_method":
-        return str(node.target)
-    if node.op == "call_function":
-        return str(getattr(node.target, "__name__", node.target))
-    return ""
-
-
 def find_path(gm: GraphModule, source: Node) -> ScalePath | Blocked:
     """The way from ``source``, a linear's input, up to the nearest producer."""
     if source.op == "call_module":
         return _module(gm, source)
-    name = op_name(source)
-    if name in REARRANGES or name in CASTS or name in _RELU:
+    if is_a(source, *_HOMOGENEOUS):
         return _extend(gm, source, (source.args[0],))
-    if name in ("mul", "multiply"):
+    if is_a(source, Kind.PRODUCT):
         return _product(gm, source)
-    if name in ("truediv", "div") and _is_scalar(gm, source.args[1]):
-        return _extend(gm, source, (source.args[0],))
-    if name == "neg":
+    if is_a(source, Kind.QUOTIENT) and _is_scalar(gm, source.args[1]):
         return _extend(gm, source, (source.args[0],))
     value = attention_value(source)
     if value is not None:
         return _extend(gm, source, (value,))
+    name = op_name(source)
     what = _CALLED.get(name, name or {"placeholder": "the model's inputs"}.get(source.op, "data"))
     return Blocked(source, f"its input comes from {what}")
 
 
 def attention_value(node: Node) -> Node | None:
     """V, where ``node`` is an attention's product of probabilities and values; else None."""
-    name = op_name(node)
-    if name == "scaled_dot_product_attention":
+    if is_a(node, Kind.ATTENTION):
         if node.kwargs.get("enable_gqa"):
             return None
         value = node.args[2] if len(node.args) > 2 else node.kwargs.get("value")
-    elif name in ("matmul", "bmm") and len(node.args) == 2 and is_softmax(node.args[0]):
+    elif is_a(node, Kind.MATMUL) and len(node.args) == 2 and is_softmax(node.args[0]):
         value = node.args[1]
     else:
         return None
     return value if isinstance(value, Node) else None
 
 
-# The second is what decompose_attention writes: 0, not NaN, for a row that attends to nothing.
-SOFTMAX = frozenset(("softmax", "_safe_softmax.default"))
-
-
 def is_softmax(node: object) -> bool:
     """Whether the node is a softmax, perhaps cast or reshaped."""
-    while isinstance(node, Node) and op_name(node) in CASTS | REARRANGES | {"dropout"}:
+    while isinstance(node, Node) and is_a(node, Kind.CAST, *MOVES):
         node = node.args[0]
-    return isinstance(node, Node) and op_name(node) in SOFTMAX
+    return isinstance(node, Node) and is_a(node, Kind.SOFTMAX)
 
 
 def gain(gm: GraphModule, node: object) -> tuple[str, float] | None:
     """(path of a vector parameter, offset) if ``node`` is it, cast or with a number added."""
     offset = 0.0
     while isinstance(node, Node) and node.op != "get_attr":
-        name = op_name(node)
-        if name == "add" and len(node.args) == 2:
+        if is_a(node, Kind.SUM) and len(node.args) == 2:
             numbers = [arg for arg in node.args if isinstance(arg, (int, float))]
             if len(numbers) != 1:
                 return None
             offset += numbers[0]
             node = next(arg for arg in node.args if isinstance(arg, Node))
-        elif name in CASTS:
+        elif is_a(node, Kind.CAST):
             node = node.args[0]
         else:
             return None

@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 from tqdm import tqdm
 
 from fxquant.batches import Batches, model_inputs
+from fxquant.blocks import block_of, block_starts
 from fxquant.errors import CalibrationError
 from fxquant.execution import Cut, Executor
 from fxquant.graph import Site, device_of, info, linear_sites
@@ -40,17 +41,14 @@ class Segment:
 def segments(gm: GraphModule) -> tuple[Segment, ...]:
     """The decoder blocks in graph order, then what follows them if a site stands there (the head).
 
-    A block begins at the first node that calls or reads a leaf below its path, so its own first
-    norm's parameters are inside. Blocks without a site are no segment.
+    Blocks without a site are no segment.
     """
-    order = {node: index for index, node in enumerate(gm.graph.nodes)}
-    starts = {block: _first_below(gm, block) for block in info(gm).blocks}
-    blocks = sorted((order[node], block, node) for block, node in starts.items() if node)
-    ends = [node for _, _, node in blocks[1:]] + [None]
+    blocks = list(block_starts(gm).first.items())
+    ends = [node for _, node in blocks[1:]] + [None]
     sites = list(linear_sites(gm))
     found: list[Segment] = []
-    for (_, block, first), end in zip(blocks, ends, strict=True):
-        inside = tuple(pair for pair in sites if pair[0].path.startswith(f"{block}."))
+    for (block, first), end in zip(blocks, ends, strict=True):
+        inside = tuple(pair for pair in sites if block_of(pair[0].path, (block,)))
         if inside:
             found.append(Segment(block, first, end, inside))
     behind = tuple(pair for pair in sites if pair[0].role == "head")
@@ -61,11 +59,6 @@ def segments(gm: GraphModule) -> tuple[Segment, ...]:
             found[-1] = Segment(last.block, last.first, head, last.sites)
         found.append(Segment(behind[0][0].path, head, None, behind))
     return tuple(found)
-
-
-def _first_below(gm: GraphModule, block: str) -> Node | None:
-    leaves = (node for node in gm.graph.nodes if node.op in ("call_module", "get_attr"))
-    return next((node for node in leaves if str(node.target).startswith(f"{block}.")), None)
 
 
 class SequentialRun:

@@ -21,9 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.accelerate import init_empty_weights
 from transformers.modeling_utils import no_init_weights
 
+from fxquant.blocks import block_starts
 from fxquant.errors import CheckpointError, ModelError
 from fxquant.execution import Executor, OnNode
-from fxquant.graph import info, tag
 from fxquant.streamed import Source, Streamed, restream
 from fxquant.tensor_file import TensorFile
 
@@ -148,24 +148,6 @@ def is_streamed(gm: GraphModule) -> bool:
     return any(isinstance(module, Streamed) for module in gm.modules())
 
 
-def block_starts(gm: GraphModule) -> list[Node]:
-    """The first node of each decoder block, and the first leaf behind the last block."""
-    prefixes = {f"{block}.": block for block in info(gm).blocks}
-    starts: list[Node] = []
-    current, behind = "", None
-    for node in gm.graph.nodes:
-        path = str(node.target) if node.op in ("call_module", "get_attr") else tag(node).site or ""
-        block = next((b for p, b in prefixes.items() if f"{path}.".startswith(p)), "")
-        if block and block != current:
-            starts.append(node)
-            current = block
-        if block:
-            behind = None
-        elif path and current and behind is None:
-            behind = node
-    return starts if behind is None else [*starts, behind]
-
-
 def run_batches(
     gm: GraphModule,
     inputs: Sequence[dict[str, Tensor]],
@@ -185,7 +167,9 @@ def run_batches(
     cuts = [executor.start(**each) for each in inputs]
     last = len(executor.nodes) if until is None else executor.position[until]
     quiet = None if label else True
-    for node in tqdm(block_starts(gm), label, unit="block", leave=False, disable=quiet):
+    found = block_starts(gm)
+    starts = [*found.first.values(), *([found.behind] if found.behind else [])]
+    for node in tqdm(starts, label, unit="block", leave=False, disable=quiet):
         if executor.position[node] < last:
             with executor.holding(cuts[0].position if cuts else 0, node):
                 for index, watcher in enumerate(watchers):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule
 
+from fxquant.blocks import block_of
 from fxquant.graph import (
     GraphInfo,
     LeftInFloat,
@@ -106,10 +107,8 @@ def _merged(path: str, group: Sequence[SiteRow]) -> SiteRow:
 
 def starred(path: str, blocks: Sequence[str]) -> str:
     """The path with ``*`` for the block's number: ``model.layers.*.mlp.up_proj``."""
-    for block in blocks:
-        if path.startswith(f"{block}."):
-            return f"{block.rpartition('.')[0]}.*{path.removeprefix(block)}"
-    return path
+    block = block_of(path, blocks)
+    return path if block is None else f"{block.rpartition('.')[0]}.*{path.removeprefix(block)}"
 
 
 def span(values: Iterable[float | None]) -> tuple[float, float] | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import GraphModule, Node
 
+from fxquant.blocks import block_of
 from fxquant.errors import CalibrationError
 from fxquant.formats.integer import integer
 from fxquant.graph import (
@@ -25,14 +26,15 @@ from fxquant.graph import (
 from fxquant.levels import OPS
 from fxquant.observers import HistogramObserver
 from fxquant.passes.static_input import static_input
-from fxquant.scale_paths import SOFTMAX, op_name
 from fxquant.schemes import Scheme, matches
 from fxquant.specs import ActivationSpec, TensorSpec
 from fxquant.spelling import spell_activation
+from fxquant.vocabulary import Kind, is_a, op_name
 
+# What may stand between the two products: a scale, a mask, a soft cap, the softmax and its casts.
 _THROUGH = (
-    *("add", "mul", "truediv", "div", "where", "masked_fill", "hide", "to", "float", "type_as"),
-    *("tanh", "getitem", "dropout", "contiguous", "softmax", "_safe_softmax.default"),
+    *(Kind.SUM, Kind.PRODUCT, Kind.QUOTIENT, Kind.MASK, Kind.CAST, Kind.SQUASH, Kind.PICK),
+    *(Kind.SAME, Kind.SOFTMAX),
 )
 
 
@@ -49,7 +51,7 @@ class Product:
 def attention_products(gm: GraphModule) -> Iterator[Product]:
     """Every attention that is written out: a softmax between two matmuls, inside a block."""
     for node in gm.graph.nodes:
-        if op_name(node) in SOFTMAX:
+        if is_a(node, Kind.SOFTMAX):
             scores, output = _backward(node), _forward(node)
             path = None if output is None else attention_path(gm, output)
             if scores is not None and output is not None and path is not None:
@@ -57,11 +59,11 @@ def attention_products(gm: GraphModule) -> Iterator[Product]:
 
 
 def _is_matmul(node: Node) -> bool:
-    return node.op in ("call_function", "call_method") and op_name(node) == "matmul"
+    return op_name(node) == "matmul"
 
 
 def _backward(node: Node) -> Node | None:
-    while op_name(node) in _THROUGH:
+    while is_a(node, *_THROUGH):
         source = node.args[1 if op_name(node) == "where" else 0]
         if not isinstance(source, Node):
             return None
@@ -73,7 +75,7 @@ def _forward(node: Node) -> Node | None:
     for user in node.users:
         if _is_matmul(user) and user.args[0] is node:
             return user
-        found = _forward(user) if op_name(user) in _THROUGH else None
+        found = _forward(user) if is_a(user, *_THROUGH) else None
         if found is not None:
             return found
     return None
@@ -87,8 +89,7 @@ def attention_path(gm: GraphModule, output: Node) -> str | None:
         node = queue.pop(0)
         if node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), LINEAR):
             path = str(node.target).rpartition(".")[0]
-            inside = any(f"{path}.".startswith(f"{block}.") for block in info(gm).blocks)
-            return path if inside else None
+            return None if block_of(path, info(gm).blocks) is None else path
         queue.extend(user for user in node.users if user not in seen)
         seen.update(node.users)
     return None

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from transformers.pytorch_utils import Conv1D
 
+from fxquant.blocks import block_of
 from fxquant.graph import (
     LINEAR,
     GraphInfo,
@@ -21,6 +22,7 @@ from fxquant.graph import (
 )
 from fxquant.pipeline import Pass
 from fxquant.schemes import Role
+from fxquant.vocabulary import PRODUCTS, is_a, op_name
 
 _PRODUCTS = "products of activations (attention and rotary tables)"
 
@@ -77,7 +79,7 @@ def _role(path: str, module: nn.Module, facts: GraphInfo) -> Role | None:
         return "head"
     if path == facts.embeddings and isinstance(module, nn.Embedding):
         return "embeddings"
-    inside = any(path.startswith(f"{block}.") for block in facts.blocks)
+    inside = block_of(path, facts.blocks) is not None
     return "linear" if inside and isinstance(module, LINEAR) else None
 
 
@@ -117,12 +119,6 @@ def attention_left_in_float(gm: GraphModule) -> tuple[LeftInFloat, ...]:
 def _attention_products(gm: GraphModule) -> list[LeftInFloat]:
     products: dict[str, int] = {}
     for node in gm.graph.nodes:
-        if node.op in ("call_function", "call_method") and not tag(node).is_output:
-            name = _function_name(node)
-            if name in ("scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "einsum"):
-                products[name] = products.get(name, 0) + 1
+        if is_a(node, *PRODUCTS) and not tag(node).is_output:
+            products[op_name(node)] = products.get(op_name(node), 0) + 1
     return [LeftInFloat(f"{name} x{count}", _PRODUCTS) for name, count in products.items()]
-
-
-def _function_name(node: Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

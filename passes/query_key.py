@@ -7,9 +7,7 @@ from collections.abc import Iterator
 from torch.fx import GraphModule, Node
 
 from fxquant.graph import LINEAR
-from fxquant.scale_paths import SOFTMAX, op_name
-
-_PRODUCTS = frozenset(("matmul", "bmm", "baddbmm"))
+from fxquant.vocabulary import Kind, is_a
 
 
 def query_key_linears(gm: GraphModule) -> frozenset[str]:
@@ -23,24 +21,23 @@ def query_key_linears(gm: GraphModule) -> frozenset[str]:
 
 
 def _score_operands(gm: GraphModule, node: Node) -> Iterator[Node]:
-    name = op_name(node)
-    if name == "scaled_dot_product_attention":
+    if is_a(node, Kind.ATTENTION):
         operands = [*node.args[:2], node.kwargs.get("query"), node.kwargs.get("key")]
         yield from (operand for operand in operands if isinstance(operand, Node))
-    elif name in SOFTMAX:
-        for product in _nearest(gm, node, _PRODUCTS):
+    elif is_a(node, Kind.SOFTMAX):
+        for product in _nearest(gm, node, Kind.MATMUL):
             yield from product.all_input_nodes
 
 
-def _nearest(gm: GraphModule, node: Node, names: frozenset[str]) -> list[Node]:
-    """The first nodes of these names on every way back from ``node``, short of a linear."""
+def _nearest(gm: GraphModule, node: Node, kind: Kind) -> list[Node]:
+    """The first nodes of this kind on every way back from ``node``, short of a linear."""
     found, todo, seen = [], list(node.all_input_nodes), set()
     while todo:
         current = todo.pop()
         if current in seen or _is_linear(gm, current):
             continue
         seen.add(current)
-        if op_name(current) in names:
+        if is_a(current, kind):
             found.append(current)
         else:
             todo.extend(current.all_input_nodes)
@@ -56,7 +53,7 @@ def _linears_behind(gm: GraphModule, node: Node) -> Iterator[str]:
         seen.add(current)
         if _is_linear(gm, current):
             yield str(current.target)
-        elif op_name(current) not in ("size", "getattr"):
+        elif not is_a(current, Kind.SHAPE):
             todo.extend(current.all_input_nodes)
 
 

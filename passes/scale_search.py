@@ -18,11 +18,9 @@ from fxquant.graph import device_of, info, linear_parameters, linear_sites, sour
 from fxquant.observers import HistogramObserver, attended
 from fxquant.passes.static_input import static_quantizer
 from fxquant.quantizer import Quantizer
-from fxquant.scale_paths import op_name
 from fxquant.schemes import Scheme
 from fxquant.specs import ActivationSpec
-
-_SHAPE = frozenset(("size", "getattr", "dim"))
+from fxquant.vocabulary import Kind, is_a
 
 
 def join_of(gm: GraphModule, group: ScaleGroup) -> Node:
@@ -47,7 +45,7 @@ def join_of(gm: GraphModule, group: ScaleGroup) -> Node:
 
 def _carried_on(node: Node) -> Node:
     while not tag(node).is_output:
-        users = [user for user in node.users if op_name(user) not in _SHAPE]
+        users = [user for user in node.users if not is_a(user, Kind.SHAPE)]
         if len(users) != 1 or users[0].op == "output":
             break
         node = users[0]

@@ -45,6 +45,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "size",
         "repair",
         "certificate",
+        "blocks",
+        "vocabulary",
     ),
     ("sequential", "weights", "scale_paths", "hadamard", "residual"),
     ("channels",),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxquant.analysis.parts import CAUSES, Cause, Parts, with_parts
+from fxquant.blocks import block_of
 from fxquant.errors import SchemeError
 from fxquant.graph import LINEAR, Site, info, linear_parameters, site_outputs, source_of
 from fxquant.observers import HistogramObserver
@@ -261,7 +262,7 @@ def places(gm: GraphModule, sites: Sequence[SimulatedSite]) -> dict[str, Place]:
     groups: dict[tuple[str, Node], list[str]] = {}
     found: dict[str, Place] = {}
     for each in sites:
-        block = next((b for b in blocks if each.path.startswith(f"{b}.")), None)
+        block = block_of(each.path, blocks)
         if block is None:
             found[each.path] = Place(None, each.site.role)
         else:
