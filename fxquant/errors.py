@@ -9,6 +9,10 @@ class SchemeError(FxquantError, ValueError):
     """A scheme's text or a combination of its parts is not valid."""
 
 
+class NoEffectError(SchemeError):
+    """A repair that the scheme names changes nothing in this model; the message says why."""
+
+
 class ModelError(FxquantError, ValueError):
     """The model is not one that can be traced or quantized."""
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from fxquant.context import Context
 from fxquant.errors import VerificationError
 from fxquant.gemm import MAX_LENGTH, certified_chunk, reduced_precision
 from fxquant.graph import Builder, Level, Site, arguments, get_tensor, is_op, site_outputs
@@ -40,7 +41,7 @@ class Integerize(Pass):
         reduced = reduced_precision("cpu") or reduced_precision("cuda")
         return super().tolerance(torch.bfloat16 if reduced else dtype)
 
-    def rewrite(self, gm: GraphModule) -> GraphModule:
+    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
         for site, node in list(site_outputs(gm)):
             if integerize_product(gm, site, node):
                 continue

@@ -8,6 +8,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from transformers.pytorch_utils import Conv1D
 
+from fxquant.context import Context
 from fxquant.graph import (
     LINEAR,
     GraphInfo,
@@ -21,8 +22,6 @@ from fxquant.graph import (
 )
 from fxquant.pipeline import Pass
 from fxquant.schemes import Role
-
-_PRODUCTS = "products of activations (attention and rotary tables)"
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class NameSites(Pass):
     requires = (Level.FLOAT,)
     effect = "exact"
 
-    def rewrite(self, gm: GraphModule) -> GraphModule:
+    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
         facts = info(gm)
         sites: list[Site] = []
         left: list[LeftInFloat] = []
@@ -61,7 +60,7 @@ class NameSites(Pass):
             sites.append(Site(path, role, weight_shape(module), has_bias))
             set_tag(node, replace(tag(node), site=path, is_output=True))
         left.extend(_functional_weights(gm))
-        left.extend(_attention_products(gm))
+        left.extend(products_in_float(gm))
         update_info(gm, sites=tuple(sites), left_in_float=tuple(left))
         return gm
 
@@ -108,20 +107,22 @@ def _functional_weights(gm: GraphModule) -> list[LeftInFloat]:
     ]
 
 
-def attention_left_in_float(gm: GraphModule) -> tuple[LeftInFloat, ...]:
-    """The graph's list, its products of activations counted anew after some became sites."""
-    others = (entry for entry in info(gm).left_in_float if entry.reason != _PRODUCTS)
-    return (*others, *_attention_products(gm))
+def recount_products(gm: GraphModule, before: list[LeftInFloat]) -> None:
+    """Put the products that are in float now in place of those that were ``before``."""
+    others = (entry for entry in info(gm).left_in_float if entry not in before)
+    update_info(gm, left_in_float=(*others, *products_in_float(gm)))
 
 
-def _attention_products(gm: GraphModule) -> list[LeftInFloat]:
+def products_in_float(gm: GraphModule) -> list[LeftInFloat]:
+    """The products of activations that are no sites, counted by operator."""
     products: dict[str, int] = {}
     for node in gm.graph.nodes:
         if node.op in ("call_function", "call_method") and not tag(node).is_output:
             name = _function_name(node)
             if name in ("scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "einsum"):
                 products[name] = products.get(name, 0) + 1
-    return [LeftInFloat(f"{name} x{count}", _PRODUCTS) for name, count in products.items()]
+    reason = "products of activations (attention and rotary tables)"
+    return [LeftInFloat(f"{name} x{count}", reason) for name, count in products.items()]
 
 
 def _function_name(node: Node) -> str:

@@ -13,12 +13,13 @@ from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
 import fxquant
+from fxquant.context import Context
 from fxquant.errors import (
     CalibrationError,
     DataError,
+    NoEffectError,
     NonFiniteError,
     SchemeError,
-    VerificationError,
 )
 from fxquant.evaluation.data import cut_windows, load_text
 from fxquant.graph import CodedLinear, info, site_outputs, source_of
@@ -103,7 +104,7 @@ def test_hessians_are_of_what_quantized_earlier_layers_produce() -> None:
             return super().solve(weight, hessian, layers)
 
     data = batches()
-    coded = Pipeline((NameSites(), Watching(scheme=scheme, batches=data))).run(fxquant.trace(model))
+    coded = Pipeline((NameSites(), Watching()), Context(scheme, data)).run(fxquant.trace(model))
     plain = NameSites()(fxquant.trace(model))
     sites = list(site_outputs(coded))
     assert seen.keys() == {site.path for site, _ in sites if site.role == "linear"}
@@ -197,8 +198,8 @@ def test_an_interrupted_run_resumes_block_by_block(tmp_path: Path) -> None:
             return super().solve(weight, hessian, layers)
 
     def run(cache: Path | None) -> GraphModule:
-        repair = Failing(scheme=Scheme.parse("w4-asym"), batches=batches(), cache=cache)
-        return Pipeline((NameSites(), repair)).run(fxquant.trace(llama()))
+        context = Context(Scheme.parse("w4-asym"), batches(), cache=cache)
+        return Pipeline((NameSites(), Failing()), context).run(fxquant.trace(llama()))
 
     stop = "model.layers.1.mlp"
     with pytest.raises(KeyboardInterrupt):
@@ -219,8 +220,8 @@ def test_an_interrupted_run_resumes_block_by_block(tmp_path: Path) -> None:
     assert not solved
     # Another option, other data or other weights are another run.
     assert len(list(tmp_path.iterdir())) == 1
-    other = Gptq(scheme=Scheme.parse("w4"), batches=batches(), cache=tmp_path)
-    Pipeline((NameSites(), other)).run(fxquant.trace(llama()))
+    other = Context(Scheme.parse("w4"), batches(), cache=tmp_path)
+    Pipeline((NameSites(), Gptq()), other).run(fxquant.trace(llama()))
     assert len(list(tmp_path.iterdir())) == 2
     for file in tmp_path.rglob("*.safetensors"):
         file.write_bytes(b"broken")
@@ -250,7 +251,7 @@ def test_bad_options_and_missing_calibration_say_so() -> None:
     with pytest.raises(CalibrationError, match="gptq needs calibration"):
         fxquant.convert(model, "w4+gptq")
     for scheme, said in [
-        ("w4+gptq(order=act)", "order must be none or static"),
+        ("w4+gptq(order=act)", "order must be none or static, got 'act'"),
         ("w4+gptq(damping=2)", "damping"),
         ("w4+gptq(within=row)", "within"),
         ("w4+refine(steps=0)", "steps"),
@@ -306,9 +307,9 @@ def test_a_repair_without_effect_fails() -> None:
                 zero_points=torch.cat([one.zero_points for one in found]),
             )
 
-    repair = Idle(scheme=Scheme.parse("w8"), batches=batches())
-    with pytest.raises(VerificationError, match="no effect"):
-        Pipeline((NameSites(), repair)).run(fxquant.trace(opt()))
+    context = Context(Scheme.parse("w8"), batches())
+    with pytest.raises(NoEffectError, match=r"refine had no effect: .*no code differs"):
+        Pipeline((NameSites(), Idle()), context).run(fxquant.trace(opt()))
 
 
 def test_half_precision_models_keep_their_dtype() -> None:

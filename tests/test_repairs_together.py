@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import fxquant
+from fxquant.context import Context
 from fxquant.graph import CodedLinear, clone_sharing_storage, info, linear_parameters
 from fxquant.passes import DecomposeAttention, Gptq, NameSites
 from fxquant.passes.query_key import query_key_linears
-from fxquant.pipeline import Pipeline
 from fxquant.repairs import REPAIRS
 from fxquant.schemes import Scheme
 from tests.architectures import ARCHITECTURES, token_ids
@@ -62,10 +62,10 @@ def test_queries_and_keys_are_found_in_written_out_attention(name: str) -> None:
 
 @pytest.mark.parametrize("spec", ["w4", "w3-g8-asym"])
 def test_gptq_on_the_min_max_grid(spec: str) -> None:
-    scheme = Scheme.parse(spec)
     gm = NameSites()(fxquant.trace(ARCHITECTURES["llama"]()))
-    chosen = Gptq(grid="minmax", scheme=scheme, batches=BATCHES)(gm)
-    searched = Gptq(scheme=scheme, batches=BATCHES)(gm)
+    context = Context(Scheme.parse(spec), BATCHES)
+    chosen = Gptq(grid="minmax")(gm, context)
+    searched = Gptq()(gm, context)
     differing = 0
     for site in info(gm).sites:
         module = chosen.get_submodule(site.path)
@@ -87,10 +87,10 @@ def test_an_unknown_grid_is_refused() -> None:
 
 def test_gptq_resumes_with_the_codes_it_kept(tmp_path: Path) -> None:
     gm = NameSites()(fxquant.trace(ARCHITECTURES["opt"]()))
-    repair = Gptq(scheme=Scheme.parse("w4"), batches=BATCHES, cache=tmp_path)
-    first = Pipeline((repair,)).run(clone_sharing_storage(gm))
+    context = Context(Scheme.parse("w4"), BATCHES, cache=tmp_path)
+    first = Gptq()(clone_sharing_storage(gm), context)
     assert list(tmp_path.rglob("*.safetensors"))
-    again = Pipeline((repair,)).run(gm)
+    again = Gptq()(gm, context)
     for site in info(gm).sites:
         before, after = first.get_submodule(site.path), again.get_submodule(site.path)
         if isinstance(before, CodedLinear) and isinstance(after, CodedLinear):
