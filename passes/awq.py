@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ from fxquant.graph import (
 )
 from fxquant.options import Count
 from fxquant.outcome import Blocked, Changed, Outcome
-from fxquant.passes.clip_search import GroupGram, clipped_codes
+from fxquant.passes.clip_search import clipped_codes
+from fxquant.passes.hessians import Gram
 from fxquant.passes.quantize import quantize_weight
 from fxquant.passes.query_key import query_key_linears
 from fxquant.passes.scale_search import ScaleSearch
@@ -119,29 +121,26 @@ class Awq(Repair):
                 if (spec := _spec(context.scheme, site)) is not None and site.path not in skipped
             ]
             grams = {
-                (source_of(node), spec.group_size): GroupGram(site.path, spec.group_size)
+                (source_of(node), spec.group_size): Gram(
+                    source_of(node), site.path, spec.group_size
+                )
                 for site, node, spec in linears
             }
-
-            def on_value(
-                node: Node,
-                value: Tensor,
-                mask: Tensor,
-                grams: dict[tuple[Node, int | None], GroupGram] = grams,
-            ) -> Tensor:
-                for (source, _), gram in grams.items():
-                    if node is source:
-                        gram(value, mask)
-                return value
-
+            on_value = partial(_show, tuple(grams.values()))
             if segment.end is not None:
                 run.advance(segment.end, on_value)
             elif linears:  # what lies behind the last linear, a head say, is not asked for
                 run.visit(linears[-1][1], on_value)
             for site, node, spec in linears:
-                gram = grams[source_of(node), spec.group_size].gram
+                gram = grams[source_of(node), spec.group_size].sums()
                 changed = _clip(gm, site, spec, gram)
                 yield site.path, Changed() if changed else Blocked("no narrower range is better")
+
+
+def _show(grams: tuple[Gram, ...], node: Node, value: Tensor, mask: Tensor) -> Tensor:
+    for gram in grams:
+        gram(node, value, mask)
+    return value
 
 
 def _spec(scheme: Scheme, site: Site) -> TensorSpec | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fxquant.quantization import choose_qparams, dequantize, encode
+from fxquant.quantization import choose_qparams, dequantize, encode, split_groups
 from fxquant.specs import ActivationSpec, TensorSpec
 
 
@@ -25,11 +25,9 @@ def fake_weight(weight: Tensor, spec: TensorSpec) -> Tensor:
     if spec.group_size is None:
         return _on_grid(weight, scale, zero_point, qmin, qmax)
     # Broadcast over groups rather than spread per column: searches do this again and again.
-    length, groups = weight.shape[-1], scale.shape[-1]
-    padded = nn.functional.pad(weight, (0, groups * spec.group_size - length))
-    grouped = padded.unflatten(-1, (groups, spec.group_size))
+    grouped = split_groups(weight, spec.group_size)
     rounded = _on_grid(grouped, scale[..., None], zero_point[..., None], qmin, qmax)
-    return rounded.flatten(-2).narrow(-1, 0, length)
+    return rounded.flatten(-2).narrow(-1, 0, weight.shape[-1])
 
 
 def _on_grid(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:

@@ -16,7 +16,7 @@ from fxquant.levels import OPS
 from fxquant.operators import unpack_int4
 from fxquant.passes.attention_products import integerize_product
 from fxquant.pipeline import Pass
-from fxquant.quantization import expand_groups, group_count
+from fxquant.quantization import expand_groups, split_groups
 
 
 @dataclass(frozen=True)
@@ -148,9 +148,7 @@ def _weight_sum(gm: GraphModule, builder: Builder, p: Pattern, codes: Tensor) ->
         shift = get_tensor(gm, p.weight_zero_point)
         centred = centred - expand_groups(shift, length, p.group_size or None)
     if p.group_size:
-        padding = group_count(length, p.group_size) * p.group_size - length
-        grouped = nn.functional.pad(centred, (0, padding)).unflatten(1, (-1, p.group_size))
-        sums = grouped.sum(-1, dtype=torch.int32)
+        sums = split_groups(centred, p.group_size).sum(-1, dtype=torch.int32)
     else:
         sums = centred.sum(-1, dtype=torch.int32)
     gm.get_submodule(builder.site).register_buffer("weight_sum", sums)

@@ -31,7 +31,7 @@ from fxquant.outcome import Blocked, Changed, Outcome
 from fxquant.passes.block_store import BlockStore
 from fxquant.passes.coordinate_descent import energy
 from fxquant.passes.fake_quantize import fake_activation
-from fxquant.passes.hessians import Hessian
+from fxquant.passes.hessians import Gram
 from fxquant.passes.quantize import quantize_weight, site_codes
 from fxquant.passes.weight_codes import WeightCodes
 from fxquant.repair import Repair
@@ -171,7 +171,7 @@ class Layerwise(Repair):
 
     def _means(self, run: SequentialRun, groups: list[SharedInput]) -> Iterator[Tensor]:
         """Each group's Hessian, when the codes of the groups before it are installed."""
-        hessians = [Hessian(group.source, group.layers[0].path) for group in groups]
+        hessians = [Gram(group.source, group.layers[0].path) for group in groups]
         if self.within == "block" and groups:
             _see_block(run, groups[-1].reader, hessians)
         for group in groups:
@@ -233,7 +233,7 @@ def _note(layer: Layer, codes: WeightCodes, hessian: Tensor) -> str:
     return f"layer error {old:.3g} -> {new:.3g} {where}{codes.note}"
 
 
-def _see_block(run: SequentialRun, until: Node, hessians: list[Hessian]) -> None:
+def _see_block(run: SequentialRun, until: Node, hessians: list[Gram]) -> None:
     for_source = {hessian.source: hessian for hessian in hessians}
     run.visit(
         until,

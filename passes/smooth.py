@@ -84,10 +84,8 @@ class Smooth(Repair):
             search = ScaleSearch(gm, context.scheme, context.batches, tokens=self.tokens)
         inserted: list[tuple[ScaleGroup, Tensor]] = []
         for group in chosen:
-            seen = group.gather(
-                [observers[source_of(c.node)].max_abs for c in group.consumers], "amax"
-            )
-            scale, note = self._scale(gm, group, seen, search)
+            inputs = [observers[source_of(c.node)].max_abs for c in group.consumers]
+            scale, note = self._scale(gm, group, inputs, search)
             if bool((scale == 1).all()):
                 yield from _at(group, Blocked(note or "not smoothed: every scale is 1"))
                 continue
@@ -112,18 +110,22 @@ class Smooth(Repair):
         return Blocked(f"not smoothed: fed by the rows of {path}, which where=all smooths")
 
     def _scale(
-        self, gm: GraphModule, group: ScaleGroup, seen: Tensor, search: ScaleSearch | None
+        self,
+        gm: GraphModule,
+        group: ScaleGroup,
+        inputs: list[Tensor],
+        search: ScaleSearch | None,
     ) -> tuple[Tensor, str]:
         """The group's scale, and what is to be said about it."""
-        weights = weight_maxima(gm, group).to(seen.device)
         if search is None:
             assert not isinstance(self.alpha, str)
-            return smoothing_scales(seen, weights, self.alpha), ""
-        candidates = [smoothing_scales(seen, weights, alpha) for alpha in _ALPHAS]
-        errors = search.errors(group, search.enter(group), [torch.ones_like(seen), *candidates])
+            return group_scale(gm, group, inputs, self.alpha), ""
+        candidates = [group_scale(gm, group, inputs, alpha) for alpha in _ALPHAS]
+        none = torch.ones_like(candidates[0])
+        errors = search.errors(group, search.enter(group), [none, *candidates])
         best = errors.index(min(errors))
         if best == 0:
-            return torch.ones_like(seen), "no smoothing"
+            return none, "no smoothing"
         return candidates[best - 1], f"alpha {_ALPHAS[best - 1]}"
 
 
@@ -140,6 +142,15 @@ def smoothing_scales(activations: Tensor, weights: Tensor, alpha: float) -> Tens
     """``max|x|^alpha / max|w|^(1 - alpha)``, float32 [channels]; 1 where an activation is 0."""
     scale = activations.float() ** alpha / weights.float().clamp(min=SMALLEST) ** (1 - alpha)
     return torch.where(activations == 0, 1.0, scale.clamp(min=SMALLEST))
+
+
+def group_scale(gm: GraphModule, group: ScaleGroup, inputs: list[Tensor], alpha: float) -> Tensor:
+    """The scale that all of the group share: float32 [channels]; see ``smoothing_scales``.
+
+    ``inputs``: max|x| of each consumer's input columns, [K] each.
+    """
+    seen = group.gather(inputs, "amax")
+    return smoothing_scales(seen, weight_maxima(gm, group).to(seen.device), alpha)
 
 
 def weight_maxima(gm: GraphModule, group: ScaleGroup) -> Tensor:

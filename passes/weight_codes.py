@@ -14,7 +14,7 @@ from fxquant.quantization import (
     calc_qparams_symmetric,
     dequantize,
     encode,
-    group_count,
+    split_groups,
 )
 from fxquant.specs import TensorSpec
 
@@ -84,20 +84,16 @@ def search_scales(weight: Tensor, spec: TensorSpec, importance: Tensor) -> tuple
     if spec.granularity == "token":
         raise SchemeError("a weight is per tensor, channel or group, not per token")
     rows, columns = weight.shape
-    size = columns if spec.group_size is None else spec.group_size
-    groups = group_count(columns, size)
-    padding = groups * size - columns
-    weights = torch.nn.functional.pad(weight.to(torch.float32), (0, padding))
-    factors = torch.nn.functional.pad(importance.to(torch.float32), (0, padding))
+    weights = split_groups(weight.to(torch.float32), spec.group_size)
+    factors = split_groups(importance.to(torch.float32), spec.group_size)
     # Only ratios count; extreme ones would lose the small terms in fp32.
-    factors = (factors / factors.max().clamp(min=torch.finfo(torch.float32).tiny)).view(-1, size)
+    factors = factors / factors.max().clamp(min=torch.finfo(torch.float32).tiny)
     if spec.granularity == "tensor":
         factors = factors.expand(rows, -1).reshape(1, 1, -1)
         scale, zero_point = _search(weights.reshape(1, 1, -1), factors, spec)
         return scale.view(()), zero_point.view(())
     step = max(1, _CHUNK_ELEMENTS // max(1, columns))
-    chunks = weights.view(rows, groups, size).split(step)
-    found = [_search(chunk, factors, spec) for chunk in chunks]
+    found = [_search(chunk, factors, spec) for chunk in weights.split(step)]
     return torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found])
 
 

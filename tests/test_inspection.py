@@ -23,7 +23,6 @@ from fxquant.graph import Level, QuantizedParameters, SiteRecord, info
 from fxquant.inspection import Inspection
 from fxquant.passes import Calibrate, Integerize, NameSites, Observe, Quantize
 from fxquant.pipeline import Pass, Pipeline
-from fxquant.quantization import sqnr_db
 from fxquant.records import NodeText
 from fxquant.schemes import Scheme
 from fxquant.shapes import propagate
@@ -31,6 +30,7 @@ from fxquant.snapshot import describe
 from tests.architectures import ARCHITECTURES, llama, opt, token_ids
 from tests.conftest import GOLDEN, Golden, check_goldens
 from tests.masking import masked
+from tests.reference import sqnr_db
 
 CALIBRATION = [token_ids(2, 9, seed=seed) for seed in range(3)]
 BUILD = {

@@ -24,7 +24,7 @@ from fxquant.errors import (
 from fxquant.evaluation.data import cut_windows, load_text
 from fxquant.graph import CodedLinear, info, site_outputs, source_of
 from fxquant.passes import Gptq, NameSites, Refine
-from fxquant.passes.hessians import Hessian
+from fxquant.passes.hessians import Gram
 from fxquant.pipeline import Pipeline
 from fxquant.schemes import Scheme
 from fxquant.sequential import SequentialRun
@@ -112,7 +112,7 @@ def test_hessians_are_of_what_quantized_earlier_layers_produce() -> None:
         if site.role != "linear":
             continue
         run = SequentialRun(plain, data, label="test")
-        hessian = Hessian(source_of(twin), site.path)
+        hessian = Gram(source_of(twin), site.path)
         run.visit(twin, hessian)
         x = hessian.mean()
         assert torch.allclose(seen[site.path], x, rtol=1e-3, atol=1e-4 * float(x.max())), site.path
@@ -136,7 +136,7 @@ def _install_dequantized(plain: GraphModule, coded: GraphModule, path: str) -> N
 @torch.no_grad()
 def test_a_hessian_is_the_mean_over_attended_rows() -> None:
     node = next(iter(fxquant.trace(opt()).graph.nodes))
-    hessian = Hessian(node, "site")
+    hessian = Gram(node, "site")
     x = torch.randn(3, 7, 800, generator=torch.Generator().manual_seed(0))
     mask = padding_mask(3, 7, "left")
     hessian(node, x, mask)
@@ -144,12 +144,12 @@ def test_a_hessian_is_the_mean_over_attended_rows() -> None:
     rows = torch.cat([x[mask.bool()], 2 * x[0]]).double()
     assert torch.allclose(hessian.mean().double(), rows.T @ rows / len(rows), atol=1e-5)
     with pytest.raises(CalibrationError, match="site: calibration saw no token"):
-        Hessian(node, "site").mean()
-    bad = Hessian(node, "site")
+        Gram(node, "site").mean()
+    bad = Gram(node, "site")
     bad.add(torch.full((2, 3), torch.inf))
     with pytest.raises(NonFiniteError, match="site: its input holds NaN"):
         bad.mean()
-    dead = Hessian(node, "site")
+    dead = Gram(node, "site")
     dead.add(torch.zeros(2, 3))
     with pytest.raises(CalibrationError, match="site: all its calibration inputs are 0"):
         dead.mean()

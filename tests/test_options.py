@@ -120,7 +120,7 @@ def test_text_and_python_give_the_same_error_before_any_work(
 
     scheme = f"w4a8-dynamic+{text}"
     with pytest.raises(SchemeError) as from_text:
-        fxquant.convert(model, scheme, calibration=[token_ids(1, 5)])  # type: ignore[arg-type]
+        fxquant.convert(model, scheme, calibration=[token_ids(1, 5)])
     with pytest.raises(SchemeError) as from_python:
         kind(**options)
     assert str(from_text.value) == str(from_python.value)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 
 import fxquant
 from fxquant.context import Context
+from fxquant.errors import FxquantError
 from fxquant.graph import CodedLinear, clone_sharing_storage, info, linear_parameters
 from fxquant.passes import DecomposeAttention, Gptq, NameSites
 from fxquant.passes.query_key import query_key_linears
@@ -120,3 +124,50 @@ def test_an_iterator_goes_as_far_as_it_is_read_once(scheme: str, readings: int) 
 def test_every_repair_has_a_name_that_a_scheme_can_spell() -> None:
     for name in REPAIRS:
         assert Scheme.parse(str(Scheme.parse(f"w8+{name}"))).repairs == ((name, ()),)
+
+
+OPTIONS = {"split_outliers": "split_outliers(threshold=2.5)"}
+SCHEMES = {
+    "opt": "w4a8-static",
+    "llama": "w4-g12-asym/a8-dynamic-token",
+    "gpt2": '{"scheme": "w4-tensor/a8-static-asym:mse", "overrides": {"head": "w8"}}',
+}
+PAIRS = list(itertools.product(REPAIRS, REPAIRS))
+# Every repair once in front of its neighbour in the table, and once behind it.
+NEIGHBOURS = [
+    pair
+    for first, second in itertools.pairwise([*REPAIRS, next(iter(REPAIRS))])
+    for pair in ((first, second), (second, first))
+]
+
+
+@functools.cache
+def traced(name: str) -> torch.fx.GraphModule:
+    return fxquant.trace(ARCHITECTURES[name]())
+
+
+def check_pair(name: str, first: str, second: str) -> None:
+    """The two convert, or are refused for a reason that one of them gives; nothing else."""
+    repairs = "".join(f"+{OPTIONS.get(each, each)}" for each in (first, second))
+    scheme = Scheme.parse(SCHEMES[name])
+    both = replace(scheme, repairs=Scheme.parse(f"w8{repairs}").repairs)
+    try:
+        quantized = fxquant.convert(traced(name), both, calibration=BATCHES)
+    except FxquantError as error:
+        assert str(error).startswith((first, second)), error
+        return
+    ran = [record.name for record in info(quantized).history]
+    assert ran.index(first) <= len(ran) - 1 - ran[::-1].index(second)
+    assert bool(quantized(input_ids=BATCHES[0]).isfinite().all())
+
+
+@pytest.mark.parametrize(("first", "second"), NEIGHBOURS)
+def test_neighbouring_repairs_convert_or_say_why(first: str, second: str) -> None:
+    check_pair("opt", first, second)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCHEMES)
+def test_all_pairs_of_repairs_convert_or_say_why(name: str) -> None:
+    for first, second in PAIRS:
+        check_pair(name, first, second)

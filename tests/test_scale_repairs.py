@@ -23,9 +23,10 @@ from fxquant.graph import CodedLinear, Note, info, linear_parameters, site_outpu
 from fxquant.observers import attended
 from fxquant.passes import NameSites
 from fxquant.passes.awq import awq_scales
-from fxquant.passes.clip_search import SHRINKS, GroupGram, clipped_codes, split_groups
+from fxquant.passes.clip_search import SHRINKS, clipped_codes
 from fxquant.passes.equalize import equalizing_scales
 from fxquant.passes.fake_quantize import fake_weight
+from fxquant.passes.hessians import Gram
 from fxquant.passes.quantize import decode_weight, quantize_weight
 from fxquant.passes.query_key import query_key_linears
 from fxquant.passes.scale_search import ScaleSearch
@@ -178,10 +179,10 @@ def test_clipping_takes_the_share_with_the_least_output_error() -> None:
     w = torch.randn(6, 20, generator=generator) ** 3
     x = torch.randn(50, 20, generator=generator) * torch.exp(torch.randn(20, generator=generator))
     spec = TensorSpec(3, symmetric=False, granularity="group", group_size=8)
-    observer = GroupGram("test", 8)
-    observer(x[:30, None], torch.ones(30, 1))
-    observer(x[30:, None], torch.ones(20, 1))
-    got = clipped_codes(w, spec, observer.gram).dequantize().double()
+    gram = Gram(next(iter(traced("opt").graph.nodes)), "test", 8)
+    gram.add(x[:30])
+    gram.add(x[30:])
+    got = clipped_codes(w, spec, gram.sums()).dequantize().double()
     clipped = 0
     for row in range(6):
         for start in (0, 8, 16):
@@ -210,10 +211,7 @@ def test_clipping_of_rows_and_whole_tensors(granularity: str) -> None:
     w = torch.randn(5, 12, generator=generator) ** 3
     x = torch.randn(40, 12, generator=generator)
     spec = TensorSpec(3, granularity=granularity)  # type: ignore[arg-type]
-    gram = (split_groups(x, None).transpose(0, 1).transpose(1, 2)) @ split_groups(
-        x, None
-    ).transpose(0, 1)
-    codes = clipped_codes(w, spec, gram)
+    codes = clipped_codes(w, spec, (x.t() @ x)[None])
     assert codes.scales.shape == (() if granularity == "tensor" else (5, 1))
     largest = w.abs().max() if granularity == "tensor" else w.abs().amax(1, keepdim=True)
     shares = (codes.scales * 3 / largest).flatten()
