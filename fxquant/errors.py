@@ -9,6 +9,10 @@ class SchemeError(FxquantError, ValueError):
     """A scheme's text or a combination of its parts is not valid."""
 
 
+class SpellingError(SchemeError):
+    """A scheme's text is not understood; the message points at the place."""
+
+
 class NoEffectError(SchemeError):
     """A repair that the scheme names changes nothing in this model; the message says why."""
 
