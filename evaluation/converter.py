@@ -17,8 +17,6 @@ from fxquant.evaluation.perplexity import evaluate
 from fxquant.evaluation.results import Row
 from fxquant.evaluation.statistics import Difference, WindowSums, paired_difference
 from fxquant.graph import GraphInfo, info
-from fxquant.passes import Integerize, Quantize
-from fxquant.pipeline import Pipeline
 from fxquant.repairs import can_resume
 from fxquant.schemes import Scheme
 from fxquant.size import bits_per_weight
@@ -106,7 +104,7 @@ class Converter:
                 level="observed",
                 progress=True,
             )
-        return Pipeline((Quantize(scheme), Integerize())).run(self.observed[static])
+        return conversion.recipe(scheme, start="observed").run(self.observed[static])
 
 
 def static_sites(facts: GraphInfo, scheme: Scheme) -> frozenset[str]:

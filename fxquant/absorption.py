@@ -14,7 +14,8 @@ from torch.fx import GraphModule, Node
 
 from fxquant.channels import channel_numbers, columns_of, leak
 from fxquant.graph import Site, linear_sites, source_of
-from fxquant.scale_paths import Blocked, Producer, ScalePath, find_path
+from fxquant.outcome import Blocked
+from fxquant.scale_paths import Producer, ScalePath, find_path
 from fxquant.vocabulary import op_name
 
 
@@ -126,16 +127,20 @@ def _obstacle(
     for path in paths:
         for node, carrier in path.through.items():
             if any(other in nodes and other is not carrier for other in node.all_input_nodes):
-                return Blocked(node, f"{producer.path} is multiplied by itself in {op_name(node)}")
+                return Blocked(
+                    f"{producer.path} is multiplied by itself in {op_name(node)}", (node,)
+                )
     used = []
     for (site, node), column in zip(members, columns, strict=True):
         if column is None:
-            return Blocked(node, f"{site.path} reads channels that change with the position")
+            return Blocked(f"{site.path} reads channels that change with the position", (node,))
         used.append(column)
     stranger = leak(nodes, frozenset(node for _, node in members), numbers, torch.cat(used))
     if stranger is not None:
         what = op_name(stranger) or str(stranger.target)
-        return Blocked(stranger, f"{producer.path}, where its input comes from, also feeds {what}")
+        return Blocked(
+            f"{producer.path}, where its input comes from, also feeds {what}", (stranger,)
+        )
     return None
 
 

@@ -10,11 +10,13 @@ from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
 from fxquant.batches import Batch, Batches
+from fxquant.context import Context
 from fxquant.errors import CalibrationError, SchemeError
 from fxquant.graph import Level
 from fxquant.passes import Calibrate, Fp32Gemm, Integerize, NameSites, Observe, Quantize
 from fxquant.pipeline import AfterPass, Pass, Pipeline
-from fxquant.repairs import check_repairs, resolve_repairs
+from fxquant.repair import Repair
+from fxquant.repairs import check_cache, check_calibration, resolve_repairs
 from fxquant.schemes import Scheme, as_scheme
 from fxquant.tracing import trace
 
@@ -25,62 +27,72 @@ def recipe(
     scheme: str | Scheme,
     *,
     calibration: Batches | None = None,
+    start: str = "float",
     level: str = "integer",
     progress: bool = False,
     after_pass: AfterPass | None = None,
     cache: Path | None = None,
 ) -> Pipeline:
-    """The passes that lower a float graph to ``level`` under ``scheme``.
+    """The passes that take a graph from ``start`` to ``level`` under ``scheme``.
 
-    Raises SchemeError (unknown scheme, pass or level, a cache that nothing uses) and
+    ``start`` "float" is a graph as ``trace`` makes it. A recipe that stops at a level and one that
+    starts there are, one behind the other, the whole recipe: what the scheme does to the float
+    function is done at level observed.
+
+    Raises SchemeError (unknown scheme, pass, option or level, a cache that nothing uses) and
     CalibrationError (static ranges without calibration data) before any work is done.
     """
     scheme = as_scheme(scheme)
-    check_repairs(scheme, calibration, cache)
-    if level == "kernels":
-        raise SchemeError(
-            "level 'kernels' (packed or fused kernels) does not exist yet: use level='integer', "
-            "whose results are exact"
-        )
-    if level not in LEVELS:
-        raise SchemeError(f"unknown level {level!r}: known are {', '.join(LEVELS)}")
-    if scheme.needs_calibration and level != "float" and calibration is None:
-        raise CalibrationError(
-            f"scheme {scheme} has static activation ranges and needs calibration data: pass "
-            "calibration=batches (LongTensors [batch, length]), or take a dynamic scheme such as "
-            "w8a8-dynamic"
-        )
-    return Pipeline(_passes(scheme, calibration, level, progress, cache), after_pass)
-
-
-def _passes(
-    scheme: Scheme,
-    calibration: Batches | None,
-    level: str,
-    progress: bool,
-    cache: Path | None,
-) -> tuple[Pass, ...]:
+    stages = _stages(scheme, level)
+    check_cache(scheme, cache)
+    passes = [step for each in _levels(start, level) for step in stages[each]]
+    repairs = [step for step in passes if isinstance(step, Repair)]
+    calibrates = any(isinstance(step, Calibrate) for step in passes)
+    check_calibration(scheme, repairs, calibration, calibrates)
     if calibration is not None:
         calibration = _started(calibration)
-    repairs = resolve_repairs(scheme, calibration, progress, cache)
-    passes: list[Pass] = [NameSites(), *(r for r in repairs if not r.after_calibration)]
-    if level == Level.FLOAT:
-        return tuple(passes)
-    late = [repair for repair in repairs if repair.after_calibration]
+    context = Context(scheme, calibration, progress, cache)
+    return Pipeline(tuple(passes), context, after_pass)
+
+
+def _levels(start: str, level: str) -> list[Level]:
+    """The levels whose passes run: those behind ``start``, up to ``level``."""
+    for name in (start, level):
+        if name == "kernels":
+            raise SchemeError(
+                "level 'kernels' (packed or fused kernels) does not exist yet: use "
+                "level='integer', whose results are exact"
+            )
+        if name not in LEVELS:
+            raise SchemeError(f"unknown level {name!r}: known are {', '.join(LEVELS)}")
+    first, last = LEVELS.index(start), LEVELS.index(level)
+    if first > last:
+        raise SchemeError(f"no pass leads from level {start} back to level {level}")
+    # A graph as trace makes it stands before the passes of level float.
+    return list(Level)[first + 1 if first else 0 : last + 1]
+
+
+def _stages(scheme: Scheme, level: str) -> dict[Level, tuple[Pass, ...]]:
+    """The passes that lead to each level from the one before."""
+    repairs = resolve_repairs(scheme)
+    early = tuple(repair for repair in repairs if not repair.after_calibration)
+    late = tuple(repair for repair in repairs if repair.after_calibration)
+    stages: dict[Level, tuple[Pass, ...]] = {
+        Level.FLOAT: (NameSites(), *early),
+        Level.OBSERVED: late,
+        Level.QDQ: (),
+        Level.INTEGER: (),
+    }
     if scheme.fp32_gemm:
-        return (*passes, *late, Fp32Gemm())
-    if not any(spec.weight for spec in scheme.specs):
-        return (*passes, *late)
-    if scheme.needs_calibration or level == Level.OBSERVED:
-        passes.append(Observe(scheme))
-    if scheme.needs_calibration and calibration is not None:
-        passes.append(Calibrate(calibration, progress))
-    if level != Level.OBSERVED:
-        passes.extend(late)
-        passes.append(Quantize(scheme))
-    if level == Level.INTEGER:
-        passes.append(Integerize())
-    return tuple(passes)
+        stages[Level.OBSERVED] = (*late, Fp32Gemm())
+    elif any(spec.weight for spec in scheme.specs):
+        if scheme.needs_calibration:
+            stages[Level.OBSERVED] = (Observe(), Calibrate(), *late)
+        elif level == Level.OBSERVED:
+            stages[Level.OBSERVED] = (Observe(), *late)
+        stages[Level.QDQ] = (Quantize(),)
+        stages[Level.INTEGER] = (Integerize(),)
+    return stages
 
 
 def _started(batches: Batches) -> Batches:

@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
 
 def check_names(wanted: list[str], options: argparse.Namespace) -> None:
     """Raise InspectionError for a pass that the scheme will not run, before any work."""
-    steps = conversion.recipe(options.scheme, calibration=[None], level=options.level).passes  # type: ignore[list-item]
+    steps = conversion.recipe(options.scheme, calibration=[None], level=options.level).sequence  # type: ignore[list-item]
     known = [step.name for step in steps]
     for name in wanted:
         if name not in known:

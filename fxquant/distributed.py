@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fxquant.errors import DistributedError
-from fxquant.observers import Observer
+from fxquant.observers import Observer, Reduction
 
 T = TypeVar("T")
 TIMEOUT = datetime.timedelta(hours=2)  # a process may convert while another waits
@@ -59,11 +59,13 @@ def complete(rows: Tensor) -> Tensor:
 
 def merges_exactly(observer: Observer) -> bool:
     """Whether what several processes saw gives the same figures: extremes and integer counts do."""
-    return not any(_is_float_sum(name, value) for name, value in observer.named_buffers())
+    return not any(
+        _is_float_sum(observer.reductions[name], value) for name, value in observer.named_buffers()
+    )
 
 
-def _is_float_sum(name: str, value: Tensor) -> bool:
-    return not name.startswith(("min", "max")) and value.is_floating_point()
+def _is_float_sum(kind: Reduction, value: Tensor) -> bool:
+    return kind == "sum" and value.is_floating_point()
 
 
 def merge_observers(observers: Iterable[Observer]) -> None:
@@ -75,15 +77,15 @@ def merge_observers(observers: Iterable[Observer]) -> None:
         return
     for observer in observers:
         for name, value in list(observer.named_buffers()):
-            if _is_float_sum(name, value):
+            kind = observer.reductions[name]
+            if _is_float_sum(kind, value):
                 raise TypeError(f"{observer.site}: {name} is a float sum, its order would matter")
-            kind = "min" if name.startswith("min") else "max" if name.startswith("max") else "sum"
             merged = _same_shape(value, kind)
-            dist.all_reduce(merged, getattr(dist.ReduceOp, {"sum": "SUM"}.get(kind, kind.upper())))
+            dist.all_reduce(merged, getattr(dist.ReduceOp, kind.upper()))
             observer.register_buffer(name, merged)
 
 
-def _same_shape(value: Tensor, kind: str) -> Tensor:
+def _same_shape(value: Tensor, kind: Reduction) -> Tensor:
     """``value``, or the neutral element where this process has seen nothing and others have."""
     shape = torch.zeros(8, dtype=torch.int64, device=value.device)
     shape[: value.dim()] = torch.tensor(value.shape, dtype=torch.int64)

@@ -9,6 +9,14 @@ class SchemeError(FxquantError, ValueError):
     """A scheme's text or a combination of its parts is not valid."""
 
 
+class SpellingError(SchemeError):
+    """A scheme's text is not understood; the message points at the place."""
+
+
+class NoEffectError(SchemeError):
+    """A repair that the scheme names changes nothing in this model; the message says why."""
+
+
 class ModelError(FxquantError, ValueError):
     """The model is not one that can be traced or quantized."""
 

@@ -6,6 +6,7 @@ device, a default) is left out. A call with other operands than the table expect
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Sequence
 
 _BINARY = {
@@ -60,8 +61,8 @@ def _index(text: str) -> str:
 
 def _choose_qparams(a: Sequence[str]) -> str:
     x, granularity, symmetric, qmin, qmax = a
-    ends = "max|x|" if symmetric == "True" else "min, max"
-    each = "each token" if granularity == "'token'" else "the tensor"
+    ends = "max|x|" if ast.literal_eval(symmetric) else "min, max"
+    each = "each token" if ast.literal_eval(granularity) == "token" else "the tensor"
     return f"{ends} of {x}, {each}, {_range(qmin, qmax)}"
 
 

@@ -13,7 +13,7 @@ from fxquant.dataclass_json import from_json, to_json
 from fxquant.errors import CheckpointError
 from fxquant.graph import CodedLinear, FloatColumns, QuantizedParameters
 from fxquant.passes.fp32_gemm import Fp32Linear
-from fxquant.passes.rotate import OnlineRotation
+from fxquant.passes.rotate_inputs import OnlineRotation
 from fxquant.passes.split_outliers import OutlierIndex
 from fxquant.rescaling import InverseScale
 from fxquant.specs import TensorSpec

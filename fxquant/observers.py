@@ -7,12 +7,22 @@ nodes have no users, so the graph around them computes what it did before.
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Literal
+
 import torch
 from torch import Tensor, nn
 
 from fxquant.errors import NonFiniteError
 
 BINS = 2**16
+Reduction = Literal["sum", "min", "max"]
+_COMBINE: Mapping[Reduction, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": operator.add,
+    "min": torch.minimum,
+    "max": torch.maximum,
+}
 
 
 def attended(x: Tensor, attention_mask: Tensor) -> Tensor:
@@ -31,6 +41,9 @@ class Observer(nn.Module):
     Args:
         site: where it stands; errors name it.
     """
+
+    # How each buffer merges with that of another observer.
+    reductions: ClassVar[Mapping[str, Reduction]] = {"tokens": "sum"}
 
     # Keeps torch.fx's dead code elimination from dropping a node without users.
     _is_impure = True
@@ -69,13 +82,7 @@ class Observer(nn.Module):
             if mine.numel() == 0:
                 self.register_buffer(name, value.clone())
             elif value.numel():
-                mine.copy_(self.combine(name, mine, value))
-
-    def combine(self, name: str, mine: Tensor, other: Tensor) -> Tensor:
-        """How buffer ``name`` merges: minima and maxima by name, everything else adds."""
-        if name.startswith("min"):
-            return torch.minimum(mine, other)
-        return torch.maximum(mine, other) if name.startswith("max") else mine + other
+                mine.copy_(_COMBINE[self.reductions[name]](mine, value))
 
 
 class HistogramObserver(Observer):
@@ -85,6 +92,13 @@ class HistogramObserver(Observer):
     histograms add bin by bin. Relative bin width is 1/128; the exact minimum and maximum stand
     beside the counts. 65,536 int64 counters.
     """
+
+    reductions: ClassVar[Mapping[str, Reduction]] = {
+        **Observer.reductions,
+        "counts": "sum",
+        "min_value": "min",
+        "max_value": "max",
+    }
 
     counts: Tensor
     min_value: Tensor
@@ -106,6 +120,8 @@ class HistogramObserver(Observer):
 class ChannelAbsmax(Observer):
     """max|x| of each channel: float32 [C], empty until something is seen."""
 
+    reductions: ClassVar[Mapping[str, Reduction]] = {**Observer.reductions, "max_abs": "max"}
+
     max_abs: Tensor
 
     def __init__(self, site: str) -> None:
@@ -115,26 +131,3 @@ class ChannelAbsmax(Observer):
     def update(self, rows: Tensor, low: Tensor, high: Tensor) -> None:
         seen = rows.abs().amax(0).to(torch.float32)
         self.max_abs = torch.maximum(self.max_abs, seen) if self.max_abs.numel() else seen
-
-
-class TokenAbsmax(HistogramObserver):
-    """The distribution of per-token max|x|: a histogram of one value a token."""
-
-    def update(self, rows: Tensor, low: Tensor, high: Tensor) -> None:
-        peaks = rows.abs().amax(-1)
-        super().update(peaks, *torch.aminmax(peaks))
-
-
-class GramObserver(Observer):
-    """X^T X: float32 [C, C], summed over tokens; over ``tokens`` it is the mean of x x^T."""
-
-    gram: Tensor
-
-    def __init__(self, site: str) -> None:
-        super().__init__(site)
-        self.register_buffer("gram", torch.empty(0))
-
-    def update(self, rows: Tensor, low: Tensor, high: Tensor) -> None:
-        rows = rows.to(torch.float32)
-        product = rows.t() @ rows
-        self.gram = self.gram.add_(product) if self.gram.numel() else product

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from fxquant.context import BARE, Context
 from fxquant.errors import VerificationError
 from fxquant.execution import Executor
 from fxquant.graph import (
@@ -26,17 +27,18 @@ from fxquant.graph import (
     update_info,
 )
 from fxquant.levels import is_observer, verify
+from fxquant.options import check_options
 from fxquant.snapshot import Snapshot
 from fxquant.spelling import spell_repair
-
-# What a pass is given to work on is no option of it.
-_NOT_OPTIONS = ("scheme", "batches", "progress")
 
 Effect = Literal["exact", "equivalent", "lossy"]
 
 
 class Pass(abc.ABC):
-    """One rewrite: a frozen dataclass whose fields are its options.
+    """One rewrite: a frozen dataclass whose fields are its options and nothing else.
+
+    Options are checked against their annotations when the pass is made (SchemeError); what all
+    passes of a run are given stands in the Context.
 
     Class attributes: ``name``; ``requires``, the levels it accepts; ``ensures``, the level it
     leaves (None: as it was); ``effect`` on the function: "exact" (bit for bit), "equivalent" (to
@@ -48,9 +50,17 @@ class Pass(abc.ABC):
     ensures: ClassVar[Level | None] = None
     effect: ClassVar[Effect]
 
+    def __post_init__(self) -> None:
+        check_options(self, self.name)
+
     @abc.abstractmethod
-    def rewrite(self, gm: GraphModule) -> GraphModule:
+    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
         """Change ``gm``, which the pipeline owns, and return it."""
+
+    @property
+    def sequence(self) -> tuple[Pass, ...]:
+        """The passes that run in its place: itself, and those that it cannot do without."""
+        return (self,)
 
     @property
     def keeps_site_outputs(self) -> bool:
@@ -71,12 +81,12 @@ class Pass(abc.ABC):
 
     def __str__(self) -> str:
         """The name with its options: ``smooth(alpha=0.5)``."""
-        shown = (f.name for f in fields(self) if f.repr and f.name not in _NOT_OPTIONS)  # type: ignore[arg-type]
-        return spell_repair(self.name, tuple((name, getattr(self, name)) for name in shown))
+        names = (each.name for each in fields(self))  # type: ignore[arg-type]
+        return spell_repair(self.name, tuple((name, getattr(self, name)) for name in names))
 
-    def __call__(self, gm: GraphModule) -> GraphModule:
+    def __call__(self, gm: GraphModule, context: Context = BARE) -> GraphModule:
         """The pass alone on a copy of ``gm``, verified and recorded."""
-        return Pipeline((self,)).run(gm)
+        return Pipeline((self,), context).run(gm)
 
 
 @dataclass(frozen=True)
@@ -150,25 +160,33 @@ AfterPass = Callable[[Pass, GraphModule], None]
 class Pipeline:
     """Passes in the order in which they run.
 
-    ``after_pass`` sees every result (to print it, say). ``run`` works on a copy that shares the
-    input's storage; nothing is written in place.
+    ``context`` is what they work on; ``after_pass`` sees every result (to print it, say). ``run``
+    works on a copy that shares the input's storage; nothing is written in place.
     """
 
     passes: tuple[Pass, ...]
+    context: Context = BARE
     after_pass: AfterPass | None = None
+
+    @property
+    def sequence(self) -> tuple[Pass, ...]:
+        """Every pass that runs, each with those that it cannot do without."""
+        return tuple(step for each in self.passes for step in each.sequence)
 
     def run(self, gm: GraphModule) -> GraphModule:
         """The lowered graph; VerificationError names the pass that broke its promise."""
         gm = clone_sharing_storage(gm)
         snapshot = Snapshot.take(gm)
-        for current in self.passes:
-            gm, snapshot = _run_checked(current, gm, snapshot)
+        for current in self.sequence:
+            gm, snapshot = _run_checked(current, gm, self.context, snapshot)
             if self.after_pass is not None:
                 self.after_pass(current, gm)
         return gm
 
 
-def _run_checked(current: Pass, gm: GraphModule, before: Snapshot) -> tuple[GraphModule, Snapshot]:
+def _run_checked(
+    current: Pass, gm: GraphModule, context: Context, before: Snapshot
+) -> tuple[GraphModule, Snapshot]:
     """The result of the pass, verified and recorded, and its snapshot."""
     found = info(gm).level
     if found not in current.requires:
@@ -179,7 +197,7 @@ def _run_checked(current: Pass, gm: GraphModule, before: Snapshot) -> tuple[Grap
     started = time.perf_counter()
     probe = probe_for(gm)
     outputs = run_probe(gm, probe, {}) if current.effect != "lossy" else None
-    gm = current.rewrite(gm)
+    gm = current.rewrite(gm, context)
     if current.ensures is not None:
         update_info(gm, level=current.ensures)
     verify(gm, current.name)
@@ -235,8 +253,14 @@ def _compare(
     worst = max(differences, key=lambda place: differences[place])
     allowed = 0.0 if exact else current.tolerance(float_dtype(gm))
     if differences[worst] > allowed:
+        why = ""
+        if differences[worst] == float("inf"):
+            why = (
+                "; NaN or infinity is on one side only, or shape or dtype differ: where fp16 "
+                "overflows, give the model in fp32 or bf16"
+            )
         raise VerificationError(
             f"after {current.name}: {worst}: relative difference {differences[worst]:.3g} on the "
-            f"probe batch, but the pass is {current.effect} (at most {allowed:.3g})"
+            f"probe batch, but the pass is {current.effect} (at most {allowed:.3g}){why}"
         )
     return differences[worst]

@@ -112,18 +112,23 @@ def expand_groups(values: Tensor, length: int, group_size: int | None) -> Tensor
 
 
 def split_groups(x: Tensor, group_size: int | None) -> Tensor:
-    """``[..., K]`` as ``[..., G, g]``, a short last group filled up with zeros; None: one group."""
+    """``[..., K]`` as ``[..., G, g]``: a last group that is short is filled with zeros.
+
+    Without ``group_size`` the whole last dimension is one group.
+    """
     length = x.shape[-1]
     size = length if group_size is None else group_size
     groups = group_count(length, size)
-    padded = torch.nn.functional.pad(x, (0, groups * size - length))
-    return padded.view(*x.shape[:-1], groups, size)
+    padding = groups * size - length
+    padded = torch.nn.functional.pad(x, (0, padding)) if padding else x
+    grouped: Tensor = padded.unflatten(-1, (groups, size))
+    return grouped
 
 
 def group_ranges(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """Minimum and maximum of each group of the last dimension: two tensors ``[..., G]``.
 
-    A last group that is short is filled with zeros, which is harmless: every range holds 0.
+    The zeros that fill a short group are harmless: every range holds 0.
     """
     grouped = split_groups(x, group_size)
     return grouped.amin(-1), grouped.amax(-1)
@@ -248,15 +253,3 @@ def dequantize(
     if zero_point is not None:
         codes = codes.to(torch.int32) - expand_groups(zero_point, length, group_size)
     return (codes.to(torch.float32) * expand_groups(scale, length, group_size)).to(dtype)
-
-
-def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
-    """Signal to quantization noise ratio in dB: 10 log10(sum ref^2 / sum (ref - approx)^2).
-
-    Summed in float64. Infinite where nothing differs, -inf for a zero reference that differs.
-    """
-    signal = reference.to(torch.float64).square().sum()
-    noise = (reference.to(torch.float64) - approximation.to(torch.float64)).square().sum()
-    if noise == 0:
-        return float("inf")
-    return float(10 * torch.log10(signal / noise))

@@ -130,13 +130,6 @@ def _percentile(seen: Distribution, share: float, symmetric: bool) -> tuple[floa
     return seen.quantile(outside), seen.quantile(1 - outside)
 
 
-def share_outside(observer: HistogramObserver, low: float, high: float) -> float:
-    """Share of calibrated elements outside [low, high], to the width of a bin."""
-    seen = distribution(observer)
-    outside = seen.counts[(seen.upper < low) | (seen.lower > high)].sum()
-    return float(outside) / seen.total
-
-
 def _squared_error(seen: Distribution, low: Tensor, high: Tensor, spec: TensorSpec) -> Tensor:
     """Expected squared error of each candidate range ``[C]``: float64 [C]."""
     scales, zero_points = range_qparams(low, high, spec.grid)

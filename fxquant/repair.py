@@ -1,42 +1,41 @@
-"""Repair: a pass that a scheme names behind ``+``, and what every such pass is given."""
+"""Repair: a pass that a scheme names behind ``+``, and that says at each place what it did."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+import abc
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
-from fxquant.batches import Batches
-from fxquant.pipeline import Pass
-from fxquant.schemes import Scheme
+from torch.fx import GraphModule
 
-_GIVEN = ("scheme", "batches", "progress", "cache")
+from fxquant.context import Context
+from fxquant.errors import NoEffectError
+from fxquant.graph import add_note
+from fxquant.outcome import Changed, Outcome
+from fxquant.pipeline import Pass
+
+_SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Repair(Pass):
-    """A pass on the named float graph; further fields are its options, spelled ``name(a=1)``.
+    """A pass on the named float graph; its fields are its options, spelled ``name(a=1)``.
 
-    Class attributes: ``needs_calibration``, whether it reads ``batches``; ``after_calibration``,
-    whether it runs behind calibrate, just before quantize, rather than in front of observe;
-    ``makes_sites``, whether the scheme's overrides may name sites that it makes (from structure
-    alone); ``resumes``, whether an interrupted run can go on from ``cache``.
-
-    Args:
-        scheme: the scheme being built: which sites become codes, and of what kind.
-        batches: calibration data that can be read more than once; None if there is none.
-        cache: a folder that keeps finished blocks; None keeps nothing.
+    Class attributes: ``needs_calibration``, whether it reads the context's batches;
+    ``after_calibration``, whether it runs behind calibrate, just before quantize, rather than in
+    front of observe; ``makes_sites``, whether the scheme's overrides may name sites that it makes
+    (from structure alone); ``resumes``, whether an interrupted run can go on from the context's
+    cache. ``no_place`` ends the sentence "scheme ..." where it finds nothing to work on, ``remedy``
+    says what else to do about a repair without effect.
     """
 
     needs_calibration: ClassVar[bool] = True
     after_calibration: ClassVar[bool] = False
     makes_sites: ClassVar[bool] = False
     resumes: ClassVar[bool] = False
-
-    scheme: Scheme = field(kw_only=True, repr=False)
-    batches: Batches | None = field(default=None, kw_only=True, repr=False, compare=False)
-    progress: bool = field(default=False, kw_only=True, repr=False)
-    cache: Path | None = field(default=None, kw_only=True, repr=False, compare=False)
+    no_place: ClassVar[str] = "quantizes no linear's weight"
+    remedy: ClassVar[str] = "leave it out"
 
     @property
     def readings(self) -> int:
@@ -46,4 +45,34 @@ class Repair(Pass):
     @classmethod
     def option_names(cls) -> tuple[str, ...]:
         """The options that a scheme may set."""
-        return tuple(f.name for f in fields(cls) if f.name not in _GIVEN)
+        return tuple(each.name for each in fields(cls))
+
+    @abc.abstractmethod
+    def apply(self, gm: GraphModule, context: Context) -> Iterable[Outcome]:
+        """Change ``gm`` place by place, and say of each place what was done or why nothing was."""
+
+    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
+        """``apply``, with a note on what it says; NoEffectError where it changed no place."""
+        changed, blocked = False, dict[str, list[str]]()
+        for place, outcome in self.apply(gm, context):
+            if isinstance(outcome, Changed):
+                changed, text = True, outcome.note
+            else:
+                text = outcome.reason
+                blocked.setdefault(text, []).append(place)
+            if text:
+                add_note(gm, self.name, place, text)
+        if not changed:
+            why = _reasons(blocked) if blocked else f"scheme {context.scheme} {self.no_place}"
+            raise NoEffectError(f"{self.name} had no effect: {why}; {self.remedy}")
+        return gm
+
+
+def _reasons(blocked: Mapping[str, list[str]]) -> str:
+    """Each reason with the places that it holds for, the first few of them."""
+    shown = [
+        f"{places[0]}{f' and {len(places) - 1} more' if len(places) > 1 else ''}: {reason}"
+        for reason, places in list(blocked.items())[:_SHOWN]
+    ]
+    more = len(blocked) - len(shown)
+    return "; ".join(shown) + (f"; and {more} more reasons" if more else "")

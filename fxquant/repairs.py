@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from fxquant.batches import Batches
 from fxquant.errors import CalibrationError, SchemeError
@@ -24,6 +23,7 @@ from fxquant.passes import (
 )
 from fxquant.repair import Repair
 from fxquant.schemes import Scheme
+from fxquant.spelling import Options
 
 _KNOWN: tuple[type[Repair], ...] = (
     Attn8,
@@ -47,22 +47,33 @@ def can_resume(scheme: Scheme) -> bool:
     return any(name in REPAIRS and REPAIRS[name].resumes for name, _ in scheme.repairs)
 
 
-def check_repairs(scheme: Scheme, calibration: Batches | None, cache: Path | None = None) -> None:
-    """Raise SchemeError or CalibrationError where the scheme's repairs cannot be built."""
-    repairs = resolve_repairs(scheme, calibration, progress=False)
+def check_cache(scheme: Scheme, cache: Path | None) -> None:
+    """Raise SchemeError for a cache that nothing in the scheme uses."""
     if cache is not None and not can_resume(scheme):
         able = ", ".join(name for name, repair in REPAIRS.items() if repair.resumes)
         raise SchemeError(
             f"cache={cache}: nothing in scheme {scheme} keeps finished blocks ({able} do): leave "
             "it out"
         )
+
+
+def check_calibration(
+    scheme: Scheme, repairs: Sequence[Repair], calibration: Batches | None, calibrates: bool
+) -> None:
+    """Raise CalibrationError where ``repairs``, and calibrate if it runs too, cannot be fed."""
     hungry = [repair.name for repair in repairs if repair.needs_calibration]
     if hungry and calibration is None:
         raise CalibrationError(
             f"scheme {scheme}: {', '.join(hungry)} needs calibration data: pass "
             "calibration=batches (LongTensors [batch, length])"
         )
-    readers = sum(repair.readings for repair in repairs) + scheme.needs_calibration
+    if calibrates and calibration is None:
+        raise CalibrationError(
+            f"scheme {scheme} has static activation ranges and needs calibration data: pass "
+            "calibration=batches (LongTensors [batch, length]), or take a dynamic scheme such as "
+            "w8a8-dynamic"
+        )
+    readers = sum(repair.readings for repair in repairs) + calibrates
     if readers > 1 and isinstance(calibration, Iterator):
         raise CalibrationError(
             f"scheme {scheme} reads the calibration data {readers} times, and an iterator can be "
@@ -70,31 +81,22 @@ def check_repairs(scheme: Scheme, calibration: Batches | None, cache: Path | Non
         )
 
 
-def resolve_repairs(
-    scheme: Scheme, calibration: Batches | None, progress: bool, cache: Path | None = None
-) -> tuple[Repair, ...]:
-    """The scheme's repairs as passes, in the order written; SchemeError names what is unknown."""
+def resolve_repairs(scheme: Scheme) -> tuple[Repair, ...]:
+    """The scheme's repairs as passes, in the order written.
+
+    Raises SchemeError for a name, an option or an option's value that is not known.
+    """
     strangers = ", ".join(name for name, _ in scheme.repairs if name not in REPAIRS)
     if strangers:
         known = ", ".join(REPAIRS) or "none in this version"
         raise SchemeError(f"unknown pass in scheme {scheme}: {strangers}; known: {known}")
-    return tuple(
-        _resolve(
-            name,
-            dict(options),
-            {"scheme": scheme, "batches": calibration, "progress": progress, "cache": cache},
-        )
-        for name, options in scheme.repairs
-    )
+    return tuple(_resolve(name, options) for name, options in scheme.repairs)
 
 
-def _resolve(name: str, options: dict[str, Any], given: dict[str, Any]) -> Repair:
+def _resolve(name: str, options: Options) -> Repair:
     kind = REPAIRS[name]
-    unknown = [option for option in options if option not in kind.option_names()]
+    unknown = [option for option, _ in options if option not in kind.option_names()]
     if unknown:
         known = ", ".join(kind.option_names()) or "none"
         raise SchemeError(f"{name} has no option {', '.join(unknown)}; its options: {known}")
-    try:
-        return kind(**given, **options)
-    except TypeError as error:
-        raise SchemeError(f"scheme {given['scheme']}: {name}: {error}") from error
+    return kind(**dict(options))

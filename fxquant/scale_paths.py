@@ -15,6 +15,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxquant.graph import LINEAR, get_tensor, tag
+from fxquant.outcome import Blocked
 from fxquant.vocabulary import MOVES, Kind, is_a, op_name
 
 ProducerKind = Literal["norm", "vector", "rows"]
@@ -67,14 +68,6 @@ class ScalePath:
         return frozenset((self.producer.node, *self.through))
 
 
-@dataclass(frozen=True)
-class Blocked:
-    """No producer can take the scale: ``node`` is in the way."""
-
-    node: Node
-    reason: str
-
-
 def find_path(gm: GraphModule, source: Node) -> ScalePath | Blocked:
     """The way from ``source``, a linear's input, up to the nearest producer."""
     if source.op == "call_module":
@@ -90,7 +83,7 @@ def find_path(gm: GraphModule, source: Node) -> ScalePath | Blocked:
         return _extend(gm, source, (value,))
     name = op_name(source)
     what = _CALLED.get(name, name or {"placeholder": "the model's inputs"}.get(source.op, "data"))
-    return Blocked(source, f"its input comes from {what}")
+    return Blocked(f"its input comes from {what}", (source,))
 
 
 def attention_value(node: Node) -> Node | None:
@@ -141,19 +134,19 @@ def _module(gm: GraphModule, node: Node) -> ScalePath | Blocked:
         return _extend(gm, node, (node.args[0],))
     calls = sum(n.op == "call_module" and n.target == node.target for n in gm.graph.nodes)
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm, *LINEAR)) and calls > 1:
-        return Blocked(node, f"{path}, where its input comes from, is called {calls} times")
+        return Blocked(f"{path}, where its input comes from, is called {calls} times", (node,))
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         if len(module.normalized_shape) > 1:
-            return Blocked(node, f"{path} normalizes more than the last dimension")
+            return Blocked(f"{path} normalizes more than the last dimension", (node,))
         return ScalePath(Producer("norm", node, path, module.normalized_shape[0]), {})
     if isinstance(module, LINEAR):
         if not tag(node).is_output:
-            return Blocked(node, f"its input comes from {path}, which is no site")
+            return Blocked(f"its input comes from {path}, which is no site", (node,))
         rows = _rows(module)
         return ScalePath(Producer("rows", node, path, rows), {})
     name = type(module).__name__
     what = "the embedding" if isinstance(module, nn.Embedding) else name
-    return Blocked(node, f"its input comes from {what}")
+    return Blocked(f"its input comes from {what}", (node,))
 
 
 def _rows(module: nn.Module) -> int:
@@ -166,14 +159,14 @@ def _product(gm: GraphModule, node: Node) -> ScalePath | Blocked:
     operands = tuple(node.args[:2])
     nodes = [operand for operand in operands if isinstance(operand, Node)]
     if len(nodes) == 2 and nodes[0] is nodes[1]:
-        return Blocked(node, "its input comes from a square")
+        return Blocked("its input comes from a square", (node,))
     for operand in operands:
         found = gain(gm, operand)
         if found is not None:
             path, offset = found
             readers = [n for n in gm.graph.nodes if n.op == "get_attr" and n.target == path]
             if len(readers) > 1 or len(readers[0].users) > 1:
-                return Blocked(node, f"its gain {path} is read in other places too")
+                return Blocked(f"its gain {path} is read in other places too", (node,))
             channels = get_tensor(gm, readers[0]).numel()
             return ScalePath(Producer("vector", node, path, channels, offset, readers[0]), {})
     carriers = tuple(operand for operand in nodes if not _is_scalar(gm, operand))
@@ -194,7 +187,7 @@ def _size(gm: GraphModule, node: Node) -> int:
 
 def _extend(gm: GraphModule, node: Node, operands: tuple[Any, ...]) -> ScalePath | Blocked:
     """The first operand from which a producer is reached carries the channels."""
-    blocked: ScalePath | Blocked = Blocked(node, f"its input comes from {op_name(node)}")
+    blocked: ScalePath | Blocked = Blocked(f"its input comes from {op_name(node)}", (node,))
     for operand in operands:
         found = find_path(gm, operand)
         if isinstance(found, ScalePath):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from typing import NoReturn
 
-from fxquant.errors import SchemeError
+from fxquant.errors import SchemeError, SpellingError
 from fxquant.formats.grid import Grid
 from fxquant.formats.integer import IntegerGrid, integer
 from fxquant.formats.table import GRIDS
@@ -54,7 +54,7 @@ def expand_alias(text: str) -> str:
 
 
 class Scanner:
-    """A position in a scheme's text. ``fail`` raises SchemeError with a caret under it."""
+    """A position in a scheme's text. ``fail`` raises SpellingError with a caret under it."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -80,7 +80,7 @@ class Scanner:
 
     def fail(self, message: str, at: int | None = None) -> NoReturn:
         caret = " " * (self.position if at is None else at) + "^"
-        raise SchemeError(
+        raise SpellingError(
             f"scheme not understood: {message}\n  {self.text}\n  {caret}\n"
             f"known: {EXAMPLES}; docs/schemes.md has the grammar"
         )
@@ -96,9 +96,9 @@ def scan_site(scanner: Scanner) -> SiteSpec:
         joined = plain is not None and scanner.peek(r"a\d")
         activation = _scan_activation(scanner) if joined or scanner.accept("/") else None
         return SiteSpec(weight, activation)
+    except SpellingError:
+        raise
     except SchemeError as error:
-        if str(error).startswith("scheme not"):
-            raise
         scanner.fail(str(error), at=start)
 
 

@@ -7,6 +7,7 @@ from fxquant.passes.clip import Clip as Clip
 from fxquant.passes.correct_bias import CorrectBias as CorrectBias
 from fxquant.passes.decompose_attention import DecomposeAttention as DecomposeAttention
 from fxquant.passes.equalize import Equalize as Equalize
+from fxquant.passes.fold_norms import FoldNorms as FoldNorms
 from fxquant.passes.fp32_gemm import Fp32Gemm as Fp32Gemm
 from fxquant.passes.integerize import Integerize as Integerize
 from fxquant.passes.name_sites import NameSites as NameSites
@@ -17,5 +18,6 @@ from fxquant.passes.quantized_attention import Kv4 as Kv4
 from fxquant.passes.quantized_attention import Kv8 as Kv8
 from fxquant.passes.refine import Refine as Refine
 from fxquant.passes.rotate import Rotate as Rotate
+from fxquant.passes.rotate_inputs import RotateInputs as RotateInputs
 from fxquant.passes.smooth import Smooth as Smooth
 from fxquant.passes.split_outliers import SplitOutliers as SplitOutliers

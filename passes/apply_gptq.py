@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch import Tensor
 
-from fxquant.errors import SchemeError
+from fxquant.options import Count, Share
 from fxquant.passes.gptq import gptq
 from fxquant.passes.layerwise import Layer, Layerwise, stacked_start
 from fxquant.passes.weight_codes import WeightCodes
@@ -24,23 +25,11 @@ class Gptq(Layerwise):
     has chosen a site's scales, they stay.
     """
 
-    damping: float = 0.01
-    order: str = "none"
-    block_size: int = 128
-    grid: str = "search"
+    damping: Share = 0.01
+    order: Literal["none", "static"] = "none"
+    block_size: Count = 128
+    grid: Literal["search", "minmax"] = "search"
     name = "gptq"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.order not in ("none", "static"):
-            raise SchemeError(f"gptq: order must be none or static, got {self.order}")
-        if self.grid not in ("search", "minmax"):
-            raise SchemeError(f"gptq: grid must be search or minmax, got {self.grid}")
-        if not 0 <= self.damping <= 1 or self.block_size < 1:
-            raise SchemeError(
-                f"gptq: damping must be 0..1 and block_size at least 1, got {self.damping} and "
-                f"{self.block_size}"
-            )
 
     def solve(self, weight: Tensor, hessian: Tensor, layers: tuple[Layer, ...]) -> WeightCodes:
         start = stacked_start(layers)
@@ -52,7 +41,7 @@ class Gptq(Layerwise):
             layers[0].spec,
             block_size=self.block_size,
             damping=self.damping,
-            order="static" if self.order == "static" else "none",
+            order=self.order,
             grid=None if start is None else (start.scales, start.zero_points),
         )
         if found.damping > self.damping:

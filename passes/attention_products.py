@@ -118,7 +118,7 @@ def operand_spec(scheme: Scheme, site: Site) -> ActivationSpec | None:
 
 def observed(builder: Builder, site: Site, node: Node, mask: Node) -> None:
     """Put an observer on both operands of the product, tokens first as the mask has them."""
-    for side, operand, dim in _sides(site, node):
+    for side, operand, dim in _sides(node):
         path = observer_path(site, side)
         install(builder.gm, path, HistogramObserver(site.path).to(device_of(builder.gm)))
         tokens_first = builder.call(torch.transpose, operand, 1, dim, name=f"{side}_tokens")
@@ -129,22 +129,27 @@ def observer_path(site: Site, side: str) -> str:
     return f"fxquant_observers.{site.path.replace('.', '_')}_{side}"
 
 
-def _sides(site: Site, node: Node) -> Iterator[tuple[str, Node, int]]:
+def _sides(node: Node) -> Iterator[tuple[str, Node, int]]:
     """Each operand with the dimension that its tokens lie along."""
     left, right = arguments(node)[:2]
     yield "left", left, 2
-    yield "right", right, 3 if is_transposed(site) else 2
+    yield "right", right, 3 if is_transposed(node) else 2
 
 
-def operand_specs(site: Site, spec: ActivationSpec) -> tuple[ActivationSpec, ActivationSpec]:
+def operand_specs(node: Node, spec: ActivationSpec) -> tuple[ActivationSpec, ActivationSpec]:
     """The product's left and right operand: V has one scale, since its tokens are summed over."""
     whole = replace(spec, tensor=replace(spec.tensor, granularity="tensor"))
-    return spec, spec if is_transposed(site) else whole
+    return spec, spec if is_transposed(node) else whole
 
 
-def is_transposed(site: Site) -> bool:
-    """Whether the right operand's tokens are its columns: k^T of QK^T."""
-    return site.path.endswith(".qk")
+def is_transposed(node: Node) -> bool:
+    """Whether the right operand's tokens are its columns, k^T of QK^T: the left is no softmax."""
+    operand = arguments(node)[0]
+    while isinstance(operand, Node) and is_a(operand, *_THROUGH):
+        if is_a(operand, Kind.SOFTMAX):
+            return False
+        operand = operand.args[1 if op_name(operand) == "where" else 0]
+    return True
 
 
 def lower_product(
@@ -160,9 +165,9 @@ def lower_product(
     install(gm, site.path, parameters)
     operands: list[Node] = []
     records: list[SiteRecord] = []
-    specs = operand_specs(site, spec)
+    specs = operand_specs(node, spec)
     with gm.graph.inserting_before(node):
-        for own, (side, operand, dim) in zip(specs, _sides(site, node), strict=True):
+        for own, (side, operand, dim) in zip(specs, _sides(node), strict=True):
             turned = dim == 3  # k^T: its tokens are columns
             grain, found = own.tensor.granularity, None
             x = builder.call(torch.transpose, operand, -2, -1) if turned else operand

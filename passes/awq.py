@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxquant.absorption import ScaleGroup, scale_groups
-from fxquant.errors import CalibrationError, SchemeError
+from fxquant.context import Context
+from fxquant.errors import SchemeError
 from fxquant.graph import (
     CodedLinear,
     Level,
     Site,
-    add_note,
     coded_linears,
     install,
     linear_parameters,
     source_of,
 )
-from fxquant.passes.clip_search import GroupGram, clipped_codes
+from fxquant.options import Count
+from fxquant.outcome import Blocked, Changed, Outcome
+from fxquant.passes.clip_search import clipped_codes
+from fxquant.passes.hessians import Gram
 from fxquant.passes.query_key import query_key_linears
 from fxquant.passes.scale_search import ScaleSearch
 from fxquant.passes.weight_codes import min_max_codes
 from fxquant.repair import Repair
 from fxquant.rescaling import rescale
+from fxquant.schemes import Scheme
 from fxquant.sequential import SequentialRun
 from fxquant.specs import TensorSpec
 
@@ -58,16 +64,13 @@ class Awq(Repair):
 
     scale: bool = True
     clip: bool = True
-    tokens: int = 512
+    tokens: Count = 512
     balanced: bool = False
 
     def __post_init__(self) -> None:
-        if not all(isinstance(flag, bool) for flag in (self.scale, self.clip, self.balanced)):
-            raise SchemeError("awq: scale, clip and balanced are true or false")
+        super().__post_init__()
         if not (self.scale or self.clip):
             raise SchemeError("awq: with scale=false and clip=false there is nothing to do")
-        if not isinstance(self.tokens, int) or self.tokens < 1:
-            raise SchemeError(f"awq: tokens is a number from 1, not {self.tokens!r}")
 
     @property
     def readings(self) -> int:
@@ -77,34 +80,25 @@ class Awq(Repair):
     def keeps_site_outputs(self) -> bool:
         return False
 
-    def rewrite(self, gm: GraphModule) -> GraphModule:
-        if next(coded_linears(gm, self.scheme), None) is None:
-            raise SchemeError(f"awq: scheme {self.scheme} quantizes no weight")
-        changed = self._search_scales(gm) if self.scale else 0
+    def apply(self, gm: GraphModule, context: Context) -> Iterator[Outcome]:
+        if next(coded_linears(gm, context.scheme), None) is None:
+            return
+        if self.scale:
+            yield from self._search_scales(gm, context)
         if self.clip:
-            changed += self._choose_codes(gm)
-        if not changed:
-            raise CalibrationError(
-                "awq had no effect: no scale and no clipping lowers the error of any linear; "
-                "leave it out"
-            )
-        return gm
+            yield from self._choose_codes(gm, context)
 
-    def _spec(self, site: Site) -> TensorSpec | None:
-        return self.scheme.spec_for(site.path, site.role).weight
-
-    def _search_scales(self, gm: GraphModule) -> int:
-        """How many groups got a scale other than 1."""
+    def _search_scales(self, gm: GraphModule, context: Context) -> Iterator[Outcome]:
         search = ScaleSearch(
-            gm, self.scheme, self.batches, tokens=self.tokens, balanced=self.balanced
+            gm, context.scheme, context.batches, tokens=self.tokens, balanced=self.balanced
         )
-        changed = 0
         for group in scale_groups(gm):
-            if not any(self._spec(consumer.site) for consumer in group.consumers):
+            if not any(_spec(context.scheme, consumer.site) for consumer in group.consumers):
                 continue
             if group.producer is None:
                 assert group.obstacle is not None
-                self._note(gm, group, f"not scaled: {group.obstacle.reason}")
+                reason = f"not scaled: {group.obstacle.reason}"
+                yield from _at(group, Blocked(reason, group.obstacle.nodes))
                 continue
             inputs = search.enter(group)
             means = [inputs[source_of(c.node)].abs().float().mean(0) for c in group.consumers]
@@ -112,63 +106,63 @@ class Awq(Repair):
             errors = search.errors(group, inputs, candidates)
             best = errors.index(min(errors))
             share = min(errors) / errors[0] if errors[0] else 1.0
-            self._note(gm, group, f"scaled: r = {_RATIOS[best]:g}, error {share:.3g} of unscaled")
+            text = f"scaled: r = {_RATIOS[best]:g}, error {share:.3g} of unscaled"
+            yield from _at(group, Changed(text) if best else Blocked(text))
             if best:
                 rescale(gm, group, candidates[best], self.name)
-                changed += 1
-        return changed
 
-    def _note(self, gm: GraphModule, group: ScaleGroup, text: str) -> None:
-        for consumer in group.consumers:
-            add_note(gm, self.name, consumer.site.path, text)
-
-    def _choose_codes(self, gm: GraphModule) -> int:
-        """How many weights got other codes than rounding to nearest gives."""
+    def _choose_codes(self, gm: GraphModule, context: Context) -> Iterator[Outcome]:
         skipped = query_key_linears(gm)
-        run = SequentialRun(gm, self.batches, label=self.name, progress=self.progress)
-        changed = 0
+        run = SequentialRun(gm, context.batches, label=self.name, progress=context.progress)
         for segment in run.segments:
             linears = [
                 (site, node, spec)
                 for site, node in segment.sites
-                if (spec := self._spec(site)) is not None and site.path not in skipped
+                if (spec := _spec(context.scheme, site)) is not None and site.path not in skipped
             ]
             grams = {
-                (source_of(node), spec.group_size): GroupGram(site.path, spec.group_size)
+                (source_of(node), spec.group_size): Gram(
+                    source_of(node), site.path, spec.group_size
+                )
                 for site, node, spec in linears
             }
-
-            def on_value(
-                node: Node,
-                value: Tensor,
-                mask: Tensor,
-                grams: dict[tuple[Node, int | None], GroupGram] = grams,
-            ) -> Tensor:
-                for (source, _), gram in grams.items():
-                    if node is source:
-                        gram(value, mask)
-                return value
-
+            on_value = partial(_show, tuple(grams.values()))
             if segment.end is not None:
                 run.advance(segment.end, on_value)
             elif linears:  # what lies behind the last linear, a head say, is not asked for
                 run.visit(linears[-1][1], on_value)
             for site, node, spec in linears:
-                gram = grams[source_of(node), spec.group_size].gram
-                changed += self._clip(gm, site, spec, gram)
-        return changed
+                gram = grams[source_of(node), spec.group_size].sums()
+                changed = _clip(gm, site, spec, gram)
+                yield site.path, Changed() if changed else Blocked("no narrower range is better")
 
-    def _clip(self, gm: GraphModule, site: Site, spec: TensorSpec, gram: Tensor) -> bool:
-        module = gm.get_submodule(site.path)
-        if isinstance(module, CodedLinear):
-            raise SchemeError(
-                f"awq: {site.path}: an earlier pass has chosen its codes; write +awq before it"
-            )
-        weight, bias = linear_parameters(module)
-        nearest = min_max_codes(weight, spec, site.path)
-        chosen = clipped_codes(weight, spec, gram)
-        install(gm, site.path, CodedLinear(weight, bias, spec, chosen.tensors()))
-        return not torch.equal(nearest.codes, chosen.codes)
+
+def _show(grams: tuple[Gram, ...], node: Node, value: Tensor, mask: Tensor) -> Tensor:
+    for gram in grams:
+        gram(node, value, mask)
+    return value
+
+
+def _spec(scheme: Scheme, site: Site) -> TensorSpec | None:
+    return scheme.spec_for(site.path, site.role).weight
+
+
+def _at(group: ScaleGroup, done: Changed | Blocked) -> Iterator[Outcome]:
+    return ((consumer.site.path, done) for consumer in group.consumers)
+
+
+def _clip(gm: GraphModule, site: Site, spec: TensorSpec, gram: Tensor) -> bool:
+    """Choose the site's codes; whether they differ from those that rounding to nearest gives."""
+    module = gm.get_submodule(site.path)
+    if isinstance(module, CodedLinear):
+        raise SchemeError(
+            f"awq: {site.path}: an earlier pass has chosen its codes; write +awq before it"
+        )
+    weight, bias = linear_parameters(module)
+    nearest = min_max_codes(weight, spec, site.path)
+    chosen = clipped_codes(weight, spec, gram)
+    install(gm, site.path, CodedLinear(weight, bias, spec, chosen.tensors()))
+    return not torch.equal(nearest.codes, chosen.codes)
 
 
 def awq_scales(group: ScaleGroup, means: list[Tensor], ratio: float) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from tqdm import tqdm
 
 from fxquant.batches import Batch, Batches, model_inputs
+from fxquant.context import Context
 from fxquant.distributed import is_main, is_mine, merge_observers
 from fxquant.errors import CalibrationError
 from fxquant.execution import Executor
@@ -23,7 +24,7 @@ from fxquant.streaming import is_streamed, run_batches
 
 @dataclass(frozen=True)
 class Calibrate(Pass):
-    """Stream ``batches`` through the graph up to its last observer.
+    """Stream the context's batches through the graph up to its last observer.
 
     The graph stays as it is; its observers fill. Batches may be ragged and masked, may be a
     one-shot iterator, and are read once. A streamed graph takes all of them through one block
@@ -31,24 +32,24 @@ class Calibrate(Pass):
     token was seen.
     """
 
-    batches: Batches = field(repr=False, compare=False)
-    progress: bool = False
     name = "calibrate"
     requires = (Level.OBSERVED,)
     # Observers change, the function does not: nothing is rewritten.
     effect = "lossy"
 
-    def rewrite(self, gm: GraphModule) -> GraphModule:
+    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
         facts, device = info(gm), device_of(gm)
         executor = Executor(gm)
         found = [i for i, node in enumerate(executor.nodes) if is_observer(gm, node)]
         if not found:
             return gm
         end = executor.nodes[found[-1] + 1]
+        if context.batches is None:
+            raise CalibrationError("calibrate needs calibration data: give the context batches")
         inputs: list[dict[str, Tensor]] = []
         tokens = 0
         with torch.no_grad():
-            for index, batch in enumerate(self._bar()):
+            for index, batch in enumerate(_bar(context.batches, context.progress)):
                 checked = model_inputs(batch, facts, index)
                 ids = checked["input_ids"]
                 tokens += int(checked.get("attention_mask", torch.ones_like(ids)).sum())
@@ -60,7 +61,7 @@ class Calibrate(Pass):
                 else:
                     executor.advance(executor.start(**moved), until=end)
             if inputs:
-                list(run_batches(gm, inputs, until=end, label="calibrate" * self.progress))
+                list(run_batches(gm, inputs, until=end, label="calibrate" * context.progress))
         merge_observers(observers(gm).values())
         if tokens == 0:
             raise CalibrationError(
@@ -69,8 +70,9 @@ class Calibrate(Pass):
             )
         return gm
 
-    def _bar(self) -> Iterable[Batch]:
-        total = len(self.batches) if isinstance(self.batches, Sized) else None
-        # disable=None: quiet where the output is no terminal.
-        quiet = None if self.progress and is_main() else True
-        return tqdm(self.batches, "calibrate", total, unit="batch", disable=quiet)
+
+def _bar(batches: Batches, progress: bool) -> Iterable[Batch]:
+    total = len(batches) if isinstance(batches, Sized) else None
+    # disable=None: quiet where the output is no terminal.
+    quiet = None if progress and is_main() else True
+    return tqdm(batches, "calibrate", total, unit="batch", disable=quiet)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch.fx import GraphModule
 
+from fxquant.context import Context
 from fxquant.errors import SchemeError
 from fxquant.graph import CodedLinear, Level, Site, coded_linears, install, linear_parameters
+from fxquant.outcome import Blocked, Changed, Outcome
 from fxquant.passes.weight_codes import min_max_codes, round_to_nearest, search_scales
 from fxquant.repair import Repair
 from fxquant.specs import TensorSpec
@@ -31,17 +34,11 @@ class Clip(Repair):
     effect = "exact"
     needs_calibration = False
 
-    def rewrite(self, gm: GraphModule) -> GraphModule:
-        changed = 0
-        for site, _, spec in list(coded_linears(gm, self.scheme)):
+    def apply(self, gm: GraphModule, context: Context) -> Iterator[Outcome]:
+        for site, _, spec in list(coded_linears(gm, context.scheme)):
             assert spec.weight is not None
-            changed += _clip(gm, site, spec.weight)
-        if not changed:
-            raise SchemeError(
-                f"clip had no effect: under scheme {self.scheme} no weight gets other codes than "
-                "its min-max range gives; leave it out"
-            )
-        return gm
+            changed = _clip(gm, site, spec.weight)
+            yield site.path, Changed() if changed else Blocked("no narrower range rounds it better")
 
 
 def _clip(gm: GraphModule, site: Site, spec: TensorSpec) -> bool:

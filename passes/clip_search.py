@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxquant.observers import Observer
 from fxquant.passes.weight_codes import WeightCodes, round_to_nearest
 from fxquant.quantization import split_groups
 from fxquant.quantizer import range_qparams
@@ -13,22 +12,6 @@ from fxquant.specs import TensorSpec
 
 # 1, 0.95, ... 0.55 of max|w|: auto_clip.py of AWQ (Lin et al. 2023) with n_grid 20, max_shrink 0.5.
 SHRINKS = tuple(1 - step / 20 for step in range(10))
-
-
-class GroupGram(Observer):
-    """X^T X of each group of columns: float32 [G, g, g], summed over tokens."""
-
-    gram: Tensor
-
-    def __init__(self, site: str, group_size: int | None) -> None:
-        super().__init__(site)
-        self.group_size = group_size
-        self.register_buffer("gram", torch.empty(0))
-
-    def update(self, rows: Tensor, low: Tensor, high: Tensor) -> None:
-        grouped = split_groups(rows.to(torch.float32), self.group_size).transpose(0, 1)
-        product = grouped.transpose(1, 2) @ grouped
-        self.gram = self.gram.add_(product) if self.gram.numel() else product
 
 
 def clipped_codes(weight: Tensor, spec: TensorSpec, gram: Tensor) -> WeightCodes:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fxquant.errors import CalibrationError, SchemeError
+from fxquant.errors import CalibrationError
 from fxquant.passes.weight_codes import WeightCodes
 from fxquant.quantization import check_finite, expand_groups
 
@@ -45,13 +45,9 @@ def coordinate_descent(
         damping: added to the diagonal, as a share of its median over columns with inputs (the mean
             may be that of one outlier).
 
-    Columns that no input reaches stay as they are. Raises SchemeError, CalibrationError (the
-    Hessian is zero, negative or not finite) and NonFiniteError (the weight).
+    Columns that no input reaches stay as they are. Raises CalibrationError (the Hessian is zero,
+    negative or not finite) and NonFiniteError (the weight).
     """
-    if steps < 1 or block_size < 1:
-        raise SchemeError(f"refine: steps and block_size must be at least 1, got {steps}")
-    if not 0 <= damping <= 1:
-        raise SchemeError(f"refine: damping must be 0..1, got {damping}")
     check_finite(weight, "the weight", "refine")
     diagonal = hessian.diagonal()
     usable = bool(torch.isfinite(hessian).all()) and bool((diagonal >= 0).all())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxquant.errors import CalibrationError, SchemeError
+from fxquant.context import Context
 from fxquant.graph import (
     Level,
     Site,
-    add_note,
     clone_sharing_storage,
     coded_linears,
     info,
@@ -24,6 +24,7 @@ from fxquant.graph import (
 )
 from fxquant.levels import is_observer
 from fxquant.observers import attended
+from fxquant.outcome import Blocked, Changed, Outcome
 from fxquant.passes.quantize import Quantize
 from fxquant.repair import Repair
 from fxquant.sequential import SequentialRun
@@ -49,35 +50,39 @@ class CorrectBias(Repair):
     requires = (Level.FLOAT, Level.OBSERVED)
     effect = "lossy"
     after_calibration = True
+    no_place = "quantizes no linear"
 
-    def rewrite(self, gm: GraphModule) -> GraphModule:
-        sites = [site for site, *_ in coded_linears(gm, self.scheme)]
+    def apply(self, gm: GraphModule, context: Context) -> Iterator[Outcome]:
+        sites = [site for site, *_ in coded_linears(gm, context.scheme)]
         if not sites:
-            raise SchemeError(f"correct_bias: scheme {self.scheme} quantizes no linear")
-        errors = self._mean_errors(gm, sites)
-        if not any(bool(error.any()) for error in errors.values()):
-            raise CalibrationError(
-                "correct_bias had no effect: every mean error is 0; leave it out"
-            )
+            return
+        errors = self._mean_errors(gm, context, sites)
         for site in sites:
+            error = errors[site.path]
+            if not bool(error.any()):
+                yield site.path, Blocked("its mean error is 0")
+                continue
             module = gm.get_submodule(site.path)
             weight, bias = linear_parameters(module)
-            error = errors[site.path]
             corrected = -error if bias is None else bias.double() - error
             install(gm, site.path, with_parameters(module, bias=corrected.to(weight.dtype)))
             size = float(error.square().mean().sqrt())
             created = ", which is new" if bias is None else ""
             text = f"mean error {size:.3g} (rms over channels) moved into the bias{created}"
-            add_note(gm, self.name, site.path, text)
-        biased = (replace(s, bias=True) if s.path in errors else s for s in info(gm).sites)
+            yield site.path, Changed(text)
+        biased = (
+            replace(s, bias=s.bias or bool(errors[s.path].any())) if s.path in errors else s
+            for s in info(gm).sites
+        )
         update_info(gm, sites=tuple(biased))
-        return gm
 
-    def _mean_errors(self, gm: GraphModule, sites: list[Site]) -> dict[str, Tensor]:
+    def _mean_errors(
+        self, gm: GraphModule, context: Context, sites: list[Site]
+    ) -> dict[str, Tensor]:
         """E[y^ - y] of each site: float64 [N]."""
-        batches = list(self.batches or ())  # read by two runs
-        reference = _Means(without_observers(gm), batches, self.name, self.progress)
-        quantized = _Means(Quantize(self.scheme)(gm), batches, self.name, self.progress)
+        batches = list(context.batches or ())  # read by two runs
+        reference = _Means(without_observers(gm), batches, self.name, context.progress)
+        quantized = _Means(Quantize()(gm, context), batches, self.name, context.progress)
         errors: dict[str, Tensor] = {}
         previous: str | None = None
         for site in sites:

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from fxquant.context import Context
 from fxquant.errors import VerificationError
 from fxquant.execution import Executor
 from fxquant.graph import Builder, Level, device_of, info
 from fxquant.passes.attention_products import attention_path
+from fxquant.passes.name_sites import products_in_float, recount_products
 from fxquant.pipeline import Pass, Probe
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention
@@ -54,11 +56,13 @@ class DecomposeAttention(Pass):
     requires = (Level.FLOAT,)
     effect = "equivalent"
 
-    def rewrite(self, gm: GraphModule) -> GraphModule:
+    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
         fused = [n for n in gm.graph.nodes if n.op == "call_function" and n.target is _SDPA]
+        before = products_in_float(gm)
         facts = _operands(gm, fused)
         for node in fused:
             _write_out(gm, node, facts)
+        recount_products(gm, before)
         return gm
 
 

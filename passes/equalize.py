@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,11 +10,14 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxquant.absorption import ScaleGroup, scale_groups
-from fxquant.errors import SchemeError
-from fxquant.graph import Level, add_note, linear_parameters
+from fxquant.context import Context
+from fxquant.graph import Level, linear_parameters
+from fxquant.options import Count, Positive
+from fxquant.outcome import Blocked, Changed, Outcome
 from fxquant.passes.smooth import weight_maxima
 from fxquant.repair import Repair
 from fxquant.rescaling import rescale
+from fxquant.schemes import Scheme
 
 
 @dataclass(frozen=True)
@@ -34,49 +38,37 @@ class Equalize(Repair):
     requires = (Level.FLOAT,)
     effect = "equivalent"
     needs_calibration = False
+    no_place = "quantizes no linear that gets its input from the rows of another one"
 
-    iterations: int = 20
-    threshold: float = 1e-3
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.iterations, int) or self.iterations < 1:
-            raise SchemeError(f"equalize: iterations is a number from 1, not {self.iterations!r}")
-        if not isinstance(self.threshold, (int, float)) or self.threshold <= 0:
-            raise SchemeError(f"equalize: threshold is positive, not {self.threshold!r}")
+    iterations: Count = 20
+    threshold: Positive = 1e-3
 
     @property
     def keeps_site_outputs(self) -> bool:
         return False
 
-    def rewrite(self, gm: GraphModule) -> GraphModule:
-        pairs = [group for group in scale_groups(gm) if self._is_pair(group)]
-        if not pairs:
-            raise SchemeError(
-                f"equalize had no effect: in this model no linear that scheme {self.scheme} "
-                "quantizes gets its input from the rows of another one"
-            )
-        first_change = 0.0
-        for iteration in range(self.iterations):
-            change = max(_equalize(gm, pair) for pair in pairs)
-            first_change = change if iteration == 0 else first_change
-            if change <= self.threshold:
+    def apply(self, gm: GraphModule, context: Context) -> Iterator[Outcome]:
+        pairs = [group for group in scale_groups(gm) if _is_pair(group, context.scheme)]
+        largest = [0.0] * len(pairs)
+        for _ in range(self.iterations):
+            changes = [_equalize(gm, pair) for pair in pairs]
+            largest = [max(pair) for pair in zip(largest, changes, strict=True)]
+            if max(changes, default=0.0) <= self.threshold:
                 break
-        if first_change <= self.threshold:
-            raise SchemeError(
-                f"equalize had no effect: all {len(pairs)} pairs have equal ranges already"
-            )
-        for pair in pairs:
+        for pair, change in zip(pairs, largest, strict=True):
             assert pair.producer is not None
-            text = f"equalized with {pair.producer.path}"
+            done: Changed | Blocked = Changed(f"equalized with {pair.producer.path}")
+            if change <= self.threshold:
+                done = Blocked(f"its ranges equal those of {pair.producer.path} already")
             for consumer in pair.consumers:
-                add_note(gm, self.name, consumer.site.path, text)
-        return gm
+                yield consumer.site.path, done
 
-    def _is_pair(self, group: ScaleGroup) -> bool:
-        if group.producer is None or group.producer.kind != "rows":
-            return False
-        specs = (self.scheme.spec_for(c.site.path, c.site.role) for c in group.consumers)
-        return any(spec.weight is not None for spec in specs)
+
+def _is_pair(group: ScaleGroup, scheme: Scheme) -> bool:
+    if group.producer is None or group.producer.kind != "rows":
+        return False
+    specs = (scheme.spec_for(c.site.path, c.site.role) for c in group.consumers)
+    return any(spec.weight is not None for spec in specs)
 
 
 def _equalize(gm: GraphModule, pair: ScaleGroup) -> float:

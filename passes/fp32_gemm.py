@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fxquant.context import Context
 from fxquant.graph import (
     LeftInFloat,
     Level,
@@ -50,7 +51,7 @@ class Fp32Gemm(Pass):
     requires = (Level.FLOAT,)
     effect = "equivalent"
 
-    def rewrite(self, gm: GraphModule) -> GraphModule:
+    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
         left = list(info(gm).left_in_float)
         for site, _ in site_outputs(gm):
             if site.role != "linear":

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fxquant.errors import CalibrationError, SchemeError
+from fxquant.errors import CalibrationError
 from fxquant.formats.grid import Grid
 from fxquant.passes.weight_codes import WeightCodes, search_scales
 from fxquant.quantization import check_finite
@@ -54,7 +54,12 @@ def gptq(
     Returns WeightCodes on the weight's device. Raises CalibrationError for a Hessian that is all
     zero, not finite, or not positive definite at any damping; NonFiniteError for the weight.
     """
-    _check(weight, hessian, block_size, damping, order)
+    if weight.dim() != 2 or hessian.shape != (weight.shape[1],) * 2:
+        raise ValueError(
+            f"expected a weight [N, K] and a Hessian [K, K], got {list(weight.shape)} and "
+            f"{list(hessian.shape)}"
+        )
+    check_finite(weight, "the weight", "gptq")
     columns = weight.shape[1]
     places = torch.arange(columns, device=weight.device)
     if order == "static":
@@ -71,24 +76,9 @@ def gptq(
         zeros,
         (places // (spec.group_size or columns)).tolist(),
         spec.grid,
-        block_size,
+        min(block_size, columns),
     )
     return WeightCodes(codes[back].t().contiguous(), scales, zeros, spec, used)
-
-
-def _check(weight: Tensor, hessian: Tensor, block_size: int, damping: float, order: str) -> None:
-    if weight.dim() != 2 or hessian.shape != (weight.shape[1],) * 2:
-        raise ValueError(
-            f"expected a weight [N, K] and a Hessian [K, K], got {list(weight.shape)} and "
-            f"{list(hessian.shape)}"
-        )
-    if order not in ("none", "static"):
-        raise SchemeError(f'gptq: order must be "none" or "static", got {order!r}')
-    if block_size < 1:
-        raise SchemeError(f"gptq: block_size must be at least 1, got {block_size}")
-    if not 0 <= damping <= _MOST_DAMPING:
-        raise SchemeError(f"gptq: damping must be 0..{_MOST_DAMPING:g}, got {damping}")
-    check_finite(weight, "the weight", "gptq")
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float, Tensor]:

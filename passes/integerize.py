@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from fxquant.context import Context
 from fxquant.errors import VerificationError
 from fxquant.formats.packing import unpack_int4
 from fxquant.gemm import MAX_LENGTH, certified_chunk, reduced_precision
@@ -15,7 +16,7 @@ from fxquant.graph import Builder, Level, Site, arguments, get_tensor, is_op, si
 from fxquant.levels import OPS
 from fxquant.passes.attention_products import integerize_product
 from fxquant.pipeline import Pass
-from fxquant.quantization import expand_groups, group_count
+from fxquant.quantization import expand_groups, split_groups
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Integerize(Pass):
         reduced = reduced_precision("cpu") or reduced_precision("cuda")
         return super().tolerance(torch.bfloat16 if reduced else dtype)
 
-    def rewrite(self, gm: GraphModule) -> GraphModule:
+    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
         for site, node in list(site_outputs(gm)):
             if integerize_product(gm, site, node):
                 continue
@@ -149,9 +150,7 @@ def _weight_sum(gm: GraphModule, builder: Builder, p: Pattern, codes: Tensor) ->
         shift = get_tensor(gm, p.weight_zero_point)
         centred = centred - expand_groups(shift, length, p.group_size or None)
     if p.group_size:
-        padding = group_count(length, p.group_size) * p.group_size - length
-        grouped = nn.functional.pad(centred, (0, padding)).unflatten(1, (-1, p.group_size))
-        sums = grouped.sum(-1, dtype=torch.int32)
+        sums = split_groups(centred, p.group_size).sum(-1, dtype=torch.int32)
     else:
         sums = centred.sum(-1, dtype=torch.int32)
     gm.get_submodule(builder.site).register_buffer("weight_sum", sums)

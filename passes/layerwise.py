@@ -8,16 +8,17 @@ import hashlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxquant.errors import FxquantError, SchemeError, VerificationError
+from fxquant.context import Context
+from fxquant.errors import FxquantError
 from fxquant.graph import (
     CodedLinear,
     Level,
-    add_note,
     coded_linears,
     device_of,
     info,
@@ -25,13 +26,15 @@ from fxquant.graph import (
     linear_parameters,
     source_of,
 )
+from fxquant.outcome import Blocked, Changed, Outcome
 from fxquant.passes.block_store import BlockStore
 from fxquant.passes.coordinate_descent import energy
-from fxquant.passes.hessians import Hessian
+from fxquant.passes.hessians import Gram
 from fxquant.passes.quantize import site_codes
 from fxquant.passes.weight_codes import WeightCodes, min_max_codes, stacked
 from fxquant.quantizer import Quantizer
 from fxquant.repair import Repair
+from fxquant.schemes import Scheme
 from fxquant.sequential import Segment, SequentialRun
 from fxquant.specs import ActivationSpec, TensorSpec
 from fxquant.streamed import streamed_tensors
@@ -93,44 +96,33 @@ class Layerwise(Repair):
         within: what a layer's inputs have gone through: "layer": all earlier layers quantized,
             also those of its own block, in one run of the data; "block": earlier blocks only, its
             own in float, in two runs (the paper).
-        cache: see Repair; files are named by a fingerprint of model, data, scheme and options.
+
+    Files in the context's cache are named by a fingerprint of model, data, scheme and options.
     """
 
-    within: str = "layer"
+    within: Literal["layer", "block"] = "layer"
     requires = (Level.FLOAT,)
     effect = "equivalent"
     resumes = True
-
-    def __post_init__(self) -> None:
-        if self.within not in ("layer", "block"):
-            raise SchemeError(f'{self.name}: within must be "layer" or "block", not {self.within}')
+    no_place = "quantizes no linear's weight; name one in front, such as w4-g128"
 
     @abc.abstractmethod
     def solve(self, weight: Tensor, hessian: Tensor, layers: tuple[Layer, ...]) -> WeightCodes:
         """Codes of ``weight`` [N, K], the rows of ``layers`` one below the other."""
 
-    def rewrite(self, gm: GraphModule) -> GraphModule:
-        self.scheme.check_overrides((site.path, site.role) for site in info(gm).sites)
-        if next(coded_linears(gm, self.scheme), None) is None:
-            raise SchemeError(
-                f"{self.name}: scheme {self.scheme} quantizes no linear's weight; name one in "
-                "front, such as w4-g128"
-            )
-        run = SequentialRun(gm, self.batches, label=self.name, progress=self.progress)
-        store = BlockStore(self.cache, self._fingerprint(gm, run))
-        changed = 0
+    def apply(self, gm: GraphModule, context: Context) -> Iterator[Outcome]:
+        context.scheme.check_overrides((site.path, site.role) for site in info(gm).sites)
+        if next(coded_linears(gm, context.scheme), None) is None:
+            return
+        run = SequentialRun(gm, context.batches, label=self.name, progress=context.progress)
+        store = BlockStore(context.cache, self._fingerprint(gm, run, context))
         for segment in run.segments:
-            changed += self._segment(gm, run, segment, store)
-        if not changed:
-            raise VerificationError(
-                f"{self.name}: no code differs from before; the repair had no effect"
-            )
-        return gm
+            yield from self._segment(gm, run, segment, store, context.scheme)
 
-    def _fingerprint(self, gm: GraphModule, run: SequentialRun) -> str:
-        if self.cache is None:
+    def _fingerprint(self, gm: GraphModule, run: SequentialRun, context: Context) -> str:
+        if context.cache is None:
             return ""
-        digest = hashlib.sha256(f"{self!r} {self.scheme} {run.digest}".encode())
+        digest = hashlib.sha256(f"{self!r} {context.scheme} {run.digest}".encode())
         stored = ((n, v) for n, v in sorted(gm.state_dict().items()) if not v.is_meta)
         for name, value in itertools.chain(stored, streamed_tensors(gm)):
             digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
@@ -138,10 +130,15 @@ class Layerwise(Repair):
         return digest.hexdigest()[:32]
 
     def _segment(
-        self, gm: GraphModule, run: SequentialRun, segment: Segment, store: BlockStore
-    ) -> int:
-        """Choose the block's codes, move the run behind it; how many codes changed."""
-        groups = self._groups(gm, segment)
+        self,
+        gm: GraphModule,
+        run: SequentialRun,
+        segment: Segment,
+        store: BlockStore,
+        scheme: Scheme,
+    ) -> Iterator[Outcome]:
+        """Choose the block's codes, and move the run behind it."""
+        groups = _groups(gm, segment, scheme)
         layers = {layer.path: layer for group in groups for layer in group.layers}
         specs = {path: one.spec for path, one in layers.items()}
         chosen = store.load(segment.block, specs, device_of(gm))
@@ -152,31 +149,12 @@ class Layerwise(Repair):
             _simulate(gm, layers[path], codes)
         if segment.end is not None:  # nothing to choose behind the last segment, nothing to run
             run.advance(segment.end)
-        changed = 0
         for path, codes in chosen.items():
             layer = layers[path]
-            changed += int((codes.codes != layer.before.codes).sum())
+            same = torch.equal(codes.codes, layer.before.codes)
             install(gm, path, CodedLinear(layer.weight, layer.bias, layer.spec, codes.tensors()))
-            add_note(gm, self.name, path, codes.note)
-        return changed
-
-    def _groups(self, gm: GraphModule, segment: Segment) -> list[SharedInput]:
-        found: dict[Node, tuple[Node, list[Layer]]] = {}
-        for site, node in segment.sites:
-            wanted = self.scheme.spec_for(site.path, site.role)
-            spec, activation = wanted.weight, wanted.activation
-            if spec is None:
-                continue
-            if activation is not None and not activation.dynamic:
-                activation = None
-            module = gm.get_submodule(site.path)
-            weight, bias = linear_parameters(module)
-            start = site_codes(module, spec, site.path) if isinstance(module, CodedLinear) else None
-            layer = Layer(site.path, weight, bias, spec, activation, start)
-            found.setdefault(source_of(node), (node, []))[1].append(layer)
-        return [
-            SharedInput(source, reader, tuple(layers)) for source, (reader, layers) in found.items()
-        ]
+            unchanged = Blocked(f"{codes.note}; no code differs from before")
+            yield path, unchanged if same else Changed(codes.note)
 
     def _choose(
         self, gm: GraphModule, run: SequentialRun, groups: list[SharedInput]
@@ -192,7 +170,7 @@ class Layerwise(Repair):
 
     def _means(self, run: SequentialRun, groups: list[SharedInput]) -> Iterator[Tensor]:
         """Each group's Hessian, when the codes of the groups before it are installed."""
-        hessians = [Hessian(group.source, group.layers[0].path) for group in groups]
+        hessians = [Gram(group.source, group.layers[0].path) for group in groups]
         if self.within == "block" and groups:
             _see_block(run, groups[-1].reader, hessians)
         for group in groups:
@@ -219,6 +197,25 @@ class Layerwise(Repair):
             yield layer, replace(codes, note=_note(layer, codes, hessian))
 
 
+def _groups(gm: GraphModule, segment: Segment, scheme: Scheme) -> list[SharedInput]:
+    found: dict[Node, tuple[Node, list[Layer]]] = {}
+    for site, node in segment.sites:
+        wanted = scheme.spec_for(site.path, site.role)
+        spec, activation = wanted.weight, wanted.activation
+        if spec is None:
+            continue
+        if activation is not None and not activation.dynamic:
+            activation = None
+        module = gm.get_submodule(site.path)
+        weight, bias = linear_parameters(module)
+        start = site_codes(module, spec, site.path) if isinstance(module, CodedLinear) else None
+        layer = Layer(site.path, weight, bias, spec, activation, start)
+        found.setdefault(source_of(node), (node, []))[1].append(layer)
+    return [
+        SharedInput(source, reader, tuple(layers)) for source, (reader, layers) in found.items()
+    ]
+
+
 def _note(layer: Layer, codes: WeightCodes, hessian: Tensor) -> str:
     """The layer's error on its inputs, relative to its output, before and after."""
     total = len(layer.weight)
@@ -235,7 +232,7 @@ def _note(layer: Layer, codes: WeightCodes, hessian: Tensor) -> str:
     return f"layer error {old:.3g} -> {new:.3g} {where}{codes.note}"
 
 
-def _see_block(run: SequentialRun, until: Node, hessians: list[Hessian]) -> None:
+def _see_block(run: SequentialRun, until: Node, hessians: list[Gram]) -> None:
     for_source = {hessian.source: hessian for hessian in hessians}
     run.visit(
         until,

@@ -9,6 +9,7 @@ from torch.fx import GraphModule
 from transformers.pytorch_utils import Conv1D
 
 from fxquant.blocks import block_of
+from fxquant.context import Context
 from fxquant.graph import (
     LINEAR,
     GraphInfo,
@@ -23,8 +24,6 @@ from fxquant.graph import (
 from fxquant.pipeline import Pass
 from fxquant.schemes import Role
 from fxquant.vocabulary import PRODUCTS, is_a, op_name
-
-_PRODUCTS = "products of activations (attention and rotary tables)"
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class NameSites(Pass):
     requires = (Level.FLOAT,)
     effect = "exact"
 
-    def rewrite(self, gm: GraphModule) -> GraphModule:
+    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
         facts = info(gm)
         sites: list[Site] = []
         left: list[LeftInFloat] = []
@@ -63,7 +62,7 @@ class NameSites(Pass):
             sites.append(Site(path, role, weight_shape(module), has_bias))
             set_tag(node, replace(tag(node), site=path, is_output=True))
         left.extend(_functional_weights(gm))
-        left.extend(_attention_products(gm))
+        left.extend(products_in_float(gm))
         update_info(gm, sites=tuple(sites), left_in_float=tuple(left))
         return gm
 
@@ -110,15 +109,17 @@ def _functional_weights(gm: GraphModule) -> list[LeftInFloat]:
     ]
 
 
-def attention_left_in_float(gm: GraphModule) -> tuple[LeftInFloat, ...]:
-    """The graph's list, its products of activations counted anew after some became sites."""
-    others = (entry for entry in info(gm).left_in_float if entry.reason != _PRODUCTS)
-    return (*others, *_attention_products(gm))
+def recount_products(gm: GraphModule, before: list[LeftInFloat]) -> None:
+    """Put the products that are in float now in place of those that were ``before``."""
+    others = (entry for entry in info(gm).left_in_float if entry not in before)
+    update_info(gm, left_in_float=(*others, *products_in_float(gm)))
 
 
-def _attention_products(gm: GraphModule) -> list[LeftInFloat]:
+def products_in_float(gm: GraphModule) -> list[LeftInFloat]:
+    """The products of activations that are no sites, counted by operator."""
     products: dict[str, int] = {}
     for node in gm.graph.nodes:
         if is_a(node, *PRODUCTS) and not tag(node).is_output:
             products[op_name(node)] = products.get(op_name(node), 0) + 1
-    return [LeftInFloat(f"{name} x{count}", _PRODUCTS) for name, count in products.items()]
+    reason = "products of activations (attention and rotary tables)"
+    return [LeftInFloat(f"{name} x{count}", reason) for name, count in products.items()]

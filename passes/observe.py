@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
+from fxquant.context import Context
 from fxquant.errors import VerificationError
 from fxquant.graph import Builder, Level, device_of, info, install, site_outputs, source_of
 from fxquant.observers import HistogramObserver
 from fxquant.passes.attention_products import observed, operand_spec
 from fxquant.pipeline import Pass
-from fxquant.schemes import Scheme
 
 CONTAINER = "fxquant_observers"
 
@@ -27,24 +27,23 @@ class Observe(Pass):
     Sites that share an input (q, k and v; gate and up) share its observer.
     """
 
-    scheme: Scheme
     name = "observe"
     requires = (Level.FLOAT,)
     ensures = Level.OBSERVED
     effect = "exact"
 
-    def rewrite(self, gm: GraphModule) -> GraphModule:
-        self.scheme.check_overrides((site.path, site.role) for site in info(gm).sites)
+    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
+        context.scheme.check_overrides((site.path, site.role) for site in info(gm).sites)
         mask = attention_mask_node(gm)
         seen: set[Node] = set()
         for site, node in list(site_outputs(gm)):
             if site.role == "matmul":
-                operands = operand_spec(self.scheme, site)
+                operands = operand_spec(context.scheme, site)
                 if operands is not None and not operands.dynamic:
                     with gm.graph.inserting_before(node):
                         observed(Builder(gm, self.name, site.path), site, node, mask)
                 continue
-            activation = self.scheme.spec_for(site.path, site.role).activation
+            activation = context.scheme.spec_for(site.path, site.role).activation
             source = source_of(node)
             if activation is None or activation.dynamic or source in seen:
                 continue

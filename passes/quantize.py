@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from fxquant.context import Context
 from fxquant.errors import CalibrationError, VerificationError
 from fxquant.formats.grid import Grid
 from fxquant.formats.integer import IntegerGrid
@@ -52,28 +53,27 @@ class Quantize(Pass):
     Sites that read one input with one spec share its codes. The float weight is dropped.
     """
 
-    scheme: Scheme
     name = "quantize"
     requires = (Level.FLOAT, Level.OBSERVED)
     ensures = Level.QDQ
     effect = "lossy"
 
-    def rewrite(self, gm: GraphModule) -> GraphModule:
-        self.scheme.check_overrides((site.path, site.role) for site in info(gm).sites)
+    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
+        context.scheme.check_overrides((site.path, site.role) for site in info(gm).sites)
         inputs = _Inputs(gm, observers(gm), {}, {})
         left = list(info(gm).left_in_float)
         records: list[SiteRecord] = []
         for site, node in list(site_outputs(gm)):
             if site.role == "matmul":
-                operands = operand_spec(self.scheme, site)
+                operands = operand_spec(context.scheme, site)
                 if operands is None:
-                    left.append(LeftInFloat(site.path, _why_float(site, self.scheme)))
+                    left.append(LeftInFloat(site.path, _why_float(site, context.scheme)))
                 else:
                     records += lower_product(gm, site, node, operands)
                 continue
-            spec = self.scheme.spec_for(site.path, site.role)
+            spec = context.scheme.spec_for(site.path, site.role)
             if spec.weight is None:
-                left.append(LeftInFloat(site.path, _why_float(site, self.scheme)))
+                left.append(LeftInFloat(site.path, _why_float(site, context.scheme)))
                 continue
             if site.role == "embeddings":
                 records.append(_lower_embedding(gm, site, node, spec.weight, inputs))
@@ -85,7 +85,7 @@ class Quantize(Pass):
         gm.graph.eliminate_dead_code()
         gm.delete_all_unused_submodules()
         update_info(
-            gm, left_in_float=tuple(left), scheme=str(self.scheme), site_records=tuple(records)
+            gm, left_in_float=tuple(left), scheme=str(context.scheme), site_records=tuple(records)
         )
         return gm
 

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch.fx import GraphModule, Node
 
-from fxquant.errors import ModelError, SchemeError, VerificationError
-from fxquant.graph import Builder, Level, Site, Tag, add_note, arguments, info, set_tag, update_info
+from fxquant.context import Context
+from fxquant.errors import ModelError, VerificationError
+from fxquant.graph import (
+    Builder,
+    Level,
+    Site,
+    Tag,
+    arguments,
+    info,
+    is_op,
+    set_tag,
+    tag,
+    update_info,
+)
 from fxquant.levels import OPS
+from fxquant.outcome import Blocked, Changed, Outcome
 from fxquant.passes.attention_products import Product, attention_products
 from fxquant.passes.decompose_attention import DecomposeAttention
-from fxquant.passes.name_sites import attention_left_in_float
-from fxquant.pipeline import probe_for, run_probe
+from fxquant.passes.name_sites import products_in_float, recount_products
+from fxquant.pipeline import Pass, probe_for, run_probe
 from fxquant.repair import Repair
 
 
-def _written_out(gm: GraphModule, name: str) -> list[Product]:
-    DecomposeAttention().rewrite(gm)
+def _products(gm: GraphModule, name: str) -> list[Product]:
     found = list(attention_products(gm))
     if not found:
         raise ModelError(
@@ -47,19 +60,28 @@ class Attn8(Repair):
     effect = "equivalent"
     needs_calibration = False
     makes_sites = True
+    no_place = "quantizes nothing; attn8 goes with one that does, such as w8a8-dynamic"
 
-    def rewrite(self, gm: GraphModule) -> GraphModule:
-        if not any(spec.weight for spec in self.scheme.specs):
-            raise SchemeError("attn8 goes with a scheme that quantizes, such as w8a8-dynamic+attn8")
-        sites = list(info(gm).sites)
-        for product in _written_out(gm, self.name):
-            for node, what in ((product.scores, "qk"), (product.output, "pv")):
-                path = f"{product.path}.{what}"
+    @property
+    def sequence(self) -> tuple[Pass, ...]:
+        return DecomposeAttention(), self
+
+    def apply(self, gm: GraphModule, context: Context) -> Iterator[Outcome]:
+        if not any(spec.weight for spec in context.scheme.specs):
+            return
+        sites, before = list(info(gm).sites), products_in_float(gm)
+        for product in _products(gm, self.name):
+            for node, kind in ((product.scores, "qk"), (product.output, "pv")):
+                path = f"{product.path}.{kind}"
+                if tag(node).is_output:
+                    yield path, Blocked("it is a site already", (node,))
+                    continue
                 set_tag(node, Tag(path, self.name, is_output=True))
                 # Rows and columns depend on the input.
                 sites.append(Site(path, "matmul", (0, 0)))
-        update_info(gm, sites=tuple(sites), left_in_float=attention_left_in_float(gm))
-        return gm
+                yield path, Changed()
+        update_info(gm, sites=tuple(sites))
+        recount_products(gm, before)
 
 
 def _check_finite(gm: GraphModule, name: str) -> None:
@@ -90,15 +112,21 @@ class _StoredKeysAndValues(Repair):
     effect = "lossy"
     needs_calibration = False
 
-    def rewrite(self, gm: GraphModule) -> GraphModule:
-        if any(n.target is OPS.store_kv.default for n in gm.graph.nodes):
-            raise SchemeError(f"{self.name}: keys and values are stored in codes already")
-        for product in _written_out(gm, self.name):
+    @property
+    def sequence(self) -> tuple[Pass, ...]:
+        return DecomposeAttention(), self
+
+    def apply(self, gm: GraphModule, context: Context) -> Iterator[Outcome]:
+        stored = tuple(node for node in gm.graph.nodes if is_op(node, OPS.store_kv.default))
+        for product in _products(gm, self.name):
+            if stored:
+                reason = "keys and values are stored in codes already"
+                yield product.path, Blocked(reason, stored)
+                continue
             self._store(gm, product.path, product.scores, turned=True)
             self._store(gm, product.path, product.output, turned=False)
-            add_note(gm, self.name, product.path, f"keys and values in {self.bits} bits")
+            yield product.path, Changed(f"keys and values in {self.bits} bits")
         _check_finite(gm, self.name)
-        return gm
 
     def _store(self, gm: GraphModule, path: str, product: Node, turned: bool) -> None:
         operand = arguments(product)[1]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fxquant.errors import SchemeError
+from fxquant.options import Count, Share
 from fxquant.passes.coordinate_descent import coordinate_descent
 from fxquant.passes.layerwise import Layer, Layerwise, stacked_start
 from fxquant.passes.weight_codes import WeightCodes, round_to_nearest, search_scales
@@ -25,16 +25,9 @@ class Refine(Layerwise):
     weighted by the Hessian's diagonal.
     """
 
-    steps: int = 4
-    damping: float = 0.01
+    steps: Count = 4
+    damping: Share = 0.01
     name = "refine"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.steps < 1:
-            raise SchemeError(f"refine: steps must be at least 1, got {self.steps}")
-        if not 0 <= self.damping <= 1:
-            raise SchemeError(f"refine: damping must be 0..1, got {self.damping}")
 
     def solve(self, weight: Tensor, hessian: Tensor, layers: tuple[Layer, ...]) -> WeightCodes:
         spec = layers[0].spec

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxquant.absorption import ScaleGroup, scale_groups
-from fxquant.errors import CalibrationError, SchemeError
-from fxquant.graph import Level, add_note, info, linear_parameters, source_of
+from fxquant.context import Context
+from fxquant.graph import Level, linear_parameters, source_of
 from fxquant.observers import ChannelAbsmax
+from fxquant.options import Count, Share
+from fxquant.outcome import Blocked, Changed, Outcome
 from fxquant.passes.scale_search import ScaleSearch
 from fxquant.passes.statistics import observe_nodes
 from fxquant.repair import Repair
 from fxquant.rescaling import rescale
+from fxquant.schemes import Scheme
 
 SMALLEST = 1e-5  # of a scale and of max|W|, as the paper's code clamps
 _ALPHAS = tuple(round(0.1 * step, 1) for step in range(1, 11))
@@ -44,26 +48,15 @@ class Smooth(Repair):
     name = "smooth"
     requires = (Level.FLOAT,)
     effect = "equivalent"
+    no_place = (
+        "quantizes no activation, so there is nothing to smooth; take a scheme such as "
+        "w8a8-static, or awq for weights alone"
+    )
 
-    alpha: float | str = 0.5
-    where: str = "default"
+    alpha: Share | Literal["auto"] = 0.5
+    where: Literal["default", "all"] = "default"
     insert: bool = False
-    tokens: int = 2048
-
-    def __post_init__(self) -> None:
-        known = self.alpha == "auto" or (
-            isinstance(self.alpha, (int, float))
-            and not isinstance(self.alpha, bool)
-            and 0 <= self.alpha <= 1
-        )
-        if not known:
-            raise SchemeError(f"smooth: alpha is a number in [0, 1] or auto, not {self.alpha!r}")
-        if self.where not in ("default", "all"):
-            raise SchemeError(f"smooth: where is default or all, not {self.where!r}")
-        if not isinstance(self.insert, bool):
-            raise SchemeError(f"smooth: insert is true or false, not {self.insert!r}")
-        if not isinstance(self.tokens, int) or self.tokens < 1:
-            raise SchemeError(f"smooth: tokens is a number from 1, not {self.tokens!r}")
+    tokens: Count = 2048
 
     @property
     def readings(self) -> int:
@@ -73,83 +66,91 @@ class Smooth(Repair):
     def keeps_site_outputs(self) -> bool:
         return self.where == "default"
 
-    def rewrite(self, gm: GraphModule) -> GraphModule:
-        groups = [group for group in scale_groups(gm) if self._wants(group)]
-        if not groups:
-            raise SchemeError(
-                f"smooth: scheme {self.scheme} quantizes no activation, so there is nothing to "
-                "smooth; take a scheme such as w8a8-static, or awq for weights alone"
-            )
-        chosen = [group for group in groups if self._can(gm, group)]
+    def apply(self, gm: GraphModule, context: Context) -> Iterator[Outcome]:
+        groups = [group for group in scale_groups(gm) if _wants(group, context.scheme)]
+        obstacles = [self._obstacle(group) for group in groups]
+        chosen = []
+        for group, obstacle in zip(groups, obstacles, strict=True):
+            if obstacle is None:
+                chosen.append(group)
+            else:
+                yield from _at(group, obstacle)
         if not chosen:
-            raise SchemeError(f"smooth has no effect here: {_reasons(gm, self.name)}")
+            return
         observers = {source: ChannelAbsmax(site) for source, site in _sources(chosen)}
-        observe_nodes(gm, self.batches, observers, label=self.name, progress=self.progress)
+        observe_nodes(gm, context, observers, label=self.name)
         search = None
         if self.alpha == "auto":
-            search = ScaleSearch(gm, self.scheme, self.batches, tokens=self.tokens)
+            search = ScaleSearch(gm, context.scheme, context.batches, tokens=self.tokens)
         inserted: list[tuple[ScaleGroup, Tensor]] = []
-        changed = 0
         for group in chosen:
-            seen = group.gather(
-                [observers[source_of(c.node)].max_abs for c in group.consumers], "amax"
-            )
-            scale = self._scale(gm, group, seen, search)
+            inputs = [observers[source_of(c.node)].max_abs for c in group.consumers]
+            scale, note = self._scale(gm, group, inputs, search)
             if bool((scale == 1).all()):
+                yield from _at(group, Blocked(note or "not smoothed: every scale is 1"))
                 continue
-            changed += 1
+            yield from _at(group, Changed(note))
             if group.producer is None:
                 inserted.append((group, scale))
             else:
                 rescale(gm, group, scale, self.name)
         for group, scale in inserted:  # the search runs on the nodes as they were
             rescale(gm, group, scale, self.name)
-        if not changed:
-            raise CalibrationError(
-                "smooth had no effect: every scale is 1 (alpha=auto: no alpha lowers any error); "
-                "leave it out"
-            )
-        return gm
 
-    def _wants(self, group: ScaleGroup) -> bool:
-        specs = (self.scheme.spec_for(c.site.path, c.site.role) for c in group.consumers)
-        return any(spec.activation is not None for spec in specs)
-
-    def _can(self, gm: GraphModule, group: ScaleGroup) -> bool:
-        """Whether the group is to be smoothed; if not, a note says why."""
-        if group.producer is None:
+    def _obstacle(self, group: ScaleGroup) -> Blocked | None:
+        """Why the group is not to be smoothed; None where it is."""
+        if group.producer is None and not self.insert:
             assert group.obstacle is not None
-            obstacle = f"{group.obstacle.reason} (node {group.obstacle.node.name})"
-            reason = None if self.insert else obstacle
-        elif group.producer.kind == "rows" and self.where == "default":
-            reason = f"fed by the rows of {group.producer.path}, which where=all smooths"
-        else:
-            reason = None
-        if reason is not None:
-            for consumer in group.consumers:
-                add_note(gm, self.name, consumer.site.path, f"not smoothed: {reason}")
-        return reason is None
+            names = ", ".join(node.name for node in group.obstacle.nodes)
+            reason = f"not smoothed: {group.obstacle.reason} (node {names})"
+            return Blocked(reason, group.obstacle.nodes)
+        if group.producer is None or group.producer.kind != "rows" or self.where == "all":
+            return None
+        path = group.producer.path
+        return Blocked(f"not smoothed: fed by the rows of {path}, which where=all smooths")
 
     def _scale(
-        self, gm: GraphModule, group: ScaleGroup, seen: Tensor, search: ScaleSearch | None
-    ) -> Tensor:
-        weights = weight_maxima(gm, group).to(seen.device)
+        self,
+        gm: GraphModule,
+        group: ScaleGroup,
+        inputs: list[Tensor],
+        search: ScaleSearch | None,
+    ) -> tuple[Tensor, str]:
+        """The group's scale, and what is to be said about it."""
         if search is None:
             assert not isinstance(self.alpha, str)
-            return smoothing_scales(seen, weights, self.alpha)
-        candidates = [smoothing_scales(seen, weights, alpha) for alpha in _ALPHAS]
-        errors = search.errors(group, search.enter(group), [torch.ones_like(seen), *candidates])
+            return group_scale(gm, group, inputs, self.alpha), ""
+        candidates = [group_scale(gm, group, inputs, alpha) for alpha in _ALPHAS]
+        none = torch.ones_like(candidates[0])
+        errors = search.errors(group, search.enter(group), [none, *candidates])
         best = errors.index(min(errors))
-        chosen = "no smoothing" if best == 0 else f"alpha {_ALPHAS[best - 1]}"
-        for consumer in group.consumers:
-            add_note(gm, self.name, consumer.site.path, chosen)
-        return torch.ones_like(seen) if best == 0 else candidates[best - 1]
+        if best == 0:
+            return none, "no smoothing"
+        return candidates[best - 1], f"alpha {_ALPHAS[best - 1]}"
+
+
+def _at(group: ScaleGroup, done: Changed | Blocked) -> Iterator[Outcome]:
+    return ((consumer.site.path, done) for consumer in group.consumers)
+
+
+def _wants(group: ScaleGroup, scheme: Scheme) -> bool:
+    specs = (scheme.spec_for(c.site.path, c.site.role) for c in group.consumers)
+    return any(spec.activation is not None for spec in specs)
 
 
 def smoothing_scales(activations: Tensor, weights: Tensor, alpha: float) -> Tensor:
     """``max|x|^alpha / max|w|^(1 - alpha)``, float32 [channels]; 1 where an activation is 0."""
     scale = activations.float() ** alpha / weights.float().clamp(min=SMALLEST) ** (1 - alpha)
     return torch.where(activations == 0, 1.0, scale.clamp(min=SMALLEST))
+
+
+def group_scale(gm: GraphModule, group: ScaleGroup, inputs: list[Tensor], alpha: float) -> Tensor:
+    """The scale that all of the group share: float32 [channels]; see ``smoothing_scales``.
+
+    ``inputs``: max|x| of each consumer's input columns, [K] each.
+    """
+    seen = group.gather(inputs, "amax")
+    return smoothing_scales(seen, weight_maxima(gm, group).to(seen.device), alpha)
 
 
 def weight_maxima(gm: GraphModule, group: ScaleGroup) -> Tensor:
@@ -162,8 +163,3 @@ def _sources(groups: Iterable[ScaleGroup]) -> Iterable[tuple[Node, str]]:
     for group in groups:
         for consumer in group.consumers:
             yield source_of(consumer.node), consumer.site.path
-
-
-def _reasons(gm: GraphModule, origin: str) -> str:
-    notes = [f"{note.site}: {note.text}" for note in info(gm).notes if note.origin == origin]
-    return "; ".join(notes[:3])

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxquant.errors import CalibrationError, SchemeError
+from fxquant.context import Context
+from fxquant.errors import SchemeError
 from fxquant.graph import (
     Builder,
     FloatColumns,
     LeftInFloat,
     Level,
     Site,
-    add_note,
     coded_linears,
     info,
     install,
@@ -24,6 +25,8 @@ from fxquant.graph import (
     update_info,
 )
 from fxquant.observers import ChannelAbsmax
+from fxquant.options import Positive
+from fxquant.outcome import Blocked, Changed, Outcome
 from fxquant.passes.statistics import observe_nodes
 from fxquant.repair import Repair
 from fxquant.weights import install_weight
@@ -57,36 +60,29 @@ class SplitOutliers(Repair):
     name = "split_outliers"
     requires = (Level.FLOAT,)
     effect = "equivalent"
+    no_place = "quantizes no activation"
+    remedy = "lower the threshold or leave it out"
 
-    threshold: float = 6.0
-
-    def __post_init__(self) -> None:
-        number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
-        if not number or self.threshold <= 0:
-            raise SchemeError(f"split_outliers: threshold is positive, not {self.threshold!r}")
+    threshold: Positive = 6.0
 
     @property
     def keeps_site_outputs(self) -> bool:
         return False
 
-    def rewrite(self, gm: GraphModule) -> GraphModule:
+    def apply(self, gm: GraphModule, context: Context) -> Iterator[Outcome]:
         readers: dict[Node, list[tuple[Site, Node]]] = {}
-        for site, node, spec in coded_linears(gm, self.scheme):
+        for site, node, spec in coded_linears(gm, context.scheme):
             if spec.activation is not None:
                 readers.setdefault(source_of(node), []).append((site, node))
         if not readers:
-            raise SchemeError(
-                f"split_outliers: scheme {self.scheme} quantizes no activation: nothing to split"
-            )
+            return
         observers = {
             source: ChannelAbsmax(members[0][0].path) for source, members in readers.items()
         }
-        observe_nodes(gm, self.batches, observers, label=self.name, progress=self.progress)
-        found = 0
+        observe_nodes(gm, context, observers, label=self.name)
         for source, members in readers.items():
             largest = observers[source].max_abs
             index = (largest > self.threshold).nonzero().flatten()
-            found += index.numel()
             if index.numel() == largest.numel():
                 raise SchemeError(
                     f"split_outliers: {members[0][0].path}: all {index.numel()} columns exceed "
@@ -94,16 +90,10 @@ class SplitOutliers(Repair):
                 )
             if index.numel():
                 _split(gm, source, members, index)
+            text = f"{index.numel()} of {largest.numel()} columns exceed {self.threshold:g}"
+            text = f"{text}; the largest is {largest.max():.3g}"
             for site, _ in members:
-                text = f"{index.numel()} of {largest.numel()} columns exceed {self.threshold:g}"
-                add_note(gm, self.name, site.path, f"{text}; the largest is {largest.max():.3g}")
-        if not found:
-            most = max(float(observer.max_abs.max()) for observer in observers.values())
-            raise CalibrationError(
-                f"split_outliers had no effect: no column exceeds {self.threshold:g}; the largest "
-                f"max|x| is {most:.3g}: lower the threshold or leave it out"
-            )
-        return gm
+                yield site.path, Changed(text) if index.numel() else Blocked(text)
 
 
 def _split(gm: GraphModule, source: Node, members: list[tuple[Site, Node]], index: Tensor) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from tqdm import tqdm
 
-from fxquant.batches import Batches, model_inputs
+from fxquant.batches import model_inputs
+from fxquant.context import Context
 from fxquant.distributed import is_mine, merge_observers, merges_exactly
 from fxquant.errors import CalibrationError
 from fxquant.execution import Executor, OnNode
@@ -23,19 +24,19 @@ from fxquant.streaming import is_streamed, run_batches
 @torch.no_grad()
 def observe_nodes(
     gm: GraphModule,
-    batches: Batches | None,
+    context: Context,
     observers: Mapping[Node, Observer],
     *,
     label: str,
-    progress: bool = False,
 ) -> None:
-    """Show each node's values on all ``batches`` to its observer, in one run of the data.
+    """Show each node's values on all of the context's batches to its observer, in one run.
 
     Stops behind the last node asked for; padding does not count. Several processes (torchrun)
     share the batches out where all observers merge exactly; otherwise each reads all. Raises
     CalibrationError for missing or unusable batches and where no token was seen, NonFiniteError
     from the observers.
     """
+    batches = context.batches
     if batches is None:
         raise CalibrationError(
             f"{label} needs calibration data: pass calibration=batches (LongTensors "
@@ -50,7 +51,7 @@ def observe_nodes(
     until = executor.nodes[last + 1]
     total = len(batches) if isinstance(batches, Sized) else None
     # disable=None: quiet where the output is no terminal.
-    bar = tqdm(batches, label, total, unit="batch", disable=None if progress else True)
+    bar = tqdm(batches, label, total, unit="batch", disable=None if context.progress else True)
     checked = (
         {k: v.to(device) for k, v in model_inputs(batch, facts, index).items()}
         for index, batch in enumerate(bar)

@@ -167,3 +167,10 @@ PLAIN = {
         weight_bits=4, weight_group=12, weight_symmetric=False, activation="token", symmetric=False
     ),
 }
+
+
+def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
+    """Signal to quantization noise ratio in dB: 10 log10(sum ref^2 / sum (ref - approx)^2)."""
+    signal = reference.double().square().sum()
+    noise = (reference.double() - approximation.double()).square().sum()
+    return float(10 * torch.log10(signal / noise))

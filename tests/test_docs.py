@@ -37,7 +37,7 @@ def test_blocks_run(
     for block in BLOCK.finditer(page.read_text()):
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            exec(compile(block["code"], f"{page.name}", "exec"), namespace)
+            exec(compile(block["code"], page.name, "exec", dont_inherit=True), namespace)
         if block["printed"] is None:
             continue
         if update and "..." not in block["printed"]:

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import fxquant
+from fxquant.context import Context
 from fxquant.errors import InspectionError
 from fxquant.execution import Executor
 from fxquant.graph import Level, QuantizedParameters, SiteRecord, info
 from fxquant.inspection import Inspection
 from fxquant.passes import Calibrate, Integerize, NameSites, Observe, Quantize
 from fxquant.pipeline import Pass, Pipeline
-from fxquant.quantization import sqnr_db
 from fxquant.records import NodeText
 from fxquant.schemes import Scheme
 from fxquant.shapes import propagate
@@ -30,6 +30,7 @@ from fxquant.snapshot import describe
 from tests.architectures import ARCHITECTURES, llama, opt, token_ids
 from tests.conftest import GOLDEN, Golden, check_goldens
 from tests.masking import masked
+from tests.reference import sqnr_db
 
 CALIBRATION = [token_ids(2, 9, seed=seed) for seed in range(3)]
 BUILD = {
@@ -65,9 +66,12 @@ REPAIRED = {
     "clip": "w3+clip",
     "gptq": "w4-g8+gptq",
     "refine": "w4-g8+gptq+refine",
+    "fold_norms": "w4+rotate",
     "rotate": "w4+rotate",
+    "rotate_inputs": "w4+rotate",
     "split_outliers": "w8a8-static+split_outliers(threshold=2.5)",
     "correct_bias": "w3+correct_bias",
+    "decompose_attention": "w8a8-static+attn8",
     "attn8": "w8a8-static+attn8",
     "kv4": "w8+kv4",
 }
@@ -243,7 +247,7 @@ class Reorder(Pass):
     requires = (Level.FLOAT, Level.QDQ, Level.INTEGER)
     effect = "exact"
 
-    def rewrite(self, gm: GraphModule) -> GraphModule:
+    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
         codes = [n for n in gm.graph.nodes if n.op == "get_attr"]
         first = next(n for n in gm.graph.nodes if n.op == "call_module")
         first.prepend(codes[-1])
@@ -254,17 +258,16 @@ class Reorder(Pass):
 def test_history_goes_back_to_every_state(scheme: str) -> None:
     """The lists of nodes that undoing gives are those that stood there."""
     kind, seen = Scheme.parse(scheme), [describe(fxquant.trace(llama()))]
-    steps: list[Pass] = [NameSites(), Observe(kind), Calibrate(CALIBRATION), Quantize(kind)]
-    steps += [Reorder(), Integerize()]
-    pipeline = Pipeline(tuple(steps), lambda _, gm: seen.append(describe(gm)))
+    steps = (NameSites(), Observe(), Calibrate(), Quantize(), Reorder(), Integerize())
+    context = Context(kind, CALIBRATION)
+    pipeline = Pipeline(steps, context, lambda _, gm: seen.append(describe(gm)))
     gm = pipeline.run(fxquant.trace(llama()))
     assert list(fxquant.inspect(gm)._history.states) == seen
 
 
 def test_history_goes_on_where_a_graph_is_lowered_further() -> None:
     observed = fxquant.convert(opt(), "w8a8-static", calibration=CALIBRATION, level="observed")
-    kind = Scheme.parse("w8a8-static")
-    gm = Pipeline((Quantize(kind), Integerize())).run(observed)
+    gm = fxquant.recipe("w8a8-static", start="observed").run(observed)
     assert fxquant.inspect(gm).diff("observe") == two_layers().diff("observe")
     assert fxquant.inspect(gm).diff("integerize") == two_layers().diff("integerize")
 
@@ -287,7 +290,7 @@ class NewNorm(Pass):
     requires = (Level.FLOAT,)
     effect = "lossy"
 
-    def rewrite(self, gm: GraphModule) -> GraphModule:
+    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
         path = "model.decoder.layers.1.final_layer_norm"
         gm.add_submodule(path, nn.LayerNorm(32))
         gm.add_submodule(FC1, nn.Linear(32, 64))

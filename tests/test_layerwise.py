@@ -13,17 +13,18 @@ from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
 import fxquant
+from fxquant.context import Context
 from fxquant.errors import (
     CalibrationError,
     DataError,
+    NoEffectError,
     NonFiniteError,
     SchemeError,
-    VerificationError,
 )
 from fxquant.evaluation.data import cut_windows, load_text
 from fxquant.graph import CodedLinear, info, site_outputs, source_of
 from fxquant.passes import Gptq, NameSites, Refine
-from fxquant.passes.hessians import Hessian
+from fxquant.passes.hessians import Gram
 from fxquant.passes.weight_codes import stacked
 from fxquant.pipeline import Pipeline
 from fxquant.schemes import Scheme
@@ -104,7 +105,7 @@ def test_hessians_are_of_what_quantized_earlier_layers_produce() -> None:
             return super().solve(weight, hessian, layers)
 
     data = batches()
-    coded = Pipeline((NameSites(), Watching(scheme=scheme, batches=data))).run(fxquant.trace(model))
+    coded = Pipeline((NameSites(), Watching()), Context(scheme, data)).run(fxquant.trace(model))
     plain = NameSites()(fxquant.trace(model))
     sites = list(site_outputs(coded))
     assert seen.keys() == {site.path for site, _ in sites if site.role == "linear"}
@@ -112,7 +113,7 @@ def test_hessians_are_of_what_quantized_earlier_layers_produce() -> None:
         if site.role != "linear":
             continue
         run = SequentialRun(plain, data, label="test")
-        hessian = Hessian(source_of(twin), site.path)
+        hessian = Gram(source_of(twin), site.path)
         run.visit(twin, hessian)
         x = hessian.mean()
         assert torch.allclose(seen[site.path], x, rtol=1e-3, atol=1e-4 * float(x.max())), site.path
@@ -136,7 +137,7 @@ def _install_dequantized(plain: GraphModule, coded: GraphModule, path: str) -> N
 @torch.no_grad()
 def test_a_hessian_is_the_mean_over_attended_rows() -> None:
     node = next(iter(fxquant.trace(opt()).graph.nodes))
-    hessian = Hessian(node, "site")
+    hessian = Gram(node, "site")
     x = torch.randn(3, 7, 800, generator=torch.Generator().manual_seed(0))
     mask = padding_mask(3, 7, "left")
     hessian(node, x, mask)
@@ -144,12 +145,12 @@ def test_a_hessian_is_the_mean_over_attended_rows() -> None:
     rows = torch.cat([x[mask.bool()], 2 * x[0]]).double()
     assert torch.allclose(hessian.mean().double(), rows.T @ rows / len(rows), atol=1e-5)
     with pytest.raises(CalibrationError, match="site: calibration saw no token"):
-        Hessian(node, "site").mean()
-    bad = Hessian(node, "site")
+        Gram(node, "site").mean()
+    bad = Gram(node, "site")
     bad.add(torch.full((2, 3), torch.inf))
     with pytest.raises(NonFiniteError, match="site: its input holds NaN"):
         bad.mean()
-    dead = Hessian(node, "site")
+    dead = Gram(node, "site")
     dead.add(torch.zeros(2, 3))
     with pytest.raises(CalibrationError, match="site: all its calibration inputs are 0"):
         dead.mean()
@@ -198,8 +199,8 @@ def test_an_interrupted_run_resumes_block_by_block(tmp_path: Path) -> None:
             return super().solve(weight, hessian, layers)
 
     def run(cache: Path | None) -> GraphModule:
-        repair = Failing(scheme=Scheme.parse("w4-asym"), batches=batches(), cache=cache)
-        return Pipeline((NameSites(), repair)).run(fxquant.trace(llama()))
+        context = Context(Scheme.parse("w4-asym"), batches(), cache=cache)
+        return Pipeline((NameSites(), Failing()), context).run(fxquant.trace(llama()))
 
     stop = "model.layers.1.mlp"
     with pytest.raises(KeyboardInterrupt):
@@ -220,8 +221,8 @@ def test_an_interrupted_run_resumes_block_by_block(tmp_path: Path) -> None:
     assert not solved
     # Another option, other data or other weights are another run.
     assert len(list(tmp_path.iterdir())) == 1
-    other = Gptq(scheme=Scheme.parse("w4"), batches=batches(), cache=tmp_path)
-    Pipeline((NameSites(), other)).run(fxquant.trace(llama()))
+    other = Context(Scheme.parse("w4"), batches(), cache=tmp_path)
+    Pipeline((NameSites(), Gptq()), other).run(fxquant.trace(llama()))
     assert len(list(tmp_path.iterdir())) == 2
     for file in tmp_path.rglob("*.safetensors"):
         file.write_bytes(b"broken")
@@ -251,7 +252,7 @@ def test_bad_options_and_missing_calibration_say_so() -> None:
     with pytest.raises(CalibrationError, match="gptq needs calibration"):
         fxquant.convert(model, "w4+gptq")
     for scheme, said in [
-        ("w4+gptq(order=act)", "order must be none or static"),
+        ("w4+gptq(order=act)", "order must be none or static, got 'act'"),
         ("w4+gptq(damping=2)", "damping"),
         ("w4+gptq(within=row)", "within"),
         ("w4+refine(steps=0)", "steps"),
@@ -297,9 +298,9 @@ def test_a_repair_without_effect_fails() -> None:
         def solve(self, weight: Tensor, hessian: Tensor, layers: Any) -> Any:
             return stacked(tuple(layer.before for layer in layers))
 
-    repair = Idle(scheme=Scheme.parse("w8"), batches=batches())
-    with pytest.raises(VerificationError, match="no effect"):
-        Pipeline((NameSites(), repair)).run(fxquant.trace(opt()))
+    context = Context(Scheme.parse("w8"), batches())
+    with pytest.raises(NoEffectError, match=r"refine had no effect: .*no code differs"):
+        Pipeline((NameSites(), Idle()), context).run(fxquant.trace(opt()))
 
 
 def test_half_precision_models_keep_their_dtype() -> None:

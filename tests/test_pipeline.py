@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 import fxquant
+from fxquant.context import Context
 from fxquant.errors import VerificationError
 from fxquant.graph import (
     Builder,
@@ -53,7 +54,7 @@ class WrongScaleShape(Pass):
     requires = (Level.QDQ, Level.INTEGER)
     effect = "lossy"
 
-    def rewrite(self, gm: GraphModule) -> GraphModule:
+    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
         gm.get_submodule(FC1).register_buffer("weight_scale", torch.ones(self.shape))
         return gm
 
@@ -66,7 +67,7 @@ class OrphanBuffer(Pass):
     requires = (Level.QDQ,)
     effect = "lossy"
 
-    def rewrite(self, gm: GraphModule) -> GraphModule:
+    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
         gm.get_submodule(FC1).register_buffer("float_weight", torch.ones(64, 32))
         return gm
 
@@ -79,7 +80,7 @@ class OrphanModule(Pass):
     requires = (Level.FLOAT,)
     effect = "lossy"
 
-    def rewrite(self, gm: GraphModule) -> GraphModule:
+    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
         gm.add_submodule("model.decoder.spare", nn.Linear(2, 2))
         return gm
 
@@ -92,7 +93,7 @@ class OutOfOrder(Pass):
     requires = (Level.FLOAT,)
     effect = "lossy"
 
-    def rewrite(self, gm: GraphModule) -> GraphModule:
+    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
         node = site_node(gm, FC1)
         next(iter(node.users)).append(node)
         return gm
@@ -106,7 +107,7 @@ class MissingTarget(Pass):
     requires = (Level.FLOAT,)
     effect = "lossy"
 
-    def rewrite(self, gm: GraphModule) -> GraphModule:
+    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
         site_node(gm, FC1).target = "model.decoder.layers.1.fc3"
         return gm
 
@@ -119,7 +120,7 @@ class CodesAtFloat(Pass):
     requires = (Level.FLOAT,)
     effect = "lossy"
 
-    def rewrite(self, gm: GraphModule) -> GraphModule:
+    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
         node = site_node(gm, FC1)
         builder = Builder(gm, self.name, FC1)
         with gm.graph.inserting_before(node):
@@ -139,7 +140,7 @@ class StaysAtQdq(Pass):
     ensures = Level.INTEGER
     effect = "lossy"
 
-    def rewrite(self, gm: GraphModule) -> GraphModule:
+    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
         return gm
 
 
@@ -164,7 +165,7 @@ class ScaleNorm(Pass):
     requires = (Level.FLOAT,)
     effect = "exact"
 
-    def rewrite(self, gm: GraphModule) -> GraphModule:
+    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
         return scale_norm(gm, self.factor)
 
 
@@ -177,7 +178,7 @@ class NearlyScaleNorm(Pass):
     requires = (Level.FLOAT,)
     effect = "equivalent"
 
-    def rewrite(self, gm: GraphModule) -> GraphModule:
+    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
         return scale_norm(gm, self.factor)
 
 
@@ -189,7 +190,7 @@ class DropBias(Pass):
     requires = (Level.FLOAT,)
     effect = "equivalent"
 
-    def rewrite(self, gm: GraphModule) -> GraphModule:
+    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
         path = "model.decoder.final_layer_norm"
         old = gm.get_submodule(path)
         assert isinstance(old, nn.LayerNorm)
@@ -207,7 +208,7 @@ class ForgetBias(Pass):
     requires = (Level.FLOAT, Level.QDQ, Level.INTEGER)
     effect = "lossy"
 
-    def rewrite(self, gm: GraphModule) -> GraphModule:
+    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
         node = site_node(gm, FC1)
         if node.op == "call_module":
             gm.get_submodule(FC1).bias = None  # type: ignore[assignment]
@@ -232,7 +233,7 @@ class Poison(Pass):
     requires = (Level.FLOAT,)
     effect = "equivalent"
 
-    def rewrite(self, gm: GraphModule) -> GraphModule:
+    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
         return scale_norm(gm, float("nan"))
 
 
@@ -244,7 +245,7 @@ class ForgetSite(Pass):
     requires = (Level.FLOAT,)
     effect = "exact"
 
-    def rewrite(self, gm: GraphModule) -> GraphModule:
+    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
         node = site_node(gm, FC1)
         set_tag(node, type(tag(node))())
         return gm
@@ -258,7 +259,7 @@ class Nothing(Pass):
     requires = (Level.FLOAT, Level.QDQ, Level.INTEGER)
     effect = "exact"
 
-    def rewrite(self, gm: GraphModule) -> GraphModule:
+    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
         return gm
 
 
@@ -312,7 +313,7 @@ def test_passes_within_their_tolerance_are_let_through() -> None:
     [
         (Integerize(), "float", "pass integerize needs level qdq, the graph is at float"),
         (
-            Quantize(Scheme.parse("w8")),
+            Quantize(),
             "integer",
             "pass quantize needs level float or observed, the graph is at integer",
         ),
@@ -335,8 +336,8 @@ def snapshot(gm: GraphModule) -> tuple[object, ...]:
     ("step", "scheme", "level"),
     [
         (NameSites(), "fp", "float"),
-        (Observe(Scheme.parse("w8a8-static")), "fp", "float"),
-        (Quantize(Scheme.parse("w4-g12-asym/a8-dynamic")), "fp", "float"),
+        (Observe(), "fp", "float"),
+        (Quantize(), "fp", "float"),
         (Integerize(), "w8a8-dynamic-token", "qdq"),
         (NearlyScaleNorm(1.00001), "fp", "float"),
         (ScaleNorm(2.0), "fp", "float"),
@@ -344,13 +345,16 @@ def snapshot(gm: GraphModule) -> tuple[object, ...]:
 )
 def test_a_pass_leaves_its_input(step: Pass, scheme: str, level: str) -> None:
     """Also when it fails."""
+    context = Context(
+        Scheme.parse("w4-g12-asym/a8-dynamic" if step == Quantize() else "w8a8-static")
+    )
     before, ids = graph(scheme, level), token_ids(2, 7)
     was, logits = snapshot(before), before(ids)
     if step == ScaleNorm(2.0):
         with pytest.raises(VerificationError):
-            step(before)
+            step(before, context)
     else:
-        result = step(before)
+        result = step(before, context)
         assert result is not before
         assert not {id(m) for m in result.modules()} & {id(m) for m in before.modules()}
     assert snapshot(before) == was
@@ -386,8 +390,8 @@ def test_passes_run_in_order_and_the_callback_sees_each() -> None:
         seen.append((step.name, info(gm).level, len(info(gm).history)))
         gm(token_ids(1, 3))  # it runs
 
-    steps = (NameSites(), Quantize(Scheme.parse("w8a8-dynamic")), Nothing(), Integerize())
-    Pipeline(steps, after).run(fxquant.trace(opt()))
+    steps = (NameSites(), Quantize(), Nothing(), Integerize())
+    Pipeline(steps, Context(Scheme.parse("w8a8-dynamic")), after).run(fxquant.trace(opt()))
     assert seen == [
         ("name_sites", Level.FLOAT, 1),
         ("quantize", Level.QDQ, 2),
@@ -400,12 +404,12 @@ def test_after_a_failure_no_later_pass_runs() -> None:
     seen: list[str] = []
     steps = (Nothing(), ScaleNorm(2.0), NearlyScaleNorm(1.0))
     with pytest.raises(VerificationError, match="after scale_norm"):
-        Pipeline(steps, lambda step, _: seen.append(step.name)).run(graph())
+        Pipeline(steps, after_pass=lambda step, _: seen.append(step.name)).run(graph())
     assert seen == ["nothing"]
 
 
 def test_convert_takes_a_pipeline() -> None:
-    steps = Pipeline((NameSites(), Nothing(), Quantize(Scheme.parse("w4"))))
+    steps = Pipeline((NameSites(), Nothing(), Quantize()), Context(Scheme.parse("w4")))
     gm = fxquant.convert(opt(), "w4", pipeline=steps)
     assert [record.name for record in info(gm).history] == ["name_sites", "nothing", "quantize"]
     assert info(gm).level == Level.QDQ

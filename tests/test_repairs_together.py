@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import fxquant
+from fxquant.context import Context
+from fxquant.errors import FxquantError
 from fxquant.graph import CodedLinear, clone_sharing_storage, info, linear_parameters
 from fxquant.passes import DecomposeAttention, Gptq, NameSites
 from fxquant.passes.query_key import query_key_linears
-from fxquant.pipeline import Pipeline
 from fxquant.repairs import REPAIRS
 from fxquant.schemes import Scheme
 from tests.architectures import ARCHITECTURES, token_ids
@@ -62,10 +66,10 @@ def test_queries_and_keys_are_found_in_written_out_attention(name: str) -> None:
 
 @pytest.mark.parametrize("spec", ["w4", "w3-g8-asym"])
 def test_gptq_on_the_min_max_grid(spec: str) -> None:
-    scheme = Scheme.parse(spec)
     gm = NameSites()(fxquant.trace(ARCHITECTURES["llama"]()))
-    chosen = Gptq(grid="minmax", scheme=scheme, batches=BATCHES)(gm)
-    searched = Gptq(scheme=scheme, batches=BATCHES)(gm)
+    context = Context(Scheme.parse(spec), BATCHES)
+    chosen = Gptq(grid="minmax")(gm, context)
+    searched = Gptq()(gm, context)
     differing = 0
     for site in info(gm).sites:
         module = chosen.get_submodule(site.path)
@@ -87,10 +91,10 @@ def test_an_unknown_grid_is_refused() -> None:
 
 def test_gptq_resumes_with_the_codes_it_kept(tmp_path: Path) -> None:
     gm = NameSites()(fxquant.trace(ARCHITECTURES["opt"]()))
-    repair = Gptq(scheme=Scheme.parse("w4"), batches=BATCHES, cache=tmp_path)
-    first = Pipeline((repair,)).run(clone_sharing_storage(gm))
+    context = Context(Scheme.parse("w4"), BATCHES, cache=tmp_path)
+    first = Gptq()(clone_sharing_storage(gm), context)
     assert list(tmp_path.rglob("*.safetensors"))
-    again = Pipeline((repair,)).run(gm)
+    again = Gptq()(gm, context)
     for site in info(gm).sites:
         before, after = first.get_submodule(site.path), again.get_submodule(site.path)
         if isinstance(before, CodedLinear) and isinstance(after, CodedLinear):
@@ -120,3 +124,53 @@ def test_an_iterator_goes_as_far_as_it_is_read_once(scheme: str, readings: int) 
 def test_every_repair_has_a_name_that_a_scheme_can_spell() -> None:
     for name in REPAIRS:
         assert Scheme.parse(str(Scheme.parse(f"w8+{name}"))).repairs == ((name, ()),)
+
+
+OPTIONS = {"split_outliers": "split_outliers(threshold=2.5)"}
+SCHEMES = {
+    "opt": "w4a8-static",
+    "llama": "w4-g12-asym/a8-dynamic-token",
+    "gpt2": '{"scheme": "w4-tensor/a8-static-asym:mse", "overrides": {"head": "w8"}}',
+}
+PAIRS = list(itertools.product(REPAIRS, REPAIRS))
+# Every repair once in front of its neighbour in the table, and once behind it.
+NEIGHBOURS = [
+    pair
+    for first, second in itertools.pairwise([*REPAIRS, next(iter(REPAIRS))])
+    for pair in ((first, second), (second, first))
+]
+
+
+@functools.cache
+def traced(name: str) -> torch.fx.GraphModule:
+    return fxquant.trace(ARCHITECTURES[name]())
+
+
+def check_pair(name: str, first: str, second: str) -> None:
+    """The two convert, or are refused for a reason that one of them gives; nothing else."""
+    repairs = "".join(f"+{OPTIONS.get(each, each)}" for each in (first, second))
+    scheme = Scheme.parse(SCHEMES[name])
+    both = replace(scheme, repairs=Scheme.parse(f"w8{repairs}").repairs)
+    refused = ""
+    try:
+        quantized = fxquant.convert(traced(name), both, calibration=BATCHES)
+    except FxquantError as error:
+        refused = str(error)
+    if refused:
+        assert refused.startswith((first, second)), refused
+        return
+    ran = [record.name for record in info(quantized).history]
+    assert ran.index(first) <= len(ran) - 1 - ran[::-1].index(second)
+    assert bool(quantized(input_ids=BATCHES[0]).isfinite().all())
+
+
+@pytest.mark.parametrize(("first", "second"), NEIGHBOURS)
+def test_neighbouring_repairs_convert_or_say_why(first: str, second: str) -> None:
+    check_pair("opt", first, second)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCHEMES)
+def test_all_pairs_of_repairs_convert_or_say_why(name: str) -> None:
+    for first, second in PAIRS:
+        check_pair(name, first, second)

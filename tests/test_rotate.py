@@ -23,10 +23,8 @@ from fxquant.hadamard import orthogonal_factors, paley, random_orthogonal, sylve
 from fxquant.levels import verify
 from fxquant.loss import mean_loss, window_losses
 from fxquant.passes import NameSites, Rotate
-from fxquant.passes.rotate import OnlineRotation
-from fxquant.pipeline import Pipeline
+from fxquant.passes.rotate_inputs import OnlineRotation
 from fxquant.residual import residual_stream
-from fxquant.schemes import Scheme
 from tests.architectures import ARCHITECTURES, gpt2, llama, opt, padding_mask, token_ids
 from tests.models import small_opt
 
@@ -254,7 +252,12 @@ def test_the_users_model_stays() -> None:
     model = opt()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     graph = NameSites()(fxquant.trace(model))
-    Pipeline((Rotate(scheme=Scheme.parse("fp")),)).run(graph)
+    rotated = Rotate()(graph)
+    assert [record.name for record in info(rotated).history[1:]] == [
+        "fold_norms",
+        "rotate",
+        "rotate_inputs",
+    ]
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import fxquant
 from fxquant.cli import main
+from fxquant.context import Context
 from fxquant.errors import ModelError, NonFiniteError
 from fxquant.evaluation.perplexity import evaluate
 from fxquant.graph import info, set_workspace
@@ -115,7 +116,7 @@ def test_converted_and_evaluated_to_the_same_bits(
 
 def test_each_leaf_is_read_once_for_all_batches(stored: Path, reads: Counter[str]) -> None:
     graph = trace(stream(stored, dtype=torch.float32))
-    observed = Observe(Scheme.parse("w8a8-static"))(NameSites()(graph))
+    observed = Observe()(NameSites()(graph), Context(Scheme.parse("w8a8-static")))
     reads.clear()
     evaluate(graph, token_ids(5, 12))
     # The token embedding is the tied head too: it is used at both ends.
@@ -124,7 +125,7 @@ def test_each_leaf_is_read_once_for_all_batches(stored: Path, reads: Counter[str
         "model.decoder.embed_tokens.weight"
     ]
     reads.clear()
-    Calibrate(token_ids(5, 12).split(1)).rewrite(observed)
+    Calibrate().rewrite(observed, Context(batches=token_ids(5, 12).split(1)))
     assert set(reads.values()) == {1}
 
 

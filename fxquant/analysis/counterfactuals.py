@@ -8,8 +8,8 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
 
+from fxquant.analysis.calibrated import Calibrated
 from fxquant.analysis.lab import Cuts, Lab, Setting, setting
 from fxquant.analysis.local import LocalFigures
 from fxquant.analysis.sites import (
@@ -19,14 +19,12 @@ from fxquant.analysis.sites import (
     SiteMaker,
 )
 from fxquant.formats.integer import IntegerGrid, integer
-from fxquant.graph import source_of
 from fxquant.observers import HistogramObserver
 from fxquant.passes.static_input import static_quantizer
 from fxquant.passes.weight_codes import min_max_codes
 from fxquant.quantizer import Quantizer
 from fxquant.specs import ActivationSpec, Estimator, TensorSpec
 
-_ALPHA = 0.5
 _TOP = (1, 4)
 Function = Callable[..., Tensor]
 
@@ -42,12 +40,11 @@ class Counterfactual:
 
 
 def choices(
-    site: SimulatedSite, figures: LocalFigures, maker: SiteMaker, calibrated: Sequence[Tensor]
+    site: SimulatedSite, figures: LocalFigures, maker: SiteMaker, calibrated: Calibrated
 ) -> Iterator[tuple[str, Function]]:
     """(name, function in place of the site) for every choice that differs from the site's own.
 
-    ``calibrated``: inputs [T, K] that the site saw while calibrating, for ranges and statistics
-    of changed inputs. A static range is chosen anew by the site's own estimator.
+    A static range of changed inputs is chosen anew by the site's own estimator.
     """
     yield "float", partial(site.output, frozenset())
     if isinstance(site, ProductSite):
@@ -64,9 +61,9 @@ def choices(
         yield name, partial(_linear, site, quantizer)
     for count in _TOP:
         name = "worst channel in float" if count == 1 else f"worst {count} channels in float"
-        yield name, _top_channels(site, own, figures, count, calibrated)
-    if calibrated:
-        yield "smoothing", _smoothed(site, own, calibrated)
+        yield name, _top_channels(site, own, figures, count, calibrated.rows)
+    if calibrated.smoothing is not None:
+        yield "smoothing", _smoothed(site, own, calibrated.rows, calibrated.smoothing)
 
 
 def _linear(site: LinearSite, quantizer: Quantizer, x: Tensor) -> Tensor:
@@ -143,41 +140,14 @@ def _top_channels(
     return function
 
 
-def _smoothed(site: LinearSite, own: Quantizer, calibrated: Sequence[Tensor]) -> Function:
-    """Xiao et al., "SmoothQuant", 2022, equation 4, with an explicit division of the input."""
+def _smoothed(site: LinearSite, own: Quantizer, rows: Sequence[Tensor], scale: Tensor) -> Function:
+    """``+smooth`` at this site alone: an explicit division of the input."""
     assert site.spec.weight is not None
-    peaks = torch.stack([rows.abs().amax(0) for rows in calibrated]).amax(0).to(torch.float32)
-    widest = site.weight.abs().amax(0).to(torch.float32)
-    factor = peaks.clamp(min=1e-5) ** _ALPHA
-    factor = factor / widest.clamp(min=1e-5) ** (1 - _ALPHA)
-    factor = factor.clamp(min=1e-5).to(site.weight.dtype)
-    weight = site.weight * factor
+    weight = (site.weight.float() * scale).to(site.weight.dtype)
     coded = min_max_codes(weight, site.spec.weight, site.path).dequantize(weight.dtype)
-    quantizer = _anew(site, own, [rows / factor for rows in calibrated])
+    factor = scale.to(site.weight.dtype)
+    quantizer = _anew(site, own, [each / factor for each in rows])
     return lambda x: nn.functional.linear(quantizer(x / factor), coded, site.bias)
-
-
-@torch.no_grad()
-def calibration_inputs(
-    lab: Lab, sites: Sequence[SimulatedSite], batches: Sequence[dict[str, Tensor]]
-) -> dict[str, list[Tensor]]:
-    """The attended rows [T, K] that reach the linears of ``sites`` in the float graph, by batch."""
-    found: dict[str, list[Tensor]] = {each.path: [] for each in sites}
-    linears = [each for each in sites if isinstance(each, LinearSite)]
-    executor = lab.executor
-    last = max((executor.position[each.node] for each in linears), default=0)
-    for inputs in batches:
-        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-
-        def keep(node: Node, value: Tensor, mask: Tensor = mask) -> Tensor:
-            for each in linears:
-                if source_of(each.node) is node:
-                    rows = value.reshape(mask.numel(), -1)
-                    found[each.path].append(rows[mask.reshape(-1).bool()])
-            return value
-
-        executor.advance(executor.start(**inputs), executor.nodes[last], keep)
-    return found
 
 
 def measure(

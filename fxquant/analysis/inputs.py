@@ -15,8 +15,7 @@ from fxquant.batches import Batches, check_ids, model_inputs
 from fxquant.conversion import convert
 from fxquant.errors import CalibrationError, DataError, SchemeError
 from fxquant.graph import device_of, info
-from fxquant.pipeline import Pipeline
-from fxquant.repairs import REPAIRS, resolve_repairs
+from fxquant.repairs import REPAIRS
 from fxquant.schemes import Scheme
 from fxquant.specs import FLOAT
 
@@ -113,10 +112,4 @@ def observed_graph(
     """The float graph with the scheme's repairs applied and its observers calibrated."""
     if scheme.fp32_gemm or not any(spec.weight for spec in scheme.specs):
         raise SchemeError(f"scheme {scheme} quantizes nothing: there is no error to explain")
-    observed = convert(graph, scheme, calibration=calibration, level="observed", progress=progress)
-    late = tuple(
-        repair
-        for repair in resolve_repairs(scheme, calibration, progress)
-        if repair.after_calibration
-    )
-    return Pipeline(late).run(observed) if late else observed
+    return convert(graph, scheme, calibration=calibration, level="observed", progress=progress)

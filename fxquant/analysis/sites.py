@@ -203,10 +203,10 @@ class SiteMaker:
     def _product(self, site: Site, node: Node, spec: ActivationSpec) -> ProductSite:
         left, right = (
             self._operand(site, side, own)
-            for side, own in zip(("left", "right"), operand_specs(site, spec), strict=True)
+            for side, own in zip(("left", "right"), operand_specs(node, spec), strict=True)
         )
         causes: tuple[Cause, ...] = ("clipping", "rounding")
-        return ProductSite(site, node, causes, left, right, is_transposed(site))
+        return ProductSite(site, node, causes, left, right, is_transposed(node))
 
     def _operand(self, site: Site, side: str, spec: ActivationSpec) -> Quantizer:
         if spec.dynamic:

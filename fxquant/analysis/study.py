@@ -14,12 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fxquant.analysis import path as path_method
+from fxquant.analysis.calibrated import calibration_inputs
 from fxquant.analysis.causes import causes_of, present_causes
 from fxquant.analysis.channels import Decode
 from fxquant.analysis.counterfactuals import (
     Counterfactual,
     Recovery,
-    calibration_inputs,
     choices,
     measure,
     recovery_counts,

@@ -1,0 +1,75 @@
+"""fold_norms: move every norm's gain and bias into the linears that read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import nn
+from torch.fx import GraphModule
+
+from fxquant.context import Context
+from fxquant.graph import Level, Site, info, install, linear_parameters, update_info
+from fxquant.passes.rotations import check_rotatable, put_linear
+from fxquant.pipeline import Pass
+from fxquant.residual import Norm, residual_stream
+from fxquant.weights import with_parameters
+
+
+@dataclass(frozen=True)
+class FoldNorms(Pass):
+    """What QuaRot (Ashkboos et al. 2024, section 4) does first: norms that scale no channel.
+
+    before:  y = fc1(layer_norm(h))        gain g, bias b
+    after:   y = fc1(layer_norm(h))        no gain, no bias; fc1: W diag(g), bias + W b
+
+    The bias goes into every reader, once each. Raises ModelError, naming the node, where the
+    structure does not allow the stream to be rotated afterwards.
+    """
+
+    name = "fold_norms"
+    requires = (Level.FLOAT,)
+    effect = "equivalent"
+
+    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
+        stream = residual_stream(gm)
+        check_rotatable(gm, stream)
+        for norm in stream.norms:
+            _fold(gm, norm)
+        update_info(gm, sites=tuple(_with_its_bias(gm, site) for site in info(gm).sites))
+        gm.graph.eliminate_dead_code()
+        gm.delete_all_unused_submodules()
+        return gm
+
+
+def _fold(gm: GraphModule, norm: Norm) -> None:
+    gain, bias = norm.gain, None
+    if norm.layer_norm is not None:
+        path = str(norm.layer_norm.target)
+        module = gm.get_submodule(path)
+        assert isinstance(module, nn.LayerNorm)
+        gain, bias = module.weight, module.bias
+        plain = with_parameters(module, weight=None, bias=None)
+        plain.elementwise_affine = False
+        install(gm, path, plain)
+    elif gain is not None:
+        norm.node.replace_all_uses_with(norm.normed)
+        gm.graph.erase_node(norm.node)
+    if gain is None and bias is None:
+        return
+    for node in norm.readers:
+        weight, old = linear_parameters(gm.get_submodule(str(node.target)))
+        folded = weight.double()
+        new = None if old is None else old.double()
+        if bias is not None:
+            shift = folded @ bias.detach().double()
+            new = shift if new is None else new + shift
+        if gain is not None:
+            folded = folded * gain.detach().double()
+        put_linear(gm, node, folded, new)
+
+
+def _with_its_bias(gm: GraphModule, site: Site) -> Site:
+    """The site as it is once a norm's bias is folded: the verifier guards a bias that it names."""
+    if site.role not in ("linear", "head"):
+        return site
+    return replace(site, bias=gm.get_submodule(site.path).bias is not None)
