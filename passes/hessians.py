@@ -66,7 +66,8 @@ class Gram:
 
     def mean(self) -> Tensor:
         """The Hessian, float32 [K, K], of ungrouped rows; also refuses inputs that are all 0."""
-        (full,) = self.sums()
+        full = self.sums()[0]
         if not bool(full.diagonal().any()):
             raise CalibrationError(f"{self.site}: all its calibration inputs are 0")
-        return full / self.tokens
+        mean: Tensor = full / self.tokens
+        return mean
