@@ -69,4 +69,5 @@ class Gram:
         full = self.sums()[0]
         if not bool(full.diagonal().any()):
             raise CalibrationError(f"{self.site}: all its calibration inputs are 0")
-        return full / self.tokens
+        mean: Tensor = full / self.tokens
+        return mean
