@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +16,10 @@ from fxquant.distributed import complete, is_main, shard
 from fxquant.errors import NonFiniteError
 from fxquant.evaluation.statistics import WindowSums
 from fxquant.execution import Executor
-from fxquant.graph import arguments, device_of, is_op, source_of, tag
+from fxquant.graph import device_of, is_op, source_of, tag
 from fxquant.levels import OPS
 from fxquant.loss import token_nll
+from fxquant.operands import operands
 from fxquant.quantization import quantize_affine
 from fxquant.streaming import is_streamed, run_batches
 
@@ -73,13 +73,18 @@ class ClippingCounter:
         if node in self._operands:
             self._values[node] = value
         if node in self.quantizers:
-            args: list[Any] = [self._values.get(a, a) for a in arguments(node)]
-            if not bool(torch.isfinite(args[0]).all()):
+            call = operands(node)
+            x, scale, zero_point = (
+                self._values.get(arg, arg) for arg in (call.x, call.scale, call.zero_point)
+            )
+            if not bool(torch.isfinite(x).all()):
                 raise NonFiniteError(
                     f"{tag(node).site}: its input holds NaN or infinite activations, which have no "
                     "code; the model overflows its dtype here"
                 )
-            codes, clipping = quantize_affine(*args)
+            codes, clipping = quantize_affine(
+                x, scale, zero_point, call.qmin, call.qmax, call.dtype
+            )
             self.clipped += float(clipping.low + clipping.high) * codes.numel()
             self.total += codes.numel()
             if node in self._last:

@@ -14,9 +14,9 @@ from torch.fx import GraphModule, Node
 
 from fxquant.channels import channel_numbers, columns_of, leak
 from fxquant.graph import Site, linear_sites, source_of
+from fxquant.operands import op_name
 from fxquant.outcome import Blocked
 from fxquant.scale_paths import Producer, ScalePath, find_path
-from fxquant.vocabulary import op_name
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from torch.fx import GraphModule, Node
 from fxquant.errors import VerificationError
 from fxquant.formats.packing import unpack_int4
 from fxquant.gemm import CHUNK, certified_chunk
-from fxquant.graph import arguments, get_tensor, is_op, tag
+from fxquant.graph import get_tensor, is_op, tag
 from fxquant.levels import OPS
+from fxquant.operands import operands
 
 
 def check_chunks(gm: GraphModule) -> None:
@@ -20,11 +21,12 @@ def check_chunks(gm: GraphModule) -> None:
 
 
 def _check(gm: GraphModule, node: Node) -> None:
-    x_codes, weight, chunk = arguments(node)
+    call = operands(node)
+    chunk = call.chunk
     where = tag(node).site or node.name
     if type(chunk) is not int or not 0 <= chunk <= CHUNK:
         raise VerificationError(f"{where}: chunk {chunk!r} is not within 0..{CHUNK}")
-    if chunk == 0 and certified_chunk_of(gm, x_codes, weight):
+    if chunk == 0 and certified_chunk_of(gm, call.x_codes, call.weight_codes):
         raise VerificationError(
             f"{where}: its int_gemm is written as one fp32 GEMM, but its codes may overflow 2**24"
         )
@@ -34,7 +36,8 @@ def certified_chunk_of(gm: GraphModule, x_codes: object, weight: object) -> int:
     """certified_chunk of an int_gemm's operands; CHUNK where its weight is no constant."""
     length = None
     if is_op(weight, OPS.unpack_int4.default):
-        weight, length = arguments(weight)  # type: ignore[arg-type]
+        packed = operands(weight)
+        weight, length = packed.packed, packed.length
     if not isinstance(weight, Node) or weight.op != "get_attr":
         return CHUNK
     codes = get_tensor(gm, weight)
@@ -44,6 +47,6 @@ def certified_chunk_of(gm: GraphModule, x_codes: object, weight: object) -> int:
         raise VerificationError(f"{weight.name}: codes of int_gemm are int8, not {codes.dtype}")
     max_code = 128
     if is_op(x_codes, OPS.quantize.default):
-        qmin, qmax = arguments(x_codes)[3:5]  # type: ignore[arg-type]
-        max_code = max(-qmin, qmax)
+        ends = operands(x_codes)
+        max_code = max(-ends.qmin, ends.qmax)
     return certified_chunk(codes, max_code)

@@ -16,8 +16,9 @@ from torch.fx import GraphModule, Node
 
 from fxquant.execution import Executor
 from fxquant.graph import device_of
+from fxquant.operands import op_name
 from fxquant.scale_paths import ScalePath, attention_value
-from fxquant.vocabulary import MOVES, Kind, is_a, op_name
+from fxquant.vocabulary import MOVES, Kind, is_a
 
 # Two digits of this base are exact in bfloat16 and reach further than any model is wide.
 _BASE = 256

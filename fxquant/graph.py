@@ -11,7 +11,7 @@ import operator
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -283,11 +283,6 @@ class Builder:
         return None if name is None else f"{self.site.replace('.', '_')}_{name}"
 
 
-def arguments(node: Node) -> tuple[Any, ...]:
-    """The node's positional arguments, for passes that know the operator's schema."""
-    return tuple(node.args)
-
-
 def source_of(node: Node) -> Node:
     """The node's first argument, which is a node."""
     source = node.args[0]
@@ -313,7 +308,7 @@ def get_tensor(gm: GraphModule, node: Node) -> Tensor:
     return value
 
 
-def is_op(node: object, op: Any) -> bool:
+def is_op(node: object, op: Any) -> TypeGuard[Node]:
     """Whether ``node`` calls ``op``, an ``torch.ops`` overload or a function."""
     return isinstance(node, Node) and node.op == "call_function" and node.target is op
 

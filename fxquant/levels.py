@@ -13,7 +13,6 @@ from fxquant.errors import VerificationError
 from fxquant.graph import (
     Level,
     QuantizedParameters,
-    arguments,
     get_tensor,
     info,
     is_op,
@@ -22,6 +21,7 @@ from fxquant.graph import (
     tag,
 )
 from fxquant.observers import Observer
+from fxquant.operands import operands
 
 OPS: Any = torch.ops.fxquant
 F, O, Q, I = Level.FLOAT, Level.OBSERVED, Level.QDQ, Level.INTEGER  # noqa: E741
@@ -111,7 +111,8 @@ def _check_order(gm: GraphModule, after: str) -> None:
 
 
 def _check_dequantize(gm: GraphModule, node: Node, level: Level, after: str) -> None:
-    codes, scale, _, group_size, _ = arguments(node)
+    call = operands(node)
+    codes, scale, group_size = call.codes, call.scale, call.group_size
     if level is I and is_op(codes, OPS.quantize.default) and not _on_another_grid(node):
         _fail(after, node, "an activation is still dequantized at level integer")
     attributes = [n for n in (codes, scale) if isinstance(n, Node) and n.op == "get_attr"]
@@ -126,17 +127,14 @@ def _check_dequantize(gm: GraphModule, node: Node, level: Level, after: str) -> 
 
 def _on_another_grid(dequantized: Node) -> bool:
     """Whether the weights that meet this input are on a grid that has no exact integer product."""
-    operands = [arg for user in dequantized.users for arg in user.args[1:2]]
-    weights = [
-        source_of(arg)
-        for arg in operands
-        if isinstance(arg, Node) and is_op(arg, OPS.dequantize.default)
-    ]
+    linears = (n for n in dequantized.users if n.target is torch.nn.functional.linear)
+    factors = (operands(linear).weight for linear in linears)
+    weights = [operands(w).codes for w in factors if is_op(w, OPS.dequantize.default)]
     return bool(weights) and all(is_op(weight, OPS.decode.default) for weight in weights)
 
 
 def _check_rescale(gm: GraphModule, node: Node, after: str) -> None:
-    sums, _, row = arguments(node)[:3]
+    sums, row = operands(node).sums, operands(node).weight_scale
     if row is None or is_op(sums, OPS.int_matmul.default):
         return  # grouped_gemm's sums carry the weight scales; a product has two activations'
     rows = int_gemm_rows(gm, sums)
@@ -147,9 +145,9 @@ def _check_rescale(gm: GraphModule, node: Node, after: str) -> None:
 
 def int_gemm_rows(gm: GraphModule, sums: Node) -> int:
     """N of an int_gemm node."""
-    codes = arguments(sums)[1]
+    codes = operands(sums).weight_codes
     if is_op(codes, OPS.unpack_int4.default):
-        codes = source_of(codes)
+        codes = operands(codes).packed
     return get_tensor(gm, codes).shape[0]
 
 

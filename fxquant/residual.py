@@ -18,8 +18,9 @@ from fxquant.blocks import block_of
 from fxquant.errors import ModelError
 from fxquant.execution import Executor
 from fxquant.graph import LINEAR, device_of, info
+from fxquant.operands import op_name
 from fxquant.pipeline import Probe
-from fxquant.vocabulary import Kind, is_a, op_name
+from fxquant.vocabulary import Kind, is_a
 
 _SCALE = (Kind.PRODUCT, Kind.QUOTIENT)
 _KEEP = (Kind.CAST, Kind.SAME, Kind.RESHAPE)

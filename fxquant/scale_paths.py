@@ -15,8 +15,9 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxquant.graph import LINEAR, get_tensor, tag
+from fxquant.operands import op_name, operands
 from fxquant.outcome import Blocked
-from fxquant.vocabulary import MOVES, Kind, is_a, op_name
+from fxquant.vocabulary import MOVES, Kind, is_a
 
 ProducerKind = Literal["norm", "vector", "rows"]
 
@@ -89,9 +90,8 @@ def find_path(gm: GraphModule, source: Node) -> ScalePath | Blocked:
 def attention_value(node: Node) -> Node | None:
     """V, where ``node`` is an attention's product of probabilities and values; else None."""
     if is_a(node, Kind.ATTENTION):
-        if node.kwargs.get("enable_gqa"):
-            return None
-        value = node.args[2] if len(node.args) > 2 else node.kwargs.get("value")
+        attention = operands(node)
+        value = None if attention.enable_gqa else attention.value
     elif is_a(node, Kind.MATMUL) and len(node.args) == 2 and is_softmax(node.args[0]):
         value = node.args[1]
     else:

@@ -6,6 +6,8 @@ import enum
 
 from torch.fx import Node
 
+from fxquant.operands import op_name
+
 
 class Kind(enum.Enum):
     """Kinds of operators, with the names that torch.fx, methods and functions spell them by."""
@@ -37,15 +39,6 @@ KINDS: dict[str, Kind] = {name: kind for kind in Kind for name in kind.value}
 MOVES = (Kind.SAME, Kind.RESHAPE, Kind.PERMUTE, Kind.REPEAT, Kind.PICK)
 # Products of two activations.
 PRODUCTS = (Kind.MATMUL, Kind.ATTENTION)
-
-
-def op_name(node: Node) -> str:
-    """``relu`` for torch.relu, F.relu and x.relu(); empty for what is no call of an operator."""
-    if node.op == "call_method":
-        return str(node.target)
-    if node.op == "call_function":
-        return str(getattr(node.target, "__name__", node.target))
-    return ""
 
 
 def is_a(node: Node, *kinds: Kind) -> bool:

@@ -17,7 +17,6 @@ from fxquant.graph import (
     QuantizedParameters,
     Site,
     SiteRecord,
-    arguments,
     device_of,
     info,
     install,
@@ -25,11 +24,12 @@ from fxquant.graph import (
 )
 from fxquant.levels import OPS
 from fxquant.observers import HistogramObserver
+from fxquant.operands import op_name, operands
 from fxquant.passes.static_input import static_input
 from fxquant.schemes import Scheme, matches
 from fxquant.specs import ActivationSpec, TensorSpec
 from fxquant.spelling import spell_activation
-from fxquant.vocabulary import Kind, is_a, op_name
+from fxquant.vocabulary import Kind, is_a
 
 # What may stand between the two products: a scale, a mask, a soft cap, the softmax and its casts.
 _THROUGH = (
@@ -131,9 +131,9 @@ def observer_path(site: Site, side: str) -> str:
 
 def _sides(node: Node) -> Iterator[tuple[str, Node, int]]:
     """Each operand with the dimension that its tokens lie along."""
-    left, right = arguments(node)[:2]
-    yield "left", left, 2
-    yield "right", right, 3 if is_transposed(node) else 2
+    product = operands(node)
+    yield "left", product.input, 2
+    yield "right", product.other, 3 if is_transposed(node) else 2
 
 
 def operand_specs(node: Node, spec: ActivationSpec) -> tuple[ActivationSpec, ActivationSpec]:
@@ -144,7 +144,7 @@ def operand_specs(node: Node, spec: ActivationSpec) -> tuple[ActivationSpec, Act
 
 def is_transposed(node: Node) -> bool:
     """Whether the right operand's tokens are its columns, k^T of QK^T: the left is no softmax."""
-    operand = arguments(node)[0]
+    operand = operands(node).input
     while isinstance(operand, Node) and is_a(operand, *_THROUGH):
         if is_a(operand, Kind.SOFTMAX):
             return False
@@ -225,16 +225,23 @@ def integerize_product(gm: GraphModule, site: Site, node: Node) -> bool:
     """
     if not is_op(node, torch.matmul) or site.role != "matmul":
         return False
-    left, right = arguments(node)[:2]
+    left, right = operands(node).input, operands(node).other
     if not (is_op(left, OPS.dequantize.default) and is_op(right, OPS.dequantize.default)):
         return False
     builder = Builder(gm, "integerize", site.path, (left, right, node))
-    (a, a_scale, _, _, like), (b, b_scale, *_) = arguments(left), arguments(right)
+    a, b = operands(left), operands(right)
     with gm.graph.inserting_before(node):
-        acc = builder.call(OPS.int_matmul.default, a, b, name="acc")
+        acc = builder.call(OPS.int_matmul.default, a.codes, b.codes, name="acc")
         corrections = (None, None, None, None)
         y = builder.call(
-            OPS.rescale.default, acc, a_scale, b_scale, *corrections, like, name="y", is_output=True
+            OPS.rescale.default,
+            acc,
+            a.scale,
+            b.scale,
+            *corrections,
+            a.like,
+            name="y",
+            is_output=True,
         )
     builder.replace(node, y)
     return True

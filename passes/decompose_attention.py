@@ -13,12 +13,12 @@ from fxquant.context import Context
 from fxquant.errors import VerificationError
 from fxquant.execution import Executor
 from fxquant.graph import Builder, Level, device_of, info
+from fxquant.operands import operands
 from fxquant.passes.attention_products import attention_path
 from fxquant.passes.name_sites import products_in_float, recount_products
 from fxquant.pipeline import Pass, Probe
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention
-_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
 def causal_mask(query: Tensor, key: Tensor) -> Tensor:
@@ -85,25 +85,24 @@ def _operands(gm: GraphModule, fused: list[Node]) -> dict[Node, Any]:
 
 
 def _write_out(gm: GraphModule, node: Node, facts: dict[Node, Any]) -> None:
-    given: dict[str, Any] = {**dict(zip(_NAMES, node.args, strict=False)), **node.kwargs}
-    if given.get("dropout_p"):
+    call = operands(node)
+    if call.dropout_p:
         raise VerificationError(f"decompose_attention: {node.name}: dropout in an eval graph")
-    query, key, value = given["query"], given["key"], given["value"]
-    scale = given.get("scale")
+    query, key, value, scale = call.query, call.key, call.value, call.scale
     if scale is None:
         scale = float(facts[query].shape[-1]) ** -0.5
     build = Builder(gm, DecomposeAttention.name, attention_path(gm, node) or node.name)
     with gm.graph.inserting_before(node):
-        if given.get("enable_gqa"):
+        if call.enable_gqa:
             key, value = (build.call(shared_heads, x, query) for x in (key, value))
         turned = build.call(torch.transpose, key, -2, -1)
         scores = build.call(torch.matmul, build.call(torch.mul, query, scale), turned)
         half = facts[query].dtype in (torch.float16, torch.bfloat16)
         if half:
             scores = build.method("float", scores)
-        if given.get("is_causal"):
+        if call.is_causal:
             scores = build.call(hide, scores, build.call(causal_mask, query, key))
-        elif (mask := given.get("attn_mask")) is not None:
+        elif (mask := call.attn_mask) is not None:
             form = hide if facts[mask].dtype == torch.bool else torch.add
             scores = build.call(form, scores, mask)
         weights = build.call(torch.ops.aten._safe_softmax.default, scores, -1)

@@ -12,8 +12,9 @@ from fxquant.context import Context
 from fxquant.errors import VerificationError
 from fxquant.formats.packing import unpack_int4
 from fxquant.gemm import MAX_LENGTH, certified_chunk, reduced_precision
-from fxquant.graph import Builder, Level, Site, arguments, get_tensor, is_op, site_outputs
+from fxquant.graph import Builder, Level, Site, get_tensor, is_op, site_outputs
 from fxquant.levels import OPS
+from fxquant.operands import operands
 from fxquant.passes.attention_products import integerize_product
 from fxquant.pipeline import Pass
 from fxquant.quantization import expand_groups, split_groups
@@ -75,35 +76,35 @@ def match(node: Node) -> Pattern | None:
     """The pattern that ends in ``node``; None for weight-only sites and float ones."""
     if not is_op(node, nn.functional.linear):
         return None
-    x, w, bias = arguments(node)
+    linear = operands(node)
+    x, w = linear.input, linear.weight
     if not (is_op(x, OPS.dequantize.default) and is_op(w, OPS.dequantize.default)):
         return None
-    codes, scale, zero_point, _, _ = arguments(x)
-    weight, weight_scale, weight_zero_point, group_size, _ = arguments(w)
-    if not is_op(codes, OPS.quantize.default) or is_op(weight, OPS.decode.default):
+    activation, weight = operands(x), operands(w)
+    if not is_op(activation.codes, OPS.quantize.default) or is_op(weight.codes, OPS.decode.default):
         return None  # one of them is on a grid that is no integer's
-    source, _, _, qmin, qmax, _ = arguments(codes)
+    quantized = operands(activation.codes)
     return Pattern(
         output=node,
-        source=source,
+        source=quantized.x,
         codes_dequantized=x,
         weight_dequantized=w,
-        codes=codes,
-        scale=scale,
-        zero_point=zero_point,
-        max_code=max(-qmin, qmax),
-        weight=weight,
-        weight_scale=weight_scale,
-        weight_zero_point=weight_zero_point,
-        group_size=group_size,
-        bias=bias,
+        codes=activation.codes,
+        scale=activation.scale,
+        zero_point=activation.zero_point,
+        max_code=max(-quantized.qmin, quantized.qmax),
+        weight=weight.codes,
+        weight_scale=weight.scale,
+        weight_zero_point=weight.zero_point,
+        group_size=weight.group_size,
+        bias=linear.bias,
     )
 
 
 def _weight_codes(gm: GraphModule, weight: Node) -> Tensor:
     if is_op(weight, OPS.unpack_int4.default):
-        packed, length = arguments(weight)
-        return unpack_int4(get_tensor(gm, packed), length)
+        call = operands(weight)
+        return unpack_int4(get_tensor(gm, call.packed), call.length)
     return get_tensor(gm, weight)
 
 

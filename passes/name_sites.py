@@ -21,9 +21,10 @@ from fxquant.graph import (
     tag,
     update_info,
 )
+from fxquant.operands import op_name
 from fxquant.pipeline import Pass
 from fxquant.schemes import Role
-from fxquant.vocabulary import PRODUCTS, is_a, op_name
+from fxquant.vocabulary import PRODUCTS, is_a
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from fxquant.graph import (
     Level,
     Site,
     Tag,
-    arguments,
     info,
     is_op,
     set_tag,
@@ -24,6 +23,7 @@ from fxquant.graph import (
     update_info,
 )
 from fxquant.levels import OPS
+from fxquant.operands import operands
 from fxquant.outcome import Blocked, Changed, Outcome
 from fxquant.passes.attention_products import Product, attention_products
 from fxquant.passes.decompose_attention import DecomposeAttention
@@ -129,7 +129,7 @@ class _StoredKeysAndValues(Repair):
         _check_finite(gm, self.name)
 
     def _store(self, gm: GraphModule, path: str, product: Node, turned: bool) -> None:
-        operand = arguments(product)[1]
+        operand = operands(product).other
         builder = Builder(gm, self.name, path)
         with gm.graph.inserting_before(product):
             x = builder.call(torch.transpose, operand, -2, -1) if turned else operand

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch.fx import GraphModule, Node
 
 from fxquant.graph import LINEAR
+from fxquant.operands import operands
 from fxquant.vocabulary import Kind, is_a
 
 
@@ -22,8 +23,8 @@ def query_key_linears(gm: GraphModule) -> frozenset[str]:
 
 def _score_operands(gm: GraphModule, node: Node) -> Iterator[Node]:
     if is_a(node, Kind.ATTENTION):
-        operands = [*node.args[:2], node.kwargs.get("query"), node.kwargs.get("key")]
-        yield from (operand for operand in operands if isinstance(operand, Node))
+        attention = operands(node)
+        yield from (attention.query, attention.key)
     elif is_a(node, Kind.SOFTMAX):
         for product in _nearest(gm, node, Kind.MATMUL):
             yield from product.all_input_nodes

@@ -13,6 +13,7 @@ from fxquant.execution import Executor
 from fxquant.formats.packing import unpack_int4
 from fxquant.graph import get_tensor, is_op, site_outputs
 from fxquant.levels import OPS
+from fxquant.operands import operands
 from tests.architectures import gpt2, llama, opt, padding_mask, token_ids
 
 WEIGHTS = ["w4-g16", "w4-g16-asym", "w8-g16", "w8-g24-asym", "w4-g12"]  # 24 and 12 leave a rest
@@ -40,11 +41,11 @@ def test_every_site_is_the_sum_of_its_groups(weight: str, activation: str) -> No
     grouped = [n for n in graph.graph.nodes if is_op(n, OPS.grouped_gemm.default)]
     assert len(grouped) == sum(site.role == "linear" for site, _ in site_outputs(graph)) == 12
     for node in grouped:
-        x_node, w_node, scale_node, zero_node, _, shift_node, size = node.args
-        assert isinstance(size, int)
-        x, codes = values[x_node].double(), values[w_node].double()
-        scales = values[scale_node].double()
-        zero, shift = _value(values, zero_node), _value(values, shift_node)
+        call = operands(node)
+        size = call.group_size
+        x, codes = values[call.x_codes].double(), values[call.weight_codes].double()
+        scales = values[call.weight_scale].double()
+        zero, shift = _value(values, call.zero_point), _value(values, call.weight_zero_point)
         expected = torch.zeros(*x.shape[:-1], len(codes), dtype=torch.float64)
         for g in range(scales.shape[1]):
             columns = slice(g * size, (g + 1) * size)
@@ -73,7 +74,8 @@ def test_w4_is_stored_in_half_a_byte() -> None:
     graph = fxquant.convert(llama(), "w4-g16-asym/a8-dynamic-token")
     for node in graph.graph.nodes:
         if is_op(node, OPS.unpack_int4.default):
-            packed = get_tensor(graph, node.args[0])
+            call = operands(node)
+            packed = get_tensor(graph, call.packed)
             assert packed.dtype == torch.uint8
-            assert packed.shape[1] * 2 == node.args[1]
-            assert int(unpack_int4(packed, node.args[1]).abs().max()) <= 8
+            assert packed.shape[1] * 2 == call.length
+            assert int(unpack_int4(packed, call.length).abs().max()) <= 8

@@ -49,6 +49,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "repair",
         "certificate",
         "blocks",
+        "operands",
         "vocabulary",
     ),
     ("sequential", "weights", "scale_paths", "hadamard", "residual"),
