@@ -46,7 +46,6 @@ def test_loads_and_saves_as_it_was(
     distribution: a difference near or above the size of the logits.
     """
     graph = fxquant.load(folder / name)
-    assert info(graph).level == CASES[name][2]
     fxquant.save(graph, tmp_path / "again")
     before, after = (
         json.loads((d / "graph.json").read_text()) for d in (folder / name, tmp_path / "again")
