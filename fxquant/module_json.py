@@ -20,6 +20,7 @@ from fxquant.specs import TensorSpec
 from fxquant.streamed import plain_type
 
 PARAMETER, BUFFER, NONE = "parameter", "buffer", "none"
+ROLES = (PARAMETER, BUFFER, f"{NONE} {PARAMETER}", f"{NONE} {BUFFER}")
 
 
 @dataclass(frozen=True)

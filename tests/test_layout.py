@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 ORDER: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("quantization",),
-    ("records", "dataclass_json", "tensor_file", "manifest"),
+    ("records", "dataclass_json", "tensor_file", "manifest", "saved_names"),
     (
         "specs",
         "spelling",
@@ -52,7 +52,17 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("site_view", "dot", "inspection"),
     ("tracing", "streaming"),
     ("passes",),
-    ("repairs", "conversion", "module_json", "graph_json", "checkpoint"),
+    (
+        "repairs",
+        "conversion",
+        "module_json",
+        "graph_json",
+        "rehearsal",
+        "stored_values",
+        "saved_info",
+        "saved_graph",
+        "checkpoint",
+    ),
     ("analysis",),
     ("evaluation",),
     ("analysis_commands", "convert_command", "inspect_command"),

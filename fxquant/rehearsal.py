@@ -1,0 +1,155 @@
+"""A loaded graph run once on shapes alone, before any code is generated from it.
+
+Every node is executed on fake tensors (no memory, no data) under a guard, so that a file whose
+nodes do anything but compute tensors of a bounded size is refused with the node's name: arithmetic
+of Python's own numbers that grows without bound, methods of what is no tensor, operands that do
+not fit, a write into a stored tensor.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from fxquant.errors import CheckpointError
+from fxquant.graph import arguments, is_op
+from fxquant.levels import OPS
+
+BATCH, LENGTH = 2, 5
+_BITS = 256  # of a product of sizes: five of them have less
+_EXPONENT = 64
+_ITEMS = 2**14  # in a tuple: splits, groups
+_LEAST = 2**22  # elements that any graph may make
+_SEQUENCES = (torch.Size, tuple, list)
+_PLAIN = (bool, float, type(None), torch.dtype, torch.device, torch.finfo)
+_NUMBERS = (int, float, bool)
+_GROWING = (operator.mul, operator.pow, operator.lshift)
+
+
+@torch.no_grad()
+def rehearse(
+    graph: Graph,
+    tensors: Mapping[str, Tensor],
+    leaves: Mapping[str, nn.Module],
+    vocab_size: int,
+    max_positions: int | None,
+) -> None:
+    """Run ``graph`` on fakes; CheckpointError names the first node that does more than compute.
+
+    Within a FakeTensorMode.
+
+    Args:
+        tensors, leaves: what get_attr and call_module nodes may reach, fake, by path.
+        vocab_size: the last dimension that the logits must have.
+        max_positions: the longest sequence, None if there is no limit.
+    """
+    length = min(LENGTH, max_positions or LENGTH)
+    ids = torch.zeros(BATCH, length, dtype=torch.int64)
+    inputs = {"input_ids": ids, "attention_mask": ids.clone()}
+    largest = max((value.numel() for value in tensors.values()), default=0)
+    limit = 8 * max(_LEAST, largest, ids.numel() * vocab_size)
+    stored = (*tensors.values(), *inputs.values())
+    versions = [value._version for value in stored]
+    values: dict[Node, Any] = dict(zip(graph.nodes, inputs.values(), strict=False))
+    for node in list(graph.nodes)[len(inputs) : -1]:
+        args, kwargs = map_arg((node.args, node.kwargs), lambda used: values[used])
+        try:
+            values[node] = _run(node, args, kwargs, tensors, leaves)
+            _check_value(values[node], limit)
+        except Exception as error:  # whatever the file's operands make torch raise
+            raise CheckpointError(
+                f"node {node.name}: {node.op} {node.target} cannot be computed from its operands: "
+                f"{type(error).__name__}: {str(error)[:200]}"
+            ) from error
+    if [value._version for value in stored] != versions:
+        raise CheckpointError("a node writes into a stored tensor or an input")
+    (result,) = next(iter(reversed(graph.nodes))).args
+    _check_logits(values[result], (BATCH, length, vocab_size))  # type: ignore[index]
+
+
+def _run(
+    node: Node,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    leaves: Mapping[str, nn.Module],
+) -> Any:
+    if node.op == "get_attr":
+        return tensors[str(node.target)]
+    if node.op == "call_module":
+        return leaves[str(node.target)](*args, **kwargs)
+    if node.op == "call_method":
+        if not isinstance(args[0], Tensor):
+            raise TypeError(f"a method of a {type(args[0]).__name__}, which is no tensor")
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    function: Callable[..., Any] = node.target  # type: ignore[assignment]
+    _guard(node, function, args)
+    return function(*args, **kwargs)
+
+
+def _guard(node: Node, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Raise before a function does what could take without bound, or reach what is no tensor."""
+    if function is getattr:
+        if not isinstance(args[0], Tensor | torch.finfo):
+            raise TypeError(f"an attribute of a {type(args[0]).__name__}, which is no tensor")
+    elif getattr(function, "__module__", "") == "_operator":
+        if not any(isinstance(operand, Tensor) for operand in args):
+            _guard_numbers(function, args)
+    elif is_op(node, OPS.grouped_gemm.default):
+        group_size = arguments(node)[-1]
+        if type(group_size) is not int or group_size < 1 or args[1].shape[-1] > group_size * _ITEMS:
+            raise ValueError(f"groups of {group_size}")
+
+
+def _guard_numbers(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """For operators on no tensor: pick from and join short sequences, count with short numbers."""
+    if all(type(operand) in _NUMBERS for operand in args):
+        if function in _GROWING and all(type(operand) is not float for operand in args):
+            base, other = (int(operand) for operand in args)
+            bits = base.bit_length() + other.bit_length()
+            if function is not operator.mul:
+                bits = base.bit_length() * other if function is operator.pow else 0
+                bits = _BITS + 1 if abs(other) > _EXPONENT else bits + abs(other)
+            if bits > _BITS:
+                raise OverflowError(f"{function.__name__}{args} of Python's numbers")
+        return
+    sequence = isinstance(args[0], _SEQUENCES)
+    if function is operator.getitem and sequence and isinstance(args[1], int | slice):
+        return
+    if function is operator.add and sequence and isinstance(args[1], _SEQUENCES):
+        return
+    if function in (operator.eq, operator.ne):
+        return
+    kinds = ", ".join(type(operand).__name__ for operand in args)
+    raise TypeError(f"{function.__name__} of {kinds}")
+
+
+def _check_value(value: Any, limit: int, depth: int = 0) -> None:
+    """Raise for a value that is not a bounded tensor, number or short sequence of them."""
+    if isinstance(value, Tensor):
+        if value.layout is not torch.strided or value.device.type != "cpu":
+            raise TypeError(f"a {value.layout} tensor on {value.device}")
+        if value.numel() > limit:
+            raise OverflowError(f"{value.numel()} elements for {BATCH} x {LENGTH} tokens")
+    elif isinstance(value, _SEQUENCES) and depth < 3:
+        if len(value) > _ITEMS:
+            raise OverflowError(f"{len(value)} items")
+        for item in value:
+            _check_value(item, limit, depth + 1)
+    elif type(value) is int:
+        if value.bit_length() > _BITS:
+            raise OverflowError(f"a number of {value.bit_length()} bits")
+    elif not isinstance(value, _PLAIN):
+        raise TypeError(f"a {type(value).__name__}, which is no tensor and no number")
+
+
+def _check_logits(value: Any, shape: tuple[int, ...]) -> None:
+    if not (isinstance(value, Tensor) and value.is_floating_point() and value.shape == shape):
+        found = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value)
+        raise CheckpointError(f"the output is {found}, not float logits {list(shape)}")
