@@ -45,15 +45,13 @@ stride sub sum swapaxes t tanh to transpose tril triu type_as unbind unflatten u
 view_as where"""
 # getattr reads these of tensors and of finfo, nothing else.
 _ATTRIBUTES = ("shape", "dtype", "device", "ndim", "T", "mT", "min", "max", "eps", "tiny")
-_KEYWORDS = frozenset(
-    """_stacklevel alpha approximate attn_mask axis batch1 batch2 beta bias chunks condition
+_KEYWORDS = """_stacklevel alpha approximate attn_mask axis batch1 batch2 beta bias chunks condition
 correction descending device diagonal dim dim0 dim1 dims dropout_p dtype enable_gqa end end_dim eps
 equation exponent fill_value half_to_float index indices inplace input is_causal keepdim largest
 length mask mat2 max max_norm min mode negative_slope norm_type normalized_shape other output_size p
 pad padding_idx query key repeats rounding_mode scale scale_grad_by_freq sections shape size sizes
 sorted source sparse split_size split_size_or_sections start start_dim step tensor tensor1 tensor2
-tensors threshold unbiased upper value weight""".split()
-)
+tensors threshold unbiased upper value weight"""
 # Texts that may stand among a target's arguments, none elsewhere.
 _TEXTS: dict[str, tuple[str, ...]] = {
     "getattr": _ATTRIBUTES,
@@ -80,6 +78,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 _NAMES = {function: name for name, function in _FUNCTIONS.items()}
 _METHOD_NAMES = frozenset(_METHODS.split())
+_KEYWORD_NAMES = frozenset(_KEYWORDS.split())
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -131,7 +130,7 @@ def decode_nodes(data: object) -> Graph:
 
 
 def _check_ends(graph: Graph) -> None:
-    """Two inputs first, one output last: nothing else makes generated code's first and last line."""
+    """Two inputs first, one output last: what makes the first and last line of generated code."""
     nodes = list(graph.nodes)
     kinds = [node.op for node in nodes]
     inner = {"placeholder", "output"} & set(kinds[2:-1])
@@ -182,7 +181,7 @@ def _check_arguments(
     op: str, target: str, args: tuple[Any, ...], kwargs: dict[str, Any], where: str
 ) -> None:
     """CheckpointError for operands that this kind of node does not take."""
-    strangers = [key for key in kwargs if key not in _KEYWORDS]
+    strangers = [key for key in kwargs if key not in _KEYWORD_NAMES]
     if strangers:
         raise CheckpointError(f"{where}: no operation has an argument {strangers[0][:80]!r}")
     if op == "placeholder" and not (args in ((), (None,)) and not kwargs):

@@ -40,10 +40,11 @@ class Files:
     ) -> None:
         opened = [TensorFile.open(path) for path in paths]
         self._files: dict[str, TensorFile] = {}
-        for name, file in ((name, file) for file in opened for name in file.entries):
-            if name in self._files:
-                raise CheckpointError(f"two files hold a tensor {name}")
-            self._files[check_path(name, "a tensor")] = file
+        for file in opened:
+            for name in file.entries:
+                if name in self._files:
+                    raise CheckpointError(f"two files hold a tensor {name}")
+                self._files[check_path(name, "a tensor")] = file
         self._ties, self._orders = data["ties"], data["orders"]
         if not (isinstance(self._ties, dict) and isinstance(self._orders, dict)):
             raise CheckpointError("ties and orders are not tables")
@@ -105,6 +106,7 @@ def decode_graph(data: dict[str, Any], files: Files) -> GraphModule:
         _check_targets(shapes, graph)
         leaves = {path: module.eval() for path, module in shapes.named_modules() if path}
         rehearse(graph, _tensors(shapes), leaves, facts.vocab_size, facts.max_positions)
+    _check_vocabulary(shapes, facts)
     gm = _modules(data["modules"], files, data["class_name"])
     files.check_all_used()
     gm.graph = graph
@@ -140,6 +142,16 @@ def _tensors(gm: GraphModule) -> Mapping[str, Tensor]:
         **dict(gm.named_parameters(remove_duplicate=False)),
         **dict(gm.named_buffers(remove_duplicate=False)),
     }
+
+
+def _check_vocabulary(gm: GraphModule, facts: GraphInfo) -> None:
+    """Every id below vocab_size has a row in the table that it is looked up in."""
+    table = _tensors(gm).get(f"{facts.embeddings}.weight")
+    if table is not None and table.shape[0] != facts.vocab_size:
+        raise CheckpointError(
+            f"info: a vocabulary of {facts.vocab_size}, but {facts.embeddings} has "
+            f"{table.shape[0]} rows"
+        )
 
 
 def _check_targets(gm: GraphModule, graph: Graph) -> None:

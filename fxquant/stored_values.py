@@ -182,9 +182,9 @@ def _check_literals(gm: GraphModule, node: Node, coded: dict[str, _Coded]) -> No
         _check_range(node, low, high)
         if dtype is not torch.int8:
             raise CheckpointError(f"node {node.name}: codes of {dtype} instead of int8")
-        if isinstance(shift, Node) and shift.op == "get_attr":
-            if not _within(get_tensor(gm, shift), low, high):
-                raise CheckpointError(f"{shift.target}: expected a value within {low}..{high}")
+        stored = isinstance(shift, Node) and shift.op == "get_attr"
+        if stored and not _within(get_tensor(gm, shift), low, high):
+            raise CheckpointError(f"{shift.target}: expected a value within {low}..{high}")
     elif is_op(node, OPS.choose_qparams.default):
         _, _, symmetric, low, high = arguments(node)
         _check_range(node, low, high)
