@@ -105,7 +105,7 @@ def decode_graph(data: dict[str, Any], files: Files) -> GraphModule:
         shapes = _modules(data["modules"], files, on_shapes=True)
         _check_targets(shapes, graph)
         leaves = {path: module.eval() for path, module in shapes.named_modules() if path}
-        rehearse(graph, _tensors(shapes), leaves, facts.vocab_size, facts.max_positions)
+        rehearse(graph, _tensors(shapes), leaves, facts.max_positions)
     _check_vocabulary(shapes, facts)
     gm = _modules(data["modules"], files, data["class_name"])
     files.check_all_used()
