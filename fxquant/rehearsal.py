@@ -8,18 +8,21 @@ not fit, a write into a stored tensor.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
+from transformers.pytorch_utils import Conv1D
 
 from fxquant.errors import CheckpointError
-from fxquant.graph import arguments, is_op
 from fxquant.levels import OPS
+from fxquant.quantization import group_count
 
 BATCH, LENGTH = 2, 5
 _BITS = 256  # of a product of sizes: five of them have less
@@ -29,6 +32,10 @@ _LEAST = 2**22  # elements that any graph may make
 _SEQUENCES = (torch.Size, tuple, list)
 _PLAIN = (bool, float, type(None), torch.dtype, torch.device, torch.finfo)
 _NUMBERS = (int, float, bool)
+_PRODUCTS = {
+    *(nn.functional.linear, torch.matmul, torch.bmm, torch.mm, torch.baddbmm, torch.outer),
+    *(operator.matmul, nn.functional.scaled_dot_product_attention),
+}
 _GROWING = (operator.mul, operator.pow, operator.lshift)
 
 
@@ -58,7 +65,8 @@ def rehearse(
     for node in list(graph.nodes)[len(inputs) : -1]:
         args, kwargs = map_arg((node.args, node.kwargs), lambda used: values[used])
         try:
-            values[node] = _run(node, args, kwargs, tensors, leaves)
+            with _silent("torch._subclasses.fake_tensor"):  # it prints what it raises
+                values[node] = _run(node, args, kwargs, tensors, leaves)
             _check_value(values[node], limit)
         except Exception as error:  # whatever the file's operands make torch raise
             raise CheckpointError(
@@ -71,6 +79,19 @@ def rehearse(
     _check_logits(values[result], length)  # type: ignore[index]
 
 
+@contextlib.contextmanager
+def _silent(name: str) -> Iterator[None]:
+    def nothing(_: logging.LogRecord) -> bool:
+        return False
+
+    logger = logging.getLogger(name)
+    logger.addFilter(nothing)
+    try:
+        yield
+    finally:
+        logger.removeFilter(nothing)
+
+
 def _run(
     node: Node,
     args: tuple[Any, ...],
@@ -81,28 +102,65 @@ def _run(
     if node.op == "get_attr":
         return tensors[str(node.target)]
     if node.op == "call_module":
-        return leaves[str(node.target)](*args, **kwargs)
+        leaf = leaves[str(node.target)]
+        if isinstance(leaf, nn.Linear | Conv1D | nn.LayerNorm):
+            mixed = isinstance(leaf, nn.LayerNorm)
+            _check_dtypes((args[0], *leaf.parameters(recurse=False)), mixed)
+        return leaf(*args, **kwargs)
     if node.op == "call_method":
         if not isinstance(args[0], Tensor):
             raise TypeError(f"a method of a {type(args[0]).__name__}, which is no tensor")
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     function: Callable[..., Any] = node.target  # type: ignore[assignment]
-    _guard(node, function, args)
+    if function is OPS.grouped_gemm.default:
+        return _grouped_gemm(*args)
+    _guard(function, args)
     return function(*args, **kwargs)
 
 
-def _guard(node: Node, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _grouped_gemm(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    weight_sum: Tensor | None,
+    weight_zero_point: Tensor | None,
+    group_size: int,
+) -> Tensor:
+    """The operator's result without its loop over groups, which would take most of the time."""
+    if type(group_size) is not int or group_size < 1 or x.shape[-1] != weight.shape[-1]:
+        raise ValueError(f"groups of {group_size} of {list(x.shape)} by {list(weight.shape)}")
+    grid = (weight.shape[0], group_count(weight.shape[1], group_size))
+    if any(
+        each is not None and each.shape != grid for each in (scale, weight_sum, weight_zero_point)
+    ):
+        raise ValueError(f"a scale, sum or zero point that is not {list(grid)}")
+    columns = min(group_size, x.shape[-1])
+    first = OPS.int_gemm.default(x[..., :columns], weight[:, :columns], 0)
+    shift = 0 if zero_point is None else zero_point * scale[:, 0]
+    result: Tensor = first.to(torch.float32) * scale[:, 0] - shift
+    return result
+
+
+def _guard(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """Raise before a function does what could take without bound, or reach what is no tensor."""
     if function is getattr:
         if not isinstance(args[0], Tensor | torch.finfo):
             raise TypeError(f"an attribute of a {type(args[0]).__name__}, which is no tensor")
-    elif getattr(function, "__module__", "") == "_operator":
-        if not any(isinstance(operand, Tensor) for operand in args):
-            _guard_numbers(function, args)
-    elif is_op(node, OPS.grouped_gemm.default):
-        group_size = arguments(node)[-1]
-        if type(group_size) is not int or group_size < 1 or args[1].shape[-1] > group_size * _ITEMS:
-            raise ValueError(f"groups of {group_size}")
+    elif function in _PRODUCTS:
+        _check_dtypes(args[:3])
+    elif getattr(function, "__module__", "") == "_operator" and not any(
+        isinstance(operand, Tensor) for operand in args
+    ):
+        _guard_numbers(function, args)
+
+
+def _check_dtypes(operands: Iterable[Any], mixed: bool = False) -> None:
+    """Products want one dtype, which fakes do not see to; ``mixed``: or half beside float32."""
+    found = {operand.dtype for operand in operands if isinstance(operand, Tensor)}
+    half = {torch.float16, torch.bfloat16}
+    if len(found) > 1 and not (mixed and torch.float32 in found and len(found - half) == 1):
+        raise TypeError(f"operands of {' and '.join(sorted(map(str, found)))}")
 
 
 def _guard_numbers(function: Callable[..., Any], args: tuple[Any, ...]) -> None:

@@ -101,7 +101,7 @@ def decode_graph(data: dict[str, Any], files: Files) -> GraphModule:
     facts: GraphInfo = from_json(GraphInfo, data["info"])
     check_info(facts)
     graph = decode_nodes(data["nodes"])
-    with FakeTensorMode():
+    with FakeTensorMode(allow_fallback_kernels=False):
         shapes = _modules(data["modules"], files, on_shapes=True)
         _check_targets(shapes, graph)
         leaves = {path: module.eval() for path, module in shapes.named_modules() if path}

@@ -213,7 +213,7 @@ VALUES: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
     "scale infinite": ("weight_scale", fill(float("inf")), "finite"),
     "scale NaN": ("weight_scale", fill(float("nan")), "finite"),
     "scale double": ("weight_scale", lambda scale: scale.double(), "float32"),
-    "scales turned": ("weight_scale", lambda scale: scale.t(), "shape"),
+    "scales turned": ("weight_scale", lambda scale: scale.t(), "cannot be computed"),
     "input scale 0": ("input_scale", torch.zeros_like, "positive"),
     "input zero point": ("input_zero_point", lambda zero: zero + 1000, "within"),
     "weight zero point": ("weight_zero_point", fill(99), "within -8..7"),
