@@ -12,8 +12,9 @@ import importlib.metadata
 import json
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from fxquant.errors import CheckpointError
 
@@ -108,7 +109,7 @@ def read_regular(path: Path, sha256: str | None = None) -> bytes:
     return content
 
 
-def _open_regular(path: Path) -> BinaryIO:
+def _open_regular(path: Path) -> BufferedReader:
     # Not following a link and not waiting for a pipe's other end: opening alone must be harmless.
     flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     if not stat.S_ISREG(path.lstat().st_mode):

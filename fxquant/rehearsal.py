@@ -76,7 +76,7 @@ def rehearse(
     if [value._version for value in stored] != versions:
         raise CheckpointError("a node writes into a stored tensor or an input")
     (result,) = next(iter(reversed(graph.nodes))).args
-    _check_logits(values[result], length)  # type: ignore[index]
+    _check_logits(values[result], length)
 
 
 @contextlib.contextmanager

@@ -149,11 +149,8 @@ def _sums(codes: Tensor, group_size: int | None) -> Tensor:
     """int32 sums of codes [n, K] over K, or over each group: [n, 1] or [n, G]."""
     size = group_size or codes.shape[1]
     padding = group_count(codes.shape[1], size) * size - codes.shape[1]
-    return (
-        torch.nn.functional.pad(codes, (0, padding))
-        .unflatten(1, (-1, size))
-        .sum(-1, dtype=torch.int32)
-    )
+    grouped: Tensor = torch.nn.functional.pad(codes, (0, padding)).unflatten(1, (-1, size))
+    return grouped.sum(-1, dtype=torch.int32)
 
 
 def _check_sums(

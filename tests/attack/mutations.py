@@ -245,7 +245,7 @@ def _other_values(rng: random.Random, value: Tensor) -> Tensor:
     flat = value.flatten().clone()
     if not flat.numel():
         return torch.ones(3, dtype=value.dtype)
-    numbers = [0, 1, -1, 127, -128, 255, 8, -9, 2**31 - 1]
+    numbers: list[float] = [0, 1, -1, 127, -128, 255, 8, -9, 2**31 - 1]
     if value.is_floating_point():
         numbers += [float("nan"), float("inf"), -float("inf"), 1e38, -1e-38]
     at = rng.randrange(flat.numel())

@@ -259,8 +259,8 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json is not among"),
     "hidden": (lambda f: (f / ".DS_Store").write_text("x"), "DS_Store is not among"),
     "deeper": (
-        lambda f: ((f / "a").mkdir(), (f / "a" / "b.json").write_text("{}")),
-        "b.json is not among",
+        lambda f: shutil.copytree(f, f / "a"),
+        "is not among",
     ),
     "unlisted link": (lambda f: (f / "vocab.txt").symlink_to("/etc/passwd"), "is not among"),
     "linked folder": (lambda f: (f / "more").symlink_to(f.parent), "more is not among"),

@@ -90,7 +90,7 @@ def foreign_reads(gm: GraphModule) -> list[str]:
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr":
             owner, name = path_of(node.args[0]), node.args[1]
             if owner is not None and isinstance(name, ast.Constant) and len(node.args) == 2:
-                return f"{owner}.{name.value}"
+                return f"{owner}.{name.value!s}"
         return None
 
     def visit(node: ast.AST) -> None:
