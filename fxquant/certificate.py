@@ -24,8 +24,8 @@ def _check(gm: GraphModule, node: Node) -> None:
     call = operands(node)
     chunk = call.chunk
     where = tag(node).site or node.name
-    if type(chunk) is not int or not 0 <= chunk <= CHUNK:
-        raise VerificationError(f"{where}: chunk {chunk!r} is not within 0..{CHUNK}")
+    if type(chunk) is not int or chunk not in (0, CHUNK):
+        raise VerificationError(f"{where}: chunk {chunk!r} is neither 0 nor {CHUNK}")
     if chunk == 0 and certified_chunk_of(gm, call.x_codes, call.weight_codes):
         raise VerificationError(
             f"{where}: its int_gemm is written as one fp32 GEMM, but its codes may overflow 2**24"

@@ -20,19 +20,20 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fxquant.certificate import check_chunks
-from fxquant.dataclass_json import from_json, to_json
+from fxquant.dataclass_json import to_json
 from fxquant.errors import CheckpointError, FxquantError
-from fxquant.graph import GraphInfo, info, set_info
-from fxquant.graph_json import decode_nodes, encode_node
-from fxquant.levels import verify
-from fxquant.manifest import check_manifest, is_checkpoint, write_manifest
-from fxquant.module_json import NONE, decode_module, encode_module, register_tensors
-from fxquant.streamed import Source, sources_of, stream_leaf
-from fxquant.tensor_file import TensorFile, storage_order
+from fxquant.graph import info
+from fxquant.graph_json import encode_node
+from fxquant.manifest import check_manifest, is_checkpoint, read_regular, write_manifest
+from fxquant.module_json import encode_module
+from fxquant.saved_graph import Files, check_fields, decode_graph
+from fxquant.saved_info import check_info
+from fxquant.saved_names import check_path
+from fxquant.streamed import sources_of
+from fxquant.tensor_file import storage_order
 
 GRAPH, CONFIG = "graph.json", "config.json"
 
@@ -52,7 +53,7 @@ def save(
     target = Path(directory)
     check_target(target)
     tensors = _Tensors(gm)
-    text = json.dumps(_encode_graph(gm, tensors), separators=(",", ":"))
+    text = json.dumps(check_fields(_encode_graph(gm, tensors)), separators=(",", ":"))
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
         (partial / GRAPH).write_text(text, encoding="utf-8")
@@ -96,29 +97,54 @@ def load(
     version, and for a graph that contains anything but the listed operations.
     """
     source = Path(directory)
-    files = check_manifest(source)
+    first = _check_device(device, stream)
+    listed = check_manifest(source)
+    if GRAPH not in listed:
+        raise CheckpointError(f"{source}: its manifest lists no {GRAPH}; save it again")
     try:
-        data = json.loads((source / GRAPH).read_text(encoding="utf-8"))
+        text = read_regular(source / GRAPH, listed[GRAPH])
+        data = check_fields(json.loads(text, object_pairs_hook=_unique))
+        weights = [source / name for name in listed if name.endswith(".safetensors")]
         # Checked on the CPU, then moved as a whole; streamed tensors are read to the device.
-        first = torch.device(device if stream else "cpu")
-        gm = _decode_graph(data, _Files(source, files, data, first, stream))
-        check_chunks(gm)
-        verify(gm, f"load of {source}")
-    except CheckpointError as error:
-        raise CheckpointError(f"{source}: {error}") from error
-    except (FxquantError, *_MALFORMED) as error:
+        first = first if stream else torch.device("cpu")
+        gm = decode_graph(data, Files(weights, data, first, stream))
+    except FxquantError as error:
+        raise CheckpointError(f"{source / GRAPH}: {error}; save it again") from error
+    except _MALFORMED as error:
         raise CheckpointError(
-            f"{source}: {GRAPH} does not describe a valid graph: {type(error).__name__}: {error}"
+            f"{source / GRAPH} does not describe a valid graph: {type(error).__name__}: {error}; "
+            "save it again"
         ) from error
-    gm.recompile()
     return gm if stream else gm.to(device)
 
 
 # What well-typed code raises when the JSON has another shape than `save` writes.
 _MALFORMED = (
-    *(KeyError, TypeError, ValueError, AttributeError, IndexError),
-    *(RuntimeError, OSError, SyntaxError),
+    *(KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError),
+    *(RuntimeError, OSError, SyntaxError, AssertionError),
 )
+
+
+def _check_device(device: str | torch.device, stream: bool) -> torch.device:
+    """``device`` if tensors can be made there; CheckpointError if not."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"device {device!r} cannot be used here ({reason}); give device='cpu'"
+        ) from error
+    if stream and found.type == "meta":
+        raise CheckpointError("stream=True reads tensors, which device 'meta' has none of")
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise CheckpointError(f"{GRAPH} gives a key twice")
+    return found
 
 
 def _is_empty(directory: Path) -> bool:
@@ -193,6 +219,9 @@ def _identity(module: nn.Module, name: str, value: Tensor) -> Any:
 
 
 def _encode_graph(gm: GraphModule, tensors: _Tensors) -> dict[str, Any]:
+    check_info(info(gm))
+    for path in (*tensors.owners, *tensors.ties):
+        check_path(path, "a tensor")
     return {
         "class_name": type(gm).__name__,
         "info": to_json(info(gm)),
@@ -204,101 +233,3 @@ def _encode_graph(gm: GraphModule, tensors: _Tensors) -> dict[str, Any]:
         "orders": tensors.orders,
         "nodes": [encode_node(node) for node in gm.graph.nodes],
     }
-
-
-class _Files:
-    """Tensors of a checkpoint by name: read to the device, or left in their files."""
-
-    def __init__(
-        self,
-        source: Path,
-        files: list[str],
-        data: dict[str, Any],
-        device: torch.device,
-        stream: bool,
-    ) -> None:
-        opened = [TensorFile.open(source / f) for f in files if f.endswith(".safetensors")]
-        self._files = {name: file for file in opened for name in file.entries}
-        self._ties, self._orders = data["ties"], data["orders"]
-        self._device, self._stream = device, stream
-        self._read: dict[str, Tensor] = {}
-        self.used: set[str] = set()
-
-    def source(self, name: str) -> Source:
-        key = self._ties.get(name, name)
-        if key not in self._files:
-            raise CheckpointError(f"no tensor {key} in the files")
-        self.used.add(key)
-        file, order = self._files[key], self._orders.get(key)
-        dtype = file.entries[key].dtype
-        return Source(file, key, dtype, self._device, None if order is None else tuple(order))
-
-    def streams(self, source: Source) -> bool:
-        return self._stream and len(source.shape) > 1
-
-    def read(self, source: Source, parameter: bool) -> Tensor:
-        value = self._read.get(source.key)
-        if value is None:
-            value = source.read()
-        if parameter and not isinstance(value, nn.Parameter):
-            value = nn.Parameter(value, requires_grad=False)
-        self._read[source.key] = value  # ties stay ties
-        return value
-
-    def check_all_used(self) -> None:
-        unused = set(self._files) - self.used
-        if unused:
-            raise CheckpointError(f"nothing reads the tensors {', '.join(sorted(unused)[:4])}")
-
-
-def _decode_graph(data: dict[str, Any], files: _Files) -> GraphModule:
-    name = data["class_name"]
-    if not (isinstance(name, str) and name.isidentifier()):
-        raise CheckpointError(f"class name {name!r} is not an identifier")
-    gm = GraphModule(nn.Module(), Graph(), name)
-    for path, module in data["modules"].items():
-        _install(gm, path, module, files)
-    files.check_all_used()
-    graph = decode_nodes(data["nodes"])
-    _check_targets(gm, graph)
-    gm.graph = graph
-    set_info(gm, from_json(GraphInfo, data["info"]))
-    return gm.eval()
-
-
-def _check_targets(gm: GraphModule, graph: Graph) -> None:
-    """Nodes may read tensors and call leaves, no other attribute of a module: a way to its
-    ``__dict__`` would be one to run anything. CheckpointError names the node."""
-    tensors = {
-        *(name for name, _ in gm.named_parameters(remove_duplicate=False)),
-        *(name for name, _ in gm.named_buffers(remove_duplicate=False)),
-    }
-    leaves = {name for name, _ in gm.named_modules(remove_duplicate=False) if name}
-    for node in graph.nodes:
-        known = {"get_attr": tensors, "call_module": leaves}.get(node.op)
-        if known is not None and node.target not in known:
-            raise CheckpointError(
-                f"node {node.name!r}: target {node.target!r} of a {node.op} is no "
-                f"{'tensor' if node.op == 'get_attr' else 'module'} of the saved graph"
-            )
-
-
-def _install(gm: GraphModule, path: str, data: dict[str, Any], files: _Files) -> None:
-    tensors: dict[str, Tensor] = {}
-    streamed: dict[str, Source] = {}
-    for name, role in data.get("tensors", {}).items():
-        if role.startswith(NONE):
-            continue
-        source = files.source(f"{path}.{name}" if path else name)
-        if files.streams(source):
-            streamed[name] = source
-            tensors[name] = torch.empty(0, dtype=source.dtype, device="meta")
-        else:
-            tensors[name] = files.read(source, role == "parameter")
-    if not path:
-        register_tensors(gm, data.get("tensors", {}), tensors)
-        return
-    module = decode_module(path, data, tensors)
-    if streamed:
-        stream_leaf(module, streamed)
-    gm.add_submodule(path, module)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import types
 import typing
 from typing import Any
@@ -78,13 +79,19 @@ def _checked(hint: Any, data: Any, build: typing.Callable[[], Any]) -> Any:
 def _record(kind: type, data: Any) -> Any:
     if not isinstance(data, dict):
         raise CheckpointError(f"expected the fields of {kind.__name__}, found {str(data)[:60]!r}")
-    hints = typing.get_type_hints(kind)
-    known = {field.name for field in dataclasses.fields(kind)}
-    unknown = set(data) - known
+    hints = _hints(kind)
+    unknown = set(data) - set(hints)
     if unknown:
         raise CheckpointError(f"{kind.__name__} has no field {', '.join(sorted(unknown))}")
     values = {name: from_json(hints[name], item) for name, item in data.items()}
     return _checked(kind, data, lambda: kind(**values))
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    """The annotation of each field; found again for every record they take most of a load."""
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def _tuple(hint: Any, arguments: tuple[Any, ...], data: list[Any]) -> tuple[Any, ...]:

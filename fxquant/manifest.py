@@ -1,7 +1,8 @@
 """The envelope of a saved graph: format, version, and a checksum of every file in the folder.
 
 The manifest is written in one canonical form with a checksum of itself, so that any byte that
-changes in any file is noticed before anything is read from it.
+changes in any file is noticed before anything is read from it. It is the folder: what lies there
+unlisted, and what is no regular file, is refused.
 """
 
 from __future__ import annotations
@@ -9,22 +10,26 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
+import stat
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 from fxquant.errors import CheckpointError
 
 MANIFEST = "manifest.json"
-FORMAT, VERSION = "fxquant", 1
+FORMAT, VERSION = "fxquant", 2
+READ_LIMIT = 2**28  # bytes of a file that is read as a whole: the graph of 400 layers is 10 MB
 
 
 def is_checkpoint(directory: Path) -> bool:
     """Whether ``directory`` holds a manifest of fxquant.save, damaged or not."""
     try:
-        data = json.loads((directory / MANIFEST).read_bytes())
-    except OSError:
+        data = json.loads(read_regular(directory / MANIFEST))
+    except (OSError, CheckpointError):
         return False
-    except ValueError:
+    except (ValueError, RecursionError):
         return (directory / "graph.json").exists()
     return isinstance(data, dict) and data.get("format") == FORMAT
 
@@ -50,15 +55,15 @@ def write_manifest(directory: Path) -> None:
     (directory / MANIFEST).write_bytes(_canonical(body))
 
 
-def check_manifest(directory: Path) -> list[str]:
-    """Names of the recorded files, all of them intact.
+def check_manifest(directory: Path) -> dict[str, str]:
+    """Each recorded file's sha256 by name: the regular files of the folder, all of them, intact.
 
-    Raises CheckpointError for a folder that is no checkpoint, for a newer format version, and for
-    a file that is missing, truncated or changed.
+    Raises CheckpointError for a folder that is no checkpoint, for a newer format version, for a
+    file that is missing, truncated or changed, and for whatever lies there unrecorded.
     """
     path = directory / MANIFEST
     try:
-        raw = path.read_bytes()
+        raw = read_regular(path)
     except OSError as error:
         raise CheckpointError(
             f"{directory} is not a graph saved by fxquant.save: it has no readable {MANIFEST} "
@@ -72,10 +77,86 @@ def check_manifest(directory: Path) -> list[str]:
     if not isinstance(files, dict):
         raise _damaged(path, "it lists no files")
     for name, expected in files.items():
-        if not (isinstance(expected, dict) and {"bytes", "sha256"} <= set(expected)):
+        if not (isinstance(expected, dict) and set(expected) == {"bytes", "sha256"}):
             raise _damaged(path, f"it has no size and checksum of {name}")
-        _check_file(directory, name, expected)
-    return list(files)
+    try:
+        found = _listing(directory, files)
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be listed: {error}") from error
+    for name, expected in files.items():
+        if name not in found:
+            raise _damaged(directory / name, "it is missing")
+        if found[name] != expected["bytes"]:
+            what = f"it has {found[name]} bytes, {expected['bytes']} were written"
+            raise _damaged(directory / name, what)
+    for name, expected in files.items():
+        _check_digest(directory / name, expected)
+    return {name: expected["sha256"] for name, expected in files.items()}
+
+
+def read_regular(path: Path, sha256: str | None = None) -> bytes:
+    """The content of a regular file, which is not a link; OSError where it cannot be read.
+
+    Raises CheckpointError for anything else (a link, a pipe, a device), without waiting for it,
+    for more than READ_LIMIT bytes, and where the content is not what ``sha256`` is of.
+    """
+    with _open_regular(path) as file:
+        content = file.read(READ_LIMIT + 1)
+    if len(content) > READ_LIMIT:
+        raise CheckpointError(f"{path} has more than {READ_LIMIT} bytes: no graph needs as many")
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        raise _damaged(path, "its sha256 is not the one that was written")
+    return content
+
+
+def _open_regular(path: Path) -> BufferedReader:
+    # Not following a link and not waiting for a pipe's other end: opening alone must be harmless.
+    flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise _not_regular(path)
+    file = open(path, "rb", opener=lambda name, mode: os.open(name, mode | flags))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise _not_regular(path)
+    return file
+
+
+def _not_regular(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is no regular file (a link, a pipe or a device): a saved graph holds files only; "
+        "copy the folder with its links resolved, or save it again"
+    )
+
+
+def _listing(directory: Path, listed: dict[str, Any]) -> dict[str, int]:
+    """Size of each file below ``directory`` but the manifest; CheckpointError for a stranger."""
+    found: dict[str, int] = {}
+    waiting = [directory]
+    while waiting:
+        for entry in os.scandir(waiting.pop()):
+            name = Path(entry.path).relative_to(directory).as_posix()
+            if entry.is_dir(follow_symlinks=False):
+                waiting.append(Path(entry.path))
+            elif name not in (MANIFEST, *listed):
+                raise CheckpointError(
+                    f"{entry.path} is not among the files that were saved ({MANIFEST} lists "
+                    "them), and might change what the graph computes: move it elsewhere"
+                )
+            elif not entry.is_file(follow_symlinks=False):
+                raise _not_regular(Path(entry.path))
+            elif name != MANIFEST:
+                found[name] = entry.stat(follow_symlinks=False).st_size
+    return found
+
+
+def _check_digest(path: Path, expected: dict[str, Any]) -> None:
+    try:
+        with _open_regular(path) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise _damaged(path, f"it is missing or unreadable ({error.strerror})") from error
+    if digest != expected["sha256"]:
+        raise _damaged(path, "its sha256 is not the one that was written")
 
 
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:
@@ -90,7 +171,7 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
 
 def _check_version(path: Path, body: dict[str, Any]) -> None:
     version = body.get("version")
-    if not isinstance(version, int) or version < 1:
+    if type(version) is not int or version < 1:
         raise _damaged(path, f"its format version is {version!r}")
     if version > VERSION:
         writer = body.get("written_by")
@@ -98,20 +179,6 @@ def _check_version(path: Path, body: dict[str, Any]) -> None:
             f"{path.parent} has format version {version}, this fxquant reads up to {VERSION}: "
             f"upgrade fxquant (it was written by {writer})"
         )
-
-
-def _check_file(directory: Path, name: str, expected: dict[str, Any]) -> None:
-    path = directory / name
-    if not path.resolve().is_relative_to(directory.resolve()):
-        raise CheckpointError(f"{directory / MANIFEST} names {name}, which lies outside its folder")
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise _damaged(path, f"it is missing or unreadable ({error.strerror})") from error
-    if size != expected["bytes"]:
-        raise _damaged(path, f"it has {size} bytes, {expected['bytes']} were written")
-    if _digest(path) != expected["sha256"]:
-        raise _damaged(path, "its sha256 is not the one that was written")
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:

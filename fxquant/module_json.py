@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from fxquant.specs import TensorSpec
 from fxquant.streamed import plain_type
 
 PARAMETER, BUFFER, NONE = "parameter", "buffer", "none"
+ROLES = (PARAMETER, BUFFER, f"{NONE} {PARAMETER}", f"{NONE} {BUFFER}")
 
 
 @dataclass(frozen=True)
@@ -99,20 +101,62 @@ def decode_module(path: str, data: dict[str, Any], tensors: dict[str, Tensor]) -
     """The module in eval mode, with ``tensors`` (by name, parameters or not) as they are.
 
     No constructor of the class runs: the recorded attributes and tensors are the whole of it.
+    Raises CheckpointError for an unknown kind, and where attributes and tensors do not fit.
     """
-    kind = KINDS.get(data["kind"])
-    if kind is None:
-        raise CheckpointError(f"{path}: modules of kind {data['kind']!r} may not stand in a graph")
+    called = data.get("kind")
+    kind = KINDS.get(called) if isinstance(called, str) else None
+    if kind is None or set(data) - {"kind", "options", "tensors"}:
+        raise CheckpointError(
+            f"{path}: modules of kind {str(called)[:80]!r} may not stand in a graph, or have other "
+            "fields than kind, options and tensors"
+        )
     module: nn.Module = kind.type.__new__(kind.type)
     nn.Module.__init__(module)
     options = data.get("options", {})
     expected = dict(kind.attributes)
     if set(options) != set(expected):
-        raise CheckpointError(f"{path}: a {data['kind']} has options {', '.join(expected)}")
+        raise CheckpointError(f"{path}: a {called} has options {', '.join(expected)}")
     for name, value in options.items():
-        setattr(module, name, from_json(expected[name], value))
+        option = from_json(expected[name], _named_grid(value) if name == "spec" else value)
+        if isinstance(option, float) and not math.isfinite(option):
+            raise CheckpointError(f"{path}: {name} is {option}")
+        setattr(module, name, option)
     register_tensors(module, data.get("tensors", {}), tensors)
+    _check_leaf(path, module)
     return module.eval()
+
+
+def _check_leaf(path: str, module: nn.Module) -> None:
+    """CheckpointError where a leaf's attributes and tensors do not go together."""
+    expected: dict[str, tuple[int, ...]] | None = None
+    if isinstance(module, Conv1D):
+        expected = {"weight": (module.nx, module.nf), "bias": (module.nf,)}
+    elif isinstance(module, nn.Linear):
+        rows = module.out_features
+        expected = {"weight": (rows, module.in_features), "bias": (rows,)}
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        expected = dict.fromkeys(("weight", "bias"), module.normalized_shape)
+    elif isinstance(module, nn.Embedding):
+        expected = {"weight": (module.num_embeddings, module.embedding_dim)}
+        row = module.padding_idx
+        if module.max_norm is not None or (row is not None and row >= module.num_embeddings):
+            raise CheckpointError(f"{path}: an embedding that rescales itself, or pads beyond it")
+    found = {**module._parameters, **module._buffers}
+    for name, value in found.items():
+        if expected is not None and value is not None and tuple(value.shape) != expected.get(name):
+            raise CheckpointError(
+                f"{path}.{name}: shape {list(value.shape)}, its module is made for "
+                f"{list(expected.get(name, ()))}"
+            )
+
+
+def _named_grid(spec: Any) -> Any:
+    """A spec of format version 1, which has bits and symmetric, as one that names its grid."""
+    if not (isinstance(spec, dict) and {"bits", "symmetric"} <= set(spec)):
+        return spec
+    grid = f"int{spec['bits']}{'' if spec['symmetric'] else '-asym'}"
+    rest = {key: value for key, value in spec.items() if key not in ("bits", "symmetric")}
+    return {"grid": grid, **rest}
 
 
 def register_tensors(module: nn.Module, roles: dict[str, str], tensors: dict[str, Tensor]) -> None:
