@@ -20,7 +20,7 @@ from fxquant.graph import GraphInfo, info
 from fxquant.passes import Integerize, Quantize
 from fxquant.pipeline import Pipeline
 from fxquant.repairs import can_resume
-from fxquant.schemes import Scheme
+from fxquant.schemes import Scheme, brief
 from fxquant.size import bits_per_weight
 
 
@@ -43,7 +43,7 @@ def measure(
         converted,
         windows.evaluation,
         batch_size=batch_size,
-        label=str(scheme),
+        label=brief(str(scheme)),
         scored=windows.scored,
     )
     sums = measured.sums

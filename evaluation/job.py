@@ -27,7 +27,7 @@ from fxquant.evaluation.tables import format_table
 from fxquant.graph import Level, float_dtype, info, set_workspace
 from fxquant.manifest import is_checkpoint
 from fxquant.repairs import can_resume
-from fxquant.schemes import Scheme
+from fxquant.schemes import Scheme, as_scheme
 from fxquant.streamed import Workspace
 
 
@@ -179,8 +179,8 @@ def workspace_for(graph: GraphModule, streamed: bool) -> Iterator[None]:
 
 
 def ordered_schemes(texts: tuple[str, ...]) -> list[Scheme]:
-    """Parsed, without repetitions, ``fp`` first whether asked for or not."""
-    parsed = [Scheme(), *(Scheme.parse(text) for text in texts)]
+    """Parsed (a path that ends in .json: read), without repetitions, ``fp`` first in any case."""
+    parsed = [Scheme(), *map(as_scheme, texts)]
     return list(dict.fromkeys(parsed))
 
 

@@ -30,6 +30,8 @@ from fxquant.streaming import stream
 from fxquant.tracing import trace
 
 PACKAGE_PREFIX = "package:"
+# What save_pretrained of any tokenizer writes: one of these.
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -110,6 +112,12 @@ def load_model(
 def _load_saved(directory: Path, dtype: str, device: str, streamed: bool) -> LoadedModel:
     if dtype != "auto":
         raise ModelError(f"{directory} is a saved graph: its dtype is part of it, omit --dtype")
+    if not any((directory / name).exists() for name in _TOKENIZER_FILES):
+        raise ModelError(
+            f"{directory} was saved without a tokenizer, which cuts text into windows: save it "
+            "again with fxquant.save(graph, directory, tokenizer); fxquant.load(directory) gives "
+            "the graph alone"
+        )
     graph = load(directory, device, stream=streamed)
     tokenizer, config = _tokenizer_and_config(directory)
     return LoadedModel(graph, tokenizer, str(directory), weights_hash(directory), config)

@@ -31,6 +31,7 @@ from fxquant.graph_json import decode_nodes, encode_node
 from fxquant.levels import verify
 from fxquant.manifest import check_manifest, is_checkpoint, write_manifest
 from fxquant.module_json import NONE, decode_module, encode_module, register_tensors
+from fxquant.scoring_graph import ScoringGraph
 from fxquant.streamed import Source, sources_of, stream_leaf
 from fxquant.tensor_file import TensorFile, storage_order
 
@@ -255,7 +256,7 @@ def _decode_graph(data: dict[str, Any], files: _Files) -> GraphModule:
     name = data["class_name"]
     if not (isinstance(name, str) and name.isidentifier()):
         raise CheckpointError(f"class name {name!r} is not an identifier")
-    gm = GraphModule(nn.Module(), Graph(), name)
+    gm = ScoringGraph(nn.Module(), Graph(), name)
     for path, module in data["modules"].items():
         _install(gm, path, module, files)
     files.check_all_used()

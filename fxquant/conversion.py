@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterator, Sized
 from pathlib import Path
 
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
 from fxquant.batches import Batch, Batches
+from fxquant.encodings import batches_of
 from fxquant.errors import CalibrationError, SchemeError
 from fxquant.graph import Level
 from fxquant.passes import Calibrate, Fp32Gemm, Integerize, NameSites, Observe, Quantize
 from fxquant.pipeline import AfterPass, Pass, Pipeline
 from fxquant.repairs import check_repairs, resolve_repairs
-from fxquant.schemes import Scheme, as_scheme
+from fxquant.schemes import Scheme, SchemeLike, as_scheme
 from fxquant.tracing import trace
 
 LEVELS = tuple(str(level) for level in Level)
 
 
 def recipe(
-    scheme: str | Scheme,
+    scheme: SchemeLike,
     *,
     calibration: Batches | None = None,
     level: str = "integer",
@@ -85,15 +86,11 @@ def _passes(
 
 def _started(batches: Batches) -> Batches:
     """The batches, after a look that there is a first one; a sized collection stays sized."""
+    batches = batches_of(batches)
     if isinstance(batches, Sized):
         if len(batches) == 0:
             raise _no_batches()
         return batches
-    if not isinstance(batches, Iterable):
-        raise CalibrationError(
-            f"calibration is a {type(batches).__name__}, not an iterable of batches such as "
-            "LongTensors [batch, length]"
-        )
     iterator: Iterator[Batch] = iter(batches)
     first = next(iterator, None)
     if first is None:
@@ -110,7 +107,7 @@ def _no_batches() -> CalibrationError:
 
 def convert(
     model: PreTrainedModel | GraphModule,
-    scheme: str | Scheme,
+    scheme: SchemeLike,
     *,
     calibration: Batches | None = None,
     level: str = "integer",
@@ -124,9 +121,11 @@ def convert(
         model: a Hugging Face causal LM, or a float graph from ``trace``. Never modified; weights
             that stay float share its storage, so load a state_dict with ``assign=True``
             (torch copies in place otherwise).
-        scheme: text such as ``"w8a8-static"`` (docs/schemes.md) or a Scheme.
+        scheme: text such as ``"w8a8-static"`` (docs/schemes.md), a Scheme, its JSON form as a
+            dict, or the path of a JSON file that ``fxquant plan`` wrote.
         calibration: iterable of LongTensor [batch, length] or dicts of input_ids and
-            attention_mask; needed by static schemes, read once.
+            attention_mask, such as what a tokenizer returns; one of the latter, or a tensor of
+            windows [N, length]. Needed by static schemes, read once.
         level: "float", "observed", "qdq" or "integer".
         pipeline: runs instead of the scheme's own.
         progress: progress bars, on a terminal.

@@ -8,10 +8,12 @@ docs/schemes.md has the whole grammar; ``Scheme.parse`` and ``str`` are inverse 
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from fxquant.errors import SchemeError
 from fxquant.specs import FLOAT, SiteSpec
@@ -173,6 +175,45 @@ def _parse_site(text: str) -> SiteSpec:
     return scheme.spec
 
 
-def as_scheme(scheme: str | Scheme) -> Scheme:
-    """A Scheme as it is, text parsed."""
-    return Scheme.parse(scheme) if isinstance(scheme, str) else scheme
+def brief(scheme: str) -> str:
+    """A scheme's text as a table shows it: more than two overrides are counted, not listed."""
+    if not scheme.startswith("{") or len(parsed := Scheme.parse(scheme).overrides) <= 2:
+        return scheme
+    known = hashlib.sha256(scheme.encode()).hexdigest()[:8]
+    return f"{json.loads(scheme)['scheme']}, {len(parsed)} overrides (sha256:{known})"
+
+
+SchemeLike = str | Path | Mapping[str, Any] | Scheme
+
+
+def as_scheme(scheme: SchemeLike) -> Scheme:
+    """What users hand over as a scheme: a Scheme as it is; text, JSON text and its dict parsed; the
+    path of a JSON file (text that ends in ``.json``) read. Raises SchemeError for anything else."""
+    if isinstance(scheme, Scheme):
+        return scheme
+    if isinstance(scheme, Path) or (isinstance(scheme, str) and scheme.strip().endswith(".json")):
+        return _read_scheme(Path(scheme.strip() if isinstance(scheme, str) else scheme))
+    if isinstance(scheme, str):
+        return Scheme.parse(scheme)
+    if isinstance(scheme, Mapping):
+        try:
+            text = json.dumps(dict(scheme))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise _bad_json(f"{type(error).__name__}: {error}") from error
+        return Scheme.from_json(text)
+    several = isinstance(scheme, list | tuple) and len(scheme) > 1
+    raise SchemeError(
+        f"a scheme is text such as 'w8a8-static', a fxquant.Scheme or its JSON form as a dict, not "
+        f"a {type(scheme).__name__}{': convert once for each' if several else ''}"
+    )
+
+
+def _read_scheme(path: Path) -> Scheme:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise SchemeError(f"cannot read scheme {path}: {error}") from error
+    try:
+        return Scheme.from_json(text)
+    except SchemeError as error:
+        raise SchemeError(f"{path}: {error}") from error

@@ -37,6 +37,7 @@ from fxquant.graph import (
 )
 from fxquant.levels import verify
 from fxquant.pipeline import Probe, relative_difference
+from fxquant.scoring_graph import ScoringGraph
 from fxquant.size import bytes_by_dtype
 from fxquant.streamed import restream, streamed_tensors, unstreamed
 
@@ -151,7 +152,7 @@ def _check_model(model: object) -> None:
     if not isinstance(model, PreTrainedModel):
         raise ModelError(
             f"{kind} is not a Hugging Face model: pass what AutoModelForCausalLM.from_pretrained "
-            "returns"
+            "returns, or fxquant.load_model(name).model"
         )
     known = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     if model.config.is_encoder_decoder or not (known or model.can_generate()):
@@ -214,7 +215,7 @@ def _stripped(root: nn.Module, graph: torch.fx.Graph, class_name: str) -> GraphM
             leaves[node.target] = leaf
         scopes = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
         set_tag(node, Tag(scope=scopes[-1].removeprefix("model.") if scopes else ""))
-    return GraphModule(leaves, graph, class_name).eval()
+    return ScoringGraph(leaves, graph, class_name).eval()
 
 
 def _drop_dropout(gm: GraphModule) -> None:

@@ -628,7 +628,6 @@ BAD_CALIBRATION: dict[str, tuple[Any, str]] = {
     "no columns": ([torch.empty(2, 0, dtype=torch.int64)], "hold no token"),
     "fully masked": (masked(), "calibration saw no token: .*fully masked"),
     "floats": ([torch.rand(2, 8)], r"batch 0: input_ids must be integers .*torch\.float32"),
-    "one row": ([token_ids(1, 8)[0]], r"batch 0: .*\[batch, length\].*\[8\]"),
     "beyond vocabulary": (
         [token_ids(1, 4), torch.tensor([[3, VOCABULARY]])],
         rf"batch 1: token ids 3..{VOCABULARY} are outside the vocabulary of {VOCABULARY}",
@@ -638,20 +637,20 @@ BAD_CALIBRATION: dict[str, tuple[Any, str]] = {
         [token_ids(1, POSITIONS + 1)],
         rf"batch 0: rows of {POSITIONS + 1} tokens, but the model has {POSITIONS} positions",
     ),
-    "list of lists": ([[[1, 2, 3]]], "batch 0: expected a LongTensor .* got list"),
-    "text": (["hello"], "batch 0: expected a LongTensor .* got str"),
-    "labels": ([{"input_ids": token_ids(1, 4), "labels": 1}], r"takes no input \['labels'\]"),
+    "cubes": ([token_ids(4, 4).view(2, 2, 4)], r"batch 0: .*\[batch, length\].*\[2, 2, 4\]"),
+    "positions": (
+        [{"input_ids": token_ids(1, 4), "position_ids": 1}],
+        r"takes no input \['position_ids'\], only input_ids and attention_mask",
+    ),
     "mask of another shape": (
         [{"input_ids": token_ids(1, 4), "attention_mask": torch.ones(1, 5)}],
         r"attention_mask \[1, 5\] does not fit input_ids \[1, 4\]",
     ),
-    "mask that is a list": (
-        [{"input_ids": token_ids(1, 4), "attention_mask": [[1, 1, 1, 1]]}],
-        "batch 0: attention_mask .*list",
+    "mask that is a set": (
+        [{"input_ids": token_ids(1, 4), "attention_mask": {1}}],
+        "batch 0: attention_mask.* got set",
     ),
     "one number": (5, "calibration .*int"),
-    "one tensor of rows": (token_ids(3, 8), r"batch 0: .*\[8\]"),
-    "one dict": ({"input_ids": token_ids(3, 8)}, "batch 0: expected a LongTensor .* got str"),
 }
 
 

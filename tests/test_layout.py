@@ -38,6 +38,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "execution",
         "levels",
         "pipeline",
+        "encodings",
+        "scoring_graph",
         "batches",
         "attention",
         "size",
