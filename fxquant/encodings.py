@@ -84,15 +84,18 @@ def encoding(
         raise text_refused(where, error)
     if not isinstance(batch, Mapping):
         batch = {"input_ids": batch}
-    unknown = [str(name) for name in batch if name not in (*TAKEN, *UNUSED)]
-    if batch.get("input_ids") is None:
+    elif batch.get("input_ids") is None:
         raise error(f"{where}: no input_ids among {', '.join(map(str, batch)) or 'no inputs'}")
+    unknown = [str(name) for name in batch if name not in (*TAKEN, *UNUSED)]
     if unknown:
         raise error(
             f"{where}: the graph takes no input {sorted(unknown)}, only {' and '.join(TAKEN)}"
         )
-    given = {name: batch[name] for name in TAKEN if batch.get(name) is not None}
-    found = {name: _rows(value, f"{where}: {name}", error) for name, value in given.items()}
+    found = {
+        name: _rows(batch[name], f"{where}: {name}", error)
+        for name in TAKEN
+        if name == "input_ids" or batch.get(name) is not None
+    }
     if _is_integer(found["input_ids"].dtype):
         found["input_ids"] = found["input_ids"].to(torch.int64)
     return found
