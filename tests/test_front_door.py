@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 import subprocess
 import sys
@@ -19,13 +20,14 @@ from torch import Tensor
 
 import fxquant
 from fxquant.cli import main
-from fxquant.errors import DataError, ModelError, SchemeError
+from fxquant.errors import DataError, FxquantError, ModelError, SchemeError
 from fxquant.evaluation import Job, Windows, cut_windows, load_text, run
 from fxquant.evaluation import data as data_module
 from fxquant.graph import info
 from fxquant.schemes import Scheme, brief
 from tests.models import SMALL_OPT, small_opt
 
+ROOT = Path(__file__).parent.parent
 MODEL, TOKENIZER = small_opt()
 GRAPH = fxquant.trace(MODEL)
 PROSE = "Six lines of text are enough.\nThe seventh says why: nothing else was asked for.\n" * 80
@@ -259,6 +261,18 @@ def test_importing_reads_no_dataset_library() -> None:
     assert printed.stdout.strip() == "[]"
 
 
+def test_what_readme_says_it_does_not_do() -> None:
+    readme = (ROOT / "README.md").read_text()
+    section = readme.split("## What it does not do\n")[1].split("\n## ")[0]
+    bold = re.findall(r"^- \*\*(.+)\*\*", section, re.MULTILINE)
+    assert bold == ["Generate.", "Train.", "Deploy.", "Tasks.", "Speak for other kernels."]
+    qmodel = fxquant.convert(GRAPH, "w8a8-dynamic")
+    with pytest.raises((AttributeError, FxquantError)):
+        qmodel.generate(ids(1, 4))
+    assert not any(each.requires_grad for each in (*qmodel.parameters(), *qmodel.buffers()))
+    assert not {"export", "train", "tasks", "generate"} & set(vars(fxquant))
+
+
 # Schemes as data
 
 OVERRIDES = {"scheme": "w8a8-dynamic", "overrides": {"*.fc2": "fp", "*.0.*": "w4", "*.fc1": "w8"}}
@@ -300,7 +314,7 @@ def test_a_scheme_that_is_none(what: str, monkeypatch: pytest.MonkeyPatch) -> No
         raise AssertionError("traced before the scheme was checked")
 
     monkeypatch.setattr("fxquant.conversion.trace", work)
-    monkeypatch.chdir(SMALL_OPT.parent.parent.parent)
+    monkeypatch.chdir(ROOT)
     scheme, message = BAD_SCHEMES[what]
     for door in (fxquant.convert, fxquant.explain):
         with pytest.raises(SchemeError, match=message):
