@@ -31,7 +31,7 @@ from fxquant.graph_json import decode_nodes, encode_node
 from fxquant.levels import verify
 from fxquant.manifest import check_manifest, is_checkpoint, write_manifest
 from fxquant.module_json import NONE, decode_module, encode_module, register_tensors
-from fxquant.scoring_graph import ScoringGraph
+from fxquant.scoring import ScoringGraph
 from fxquant.streamed import Source, sources_of, stream_leaf
 from fxquant.tensor_file import TensorFile, storage_order
 

@@ -37,7 +37,7 @@ from fxquant.graph import (
 )
 from fxquant.levels import verify
 from fxquant.pipeline import Probe, relative_difference
-from fxquant.scoring_graph import ScoringGraph
+from fxquant.scoring import ScoringGraph
 from fxquant.size import bytes_by_dtype
 from fxquant.streamed import restream, streamed_tensors, unstreamed
 

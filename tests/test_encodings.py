@@ -17,7 +17,7 @@ import fxquant
 from fxquant.analysis.inputs import as_windows
 from fxquant.batches import model_inputs
 from fxquant.encodings import TEXT_TO_BATCHES, batches_of
-from fxquant.errors import CalibrationError, DataError
+from fxquant.errors import CalibrationError, DataError, FxquantError
 from fxquant.graph import info
 from fxquant.schemes import Scheme
 from tests.models import SMALL_OPT, small_opt
@@ -189,7 +189,7 @@ def test_a_converted_graph_takes_an_encoding(tmp_path: Path) -> None:
         with pytest.raises(TypeError, match="position_ids"):
             graph(input_ids=given["input_ids"], position_ids=given["input_ids"])
     for lists in (TOKENIZER(TEXTS[0]), {"input_ids": "text"}):
-        with pytest.raises(DataError, match=r'input_ids is a .*return_tensors="pt"'):
+        with pytest.raises(FxquantError, match=r'input_ids is a .*return_tensors="pt"'):
             qmodel(**lists)
-    with pytest.raises(DataError, match="input_ids is a list"):
+    with pytest.raises(FxquantError, match=r"list.*return_tensors"):
         qmodel(ROWS)
