@@ -114,9 +114,9 @@ def _load_saved(directory: Path, dtype: str, device: str, streamed: bool) -> Loa
         raise ModelError(f"{directory} is a saved graph: its dtype is part of it, omit --dtype")
     if not any((directory / name).exists() for name in _TOKENIZER_FILES):
         raise ModelError(
-            f"{directory} was saved without a tokenizer, which cuts text into windows: save it "
-            "again with fxquant.save(graph, directory, tokenizer); fxquant.load(directory) gives "
-            "the graph alone"
+            f"{directory} holds no tokenizer, which an evaluation needs to cut text: save the "
+            "graph again with fxquant.save(graph, directory, tokenizer); fxquant.load(directory) "
+            "gives it alone"
         )
     graph = load(directory, device, stream=streamed)
     tokenizer, config = _tokenizer_and_config(directory)
