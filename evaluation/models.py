@@ -68,7 +68,7 @@ def model_directory(name: str) -> Path:
 
 
 def load_model(
-    name: str,
+    name: str | Path,
     *,
     dtype: str = "auto",
     device: str = "cpu",
@@ -81,6 +81,9 @@ def load_model(
     gives its graph, in the dtype that it has. ``streamed``: weights stay in their files. Raises
     ModelError that says what is missing, CheckpointError for a damaged saved graph.
     """
+    if not isinstance(name, str | Path):
+        raise ModelError(f"a model is asked for by name or path, not by a {type(name).__name__}")
+    name = str(name)
     check_device(device)
     if is_checkpoint(Path(name)):
         return _load_saved(Path(name), dtype, device, streamed)

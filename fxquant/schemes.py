@@ -76,6 +76,8 @@ class Scheme:
 
         Raises SchemeError with a caret under the place where the text is not understood.
         """
+        if not isinstance(text, str):
+            raise _no_scheme(text)
         text = text.strip()
         if text.startswith("{"):
             return cls.from_json(text)
@@ -201,10 +203,14 @@ def as_scheme(scheme: SchemeLike) -> Scheme:
         except (TypeError, ValueError, RecursionError) as error:
             raise _bad_json(f"{type(error).__name__}: {error}") from error
         return Scheme.from_json(text)
-    several = isinstance(scheme, list | tuple) and len(scheme) > 1
-    raise SchemeError(
+    raise _no_scheme(scheme)
+
+
+def _no_scheme(given: object) -> SchemeError:
+    several = isinstance(given, list | tuple) and len(given) > 1
+    return SchemeError(
         f"a scheme is text such as 'w8a8-static', a fxquant.Scheme or its JSON form as a dict, not "
-        f"a {type(scheme).__name__}{': convert once for each' if several else ''}"
+        f"a {type(given).__name__}{': convert once for each' if several else ''}"
     )
 
 

@@ -66,6 +66,17 @@ def test_a_scheme_that_is_none(what: str, monkeypatch: pytest.MonkeyPatch) -> No
             door(MODEL, scheme)
 
 
+def test_other_doors_to_schemes() -> None:
+    for given in (None, {"scheme": "w8"}, ["w8"]):
+        with pytest.raises(SchemeError, match="a scheme is text such as"):
+            Scheme.parse(given)  # type: ignore[arg-type]
+    windows = torch.ones(1, 4, dtype=torch.int64)
+    with pytest.raises(SchemeError, match="choices is a list of at least two specs"):
+        fxquant.plan(MODEL, data=windows, budget=1, choices="w8")
+    with pytest.raises(SchemeError, match="a scheme is text such as"):
+        fxquant.plan(MODEL, data=windows, budget=1, choices=["w8", None])  # type: ignore[list-item]
+
+
 def test_a_plan_is_written_and_taken_back(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
