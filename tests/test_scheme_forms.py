@@ -105,6 +105,25 @@ def test_a_plan_is_written_and_taken_back(
     assert "cannot read scheme" in capsys.readouterr().err
 
 
+def test_a_sweep_takes_files_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A cell is known by what the file says, not by its name."""
+    path, sweep = tmp_path / "mine.json", tmp_path / "sweep.toml"
+    path.write_text(json.dumps(OVERRIDES))
+    sweep.write_text(
+        f'models = ["{SMALL_OPT}"]\nschemes = ["{path}"]\nwindows = 1\nlength = 16\n'
+        "calibration_windows = 0\n"
+    )
+    command = ["sweep", str(sweep), "--output", str(tmp_path / "out")]
+    assert main(command) == 0
+    lines = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
+    found = [json.loads(line)["scheme"] for line in lines if "scheme" in json.loads(line)]
+    assert found == ["fp", str(Scheme.from_json(json.dumps(OVERRIDES)))]
+    assert "3 overrides (sha256:" in capsys.readouterr().out
+    path.write_text(json.dumps({**OVERRIDES, "scheme": "w8"}))
+    assert main(command) == 0
+    assert "2 cells, 1 already in" in capsys.readouterr().out
+
+
 def test_brief_names_of_schemes() -> None:
     assert brief("w8a8-static+smooth") == "w8a8-static+smooth"
     one = '{"scheme": "w8", "overrides": {"head": "w8"}}'
