@@ -136,6 +136,9 @@ def convert(
     Returns a GraphModule: ``qmodel(input_ids=ids, attention_mask=mask)`` gives logits
     [batch, length, vocab]. It scores text; it does not generate (no cache).
 
+    Threads may convert at once, one model or many, each with calibration data of its own: only
+    tracing takes turns (see ``trace``). The results are those of one thread.
+
     Raises SchemeError, CalibrationError, ModelError, TracingError, NonFiniteError, each before
     work starts where it can be known, and VerificationError if a pass breaks its promise.
     """

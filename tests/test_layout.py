@@ -40,6 +40,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "pipeline",
         "batches",
         "attention",
+        "patching",
         "size",
         "repair",
         "certificate",
