@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.fx._symbolic_trace as symbolic
 import transformers.modeling_utils
 import transformers.utils.fx
 from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils.fx import HFTracer
 
 LOCK = threading.RLock()
@@ -37,6 +39,13 @@ _PATCHED: tuple[tuple[Any, str], ...] = (
     (transformers.utils.fx, "_CURRENT_TRACER"),
     (transformers.modeling_utils, "_init_weights"),
 )
+
+
+_REGISTRIES = (AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping)
+_LOGGER = logging.getLogger("torch.fx._symbolic_trace")
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class _Flag:
@@ -77,21 +86,46 @@ class _Patcher(symbolic._Patcher):
                 patch.revert()
 
 
-@contextlib.contextmanager
-def exclusive() -> Iterator[None]:
-    """Hold LOCK, and leave everything that is patched anywhere here as it was."""
-    with LOCK:
-        before = [(owner, name, getattr(owner, name)) for owner, name in _PATCHED]
-        try:
-            yield
-        finally:
-            for owner, name, value in before:
-                setattr(owner, name, value)
+def _putting_back() -> Callable[[], None]:
+    before = [(owner, name, getattr(owner, name)) for owner, name in _PATCHED]
+    registered = [(registry, set(registry)) for registry in _REGISTRIES]
+    level = _LOGGER.level
+
+    def put_back() -> None:
+        for owner, name, value in before:
+            setattr(owner, name, value)
+        for registry, names in registered:
+            for name in registry.keys() - names:
+                del registry[name]
+        _LOGGER.setLevel(level)
+
+    return put_back
+
+
+def exclusive(step: Callable[P, T]) -> Callable[P, T]:
+    """``step`` holding LOCK, after which everything that is patched anywhere is as it was.
+
+    Plain try and finally: an interruption inside contextlib would leave its generator suspended.
+    """
+
+    @functools.wraps(step)
+    def alone(*args: P.args, **kwargs: P.kwargs) -> T:
+        with LOCK:
+            put_back = _putting_back()
+            try:
+                try:
+                    return step(*args, **kwargs)
+                finally:
+                    put_back()
+            finally:
+                put_back()  # the first may have been interrupted
+
+    return alone
 
 
 @contextlib.contextmanager
 def tracing() -> Iterator[None]:
-    """Within the block, ``torch.fx.Tracer.trace`` of this thread leaves other threads alone."""
+    """In an ``exclusive`` function: torch.fx's tracing of this thread leaves others alone."""
     made: list[_Patcher] = []
 
     @contextlib.contextmanager
@@ -105,22 +139,19 @@ def tracing() -> Iterator[None]:
         finally:
             patcher.revert()
 
-    theirs = symbolic._new_patcher
-    with exclusive():
-        symbolic._new_patcher = _for_this_thread(new_patcher, theirs)  # type: ignore[assignment]
-        try:
-            yield
-        finally:
-            for patcher in made:
-                patcher.revert()
+    symbolic._new_patcher = _for_this_thread(new_patcher, symbolic._new_patcher)
+    _LOGGER.setLevel(logging.ERROR)  # it warns of what transformers' tracer does
+    try:
+        yield
+    finally:
+        for patcher in made:
+            patcher.revert()
 
 
 @contextlib.contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Within the block, modules that this thread builds have their parameters on meta, unset.
-
-    Their buffers are real. transformers sets torch's default dtype meanwhile, for all threads.
-    """
+    """In an ``exclusive`` function: modules that this thread builds have their parameters on meta,
+    unset, and real buffers."""
 
     def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         original(module, name, parameter)
@@ -129,7 +160,9 @@ def parameters_on_meta() -> Iterator[None]:
             module._parameters[name] = stand_in
 
     original = nn.Module.register_parameter
-    with exclusive():
-        nn.Module.register_parameter = _for_this_thread(register, original)  # type: ignore[method-assign]
-        transformers.modeling_utils._init_weights = _Flag(False)
+    nn.Module.register_parameter = _for_this_thread(register, original)  # type: ignore[method-assign]
+    transformers.modeling_utils._init_weights = _Flag(False)
+    try:
         yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]

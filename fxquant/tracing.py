@@ -6,10 +6,8 @@ is compared with a second copy, run eagerly, before anything else.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import itertools
-import logging
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -36,7 +34,7 @@ from fxquant.graph import (
     set_tag,
 )
 from fxquant.levels import verify
-from fxquant.patching import tracing
+from fxquant.patching import exclusive, tracing
 from fxquant.pipeline import Probe, relative_difference
 from fxquant.size import bytes_by_dtype
 from fxquant.streamed import restream, streamed_tensors, unstreamed
@@ -165,23 +163,13 @@ def _check_model(model: object) -> None:
                 )
 
 
-@contextlib.contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
+@exclusive
 def _symbolic(copy: PreTrainedModel) -> GraphModule:
     root = _Logits(copy)
     ids = torch.zeros(2, 9, dtype=torch.int64, device=copy.device)
     tracer = _Tracer()
     implementation = copy.config._attn_implementation
-    with tracing(), registered(implementation) as name, _quiet("torch.fx._symbolic_trace"):
+    with tracing(), registered(implementation) as name:
         if copy._can_set_attn_implementation():
             copy.set_attn_implementation(name)
         try:

@@ -33,7 +33,6 @@ from tests.architectures import ARCHITECTURES, gpt2, llama, opt, padding_mask, t
 IDS, MASK = token_ids(3, 11), padding_mask(3, 11, "both")
 CALIBRATION = [token_ids(2, 9, seed=seed) for seed in range(3)]
 SCHEMES = (
-    "w8",
     "w8a8-dynamic",
     "w8a8-static",
     "w4-g16/a8-static-asym:absmax+smooth",
@@ -161,7 +160,7 @@ def test_threads_that_explain_plan_and_inspect() -> None:
     explain = partial(fxquant.explain, model, "w8a8-static", calibration=CALIBRATION, data=IDS)
     steps: dict[str, Callable[[], str]] = {
         # All but the seconds.
-        "explain": lambda: repr(replace(explain(), costs={})),
+        "explain": lambda: repr(replace(explain(), costs={}, forward_seconds=0.0)),
         "plan": lambda: str(fxquant.plan(model, calibration=CALIBRATION, data=IDS, budget=0.05)),
         "inspect": lambda: fxquant.inspect(fxquant.convert(model, "w4")).graph(),
     }
