@@ -284,8 +284,10 @@ def test_everything_is_put_back_wherever_a_trace_is_interrupted() -> None:
 def _lines_of(step: Callable[[], object], stop_at: int | None = None) -> int:
     """How many lines ``step`` runs in the files that patch; Interrupted at line ``stop_at``."""
     count = 0
-    files = ("fxquant/patching.py", "fxquant/tracing.py", "fxquant/attention.py")
-    files += ("transformers/utils/fx.py", "torch/fx/_symbolic_trace.py", "contextlib.py")
+    files = (
+        *("fxquant/patching.py", "fxquant/tracing.py", "fxquant/attention.py"),
+        *("transformers/utils/fx.py", "torch/fx/_symbolic_trace.py", "contextlib.py"),
+    )
 
     def watch(frame: Any, event: str, _: object) -> Any:
         nonlocal count
