@@ -31,6 +31,7 @@ from fxquant.graph_json import decode_nodes, encode_node
 from fxquant.levels import verify
 from fxquant.manifest import check_manifest, is_checkpoint, write_manifest
 from fxquant.module_json import NONE, decode_module, encode_module, register_tensors
+from fxquant.scoring import ScoringGraph
 from fxquant.streamed import Source, sources_of, stream_leaf
 from fxquant.tensor_file import TensorFile, storage_order
 
@@ -49,6 +50,7 @@ def save(
     know (named, with its target), a folder that is in use or cannot be written; and where writing
     fails (a full disk), which leaves nothing behind.
     """
+    info(gm)  # GraphError for what is no graph of ours
     target = Path(directory)
     check_target(target)
     tensors = _Tensors(gm)
@@ -255,7 +257,7 @@ def _decode_graph(data: dict[str, Any], files: _Files) -> GraphModule:
     name = data["class_name"]
     if not (isinstance(name, str) and name.isidentifier()):
         raise CheckpointError(f"class name {name!r} is not an identifier")
-    gm = GraphModule(nn.Module(), Graph(), name)
+    gm = ScoringGraph(nn.Module(), Graph(), name)
     for path, module in data["modules"].items():
         _install(gm, path, module, files)
     files.check_all_used()

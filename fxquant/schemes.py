@@ -156,7 +156,9 @@ class Scheme:
 
 def _about_embeddings(pattern: str, sites: Iterable[tuple[str, Role]]) -> str:
     """What to write where a glob was meant for an embedding."""
-    meant = [path for path, role in sites if role == "embeddings" and matches(pattern, path, "head")]
+    meant = [
+        path for path, role in sites if role == "embeddings" and matches(pattern, path, "head")
+    ]
     return f" ({meant[0]} is an embedding: write 'embeddings' or its path)" if meant else ""
 
 

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.fx import HFTracer
 
 from fxquant.attention import registered
-from fxquant.errors import ModelError, NonFiniteError, TracingError
+from fxquant.errors import GraphError, ModelError, NonFiniteError, TracingError
 from fxquant.graph import (
     LINEAR,
     GraphInfo,
@@ -30,12 +30,15 @@ from fxquant.graph import (
     clone_sharing_storage,
     device_of,
     float_dtype,
+    info,
+    lowered_already,
     set_info,
     set_tag,
 )
 from fxquant.levels import verify
 from fxquant.patching import exclusive, tracing
 from fxquant.pipeline import Probe, relative_difference
+from fxquant.scoring import ScoringGraph
 from fxquant.size import bytes_by_dtype
 from fxquant.streamed import restream, streamed_tensors, unstreamed
 
@@ -142,6 +145,11 @@ def _check_versions() -> None:
 
 def _check_model(model: object) -> None:
     kind = type(model).__name__
+    if isinstance(model, GraphModule) and "fxquant" in model.meta:
+        raise GraphError(
+            lowered_already(info(model))
+            or "this is a graph of fxquant.trace already: pass it to convert, explain or plan"
+        )
     if not isinstance(model, PreTrainedModel):
         raise ModelError(
             f"{kind} is not a Hugging Face model: pass what AutoModelForCausalLM.from_pretrained "
@@ -198,7 +206,7 @@ def _stripped(root: nn.Module, graph: torch.fx.Graph, class_name: str) -> GraphM
             leaves[node.target] = leaf
         scopes = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
         set_tag(node, Tag(scope=scopes[-1].removeprefix("model.") if scopes else ""))
-    return GraphModule(leaves, graph, class_name).eval()
+    return ScoringGraph(leaves, graph, class_name).eval()
 
 
 def _drop_dropout(gm: GraphModule) -> None:

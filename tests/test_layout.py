@@ -41,6 +41,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "batches",
         "attention",
         "patching",
+        "scoring",
         "size",
         "repair",
         "certificate",
