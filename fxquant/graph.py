@@ -106,7 +106,7 @@ def info(gm: GraphModule) -> GraphInfo:
     if isinstance(gm, PreTrainedModel):
         raise GraphError(
             f"{type(gm).__name__} is a model, and a graph is needed: "
-            "fxquant.convert(model, scheme) or, without quantization, fxquant.trace(model) makes one"
+            "fxquant.convert(model, scheme) or fxquant.trace(model), in float, makes one"
         )
     raise GraphError(
         f"this {'GraphModule' if isinstance(gm, GraphModule) else type(gm).__name__} was not made "
