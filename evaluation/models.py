@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fxquant.checkpoint import load
 from fxquant.errors import ModelError
+from fxquant.evaluation.hub import hub_is_reachable, without_legacy_notice
 from fxquant.manifest import is_checkpoint
 from fxquant.streaming import stream
 from fxquant.tracing import trace
@@ -67,6 +68,7 @@ def model_directory(name: str) -> Path:
     return directory
 
 
+@without_legacy_notice()
 def load_model(
     name: str | Path,
     *,
@@ -92,10 +94,15 @@ def load_model(
     torch_dtype = resolve_dtype(dtype, device)
     if streamed:
         return _open_streamed(directory, name, torch_dtype, device)
+    local = directory.exists() or not hub_is_reachable()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, local_files_only=local)
         model, loading = AutoModelForCausalLM.from_pretrained(
-            source, revision=revision, dtype=torch_dtype, output_loading_info=True
+            source,
+            revision=revision,
+            dtype=torch_dtype,
+            output_loading_info=True,
+            local_files_only=local,
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
@@ -212,6 +219,7 @@ def package_model(distribution: str) -> Path:
     return target
 
 
+@without_legacy_notice()
 def _convert_gguf(source: Path, target: Path) -> None:
     for needed in ("gguf", "accelerate"):
         if importlib.util.find_spec(needed) is None:

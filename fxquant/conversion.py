@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from fxquant.batches import Batch, Batches
 from fxquant.encodings import batches_of
-from fxquant.errors import CalibrationError, SchemeError
-from fxquant.graph import Level
+from fxquant.errors import CalibrationError, GraphError, SchemeError
+from fxquant.graph import Level, info, lowered_already
 from fxquant.passes import Calibrate, Fp32Gemm, Integerize, NameSites, Observe, Quantize
 from fxquant.pipeline import AfterPass, Pass, Pipeline
 from fxquant.repairs import check_repairs, resolve_repairs
@@ -135,9 +135,17 @@ def convert(
     Returns a GraphModule: ``qmodel(input_ids=ids, attention_mask=mask)`` gives logits
     [batch, length, vocab]. It scores text; it does not generate (no cache).
 
-    Raises SchemeError, CalibrationError, ModelError, TracingError, NonFiniteError, each before
+    Threads may convert at once, one model or many, each with calibration data of its own: only
+    tracing takes turns (see ``trace``). The results are those of one thread.
+
+    Raises GraphError (a graph that is quantized already, or is not fxquant's), SchemeError,
+    CalibrationError, ModelError, TracingError, NonFiniteError, each before
     work starts where it can be known, and VerificationError if a pass breaks its promise.
     """
+    if isinstance(model, GraphModule) and pipeline is None:
+        already = lowered_already(info(model))
+        if already:
+            raise GraphError(already)
     steps = pipeline or recipe(
         scheme, calibration=calibration, level=level, progress=progress, cache=cache
     )

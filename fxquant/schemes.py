@@ -34,7 +34,8 @@ ROLES: tuple[Role, ...] = ("linear", "head", "embeddings", "matmul")
 def matches(pattern: str, path: str, role: Role) -> bool:
     """Whether an override's pattern covers a site: its role, or a glob over its path.
 
-    An embedding, which has no input to quantize, is covered by its role or exact path only.
+    A glob, so ``*`` too, covers linears, the head and attention's products. An embedding, which
+    has no input to quantize, is covered by its role or exact path only.
     """
     if pattern in ROLES:
         return pattern == role
@@ -50,8 +51,8 @@ class Scheme:
     Attributes:
         spec: for every linear inside the decoder blocks.
         repairs: passes to run, in order: (name, ((option, value), ...)) pairs.
-        overrides: (pattern, SiteSpec) pairs; a pattern is a glob over site paths, or ``head`` or
-            ``embeddings``, which stay float otherwise. The last match counts.
+        overrides: (pattern, SiteSpec) pairs; a pattern is a glob over site paths or a role, see
+            ``matches``; head and embeddings stay float otherwise. The last match counts.
         fp32_gemm: every site's GEMM in fp32 inside an fp16 or bf16 model; excludes spec.
     """
 
@@ -143,6 +144,7 @@ class Scheme:
                 raise SchemeError(
                     f"the override {pattern!r} matches no site of this model; its sites are "
                     f"{', '.join(path for path, _ in found[:8])}{', ...' if len(found) > 8 else ''}"
+                    f"{_about_embeddings(pattern, found)}"
                 )
 
     @property
@@ -154,6 +156,14 @@ class Scheme:
     def needs_calibration(self) -> bool:
         """Whether any activation is static."""
         return any(spec.activation and not spec.activation.dynamic for spec in self.specs)
+
+
+def _about_embeddings(pattern: str, sites: Iterable[tuple[str, Role]]) -> str:
+    """What to write where a glob was meant for an embedding."""
+    meant = [
+        path for path, role in sites if role == "embeddings" and matches(pattern, path, "head")
+    ]
+    return f" ({meant[0]} is an embedding: write 'embeddings' or its path)" if meant else ""
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

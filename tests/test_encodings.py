@@ -189,7 +189,7 @@ def test_a_converted_graph_takes_an_encoding(tmp_path: Path) -> None:
         with pytest.raises(TypeError, match="position_ids"):
             graph(input_ids=given["input_ids"], position_ids=given["input_ids"])
     for lists in (TOKENIZER(TEXTS[0]), {"input_ids": "text"}):
-        with pytest.raises(FxquantError, match=r'input_ids is a .*return_tensors="pt"'):
+        with pytest.raises(FxquantError, match=r'as input_ids: .*return_tensors="pt"'):
             qmodel(**lists)
     with pytest.raises(FxquantError, match=r"list.*return_tensors"):
         qmodel(ROWS)

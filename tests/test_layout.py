@@ -41,6 +41,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "encodings",
         "batches",
         "attention",
+        "patching",
         "scoring",
         "size",
         "repair",
