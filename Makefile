@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: venv demo readme test test-all lint bench clean
+.PHONY: venv demo readme test test-all test-anywhere lint bench clean
 
 venv: $(STAMP)
 
@@ -31,6 +31,10 @@ test: venv
 
 test-all: venv
 	$(BIN)/pytest -q -n auto --dist loadfile -m ''
+
+# The tests as on other machines: older processors, more threads, other clocks and surroundings.
+test-anywhere: venv
+	.ci/vary
 
 lint: venv
 	$(BIN)/ruff check .

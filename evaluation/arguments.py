@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--schemes",
         nargs="+",
         default=[],
-        help="such as w8 w8a8-static: docs/schemes.md; none for a saved graph",
+        help="such as w8 w8a8-static FILE.json: docs/schemes.md; none for a saved graph",
     )
     parser.add_argument(
         "--stream", action="store_true", help="leave weights in their files: larger than memory"

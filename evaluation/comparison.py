@@ -18,7 +18,7 @@ from fxquant.evaluation.published import ALL, LENGTH, Published
 from fxquant.evaluation.result_notes import failed_lines, failures
 from fxquant.evaluation.results import Row
 from fxquant.evaluation.statistics import Difference, mean_sums, paired_difference, spread
-from fxquant.schemes import Scheme
+from fxquant.schemes import Scheme, brief
 
 FORMATS: Final = ("csv", *tabulate_formats)
 _PER_SEED: Final = ("seed", "command", "threads", "windows_hash")
@@ -230,7 +230,7 @@ def format_group(group: Group, style: str = "github") -> str:
 def _cells(line: Line) -> dict[str, str]:
     figure = line.published
     return {
-        "scheme": line.scheme,
+        "scheme": brief(line.scheme),
         "loss": _number(line.loss, ".4f"),
         "ppl": _perplexity(line.perplexity),
         "Δloss ± s.e.": _delta(line),

@@ -18,7 +18,7 @@ from fxquant.evaluation.results import Row
 from fxquant.evaluation.statistics import Difference, WindowSums, paired_difference
 from fxquant.graph import GraphInfo, info
 from fxquant.repairs import can_resume
-from fxquant.schemes import Scheme
+from fxquant.schemes import Scheme, brief
 from fxquant.size import bits_per_weight
 
 
@@ -41,7 +41,7 @@ def measure(
         converted,
         windows.evaluation,
         batch_size=batch_size,
-        label=str(scheme),
+        label=brief(str(scheme)),
         scored=windows.scored,
     )
     sums = measured.sums

@@ -16,7 +16,7 @@ from fxquant.evaluation.job import check_job, cut, open_sources
 from fxquant.evaluation.models import load_model
 from fxquant.graph import set_workspace
 from fxquant.pipeline import AfterPass
-from fxquant.schemes import Scheme
+from fxquant.schemes import as_scheme
 from fxquant.streamed import Workspace
 from fxquant.tracing import trace
 
@@ -38,7 +38,7 @@ def convert_as_asked(
     ``scheme`` and ``level``. With ``stream``, new leaves go to the folder ``workspace``. Raises
     FxquantError, before the model is loaded where it can.
     """
-    scheme = Scheme.parse(options.scheme)
+    scheme = as_scheme(options.scheme)
     job = replace(job_of(options, (options.scheme,)), windows=1)
     check_job(job)
     available = [Tensor()] if job.calibration_windows else None

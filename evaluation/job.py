@@ -21,13 +21,14 @@ from fxquant.evaluation.converter import Converter, measure
 from fxquant.evaluation.data import Source, Windows, check_counts, cut_windows, load_text
 from fxquant.evaluation.datasets import check_dataset, open_source
 from fxquant.evaluation.models import LoadedModel, check_device, load_model, resolve_dtype, versions
+from fxquant.evaluation.progress import say_finished
 from fxquant.evaluation.provenance import Provenance, architecture
 from fxquant.evaluation.results import Row, prepare_folder, write_results
 from fxquant.evaluation.tables import format_table
 from fxquant.graph import Level, float_dtype, info, set_workspace
 from fxquant.manifest import is_checkpoint
 from fxquant.repairs import can_resume
-from fxquant.schemes import Scheme
+from fxquant.schemes import Scheme, as_scheme
 from fxquant.streamed import Workspace
 
 
@@ -179,8 +180,8 @@ def workspace_for(graph: GraphModule, streamed: bool) -> Iterator[None]:
 
 
 def ordered_schemes(texts: tuple[str, ...]) -> list[Scheme]:
-    """Parsed, without repetitions, ``fp`` first whether asked for or not."""
-    parsed = [Scheme(), *(Scheme.parse(text) for text in texts)]
+    """Parsed (a path that ends in .json: read), without repetitions, ``fp`` first in any case."""
+    parsed = [Scheme(), *map(as_scheme, texts)]
     return list(dict.fromkeys(parsed))
 
 
@@ -206,6 +207,7 @@ def _rows(
             reference = rows[0].sums if rows else None
             rows.append(measure(converter, scheme, windows, job.batch_size, reference))
             keep(complete=len(rows) == len(schemes))
+            say_finished(str(scheme), rows[-1])
     except KeyboardInterrupt:
         where = f" in {job.output}" if job.output is not None and rows else ""
         say(f"interrupted: {len(rows)} of {len(schemes)} rows are finished and kept{where}")

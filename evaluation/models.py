@@ -25,11 +25,14 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fxquant.checkpoint import load
 from fxquant.errors import ModelError
+from fxquant.evaluation.hub import hub_is_reachable, without_legacy_notice
 from fxquant.manifest import is_checkpoint
 from fxquant.streaming import stream
 from fxquant.tracing import trace
 
 PACKAGE_PREFIX = "package:"
+# What save_pretrained of any tokenizer writes: one of these.
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -65,8 +68,9 @@ def model_directory(name: str) -> Path:
     return directory
 
 
+@without_legacy_notice()
 def load_model(
-    name: str,
+    name: str | Path,
     *,
     dtype: str = "auto",
     device: str = "cpu",
@@ -79,6 +83,9 @@ def load_model(
     gives its graph, in the dtype that it has. ``streamed``: weights stay in their files. Raises
     ModelError that says what is missing, CheckpointError for a damaged saved graph.
     """
+    if not isinstance(name, str | Path):
+        raise ModelError(f"a model is asked for by name or path, not by a {type(name).__name__}")
+    name = str(name)
     check_device(device)
     if is_checkpoint(Path(name)):
         return _load_saved(Path(name), dtype, device, streamed)
@@ -87,10 +94,15 @@ def load_model(
     torch_dtype = resolve_dtype(dtype, device)
     if streamed:
         return _open_streamed(directory, name, torch_dtype, device)
+    local = directory.exists() or not hub_is_reachable()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, local_files_only=local)
         model, loading = AutoModelForCausalLM.from_pretrained(
-            source, revision=revision, dtype=torch_dtype, output_loading_info=True
+            source,
+            revision=revision,
+            dtype=torch_dtype,
+            output_loading_info=True,
+            local_files_only=local,
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
@@ -110,6 +122,12 @@ def load_model(
 def _load_saved(directory: Path, dtype: str, device: str, streamed: bool) -> LoadedModel:
     if dtype != "auto":
         raise ModelError(f"{directory} is a saved graph: its dtype is part of it, omit --dtype")
+    if not any((directory / name).exists() for name in _TOKENIZER_FILES):
+        raise ModelError(
+            f"{directory} holds no tokenizer, which an evaluation needs to cut text: save the "
+            "graph again with fxquant.save(graph, directory, tokenizer); fxquant.load(directory) "
+            "gives it alone"
+        )
     graph = load(directory, device, stream=streamed)
     tokenizer, config = _tokenizer_and_config(directory)
     return LoadedModel(graph, tokenizer, str(directory), weights_hash(directory), config)
@@ -201,6 +219,7 @@ def package_model(distribution: str) -> Path:
     return target
 
 
+@without_legacy_notice()
 def _convert_gguf(source: Path, target: Path) -> None:
     for needed in ("gguf", "accelerate"):
         if importlib.util.find_spec(needed) is None:

@@ -24,6 +24,11 @@ from fxquant.quantization import quantize_affine
 from fxquant.streaming import is_streamed, run_batches
 
 
+def from_loss(loss: float) -> float:
+    """exp(loss); infinite where a float cannot hold it."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
 @dataclass(frozen=True)
 class Perplexity:
     """Losses of one graph on windows.
@@ -53,7 +58,7 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return from_loss(self.loss)
 
 
 class ClippingCounter:

@@ -37,6 +37,7 @@ from fxquant.evaluation.job import (
 )
 from fxquant.evaluation.journal import Journal, Result
 from fxquant.evaluation.models import LoadedModel, load_model
+from fxquant.evaluation.progress import say_finished
 from fxquant.evaluation.statistics import WindowSums
 from fxquant.graph import info
 from fxquant.schemes import Scheme
@@ -266,6 +267,7 @@ class _Run:
             except Exception as error:
                 self.record(cell.failed(describe(error)))
                 continue
+            say_finished(f"{job.model}, {job.dataset}, {cell.scheme}", row)
             self.record(
                 replace(
                     cell.failed(""),

@@ -9,7 +9,7 @@ from tabulate import tabulate
 
 from fxquant.evaluation.results import Row
 from fxquant.evaluation.statistics import Difference
-from fxquant.schemes import Scheme
+from fxquant.schemes import Scheme, brief
 
 HEADERS = ("scheme", "loss", "ppl", "Δloss ± s.e.", "bits/weight", "clipped", "seconds")
 
@@ -18,7 +18,7 @@ def format_table(rows: Sequence[Row], style: str = "github") -> str:
     """The rows as text; ``style`` is one of tabulate's."""
     body = [
         (
-            row.scheme,
+            brief(row.scheme),
             f"{row.loss:.4f}",
             f"{row.perplexity:.2f}" if row.perplexity < 1e6 else f"{row.perplexity:.2e}",
             _delta(row, reference=rows[0]),
@@ -42,7 +42,7 @@ def _delta(row: Row, reference: Row) -> str:
 
 
 def _cost(row: Row) -> str:
-    return f"{row.scheme} {row.delta_loss:+.4f}"
+    return f"{brief(row.scheme)} {row.delta_loss:+.4f}"
 
 
 def sentences(rows: Sequence[Row]) -> list[str]:
@@ -66,7 +66,7 @@ def _weights(reference: Row, rows: list[Row]) -> str:
         return ""
     worst = max(rows, key=lambda row: abs(row.delta_loss))
     share = abs(worst.delta_loss) / reference.loss
-    unclear = [row.scheme for row in rows if within_noise(row)]
+    unclear = [brief(row.scheme) for row in rows if within_noise(row)]
     doubt = f" Within two standard errors of zero: {', '.join(unclear)}." if unclear else ""
     return (
         f"Weights alone: {', '.join(map(_cost, rows))} nats a token against a float loss of "
@@ -86,7 +86,7 @@ def _dynamic(rows: list[Row]) -> str:
     text = f"Activations with dynamic ranges: {', '.join(map(_cost, ordered))}"
     best, worst = ordered[0], ordered[-1]
     if len(ordered) > 1 and best.delta_loss > 0:
-        text += f", {worst.delta_loss / best.delta_loss:.0f} times as much as {best.scheme}"
+        text += f", {worst.delta_loss / best.delta_loss:.0f} times as much as {brief(best.scheme)}"
     return f"{text}."
 
 
@@ -96,8 +96,8 @@ def _static(reference: Row, rows: list[Row]) -> str:
     worst = max(rows, key=lambda row: row.delta_loss)
     factor = math.exp(min(worst.loss - reference.loss, 700))
     return (
-        f"Static ranges: {', '.join(map(_cost, rows))}; {worst.scheme} multiplies perplexity by "
-        f"{factor:.3g}."
+        f"Static ranges: {', '.join(map(_cost, rows))}; {brief(worst.scheme)} multiplies "
+        f"perplexity by {factor:.3g}."
     )
 
 
@@ -123,7 +123,7 @@ def _clipping(rows: list[Row]) -> str:
         return ""
     verdict = "more" if most.delta_loss > least.delta_loss else "less"
     return (
-        f"{most.scheme} clips {most.share_clipped:.4%} of the activation elements, {least.scheme} "
-        f"{least.share_clipped:.4%}; the former loses "
+        f"{brief(most.scheme)} clips {most.share_clipped:.4%} of the activation elements, "
+        f"{brief(least.scheme)} {least.share_clipped:.4%}; the former loses "
         f"{abs(most.delta_loss - least.delta_loss):.4f} nats {verdict}."
     )

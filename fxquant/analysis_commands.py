@@ -41,7 +41,9 @@ class Material:
 
 def add_explain_arguments(parser: argparse.ArgumentParser) -> None:
     _add_common(parser)
-    parser.add_argument("--scheme", required=True, help="such as w8a8-static: docs/schemes.md")
+    parser.add_argument(
+        "--scheme", required=True, help="such as w8a8-static, or FILE.json: docs/schemes.md"
+    )
     parser.add_argument(
         "--methods", nargs="+", default=list(DEFAULT_METHODS), choices=METHODS, metavar="METHOD",
         help=f"of {', '.join(METHODS)} (default: {' '.join(DEFAULT_METHODS)})",

@@ -90,10 +90,13 @@ def _softcapped(
 
 @contextlib.contextmanager
 def registered(implementation: str | None) -> Iterator[str]:
-    """Register both functions under the yielded name, and take them away again."""
-    AttentionInterface.register(NAME, attention_like(implementation))
-    AttentionMaskInterface.register(NAME, traceable_mask)
+    """Register both functions under the yielded name, and take them away again.
+
+    One caller at a time: the name is the same for all (``patching.LOCK``).
+    """
     try:
+        AttentionInterface.register(NAME, attention_like(implementation))
+        AttentionMaskInterface.register(NAME, traceable_mask)
         yield NAME
     finally:
         for registry in (AttentionInterface, AttentionMaskInterface):

@@ -1,17 +1,19 @@
-"""Token batches as users give them: LongTensor [batch, length] or dicts of model inputs."""
+"""Token batches, checked against the graph that will read them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fxquant.encodings import encoding
 from fxquant.errors import CalibrationError, DataError, FxquantError
 from fxquant.graph import GraphInfo
 
-Batch = Tensor | Mapping[str, Any]
+# Arrays count as sequences; text does too, and is refused.
+Batch = Tensor | Mapping[str, Any] | Sequence[Any]
 Batches = Iterable[Batch]
 
 
@@ -22,18 +24,9 @@ def model_inputs(batch: Batch, facts: GraphInfo, index: int) -> dict[str, Tensor
     outside the vocabulary, more positions than the model has.
     """
     where = f"batch {index}"
-    if isinstance(batch, Tensor):
-        batch = {"input_ids": batch}
-    if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
-        raise CalibrationError(
-            f"{where}: expected a LongTensor [batch, length] or a dict with input_ids, "
-            f"got {type(batch).__name__}"
-        )
-    unknown = set(batch) - {"input_ids", "attention_mask"}
-    if unknown:
-        raise CalibrationError(f"{where}: the graph takes no input {sorted(unknown)}")
-    ids = batch["input_ids"]
-    if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
+    given = encoding(batch, where)
+    ids = given["input_ids"]
+    if ids.dim() != 2 or ids.dtype != torch.int64:
         raise CalibrationError(
             f"{where}: input_ids must be integers [batch, length], got {ids.dtype} "
             f"{list(ids.shape)}"
@@ -41,7 +34,7 @@ def model_inputs(batch: Batch, facts: GraphInfo, index: int) -> dict[str, Tensor
     if ids.numel() == 0:
         raise CalibrationError(f"{where}: input_ids {list(ids.shape)} hold no token")
     check_ids(ids, facts, where, CalibrationError)
-    mask = batch.get("attention_mask")
+    mask = given.get("attention_mask")
     if mask is None:
         return {"input_ids": ids}
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:

@@ -50,6 +50,7 @@ def save(
     know (named, with its target), a folder that is in use or cannot be written; and where writing
     fails (a full disk), which leaves nothing behind.
     """
+    info(gm)  # GraphError for what is no graph of ours
     target = Path(directory)
     check_target(target)
     tensors = _Tensors(gm)

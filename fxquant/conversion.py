@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterator, Sized
 from pathlib import Path
 
 from torch.fx import GraphModule
@@ -11,20 +11,21 @@ from transformers import PreTrainedModel
 
 from fxquant.batches import Batch, Batches
 from fxquant.context import Context
-from fxquant.errors import CalibrationError, SchemeError
-from fxquant.graph import Level
+from fxquant.encodings import batches_of
+from fxquant.errors import CalibrationError, GraphError, SchemeError
+from fxquant.graph import Level, info, lowered_already
 from fxquant.passes import Calibrate, Fp32Gemm, Integerize, NameSites, Observe, Quantize
 from fxquant.pipeline import AfterPass, Pass, Pipeline
 from fxquant.repair import Repair
 from fxquant.repairs import check_cache, check_calibration, resolve_repairs
-from fxquant.schemes import Scheme, as_scheme
+from fxquant.schemes import Scheme, SchemeLike, as_scheme
 from fxquant.tracing import trace
 
 LEVELS = tuple(str(level) for level in Level)
 
 
 def recipe(
-    scheme: str | Scheme,
+    scheme: SchemeLike,
     *,
     calibration: Batches | None = None,
     start: str = "float",
@@ -97,15 +98,11 @@ def _stages(scheme: Scheme, level: str) -> dict[Level, tuple[Pass, ...]]:
 
 def _started(batches: Batches) -> Batches:
     """The batches, after a look that there is a first one; a sized collection stays sized."""
+    batches = batches_of(batches)
     if isinstance(batches, Sized):
         if len(batches) == 0:
             raise _no_batches()
         return batches
-    if not isinstance(batches, Iterable):
-        raise CalibrationError(
-            f"calibration is a {type(batches).__name__}, not an iterable of batches such as "
-            "LongTensors [batch, length]"
-        )
     iterator: Iterator[Batch] = iter(batches)
     first = next(iterator, None)
     if first is None:
@@ -122,7 +119,7 @@ def _no_batches() -> CalibrationError:
 
 def convert(
     model: PreTrainedModel | GraphModule,
-    scheme: str | Scheme,
+    scheme: SchemeLike,
     *,
     calibration: Batches | None = None,
     level: str = "integer",
@@ -136,9 +133,11 @@ def convert(
         model: a Hugging Face causal LM, or a float graph from ``trace``. Never modified; weights
             that stay float share its storage, so load a state_dict with ``assign=True``
             (torch copies in place otherwise).
-        scheme: text such as ``"w8a8-static"`` (docs/schemes.md) or a Scheme.
+        scheme: text such as ``"w8a8-static"`` (docs/schemes.md), a Scheme, its JSON form as a
+            dict, or the path of a JSON file that ``fxquant plan`` wrote.
         calibration: iterable of LongTensor [batch, length] or dicts of input_ids and
-            attention_mask; needed by static schemes, read once.
+            attention_mask, such as what a tokenizer returns; one of the latter, or a tensor of
+            windows [N, length]. Needed by static schemes, read once.
         level: "float", "observed", "qdq" or "integer".
         pipeline: runs instead of the scheme's own.
         progress: progress bars, on a terminal.
@@ -148,9 +147,17 @@ def convert(
     Returns a GraphModule: ``qmodel(input_ids=ids, attention_mask=mask)`` gives logits
     [batch, length, vocab]. It scores text; it does not generate (no cache).
 
-    Raises SchemeError, CalibrationError, ModelError, TracingError, NonFiniteError, each before
+    Threads may convert at once, one model or many, each with calibration data of its own: only
+    tracing takes turns (see ``trace``). The results are those of one thread.
+
+    Raises GraphError (a graph that is quantized already, or is not fxquant's), SchemeError,
+    CalibrationError, ModelError, TracingError, NonFiniteError, each before
     work starts where it can be known, and VerificationError if a pass breaks its promise.
     """
+    if isinstance(model, GraphModule) and pipeline is None:
+        already = lowered_already(info(model))
+        if already:
+            raise GraphError(already)
     steps = pipeline or recipe(
         scheme, calibration=calibration, level=level, progress=progress, cache=cache
     )

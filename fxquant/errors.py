@@ -55,3 +55,15 @@ class CheckpointError(FxquantError, ValueError):
 
 class DistributedError(FxquantError, RuntimeError):
     """The processes of a run do not find each other, or one of them has ended."""
+
+
+class GraphError(ModelError, TypeError):
+    """What was given is no graph that fxquant made, or is one where a model is needed."""
+
+
+class GraphAttributeError(FxquantError, AttributeError):
+    """A graph was asked for what a Hugging Face model has and a graph has not."""
+
+
+class GraphCallError(FxquantError, TypeError):
+    """A graph was called with other inputs than input_ids and attention_mask."""

@@ -16,8 +16,10 @@ from typing import Any, TypeGuard, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from fxquant.errors import GraphError
 from fxquant.records import PassRecord as PassRecord
 from fxquant.records import SiteRecord as SiteRecord
 from fxquant.records import Tag as Tag
@@ -97,11 +99,38 @@ class GraphInfo:
 
 
 def info(gm: GraphModule) -> GraphInfo:
-    """The GraphInfo of a graph that fxquant.trace made; TypeError for any other."""
-    found = gm.meta.get(_KEY)
-    if not isinstance(found, GraphInfo):
-        raise TypeError("this GraphModule was not made by fxquant.trace or fxquant.convert")
-    return found
+    """The GraphInfo of a graph that fxquant.trace made; GraphError for anything else."""
+    found = gm.meta.get(_KEY) if isinstance(gm, GraphModule) else None
+    if isinstance(found, GraphInfo):
+        return found
+    if isinstance(gm, PreTrainedModel):
+        raise GraphError(
+            f"{type(gm).__name__} is a model, and a graph is needed: "
+            "fxquant.convert(model, scheme) or fxquant.trace(model), in float, makes one"
+        )
+    raise GraphError(
+        f"this {'GraphModule' if isinstance(gm, GraphModule) else type(gm).__name__} was not made "
+        "by fxquant.trace or fxquant.convert, which take what "
+        "AutoModelForCausalLM.from_pretrained returns"
+    )
+
+
+def lowered_already(facts: GraphInfo) -> str:
+    """What a graph that is float no more has become, and what can be done with it; "" if it is."""
+    if facts.level == Level.FLOAT:
+        return ""
+    scheme = f"scheme {facts.scheme}, level {facts.level}"
+    source = "start from the model or from fxquant.trace(model) for another scheme"
+    if facts.level == Level.OBSERVED:
+        return (
+            f"the graph has observers already (level {facts.level}): {source}, or finish this one: "
+            "fxquant.Pipeline((Quantize(scheme), Integerize())).run(graph)"
+        )
+    rest = ", Integerize()(graph) takes it to integers" if facts.level == Level.QDQ else ""
+    return (
+        f"the graph is quantized already ({scheme}): {source}{rest}; as it is it can be called, "
+        "inspected, saved and evaluated"
+    )
 
 
 def set_info(gm: GraphModule, value: GraphInfo) -> None:

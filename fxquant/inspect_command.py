@@ -15,7 +15,9 @@ from fxquant.inspection import Inspection, inspect
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--scheme", required=True, help="such as w8a8-static: docs/schemes.md")
+    parser.add_argument(
+        "--scheme", required=True, help="such as w8a8-static, or FILE.json: docs/schemes.md"
+    )
     parser.add_argument("--level", default="integer", choices=LEVELS, help="where to stop")
     add_text_arguments(parser)
     shown = parser.add_mutually_exclusive_group()

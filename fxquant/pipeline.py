@@ -22,6 +22,7 @@ from fxquant.graph import (
     device_of,
     float_dtype,
     info,
+    lowered_already,
     site_outputs,
     tag,
     update_info,
@@ -175,6 +176,7 @@ class Pipeline:
 
     def run(self, gm: GraphModule) -> GraphModule:
         """The lowered graph; VerificationError names the pass that broke its promise."""
+        info(gm)  # GraphError for what is no graph of ours
         gm = clone_sharing_storage(gm)
         snapshot = Snapshot.take(gm)
         for current in self.sequence:
@@ -191,8 +193,10 @@ def _run_checked(
     found = info(gm).level
     if found not in current.requires:
         wanted = " or ".join(current.requires)
+        already = lowered_already(info(gm)) if Level.FLOAT in current.requires else ""
         raise VerificationError(
             f"pass {current.name} needs level {wanted}, the graph is at {found}"
+            + (f": {already}" if already else "")
         )
     started = time.perf_counter()
     probe = probe_for(gm)

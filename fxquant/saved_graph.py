@@ -21,6 +21,7 @@ from fxquant.module_json import NONE, ROLES, decode_module, register_tensors
 from fxquant.rehearsal import rehearse
 from fxquant.saved_info import check_info
 from fxquant.saved_names import check_name, check_path, check_texts
+from fxquant.scoring import ScoringGraph
 from fxquant.stored_values import check_values
 from fxquant.streamed import Source, stream_leaf
 from fxquant.tensor_file import TensorFile, restore_order
@@ -123,7 +124,7 @@ def _modules(
     """A GraphModule without nodes that holds the modules; ``on_shapes``: their tensors fake."""
     if not isinstance(data, dict):
         raise CheckpointError("the modules are not a table")
-    gm = GraphModule(nn.Module(), Graph(), name)
+    gm = ScoringGraph(nn.Module(), Graph(), name)
     seen = {""}
     for path, module in data.items():
         owner, _, _ = path.rpartition(".")

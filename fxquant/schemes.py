@@ -8,10 +8,12 @@ docs/schemes.md has the whole grammar; ``Scheme.parse`` and ``str`` are inverse 
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from fxquant.errors import SchemeError
 from fxquant.specs import FLOAT, SiteSpec
@@ -32,7 +34,8 @@ ROLES: tuple[Role, ...] = ("linear", "head", "embeddings", "matmul")
 def matches(pattern: str, path: str, role: Role) -> bool:
     """Whether an override's pattern covers a site: its role, or a glob over its path.
 
-    An embedding, which has no input to quantize, is covered by its role or exact path only.
+    A glob, so ``*`` too, covers linears, the head and attention's products. An embedding, which
+    has no input to quantize, is covered by its role or exact path only.
     """
     if pattern in ROLES:
         return pattern == role
@@ -48,8 +51,8 @@ class Scheme:
     Attributes:
         spec: for every linear inside the decoder blocks.
         repairs: passes to run, in order: (name, ((option, value), ...)) pairs.
-        overrides: (pattern, SiteSpec) pairs; a pattern is a glob over site paths, or ``head`` or
-            ``embeddings``, which stay float otherwise. The last match counts.
+        overrides: (pattern, SiteSpec) pairs; a pattern is a glob over site paths or a role, see
+            ``matches``; head and embeddings stay float otherwise. The last match counts.
         fp32_gemm: every site's GEMM in fp32 inside an fp16 or bf16 model; excludes spec.
     """
 
@@ -74,6 +77,8 @@ class Scheme:
 
         Raises SchemeError with a caret under the place where the text is not understood.
         """
+        if not isinstance(text, str):
+            raise _no_scheme(text)
         text = text.strip()
         if text.startswith("{"):
             return cls.from_json(text)
@@ -139,6 +144,7 @@ class Scheme:
                 raise SchemeError(
                     f"the override {pattern!r} matches no site of this model; its sites are "
                     f"{', '.join(path for path, _ in found[:8])}{', ...' if len(found) > 8 else ''}"
+                    f"{_about_embeddings(pattern, found)}"
                 )
 
     @property
@@ -150,6 +156,14 @@ class Scheme:
     def needs_calibration(self) -> bool:
         """Whether any activation is static."""
         return any(spec.activation and not spec.activation.dynamic for spec in self.specs)
+
+
+def _about_embeddings(pattern: str, sites: Iterable[tuple[str, Role]]) -> str:
+    """What to write where a glob was meant for an embedding."""
+    meant = [
+        path for path, role in sites if role == "embeddings" and matches(pattern, path, "head")
+    ]
+    return f" ({meant[0]} is an embedding: write 'embeddings' or its path)" if meant else ""
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -173,6 +187,49 @@ def _parse_site(text: str) -> SiteSpec:
     return scheme.spec
 
 
-def as_scheme(scheme: str | Scheme) -> Scheme:
-    """A Scheme as it is, text parsed."""
-    return Scheme.parse(scheme) if isinstance(scheme, str) else scheme
+def brief(scheme: str) -> str:
+    """A scheme's text as a table shows it: more than two overrides are counted, not listed."""
+    if not scheme.startswith("{") or len(parsed := Scheme.parse(scheme).overrides) <= 2:
+        return scheme
+    known = hashlib.sha256(scheme.encode()).hexdigest()[:8]
+    return f"{json.loads(scheme)['scheme']}, {len(parsed)} overrides (sha256:{known})"
+
+
+SchemeLike = str | Path | Mapping[str, Any] | Scheme
+
+
+def as_scheme(scheme: SchemeLike) -> Scheme:
+    """What users hand over as a scheme: a Scheme as it is; text, JSON text and its dict parsed; the
+    path of a JSON file (text that ends in ``.json``) read. Raises SchemeError for anything else."""
+    if isinstance(scheme, Scheme):
+        return scheme
+    if isinstance(scheme, Path) or (isinstance(scheme, str) and scheme.strip().endswith(".json")):
+        return _read_scheme(Path(scheme.strip() if isinstance(scheme, str) else scheme))
+    if isinstance(scheme, str):
+        return Scheme.parse(scheme)
+    if isinstance(scheme, Mapping):
+        try:
+            text = json.dumps(dict(scheme))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise _bad_json(f"{type(error).__name__}: {error}") from error
+        return Scheme.from_json(text)
+    raise _no_scheme(scheme)
+
+
+def _no_scheme(given: object) -> SchemeError:
+    several = isinstance(given, list | tuple) and len(given) > 1
+    return SchemeError(
+        f"a scheme is text such as 'w8a8-static', a fxquant.Scheme or its JSON form as a dict, not "
+        f"a {type(given).__name__}{': convert once for each' if several else ''}"
+    )
+
+
+def _read_scheme(path: Path) -> Scheme:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise SchemeError(f"cannot read scheme {path}: {error}") from error
+    try:
+        return Scheme.from_json(text)
+    except SchemeError as error:
+        raise SchemeError(f"{path}: {error}") from error

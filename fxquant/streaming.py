@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.integrations.accelerate import init_empty_weights
-from transformers.modeling_utils import no_init_weights
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fxquant.blocks import block_starts
 from fxquant.errors import CheckpointError, ModelError
 from fxquant.execution import Executor, OnNode
+from fxquant.patching import exclusive, parameters_on_meta
 from fxquant.streamed import Source, Streamed, restream
 from fxquant.tensor_file import TensorFile
 
@@ -46,7 +45,8 @@ def stream(
         attention: the attention implementation, as from_pretrained's attn_implementation.
 
     Returns the model in eval mode, its parameters on meta; calling it or its graph reads each
-    leaf when it is needed. It cannot be moved, cast or trained.
+    leaf when it is needed. It cannot be moved, cast or trained. While it is built in half
+    precision, torch's default dtype is that one in all threads, as in transformers' own loading.
 
     Raises ModelError: no safetensors files there, weights that are missing or of another shape.
     """
@@ -55,10 +55,7 @@ def stream(
     config = AutoConfig.from_pretrained(directory)
     stored = next((e.dtype for f in files for e in f.entries.values()), torch.float32)
     dtype = dtype or getattr(config, "dtype", None) or stored
-    with init_empty_weights(), no_init_weights():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention
-        )
+    model = _on_meta(config, dtype, attention)
     model.tie_weights()
     config._name_or_path = str(directory)
     entries = {name: (file, name) for file in files for name in file.entries}
@@ -66,6 +63,17 @@ def stream(
     _read_buffers(model, entries, device)
     restream(model, found)
     return model.eval().requires_grad_(False)
+
+
+@exclusive
+def _on_meta(
+    config: PretrainedConfig, dtype: torch.dtype | None, attention: str | None
+) -> PreTrainedModel:
+    with parameters_on_meta():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention
+        )
+    return model
 
 
 def _weight_files(directory: Path) -> list[TensorFile]:

@@ -6,10 +6,8 @@ is compared with a second copy, run eagerly, before anything else.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import itertools
-import logging
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.fx import HFTracer
 
 from fxquant.attention import registered
-from fxquant.errors import ModelError, NonFiniteError, TracingError
+from fxquant.errors import GraphError, ModelError, NonFiniteError, TracingError
 from fxquant.graph import (
     LINEAR,
     GraphInfo,
@@ -32,11 +30,15 @@ from fxquant.graph import (
     clone_sharing_storage,
     device_of,
     float_dtype,
+    info,
+    lowered_already,
     set_info,
     set_tag,
 )
 from fxquant.levels import verify
+from fxquant.patching import exclusive, tracing
 from fxquant.pipeline import Probe, relative_difference
+from fxquant.scoring import ScoringGraph
 from fxquant.size import bytes_by_dtype
 from fxquant.streamed import restream, streamed_tensors, unstreamed
 
@@ -62,7 +64,7 @@ class _Logits(nn.Module):
 
 
 class _Tracer(HFTracer):  # type: ignore[misc]
-    """HFTracer that iterates Proxies, keeps Conv1D whole, and cleans up after a failure."""
+    """HFTracer that iterates Proxies, keeps Conv1D whole, and knows where it failed."""
 
     failed_in: str | None = None
 
@@ -91,17 +93,6 @@ class _Tracer(HFTracer):  # type: ignore[misc]
                 self.failed_in = str(self.path_of_module(m)).removeprefix("model.")
             raise
 
-    @contextlib.contextmanager
-    def patch_for_tracing(self, root: Any) -> Iterator[None]:
-        originals = {name: getattr(torch, name) for name in self._TORCH_METHODS_TO_PATCH}
-        try:
-            with super().patch_for_tracing(root):
-                yield
-        finally:
-            # The parent restores these only when tracing succeeds.
-            for name, original in originals.items():
-                setattr(torch, name, original)
-
 
 def trace(model: PreTrainedModel) -> GraphModule:
     """The model's function of (input_ids, attention_mask=None) to logits, as a graph.
@@ -114,6 +105,12 @@ def trace(model: PreTrainedModel) -> GraphModule:
     Returns a GraphModule in eval mode: ``input_ids`` int64 [batch, length], ``attention_mask``
     [batch, length] of 0 and 1 (None: all 1), result float [batch, length, vocab]. Batch and
     length are free. Leaves are new modules over the model's storage, at the model's paths.
+
+    Threads: any number may trace at once, and they take turns, since torch.fx and transformers
+    patch ``nn.Module`` and torch while they trace. The patches act in the tracing thread only and
+    are gone whatever ends it; in other threads models, this one too, go on computing as ever. What
+    must wait in another thread: tracing by other means, and torch.compile's first call, which
+    would read the patched functions.
 
     Raises ModelError (not a causal LM, unsupported transformers), NonFiniteError (a parameter
     holds NaN or infinity), TracingError (names the module that cannot be traced, or the first
@@ -148,10 +145,15 @@ def _check_versions() -> None:
 
 def _check_model(model: object) -> None:
     kind = type(model).__name__
+    if isinstance(model, GraphModule) and "fxquant" in model.meta:
+        raise GraphError(
+            lowered_already(info(model))
+            or "this is a graph of fxquant.trace already: pass it to convert, explain or plan"
+        )
     if not isinstance(model, PreTrainedModel):
         raise ModelError(
             f"{kind} is not a Hugging Face model: pass what AutoModelForCausalLM.from_pretrained "
-            "returns"
+            "returns, or fxquant.load_model(name).model"
         )
     known = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     if model.config.is_encoder_decoder or not (known or model.can_generate()):
@@ -169,23 +171,13 @@ def _check_model(model: object) -> None:
                 )
 
 
-@contextlib.contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
+@exclusive
 def _symbolic(copy: PreTrainedModel) -> GraphModule:
     root = _Logits(copy)
     ids = torch.zeros(2, 9, dtype=torch.int64, device=copy.device)
     tracer = _Tracer()
     implementation = copy.config._attn_implementation
-    with registered(implementation) as name, _quiet("torch.fx._symbolic_trace"):
+    with tracing(), registered(implementation) as name:
         if copy._can_set_attn_implementation():
             copy.set_attn_implementation(name)
         try:
@@ -214,7 +206,7 @@ def _stripped(root: nn.Module, graph: torch.fx.Graph, class_name: str) -> GraphM
             leaves[node.target] = leaf
         scopes = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
         set_tag(node, Tag(scope=scopes[-1].removeprefix("model.") if scopes else ""))
-    return GraphModule(leaves, graph, class_name).eval()
+    return ScoringGraph(leaves, graph, class_name).eval()
 
 
 def _drop_dropout(gm: GraphModule) -> None:

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fxquant.blocks import block_of
 from fxquant.context import Context
+from fxquant.errors import GraphError
 from fxquant.graph import (
     LINEAR,
     GraphInfo,
@@ -44,6 +45,7 @@ class NameSites(Pass):
 
     def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
         facts = info(gm)
+        _check_sites(facts)
         sites: list[Site] = []
         left: list[LeftInFloat] = []
         calls = [node for node in gm.graph.nodes if node.op == "call_module"]
@@ -66,6 +68,20 @@ class NameSites(Pass):
         left.extend(products_in_float(gm))
         update_info(gm, sites=tuple(sites), left_in_float=tuple(left))
         return gm
+
+
+def _check_sites(facts: GraphInfo) -> None:
+    """GraphError where earlier passes left sites that could not be found again."""
+    if facts.scheme == "fp32-gemm":
+        raise GraphError(
+            "the graph's linears compute in fp32 already (scheme fp32-gemm): start from the model "
+            "or from fxquant.trace(model) for another scheme"
+        )
+    if any(site.role == "matmul" for site in facts.sites):
+        raise GraphError(
+            "attention's products are sites of this graph already (a repair such as attn8 ran): "
+            "start from the model or from fxquant.trace(model), and name the repair in the scheme"
+        )
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:

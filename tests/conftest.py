@@ -1,5 +1,10 @@
 """Tests run on one thread: the models are tiny, and two test runs at once must not fight.
 
+No test may depend on the machine: ``.ci/vary`` runs them as on others. ``--threads 2`` computes
+on two; ``--clock frozen`` and ``--clock slow`` let no time pass, or 11
+days between two looks at the clock. A test that needs a program which is not installed is skipped,
+and fails where ``FXQUANT_REQUIRE_PROGRAMS`` is set: the mark ``needs_program(found, what)``.
+
 Goldens: ``assert text == golden`` compares with ``tests/golden/<module>/<test>.txt``, which
 ``pytest --update-golden`` writes.
 """
@@ -7,20 +12,61 @@ Goldens: ``assert text == golden`` compares with ``tests/golden/<module>/<test>.
 from __future__ import annotations
 
 import difflib
+import itertools
+import os
 import re
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
-torch.set_num_threads(1)
+# Its deadline and its "too slow" measure the machine.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 
 GOLDEN = Path(__file__).parent / "golden"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write what the goldens expect")
+    parser.addoption("--threads", type=int, default=1, help="threads that torch computes on")
+    parser.addoption("--clock", choices=CLOCKS, help="what time.perf_counter says")
+
+
+CLOCKS: dict[str, Callable[[], float]] = {
+    "frozen": lambda: 1000.0,
+    "slow": itertools.count(0, 1e6).__next__,
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(config.getoption("--threads"))
+    clock = config.getoption("--clock")
+    if clock is not None:
+        time.perf_counter = CLOCKS[clock]
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures of a module, which use the program
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("needs_program"):
+        found, what = mark.args
+        if found:
+            continue
+        if os.environ.get("FXQUANT_REQUIRE_PROGRAMS"):
+            pytest.fail(f"not installed, and FXQUANT_REQUIRE_PROGRAMS is set: {what}")
+        pytest.skip(f"not installed: {what}")
+
+
+@pytest.fixture(autouse=True)
+def _terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tqdm and argparse lay out for the terminal at hand."""
+    monkeypatch.setenv("COLUMNS", "120")
 
 
 @dataclass(eq=False)

@@ -2,10 +2,15 @@
 
 import re
 
-_FLOAT = re.compile(r"-?\d+\.\d+(e[-+]\d+)?%?")
+# "8." is no number, "8.5", "8e-05" and "8.5e-05%" are.
+_FLOAT = re.compile(r"-?\b\d+(\.\d+(e[-+]\d+)?|e[-+]\d+)%?")
 
 
 def masked(text: str) -> str:
-    """``text`` with ``#`` for each float, runs of spaces and rules shortened."""
+    """``text`` with ``#`` for each float and range, every run of spaces or of dashes shortened.
+
+    A number that is one digit longer widens its column, and the padding of all others with it.
+    """
     text = re.sub(r"±\S+", "±#", _FLOAT.sub("#", text))
-    return re.sub(r"-{3,}", "---", re.sub(r"(?<=\S) {2,}", "  ", text))
+    text = re.sub(r"[-#\d]+\.\.[-#\d]+ (?=p|absmax|by)", "#..# ", text)
+    return re.sub(r"-{2,}", "--", re.sub(r"(?<=\S) +", " ", text))

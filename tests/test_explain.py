@@ -450,7 +450,7 @@ def test_what_is_refused_before_work() -> None:
     with pytest.raises(DataError, match="no token to predict"):
         explain(graph, "w8", data=ids[:, :1])
     with pytest.raises(DataError, match="expected integers"):
-        explain(graph, "w8", data=[ids[0]])
+        explain(graph, "w8", data=[ids[None]])
     with pytest.raises(CalibrationError):
         explain(graph, "w8a8-static", data=ids)
     mask = torch.ones_like(ids)

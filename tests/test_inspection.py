@@ -7,7 +7,9 @@ import json
 import re
 import shutil
 import sys
+import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -28,7 +30,7 @@ from fxquant.schemes import Scheme
 from fxquant.shapes import propagate
 from fxquant.snapshot import describe
 from tests.architectures import ARCHITECTURES, llama, opt, token_ids
-from tests.conftest import GOLDEN, Golden, check_goldens
+from tests.conftest import CLOCKS, GOLDEN, Golden, check_goldens
 from tests.masking import masked
 from tests.reference import sqnr_db
 
@@ -102,6 +104,18 @@ def test_a_layer(scheme: str, kind: str, golden: Golden) -> None:
 
 def test_a_whole_graph(golden: Golden) -> None:
     assert fxquant.inspect(converted("opt", "w8a8-static")).graph() == golden
+
+
+@pytest.mark.parametrize("clock", CLOCKS)
+def test_no_golden_depends_on_the_machines_speed(
+    clock: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "perf_counter", CLOCKS[clock])
+    found = fxquant.inspect(fxquant.convert(opt(), "w4", calibration=CALIBRATION))
+    ours = (masked(found.summary(markdown=True, fold=False)), masked(found.summary()))
+    monkeypatch.undo()
+    theirs = two_layers("w4")
+    assert ours == (masked(theirs.summary(markdown=True, fold=False)), masked(theirs.summary()))
 
 
 @pytest.mark.parametrize("kind", BUILD)
@@ -497,16 +511,19 @@ def test_svg_without_the_extra_says_what_to_install(
     assert (tmp_path / "block.dot").read_text() == two_layers().dot(0)
 
 
+GRAPHVIZ = pytest.mark.needs_program(find_spec("graphviz"), "graphviz, of the graph extra")
+
+
+@GRAPHVIZ
 def test_svg_without_the_program_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("graphviz")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(InspectionError, match="program dot on the PATH"):
         two_layers().write_dot(tmp_path / "block.svg")
 
 
-@pytest.mark.skipif(shutil.which("dot") is None, reason="Graphviz's program dot is not installed")
+@GRAPHVIZ
+@pytest.mark.needs_program(shutil.which("dot"), "Graphviz's program dot")
 def test_svg(tmp_path: Path) -> None:
-    pytest.importorskip("graphviz")
     two_layers().write_dot(tmp_path / "block.svg")
     assert "int_gemm" in (tmp_path / "block.svg").read_text()
 

@@ -366,7 +366,7 @@ def test_history_records_every_pass() -> None:
     history = {record.name: record for record in facts.history}
     names = ["name_sites", "observe", "calibrate", "quantize", "integerize"]
     assert [record.name for record in facts.history] == names
-    assert all(record.milliseconds > 0 for record in facts.history)
+    assert all(record.milliseconds >= 0 for record in facts.history)
     assert (history["name_sites"].added, history["name_sites"].difference) == (0, 0.0)
     # Inputs: q/k/v share one, so 4 of 6 linears in each of 2 layers get an observer.
     assert (history["observe"].added, history["observe"].removed) == (8, 0)

@@ -222,6 +222,7 @@ def test_command_line(
 
     # As for a package's model, whose directory is of no use to a reader.
     monkeypatch.setattr(analysis_commands, "load_model", load)
+    threads = torch.get_num_threads()
     short = ["--model", "package:small-opt", "--windows", "1", "--length", "48"]
     out = tmp_path / "plan"
     command = ["plan", *short, "--calibration-windows", "0", "--budget", "0.05"]
@@ -254,4 +255,4 @@ def test_command_line(
         assert site["site"] in page
     assert main([*command, "--sites", "nowhere"]) == 2
     assert "covers no site" in capsys.readouterr().err
-    assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == threads

@@ -1,10 +1,11 @@
-"""The report in a real headless Chromium, from file://; skipped where no browser is installed."""
+"""The report in a real headless Chromium, from file://."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from benchmarks.report_screenshot import BROWSERS, find_browser, screenshot
 from fxquant.evaluation.report import write_report
 from tests.report_folder import BLOCKS, KINDS, LADDER, sites, write_folder
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-pytestmark = pytest.mark.skipif(
-    find_browser() is None, reason=f"no browser is installed: looked for {', '.join(BROWSERS)}"
-)
+pytestmark = [
+    pytest.mark.needs_program(find_spec("playwright"), "playwright, of the dev extra"),
+    pytest.mark.needs_program(find_browser(), f"a browser: looked for {', '.join(BROWSERS)}"),
+]
 Page = Any  # playwright's, which may not be there
 
 
@@ -34,6 +35,8 @@ def report(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    from playwright import sync_api
+
     with sync_api.sync_playwright() as play:
         # Root in a container has no user namespaces for the sandbox; the page is our own.
         found = play.chromium.launch(executable_path=find_browser(), args=["--no-sandbox"])

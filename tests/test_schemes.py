@@ -433,6 +433,7 @@ def test_an_embedding_has_no_activation() -> None:
 # --- which spec counts ----------------------------------------------------------------------------
 
 FC1, FC2 = "model.decoder.layers.3.fc1", "model.decoder.layers.3.fc2"
+EMBEDDING = "model.decoder.embed_tokens"
 
 
 @pytest.mark.parametrize(
@@ -457,6 +458,13 @@ FC1, FC2 = "model.decoder.layers.3.fc1", "model.decoder.layers.3.fc2"
         ({"*.fc1": "w2", "*": "w4"}, FC1, "linear", "w4"),
         ({"*": "w4", "*.fc1": "w2"}, FC2, "linear", "w4"),
         ({"lm_head": "w4", "head": "w2"}, "lm_head", "head", "w2"),
+        # A star covers all that has an input, so no embedding: docs/schemes.md.
+        ({"*": "w4"}, "lm_head", "head", "w4"),
+        ({"*": "w8a8-dynamic"}, "model.decoder.layers.3.self_attn.qk", "matmul", "w8a8-dynamic"),
+        ({"*": "w4"}, EMBEDDING, "embeddings", "fp"),
+        ({"*embed_tokens": "w4"}, EMBEDDING, "embeddings", "fp"),
+        ({EMBEDDING: "w4"}, EMBEDDING, "embeddings", "w4"),
+        ({"embeddings": "w4", "*": "w2"}, EMBEDDING, "embeddings", "w4"),
         # A role's name is no glob: a linear that is called like one is another site.
         ({"head": "w4"}, "head", "linear", "w8"),
     ],
@@ -464,6 +472,14 @@ FC1, FC2 = "model.decoder.layers.3.fc1", "model.decoder.layers.3.fc2"
 def test_spec_for(overrides: dict[str, str], path: str, role: Role, wanted: str) -> None:
     scheme = Scheme.parse(json.dumps({"scheme": "w8", "overrides": overrides}))
     assert spell_site(scheme.spec_for(path, role)) == wanted
+
+
+def test_a_glob_for_an_embedding_says_what_to_write() -> None:
+    scheme = Scheme.parse('{"scheme": "w8", "overrides": {"*.embed_tokens": "w4"}}')
+    with pytest.raises(SchemeError, match=rf"{EMBEDDING} is an embedding: write 'embeddings' or"):
+        scheme.check_overrides([(FC1, "linear"), (EMBEDDING, "embeddings")])
+    with pytest.raises(SchemeError, match=r"layers\.3\.fc1$"):
+        scheme.check_overrides([(FC1, "linear")])
 
 
 def test_roles() -> None:

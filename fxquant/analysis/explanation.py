@@ -26,7 +26,7 @@ from fxquant.analysis.store import Store, fingerprint
 from fxquant.analysis.study import Study
 from fxquant.batches import Batches
 from fxquant.errors import SchemeError
-from fxquant.schemes import Scheme, as_scheme
+from fxquant.schemes import SchemeLike, as_scheme
 from fxquant.tracing import trace
 
 GROUPED = tuple(f"{effect}:{by}" for effect in EFFECTS for by in ("kinds", "blocks"))
@@ -36,7 +36,7 @@ DEFAULT_METHODS = ("in_order", "causes", "rescue", "path")
 
 def explain(
     model: PreTrainedModel | GraphModule,
-    scheme: str | Scheme,
+    scheme: SchemeLike,
     *,
     calibration: Batches | None = None,
     data: Windows | None = None,
@@ -51,7 +51,7 @@ def explain(
 
     Args:
         model: a Hugging Face causal LM or a float graph from ``trace``; never modified.
-        scheme: text or a Scheme.
+        scheme: as for ``convert``.
         calibration: as for ``convert``; needed by static schemes.
         data: windows to measure the loss on: LongTensor [N, L], or several [b, L]; each is run by
             itself, and a dynamic range is of one of them. None: the calibration batches' tokens,

@@ -11,19 +11,21 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxquant.analysis.sites import simulated_spec
-from fxquant.batches import Batches, check_ids, model_inputs
+from fxquant.batches import Batch, Batches, check_ids, model_inputs
 from fxquant.conversion import convert
+from fxquant.encodings import batches_of, encoding
 from fxquant.errors import CalibrationError, DataError, SchemeError
 from fxquant.graph import device_of, info
 from fxquant.repairs import REPAIRS
 from fxquant.schemes import Scheme
 from fxquant.specs import FLOAT
 
-Windows = Tensor | Iterable[Tensor]
+Windows = Tensor | Iterable[Batch]
 
 
 def as_windows(data: Windows | None, graph: GraphModule) -> tuple[Tensor, ...]:
-    """Windows int64 [b, L] on the graph's device: a tensor [N, L] becomes N of them.
+    """Windows int64 [b, L] on the graph's device: a tensor [N, L] becomes N of them, and whatever
+    is taken as calibration is taken here, without padding.
 
     Raises DataError for anything else, for ids outside the vocabulary, and when nothing is there.
     """
@@ -31,25 +33,26 @@ def as_windows(data: Windows | None, graph: GraphModule) -> tuple[Tensor, ...]:
         raise DataError(
             "no windows to measure the loss on: pass data=, a LongTensor [N, L] or a list of them"
         )
-    parts = list(data.split(1)) if isinstance(data, Tensor) and data.dim() == 2 else list(data)
-    for index, ids in enumerate(parts):
-        where = f"window {index}"
-        if (
-            not isinstance(ids, Tensor)
-            or ids.dim() != 2
-            or ids.dtype not in (torch.int64, torch.int32)
-        ):
-            kind = (
-                f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-            )
-            raise DataError(f"{where}: expected integers [b, L] without padding, got {kind}")
-        if ids.shape[0] < 1 or ids.shape[1] < 2:
-            raise DataError(f"{where}: {list(ids.shape)} holds no token to predict")
-        check_ids(ids, info(graph), where)
+    facts, device = info(graph), device_of(graph)
+    given = enumerate(batches_of(data, "data", DataError))
+    parts = tuple(_window(part, f"window {index}").to(device) for index, part in given)
     if not parts:
         raise DataError("data= holds no window")
-    device = device_of(graph)
-    return tuple(ids.to(device, torch.int64) for ids in parts)
+    for index, ids in enumerate(parts):
+        check_ids(ids, facts, f"window {index}")
+    return parts
+
+
+def _window(part: Batch, where: str) -> Tensor:
+    given = encoding(part, where, DataError)
+    ids, mask = given["input_ids"], given.get("attention_mask")
+    if ids.dim() != 2 or ids.dtype != torch.int64:
+        raise DataError(f"{where}: expected integers [b, L], got {ids.dtype} {list(ids.shape)}")
+    if mask is not None and not bool(mask.all()):
+        raise DataError(f"{where} is padded: the loss is measured on windows without padding")
+    if ids.shape[0] < 1 or ids.shape[1] < 2:
+        raise DataError(f"{where}: {list(ids.shape)} holds no token to predict")
+    return ids
 
 
 def as_batches(calibration: Batches | None, graph: GraphModule) -> list[dict[str, Tensor]] | None:
@@ -57,7 +60,8 @@ def as_batches(calibration: Batches | None, graph: GraphModule) -> list[dict[str
     if calibration is None:
         return None
     facts, device = info(graph), device_of(graph)
-    batches = [model_inputs(batch, facts, index) for index, batch in enumerate(calibration)]
+    given = enumerate(batches_of(calibration))
+    batches = [model_inputs(batch, facts, index) for index, batch in given]
     if not batches:
         raise CalibrationError("calibration is empty (was a one-shot iterator used up?)")
     return [{name: value.to(device) for name, value in each.items()} for each in batches]

@@ -152,6 +152,8 @@ def _parse(choices: Sequence[str], budget: float, cost: str) -> dict[str, SiteSp
     if not budget >= 0:
         raise SchemeError(f"the budget is a loss difference of at least 0, got {budget}")
     specs: dict[str, SiteSpec] = {}
+    if isinstance(choices, str):
+        raise SchemeError(f"choices is a list of at least two specs for a site, not {choices!r}")
     for text in choices:
         scheme = Scheme.parse(text)
         if scheme.repairs or scheme.overrides or scheme.fp32_gemm:

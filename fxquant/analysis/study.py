@@ -259,10 +259,10 @@ class Study:
         return group_figures(by, members, figures, found, causes)
 
     def _costs(self) -> dict[str, MethodCost]:
+        # A forward that is shorter than a tick of the clock takes none of its time.
+        unit = max(self.forward_seconds, time.get_clock_info("perf_counter").resolution)
         return {
-            name: MethodCost(
-                cost.forwards, cost.seconds, cost.seconds / self.forward_seconds, cost.partial
-            )
+            name: MethodCost(cost.forwards, cost.seconds, cost.seconds / unit, cost.partial)
             for name, cost in self.lab.meter.costs.items()
             if name != "other"
         }

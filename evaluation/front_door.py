@@ -1,0 +1,255 @@
+"""The library's way in from Python: a text cut into windows, the loss of a graph on them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from fxquant.analysis.inputs import as_windows
+from fxquant.batches import Batch, check_ids
+from fxquant.encodings import is_text
+from fxquant.errors import DataError
+from fxquant.evaluation import perplexity
+from fxquant.evaluation.data import Windows, cut_windows
+from fxquant.evaluation.datasets import check_dataset, open_source
+from fxquant.evaluation.models import versions
+from fxquant.evaluation.protocol import Recipe
+from fxquant.evaluation.source import Source
+from fxquant.evaluation.statistics import Difference, WindowSums, paired_difference
+from fxquant.graph import Level, device_of, float_dtype, info
+from fxquant.schemes import brief
+from fxquant.tracing import trace
+
+Text = str | Path | Iterable[str]
+
+
+def windows(
+    text: Text,
+    tokenizer: Tokenizer,
+    *,
+    count: int | None = 8,
+    length: int = 512,
+    calibration: int = 16,
+    seed: int = 0,
+    stride: int | None = None,
+    calibration_length: int | None = None,
+    data: Path | None = None,
+) -> Windows:
+    """Cut a text into token windows, as ``fxquant evaluate`` does with the same numbers.
+
+    Args:
+        text: ``builtin``, a named dataset (docs/evaluation.md), the path of a text file, a parquet
+            file or a folder of save_to_disk; the text itself, if it holds white space and is no
+            file's name; or several documents, joined by an empty line.
+        tokenizer: the model's.
+        count: windows to evaluate on, the text's first ones; None: all.
+        length: tokens of a window.
+        calibration: windows to calibrate on, drawn by ``seed`` from the text's calibration split,
+            or from what the evaluation windows leave of it.
+        stride: tokens from window to window; only new tokens are scored (None: ``length``).
+        calibration_length: tokens of a calibration window (None: ``length``).
+        data: a folder with clones of hub datasets.
+
+    Returns ``evaluation`` int64 [count, length] and ``calibration`` int64 [calibration, length],
+    which share no token, with the protocol they were cut by. Raises DataError: a text that is
+    missing or too short.
+    """
+    if not isinstance(tokenizer, Tokenizer):
+        raise DataError(
+            f"a {type(tokenizer).__name__} is no tokenizer: pass "
+            "fxquant.load_model(name).tokenizer or what AutoTokenizer.from_pretrained returns"
+        )
+    return cut_windows(
+        _source(text, data),
+        tokenizer,
+        count=count,
+        length=length,
+        calibration=calibration,
+        seed=seed,
+        stride=stride,
+        calibration_length=calibration_length,
+    )
+
+
+def _source(text: Text, data: Path | None) -> Source:
+    if isinstance(text, Path):
+        return open_source(str(text), data)
+    if isinstance(text, str):
+        if not text.strip():
+            raise DataError("the text is empty")
+        return Source(_shown(text), (text,), None) if _is_prose(text) else open_source(text, data)
+    documents = tuple(text) if isinstance(text, Iterable) else ()
+    if not documents or not all(isinstance(document, str) for document in documents):
+        raise DataError(
+            f"a text is a string, a path or a list of strings, not a {type(text).__name__}"
+            + (f" of {type(documents[0]).__name__}" if documents else "")
+        )
+    return Source(f"{len(documents)} documents", documents, None, Recipe(join="\n\n"))
+
+
+def _is_prose(text: str) -> bool:
+    """Whether a string is a text itself, not the name of one."""
+    if len(text.split()) < 2:
+        return False
+    try:
+        check_dataset(text)
+    except (DataError, OSError, ValueError):  # too long for a path, or a NUL in it
+        return True
+    return False
+
+
+def _shown(text: str) -> str:
+    return f"the text {text!r}" if len(text) <= 40 else f"a text of {len(text)} characters"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The loss of one graph on windows of text. ``result - base`` is Δloss with its standard error.
+
+    ``loss`` nats a token over all scored tokens, ``error`` its standard error with windows as
+    clusters (None for one window), ``share_clipped`` the fraction of quantized activation elements
+    whose code was clipped (None: none are quantized), ``digest`` sha256 of the windows' token ids.
+    """
+
+    model: str
+    scheme: str
+    sums: WindowSums = field(repr=False)
+    share_clipped: float | None
+    seconds: float
+    text: str
+    digest: str
+    setting: str
+
+    @property
+    def loss(self) -> float:
+        return self.sums.loss
+
+    @property
+    def perplexity(self) -> float:
+        return perplexity.from_loss(self.loss)
+
+    @property
+    def error(self) -> float | None:
+        zero = WindowSums((0.0,) * self.windows, self.sums.tokens)
+        return paired_difference(self.sums, zero).error
+
+    @property
+    def windows(self) -> int:
+        return len(self.sums.tokens)
+
+    @property
+    def tokens(self) -> int:
+        """How many were scored."""
+        return sum(self.sums.tokens)
+
+    def __sub__(self, base: Evaluation) -> Difference:
+        """Δloss against ``base`` and its standard error by paired differences.
+
+        Raises DataError where the two did not score the same tokens.
+        """
+        if not isinstance(base, Evaluation):
+            return NotImplemented
+        if self.digest != base.digest:
+            raise DataError(
+                f"a difference needs the same windows: {self.scheme} was evaluated on {self.text} "
+                f"({self.digest[:23]}), {base.scheme} on {base.text} ({base.digest[:23]})"
+            )
+        return paired_difference(self.sums, base.sums)
+
+    def __str__(self) -> str:
+        error = "n/a" if self.error is None else f"{self.error:.4f}"
+        clipped = "" if self.share_clipped is None else f", clipped {self.share_clipped:.4%}"
+        return (
+            f"{brief(self.scheme)}: loss {self.loss:.4f} ± {error}, perplexity "
+            f"{self.perplexity:.5g}{clipped}; "
+            f"{self.tokens} tokens scored in {self.windows} windows\n"
+            f"{self.model}, {self.text} ({self.digest[:23]}), {self.setting}"
+        )
+
+
+def evaluate(
+    model: PreTrainedModel | GraphModule,
+    data: Windows | Text | Batch | Iterable[Batch],
+    tokenizer: Tokenizer | None = None,
+    *,
+    batch_size: int = 1,
+) -> Evaluation:
+    """Loss and perplexity of a model on text, with the figures of ``fxquant evaluate``.
+
+    Args:
+        model: a Hugging Face causal LM (it is traced), or a graph of trace, convert or load.
+        data: what ``windows`` returns; a text, which ``windows`` cuts with its defaults and
+            ``tokenizer``; or token ids [N, L] (what a tokenizer returns too, without padding), of
+            which all but each row's first are scored.
+        batch_size: windows run together; dynamic per-tensor ranges depend on it.
+
+    Raises DataError (no windows, ids of another vocabulary, a text without a tokenizer, an
+    observed graph, which would count what it is evaluated on) before any work, NonFiniteError where
+    the model overflows, and what ``trace`` raises.
+    """
+    if batch_size < 1:
+        raise DataError(f"batch size must be at least 1, got {batch_size}")
+    cut = _cut(data, tokenizer)
+    graph = model if isinstance(model, GraphModule) else trace(model)
+    facts = info(graph)
+    if facts.level == Level.OBSERVED:
+        raise DataError("an observed graph counts all it sees: evaluate what convert returns")
+    if isinstance(cut, Windows):
+        ids, scored, text = cut.evaluation, cut.scored, cut.protocol.line()
+    else:
+        ids, scored, text = _stacked(as_windows(cut, graph)), None, "token ids as given"
+    check_ids(ids, facts, "evaluation windows")
+    label = brief(facts.scheme)
+    found = perplexity.evaluate(graph, ids, batch_size=batch_size, label=label, scored=scored)
+    return Evaluation(
+        model=facts.model,
+        scheme=facts.scheme,
+        sums=found.sums,
+        share_clipped=found.share_clipped,
+        seconds=found.seconds,
+        text=text,
+        digest=_digest(ids, found.sums.tokens),
+        setting=_setting(graph, batch_size),
+    )
+
+
+def _cut(data: Any, tokenizer: Tokenizer | None) -> Any:
+    """Windows where ``data`` is a text or Windows; else as it is, for ``as_windows`` to check."""
+    if not (is_text(data) or isinstance(data, Path)):
+        return data
+    if tokenizer is None:
+        raise DataError("a text needs the model's tokenizer: evaluate(model, text, tokenizer)")
+    return windows(data, tokenizer, calibration=0)
+
+
+def _stacked(parts: tuple[Tensor, ...]) -> Tensor:
+    lengths = sorted({part.shape[1] for part in parts})
+    if len(lengths) > 1:
+        raise DataError(
+            f"windows of {lengths[0]} to {lengths[-1]} tokens: fxquant.windows cuts a text into "
+            "windows of one length"
+        )
+    return torch.cat(parts).cpu()
+
+
+def _digest(ids: Tensor, scored: tuple[int, ...]) -> str:
+    content = f"{list(ids.shape)} {scored}".encode() + ids.cpu().contiguous().numpy().tobytes()
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def _setting(graph: GraphModule, batch_size: int) -> str:
+    dtype = str(float_dtype(graph)).removeprefix("torch.")
+    used = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return (
+        f"batch size {batch_size}, {dtype} on {device_of(graph)} ({torch.get_num_threads()} "
+        f"threads); {used}"
+    )

@@ -1,0 +1,168 @@
+"""What tracing and opening on meta patch for the whole process, made to act in one thread only.
+
+torch.fx traces by replacing ``nn.Module.__call__`` and ``__getattr__``; transformers replaces
+constructors such as ``torch.arange``. Every thread sees the replacements, so each looks at the
+thread that calls it: elsewhere it is what it replaces. ``LOCK`` lets one patching thread in at a
+time, and whatever ends it, all is put back twice over: an interruption may hit the first time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+import torch.fx._symbolic_trace as symbolic
+import transformers.modeling_utils
+import transformers.utils.fx
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.utils.fx import HFTracer
+
+LOCK = threading.RLock()
+# A child forked in the middle of a trace would keep the patches and wait for ever.
+os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
+
+_PATCHED: tuple[tuple[Any, str], ...] = (
+    (nn.Module, "__call__"),
+    (nn.Module, "__getattr__"),
+    (nn.Module, "register_parameter"),
+    *((torch, name) for name in HFTracer._TORCH_METHODS_TO_PATCH),
+    (symbolic, "_is_fx_tracing_flag"),
+    (symbolic, "_new_patcher"),
+    (symbolic, "CURRENT_PATCHER"),
+    (transformers.utils.fx, "_CURRENT_TRACER"),
+    (transformers.modeling_utils, "_init_weights"),
+)
+
+
+_REGISTRIES = (AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping)
+_LOGGER = logging.getLogger("torch.fx._symbolic_trace")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class _Flag:
+    """A flag that is ``here`` in the thread that made it and the opposite in all others."""
+
+    def __init__(self, here: bool) -> None:
+        self._here, self._thread = here, threading.get_ident()
+
+    def __bool__(self) -> bool:
+        return self._here == (threading.get_ident() == self._thread)
+
+
+def _for_this_thread(new: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """``new`` in the calling thread, ``original`` in all others, even after it is put back."""
+    thread = threading.get_ident()
+
+    @functools.wraps(original)
+    def dispatch(*args: Any, **kwargs: Any) -> Any:
+        chosen = new if threading.get_ident() == thread else original
+        return chosen(*args, **kwargs)
+
+    return dispatch
+
+
+class _Patcher(symbolic._Patcher):
+    """torch.fx's, with methods that it replaces in one thread only."""
+
+    def patch_method(
+        self, cls: type, name: str, new_fn: Callable[..., Any], deduplicate: bool = True
+    ) -> None:
+        ours = _for_this_thread(new_fn, getattr(cls, name))
+        super().patch_method(cls, name, ours, deduplicate)
+
+    def revert(self) -> None:
+        """Take back all patches, those that are taken back already too."""
+        for patch in reversed(self.patches_made):
+            with contextlib.suppress(KeyError):  # a builtin's name, deleted before
+                patch.revert()
+
+
+def _putting_back() -> Callable[[], None]:
+    before = [(owner, name, getattr(owner, name)) for owner, name in _PATCHED]
+    registered = [(registry, set(registry)) for registry in _REGISTRIES]
+    level = _LOGGER.level
+
+    def put_back() -> None:
+        for owner, name, value in before:
+            setattr(owner, name, value)
+        for registry, names in registered:
+            for name in registry.keys() - names:
+                del registry[name]
+        _LOGGER.setLevel(level)
+
+    return put_back
+
+
+def exclusive(step: Callable[P, T]) -> Callable[P, T]:
+    """``step`` holding LOCK, after which everything that is patched anywhere is as it was.
+
+    Plain try and finally: an interruption inside contextlib would leave its generator suspended.
+    """
+
+    @functools.wraps(step)
+    def alone(*args: P.args, **kwargs: P.kwargs) -> T:
+        with LOCK:
+            put_back = _putting_back()
+            try:
+                try:
+                    return step(*args, **kwargs)
+                finally:
+                    put_back()
+            finally:
+                put_back()  # the first may have been interrupted
+
+    return alone
+
+
+@contextlib.contextmanager
+def tracing() -> Iterator[None]:
+    """In an ``exclusive`` function: torch.fx's tracing of this thread leaves others alone."""
+    made: list[_Patcher] = []
+
+    @contextlib.contextmanager
+    def new_patcher() -> Iterator[_Patcher]:
+        patcher = _Patcher()
+        made.append(patcher)
+        symbolic.CURRENT_PATCHER = patcher
+        symbolic._is_fx_tracing_flag = _Flag(True)  # type: ignore[assignment]
+        try:
+            yield patcher
+        finally:
+            patcher.revert()
+
+    symbolic._new_patcher = _for_this_thread(new_patcher, symbolic._new_patcher)
+    _LOGGER.setLevel(logging.ERROR)  # it warns of what transformers' tracer does
+    try:
+        yield
+    finally:
+        for patcher in made:
+            patcher.revert()
+
+
+@contextlib.contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """In an ``exclusive`` function: modules that this thread builds have their parameters on meta,
+    unset, and real buffers."""
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        original(module, name, parameter)
+        if parameter is not None:
+            stand_in = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+            module._parameters[name] = stand_in
+
+    original = nn.Module.register_parameter
+    nn.Module.register_parameter = _for_this_thread(register, original)  # type: ignore[method-assign]
+    transformers.modeling_utils._init_weights = _Flag(False)
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]

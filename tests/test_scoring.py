@@ -1,0 +1,114 @@
+"""A graph that is taken for the model says what it is, and is a GraphModule in all else."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.fx import GraphModule
+
+import fxquant
+from fxquant.errors import FxquantError, GraphAttributeError, GraphCallError
+from fxquant.graph import clone_sharing_storage
+from fxquant.scoring import ScoringGraph
+from tests.architectures import opt, padding_mask, token_ids
+
+IDS, MASK = token_ids(2, 9), padding_mask(2, 9, "left")
+
+
+@functools.cache
+def graph() -> GraphModule:
+    return fxquant.convert(opt(), "w8a8-dynamic-token")
+
+
+ASKED = (
+    *("generate", "config", "generation_config", "device", "dtype", "logits", "past_key_values"),
+    *("get_input_embeddings", "save_pretrained", "resize_token_embeddings", "name_or_path"),
+)
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_what_a_model_has_and_a_graph_has_not(name: str) -> None:
+    assert not hasattr(graph(), name)
+    assert getattr(graph(), name, "default") == "default"
+    with pytest.raises(GraphAttributeError, match=rf"no attribute '{name}'.*returns the logits"):
+        getattr(graph(), name)
+    assert issubclass(GraphAttributeError, AttributeError)
+
+
+@pytest.mark.parametrize("name", ["nonsense", "_hf_hook", "__len__"])
+def test_other_names_are_missing_as_everywhere(name: str) -> None:
+    with pytest.raises(AttributeError, match="object has no attribute") as raised:
+        getattr(graph(), name)
+    assert not isinstance(raised.value, FxquantError)
+
+
+CALLS: dict[str, tuple[Callable[[Any], object], str]] = {
+    "labels": (lambda g: g(IDS, labels=IDS), "no input 'labels'.*cross_entropy"),
+    "past": (lambda g: g(IDS, past_key_values=None), "no input 'past_key_values'.*no cache"),
+    "cache": (lambda g: g(input_ids=IDS, use_cache=False), "no input 'use_cache'.*leave it out"),
+    "dict": (lambda g: g(input_ids=IDS, return_dict=True), "no input 'return_dict'.*the logits"),
+    "unknown": (lambda g: g(IDS, foo=1), "no input 'foo'"),
+    "a batch": (lambda g: g({"input_ids": IDS}), "a dict as input_ids.*attention_mask=mask"),
+    "a list": (lambda g: g([[1, 2]]), "a list as input_ids"),
+    "text": (lambda g: g("once upon a time"), "a str as input_ids"),
+    "nothing": (lambda g: g(), "input_ids is needed"),
+    "a mask": (lambda g: g(attention_mask=MASK), "input_ids is needed"),
+    "twice": (lambda g: g(IDS, input_ids=IDS), "each input once"),
+    "too many": (lambda g: g(IDS, MASK, IDS), "each input once"),
+}
+
+
+@pytest.mark.parametrize("what", CALLS)
+def test_what_a_graph_does_not_take(what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    call, message = CALLS[what]
+    with pytest.raises(GraphCallError, match=message):
+        call(graph())
+    assert issubclass(GraphCallError, TypeError)
+    assert capsys.readouterr().err == ""  # torch.fx prints of errors in generated code
+
+
+def test_the_docs_answer_where_the_errors_send() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    section = readme.partition("\n## What it does not do\n")[2].partition("\n## ")[0]
+    assert "[batch, length, vocab]" in section
+    assert "does not generate" in section
+
+
+def test_copies_and_checkpoints_keep_the_class(tmp_path: Path) -> None:
+    expected = graph()(IDS, MASK)
+    fxquant.save(graph(), tmp_path / "saved")
+    copies = {
+        "deepcopy": copy.deepcopy(graph()),
+        "clone": clone_sharing_storage(graph()),
+        "load": fxquant.load(tmp_path / "saved"),
+    }
+    for name, each in copies.items():
+        assert isinstance(each, ScoringGraph), name
+        assert torch.equal(each(IDS, MASK), expected), name
+        with pytest.raises(GraphAttributeError):
+            each.generate  # noqa: B018
+    half = copy.deepcopy(graph()).half()
+    assert isinstance(half, ScoringGraph)
+    assert half(IDS).dtype == torch.float16
+    assert isinstance(fxquant.trace(opt()), ScoringGraph)
+
+
+def test_export_and_compile_see_a_graph_module() -> None:
+    expected = graph()(IDS, MASK)
+    exported = torch.export.export(graph(), (IDS, MASK))
+    assert torch.equal(exported.module()(IDS, MASK), expected)
+    compiled = torch.compile(graph(), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(input_ids=IDS, attention_mask=MASK), expected)
+
+
+def test_the_forward_looks_modules_up_no_longer_than_torch_does() -> None:
+    """Names of modules are found without a call of nn.Module's own look-up."""
+    found = graph()
+    assert type(found).__getattr__ is ScoringGraph.__getattr__
+    assert found.model is found._modules["model"]
