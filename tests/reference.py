@@ -171,6 +171,6 @@ PLAIN = {
 
 def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
     """Signal to quantization noise ratio in dB: 10 log10(sum ref^2 / sum (ref - approx)^2)."""
-    signal = reference.double().square().sum()
-    noise = (reference.double() - approximation.double()).square().sum()
+    signal = reference.detach().double().square().sum()
+    noise = (reference.detach().double() - approximation.double()).square().sum()
     return float(10 * torch.log10(signal / noise))

@@ -860,3 +860,30 @@ def test_integerize_allows_for_the_float_side_under_reduced_precision_settings()
     finally:
         matmul.fp32_precision = before
     assert Integerize().tolerance(torch.float32) == strict
+
+
+@pytest.mark.parametrize(
+    "scheme", ["fp", "fp32-gemm", "w8a8-static+smooth+correct_bias", "w8a8-static+attn8+kv8"]
+)
+def test_a_recipe_that_stops_and_one_that_starts_there_are_the_whole(scheme: str) -> None:
+    data = [token_ids(1, 5)]
+    whole = fxquant.recipe(scheme, calibration=data).passes
+    for level in ("observed", "qdq", "integer"):
+        first = fxquant.recipe(scheme, calibration=data, level=level).passes
+        then = fxquant.recipe(scheme, calibration=data, start=level).passes
+        assert first + then == whole
+    assert fxquant.recipe(scheme, calibration=data, start="float").passes == whole
+
+
+def test_a_calibrated_graph_goes_on_without_calibration_data() -> None:
+    scheme, data = "w8a8-static+correct_bias", [token_ids(2, 9)]
+    observed = fxquant.convert(opt(), scheme, calibration=data, level="observed")
+    resumed = fxquant.recipe(scheme, start="observed").run(observed)
+    whole = fxquant.convert(opt(), scheme, calibration=data)
+    assert torch.equal(resumed(token_ids(1, 6)), whole(token_ids(1, 6)))
+    names = [[record.name for record in info(gm).history] for gm in (resumed, whole)]
+    assert names[0] == names[1]
+    with pytest.raises(SchemeError, match="no pass leads from level qdq back to level observed"):
+        fxquant.recipe(scheme, start="qdq", level="observed")
+    with pytest.raises(SchemeError, match="unknown level 'middle'"):
+        fxquant.recipe(scheme, start="middle")

@@ -114,6 +114,20 @@ def test_converted_and_evaluated_to_the_same_bits(
     assert torch.equal(evaluate(loaded, windows, batch_size=2).losses, one.losses)
 
 
+def test_a_rotated_table_goes_to_the_workspace(tmp_path: Path) -> None:
+    """OPT's positions are looked up by a function: their table is a leaf like any other."""
+    opt().save_pretrained(tmp_path / "model")
+    expected = fxquant.convert(in_memory(tmp_path / "model"), "fp+rotate")
+    graph = trace(stream(tmp_path / "model", dtype=torch.float32))
+    (tmp_path / "work").mkdir()
+    set_workspace(graph, Workspace(tmp_path / "work", smallest=64))
+    rotated = fxquant.convert(graph, "fp+rotate")
+    path = "model.decoder.embed_positions"
+    assert rotated.get_submodule(path)._parameters["weight"].is_meta  # type: ignore[union-attr]
+    with torch.no_grad():
+        assert torch.equal(rotated(**INPUTS), expected(**INPUTS))
+
+
 def test_each_leaf_is_read_once_for_all_batches(stored: Path, reads: Counter[str]) -> None:
     graph = trace(stream(stored, dtype=torch.float32))
     observed = Observe()(NameSites()(graph), Context(Scheme.parse("w8a8-static")))
