@@ -91,9 +91,7 @@ def load_model(
         return _open_streamed(directory, name, torch_dtype, device)
     local = directory.exists() or not hub_is_reachable()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=revision, local_files_only=local
-        )
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, local_files_only=local)
         model, loading = AutoModelForCausalLM.from_pretrained(
             source,
             revision=revision,
