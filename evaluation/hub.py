@@ -6,8 +6,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
-from huggingface_hub import constants
-from huggingface_hub.utils import get_session
+from huggingface_hub import constants, get_session
 
 TIMEOUT = 3.0  # seconds for a connection; a download that has begun may take any time
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -36,9 +37,7 @@ def render(summary: Summary, *, markdown: bool = False) -> str:
     if summary.sites:
         prefix = _common(row.path for row in summary.sites if row.site.role in BLOCK_ROLES)
         cells = [_cells(row, prefix) for row in summary.sites]
-        table = _sites_table(cells, style)
-        if not markdown and max(map(len, table.splitlines())) > WIDTH:
-            table = _sites_table(cells, style, _NARROW)
+        table = _sites_table(cells if markdown else _fitted(cells), style)
         below = f" (below {prefix})" if prefix else ""
         parts += [title.format(f"Sites{below}"), table, _LEGEND]
     if summary.left_in_float:
@@ -50,18 +49,40 @@ def render(summary: Summary, *, markdown: bool = False) -> str:
     return "\n\n".join(parts) if markdown else _spaced(parts)
 
 
-# Columns of the sites table where its cells have to wrap: together WIDTH with the gaps.
-_NARROW = (20, 7, 10, 10, 11, 10, 7, 9)
+_HEADERS = ("site", "shape", "weight", "input", "scale", "range", "clipped", "SQNR")
+# Where a cell may go on in a new line, in the order in which columns give way: never in a number.
+_BREAKS = (("range", " "), ("input", "-"), ("weight", "-"), ("site", ". "), ("site", "._ "))
 
 
-def _sites_table(cells: Sequence[Sequence[str]], style: str, widths: Sequence[int] = ()) -> str:
-    return tabulate(
-        cells,
-        headers=["site", "shape", "weight", "input", "scale", "range", "clipped", "SQNR"],
-        tablefmt=style,
-        disable_numparse=True,
-        maxcolwidths=list(widths) or None,
-    )
+def _sites_table(cells: Sequence[Sequence[str]], style: str) -> str:
+    return tabulate(cells, headers=_HEADERS, tablefmt=style, disable_numparse=True)
+
+
+def _fitted(cells: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The rows with line breaks in names and between words, until the table is at most WIDTH wide
+    or nothing is left to break."""
+    rows = [list(row) for row in cells]
+    for header, breaks in _BREAKS:
+        column = _HEADERS.index(header)
+        widths = [  # tabulate leaves two columns more than a header has
+            max(len(name) + 2, *(len(line) for row in rows for line in row[index].split("\n")))
+            for index, name in enumerate(_HEADERS)
+        ]
+        excess = sum(widths) + 2 * (len(widths) - 1) - WIDTH
+        if excess > 0:
+            for row, cell in zip(rows, cells, strict=True):
+                row[column] = _broken(cell[column], widths[column] - excess, breaks)
+    return rows
+
+
+def _broken(text: str, room: int, breaks: str) -> str:
+    """``text`` in lines of at most ``room`` where that can be, cut behind the ``breaks``."""
+    lines = [""]
+    for piece in re.findall(rf"[^{breaks}]*[{breaks}]|[^{breaks}]+", text):
+        if lines[-1] and len(lines[-1] + piece.rstrip()) > room:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(line.strip() for line in lines)
 
 
 _LEGEND = (

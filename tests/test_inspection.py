@@ -150,6 +150,11 @@ def test_the_summary_fits_a_line_where_its_cells_are_long() -> None:
     for fold in (True, False):
         text = two_layers(mixed).summary(fold=fold)
         assert max(map(len, text.splitlines())) <= 100
+        # No number is cut: each range, scale and shape stands in one line as Markdown has it.
+        cells = two_layers(mixed).summary(fold=fold, markdown=True).partition("SQNR")[2].split("|")
+        numbers = {c.strip().partition(" ")[0] for c in cells if re.match(r" *[-±\d]+[\d.]", c)}
+        assert numbers
+        assert all(number in text for number in numbers)
 
 
 def test_a_grouped_and_a_token_wise_site(golden: Golden) -> None:

@@ -211,7 +211,12 @@ def test_int_gemm_of_operands_that_are_not_contiguous() -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_choose_qparams_shapes(granularity: str, symmetric: bool) -> None:
     scale, zero_point = OPS.choose_qparams(
-        torch.randn(2, 3, 8), granularity, symmetric, -127 - (not symmetric), 127
+        # All positive: the affine zero point is the lowest code, never 0 by chance.
+        torch.rand(2, 3, 8) + 1,
+        granularity,
+        symmetric,
+        -127 - (not symmetric),
+        127,
     )
     shape = () if granularity == "tensor" else (2, 3, 1)
     assert scale.shape == zero_point.shape == shape

@@ -1,0 +1,75 @@
+"""Without a network: one error at once, no raw warnings; what is said while a model loads."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fxquant.cli import main
+from fxquant.evaluation import models
+from fxquant.evaluation.hub import without_legacy_notice
+from tests.models import SMALL_OPT
+
+FAST = logging.getLogger("transformers.models.llama.tokenization_llama_fast")
+
+
+def test_a_hub_name_without_a_network_is_one_line() -> None:
+    options = ["evaluate", "--model", "nobody/nothing", "--schemes", "w8", "--windows", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "fxquant.cli", *options],
+        env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("fxquant: error: cannot load nobody/nothing: ")
+    assert "needs the network or a filled cache" in line
+
+
+def test_a_directory_does_not_ask_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked() -> bool:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(models, "hub_is_reachable", asked)
+    models.load_model(str(SMALL_OPT))
+
+
+def test_only_the_legacy_notice_is_silenced() -> None:
+    notice = "You are using the default legacy behaviour of the <class 'LlamaTokenizerFast'>."
+    heard: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard.append(record.getMessage())
+
+    slow, ear = logging.getLogger("transformers.models.llama.tokenization_llama"), Ear()
+    for logger in (FAST, slow):
+        logger.addHandler(ear)
+    try:
+        with without_legacy_notice():
+            FAST.warning(notice)
+            FAST.warning("something else")
+            slow.warning(notice)
+        FAST.warning(notice)
+    finally:
+        for logger in (FAST, slow):
+            logger.removeHandler(ear)
+    assert heard == ["something else", notice, notice]
+
+
+def test_a_finished_scheme_is_a_line_without_a_terminal(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    short = ["--windows", "1", "--length", "32", "--calibration-windows", "1"]
+    options = ["--model", str(SMALL_OPT), "--schemes", "w8", *short]
+    assert main(["evaluate", *options, "--output", str(tmp_path / "out")]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(": loss ")[0] for line in lines] == ["fp", "w8"]
+    assert all(line.endswith(" s") for line in lines)
