@@ -11,8 +11,7 @@ from fxquant.evaluation.datasets import NAMED, tokenizer_note
 from fxquant.evaluation.job import Job, Outcome, run
 from fxquant.evaluation.models import DTYPES
 from fxquant.evaluation.tables import format_table, sentences
-
-INTERRUPTED = 130
+from fxquant.signals import INTERRUPTED
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

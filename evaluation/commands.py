@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fxquant.evaluation.arguments import INTERRUPTED, add_cache_argument, window_count
+from fxquant.evaluation.arguments import add_cache_argument, window_count
 from fxquant.evaluation.comparison import check_format, format_results
 from fxquant.evaluation.journal import read_journal
 from fxquant.evaluation.models import DTYPES
@@ -13,6 +13,7 @@ from fxquant.evaluation.presets import PRESETS, reproduce
 from fxquant.evaluation.result_notes import tokenizer_notes
 from fxquant.evaluation.sweep import SweepOutcome, run_sweep
 from fxquant.evaluation.sweep_file import read_sweep
+from fxquant.signals import INTERRUPTED
 
 JOURNAL = "results.jsonl"
 SOME_FAILED = 1

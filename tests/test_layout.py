@@ -17,7 +17,7 @@ import fxquant
 ROOT = Path(__file__).parent.parent
 # Each row may import the rows above it and its own members.
 ORDER: tuple[tuple[str, ...], ...] = (
-    ("errors",),
+    ("errors", "signals"),
     ("quantization",),
     ("records", "dataclass_json", "tensor_file", "manifest"),
     (

@@ -91,8 +91,7 @@ def restricted(scheme: Scheme, pattern: str | None, graph: GraphModule) -> Schem
     """
     if pattern is None:
         return scheme
-    makers = tuple(repair for repair in scheme.repairs if REPAIRS[repair[0]].makes_sites)
-    named = info(convert(graph, replace(scheme, repairs=makers), level="float")).sites
+    named = info(named_graph(graph, scheme)).sites
     covered = [site for site in named if fnmatch.fnmatchcase(site.path, pattern)]
     specs = tuple((site.path, simulated_spec(scheme, site)) for site in covered)
     kept = tuple((path, spec) for path, spec in specs if spec != FLOAT)
@@ -104,6 +103,18 @@ def restricted(scheme: Scheme, pattern: str | None, graph: GraphModule) -> Schem
     return replace(scheme, spec=FLOAT, overrides=kept)
 
 
+def check_quantizes(scheme: Scheme) -> None:
+    """Raise SchemeError for a scheme that quantizes nothing."""
+    if scheme.fp32_gemm or not any(spec.weight for spec in scheme.specs):
+        raise SchemeError(f"scheme {scheme} quantizes nothing: there is no error to explain")
+
+
+def named_graph(graph: GraphModule, scheme: Scheme) -> GraphModule:
+    """The float graph with the scheme's sites named, products of activations too."""
+    makers = tuple(repair for repair in scheme.repairs if REPAIRS[repair[0]].makes_sites)
+    return convert(graph, replace(scheme, repairs=makers), level="float")
+
+
 def observed_graph(
     graph: GraphModule,
     scheme: Scheme,
@@ -111,8 +122,6 @@ def observed_graph(
     progress: bool,
 ) -> GraphModule:
     """The float graph with the scheme's repairs applied and its observers calibrated."""
-    if scheme.fp32_gemm or not any(spec.weight for spec in scheme.specs):
-        raise SchemeError(f"scheme {scheme} quantizes nothing: there is no error to explain")
     observed = convert(graph, scheme, calibration=calibration, level="observed", progress=progress)
     late = tuple(
         repair
