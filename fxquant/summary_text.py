@@ -9,6 +9,7 @@ from itertools import takewhile
 
 from tabulate import tabulate
 
+from fxquant.folding import fold
 from fxquant.records import PassRecord, SiteRecord
 from fxquant.schemes import Scheme
 from fxquant.size import Bytes
@@ -17,10 +18,14 @@ from fxquant.summary import SiteRow, Summary, span
 
 WIDTH = 100
 BLOCK_ROLES = ("linear", "matmul")
+_BITS = "stored in the blocks' linears: codes, scales and zero points, no biases"
 
 
-def render(summary: Summary, *, markdown: bool = False) -> str:
-    """Header, history, sites, what was left in float, notes."""
+def render(summary: Summary, *, markdown: bool = False, folded: bool = True) -> str:
+    """Header, history, sites, what was left in float, notes.
+
+    ``folded``: one line for what is said of many sites alike.
+    """
     style = "github" if markdown else "simple"
     title = "## {}" if markdown else "{}"
     parts = [_header(summary)]
@@ -38,26 +43,47 @@ def render(summary: Summary, *, markdown: bool = False) -> str:
         cells = [_cells(row, prefix) for row in summary.sites]
         table = _sites_table(cells, style)
         if not markdown and max(map(len, table.splitlines())) > WIDTH:
-            table = _sites_table(cells, style, _NARROW)
+            table = _sites_table(cells, style, _narrow(cells))
         below = f" (below {prefix})" if prefix else ""
         parts += [title.format(f"Sites{below}"), table, _LEGEND]
     if summary.left_in_float:
-        lines = [f"- {entry.path}: {entry.reason}" for entry in summary.left_in_float]
+        lines = _remarks(((e.path, e.reason) for e in summary.left_in_float), folded)
         parts += [title.format("Left in float"), _wrapped(lines)]
     if summary.notes:
-        lines = [f"- {note.origin}: {note.site}: {note.text}" for note in summary.notes]
+        origins = dict.fromkeys(note.origin for note in summary.notes)
+        lines = [
+            f"{origin}: {line}"
+            for origin in origins
+            for line in _remarks(
+                ((n.site, n.text) for n in summary.notes if n.origin == origin), folded
+            )
+        ]
         parts += [title.format("Notes"), _wrapped(lines)]
     return "\n\n".join(parts) if markdown else _spaced(parts)
 
 
 # Columns of the sites table where its cells have to wrap: together WIDTH with the gaps.
 _NARROW = (20, 7, 10, 10, 11, 10, 7, 9)
+_SHAPE = 1
+
+
+def _narrow(cells: Sequence[Sequence[str]]) -> tuple[int, ...]:
+    """Those widths, but for a shape, which stays whole: the site's name makes room for it."""
+    site, shape, *rest = _NARROW
+    longest = max(shape, *(len(row[_SHAPE]) for row in cells))
+    return (site - (longest - shape), longest, *rest)
+
+
+def _remarks(entries: Iterable[tuple[str, str]], folded: bool) -> list[str]:
+    return (
+        [str(r) for r in fold(entries)] if folded else [f"{site}: {text}" for site, text in entries]
+    )
 
 
 def _sites_table(cells: Sequence[Sequence[str]], style: str, widths: Sequence[int] = ()) -> str:
     return tabulate(
         cells,
-        headers=["site", "shape", "weight", "input", "scale", "range", "clipped", "SQNR"],
+        headers=["site", "shape", "weight", "input", "scale", "range", "outside", "SQNR"],
         tablefmt=style,
         disable_numparse=True,
         maxcolwidths=list(widths) or None,
@@ -66,7 +92,7 @@ def _sites_table(cells: Sequence[Sequence[str]], style: str, widths: Sequence[in
 
 _LEGEND = (
     "scale: of the input where its range is static, in float units a code. range: of the\n"
-    "calibrated input, with its estimator. clipped: share of the calibration's elements outside\n"
+    "calibrated input, with its estimator. outside: share of the calibration's elements outside\n"
     "it. SQNR: of the weight's codes, in dB. a–b: smallest and largest of the blocks."
 )
 
@@ -81,7 +107,7 @@ def _spaced(parts: Sequence[str]) -> str:
 
 
 def _wrapped(lines: Sequence[str]) -> str:
-    return "\n".join(textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in lines)
+    return "\n".join(textwrap.fill(f"- {line}", WIDTH, subsequent_indent="  ") for line in lines)
 
 
 def _header(summary: Summary) -> str:
@@ -95,7 +121,10 @@ def _header(summary: Summary) -> str:
         ("parameters", f"{summary.parameters:,}"),
         ("bytes before", _bytes(summary.bytes_before)),
         ("bytes after", f"{_bytes(summary.bytes_after)}{saved}"),
-        ("bits per weight", "-" if bits != bits else f"{bits:.2f} in the blocks' linears"),
+        (
+            "bits per weight",
+            "-" if bits != bits else f"{bits:.2f} {_BITS}",
+        ),
     ]
     return "\n".join(
         textwrap.fill(f"{name:<17}{value}", WIDTH, subsequent_indent=" " * 17)

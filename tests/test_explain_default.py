@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fxquant.analysis import explain, progress, worst_first
+from fxquant.analysis import explain, worst_first
 from fxquant.analysis.explanation import DEFAULT_METHODS, FULL_METHODS
 from fxquant.analysis.inputs import named_graph
 from fxquant.analysis.prediction import planned_sites, predict
@@ -114,8 +114,7 @@ def test_without_calibration_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("name", ["opt", "llama"])
 def test_the_predicted_cost_holds(name: str, scheme: str) -> None:
     """Every step is named; none costs more than was said, and most of it is spent."""
-    methods = ("in_order:worst", "in_order:kinds", "causes", "causes:kinds", "alone", "path")
-    methods += ("first_order", "rescue:blocks")
+    methods = (*DEFAULT_METHODS, "causes:kinds", "alone", "path", "first_order", "rescue:blocks")
     found = tiny(name, scheme, methods=methods, worst=2)
     named = named_graph(traced(name)[1], Scheme.parse(scheme))
     steps = {
@@ -152,7 +151,7 @@ def test_plain_lines_come_seldom_and_say_what_is_left(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 100.0
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    monkeypatch.setattr("fxquant.analysis.progress.time.monotonic", lambda: now)
     shown = Progress(True, {"one": 30.0, "two": 10.0})
     for _ in shown.over(range(30), "one", 30):
         now += 2  # twice as slow as expected

@@ -48,7 +48,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("channels",),
     ("absorption",),
     ("rescaling",),
-    ("shapes", "formulas", "printer", "suggest", "history", "summary", "summary_text"),
+    ("shapes", "formulas", "printer", "suggest", "history", "folding", "summary", "summary_text"),
     ("site_view", "dot", "inspection"),
     ("tracing", "streaming"),
     ("passes",),
