@@ -157,8 +157,8 @@ def _holds(claim: bool) -> str:
 
 
 _CLIPPED = (
-    "Clipped: the share of a site's input elements, on these windows, beyond its range by more than "
-    "half a step."
+    "Clipped: the share of a site's input elements, on these windows, beyond its range by more "
+    "than half a step."
 )
 
 

@@ -151,7 +151,7 @@ def _calibration(windows: Windows) -> Batches | None:
 
 def _interrupted(options: argparse.Namespace, stop: KeyboardInterrupt) -> int:
     """Say what is kept."""
-    finished = ", ".join(getattr(stop, "__notes__", ())) or "nothing was finished"
+    finished = ", ".join(getattr(stop, "__notes__", ())) or "nothing new was finished"
     if options.output is None:
         text = f"{finished}, and nothing is kept: --output DIR keeps finished losses"
     else:

@@ -18,7 +18,7 @@ import pytest
 from fxquant.analysis import explain, worst_first
 from fxquant.analysis.explanation import DEFAULT_METHODS, FULL_METHODS
 from fxquant.analysis.inputs import named_graph
-from fxquant.analysis.prediction import planned_sites, predict
+from fxquant.analysis.prediction import expected, planned_sites, predict
 from fxquant.analysis.progress import Progress, clock
 from fxquant.analysis.results import is_ranked
 from fxquant.cli import main
@@ -144,6 +144,15 @@ def test_the_cost_is_said_before_the_start(capsys: pytest.CaptureFixture[str]) -
     assert ", and what gptq takes" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("scheme", "calibrates"), [("w8a8-static", True), ("w8a8-dynamic", False)])
+def test_only_what_calibrates_is_predicted_to(scheme: str, calibrates: bool) -> None:
+    batches = [{"input_ids": token_ids(3, 20)}]
+    steps = expected(traced("opt")[1], Scheme.parse(scheme), ("alone",), 1, 40, batches)
+    found = {step.name: step.forwards for step in steps}
+    assert found.get("calibration", 0.0) == (1.5 if calibrates else 0.0)
+    assert found["other choices"] > 1.5
+
+
 # Progress -----------------------------------------------------------------------------------------
 
 
@@ -239,6 +248,33 @@ def test_an_interruption_without_output_keeps_nothing(
     assert main([*COMMAND]) == 143
     assert "interrupted by SIGTERM before the first result" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_an_interrupted_plan_says_what_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan's losses are kept too, and the same command does not measure them again."""
+    short = ["--windows", "1", "--length", "32", "--calibration-windows", "0", "--budget", "0.05"]
+    command = ["plan", "--model", str(SMALL_OPT), *short, "--choices", "w8", "fp"]
+    command += ["--output", str(tmp_path)]
+
+    def stop(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fxquant.analysis.planning.climbs", stop)
+        assert main(command) == 143
+    (kept,) = tmp_path.glob("losses-*.jsonl")
+    before = kept.read_text()
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == (
+        f"fxquant: interrupted by SIGTERM: {len(before.splitlines())} finished losses; the same "
+        f"command goes on from {tmp_path}"
+    )
+    assert main(command) == 0
+    assert kept.read_text().startswith(before)
+    assert kept.read_text().count('"name": "alone') == before.count('"name": "alone')
 
 
 def test_signals_are_left_alone_in_other_threads() -> None:

@@ -82,7 +82,9 @@ def expected(
     """The steps of explaining ``scheme`` on a traced graph; ``tokens``: of all windows."""
     named = named_graph(graph, scheme)
     calibration = sum(batch["input_ids"].numel() for batch in batches or ()) / tokens
-    return predict(named, planned_sites(named, scheme), methods, worst, calibration)
+    steps = predict(named, planned_sites(named, scheme), methods, worst, calibration)
+    # Dynamic ranges are not calibrated; other choices read the batches all the same.
+    return [s for s in steps if s.name != "calibration" or scheme.needs_calibration]
 
 
 def predict(
