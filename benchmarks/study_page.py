@@ -156,6 +156,12 @@ def _holds(claim: bool) -> str:
     return "holds" if claim else "does not hold"
 
 
+_CLIPPED = (
+    "Clipped: the share of a site's input elements, on these windows, beyond its range by more "
+    "than half a step."
+)
+
+
 def _cause_table(subject: Data) -> str:
     rows = []
     for scheme, found in subject["schemes"].items():
@@ -172,7 +178,7 @@ def _cause_table(subject: Data) -> str:
             ]
         )
     headers = ["scheme", "Δloss", *CAUSES, "clipped, mean of sites", "best range leaves"]
-    return _table(rows, [*headers, "path residual"])
+    return f"{_table(rows, [*headers, 'path residual'])}\n\n{_CLIPPED}"
 
 
 def effect(found: Data, site: Data) -> float:

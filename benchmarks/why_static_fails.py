@@ -39,8 +39,9 @@ DATA = ROOT / "benchmarks" / "why_static_fails.json"
 PAGE = ROOT / "docs" / "why_static_fails.md"
 KEPT = ROOT / "results" / "why_static_fails"
 SMALL = ROOT / "tests" / "small_opt" / "model"
-ALL = (*EFFECTS, "causes", "path", "first_order")
-SHORT = ("alone", "causes", "path", "first_order")
+CAUSES = ("causes", "causes:kinds")
+ALL = (*EFFECTS, *CAUSES, "path", "first_order")
+SHORT = ("alone", *CAUSES, "path", "first_order")
 KEEP_DETAILS = 12  # sites whose channels and tokens are kept
 ESTIMATORS = {
     "p99": Estimator("percentile", 99),
@@ -91,7 +92,7 @@ SUBJECTS = (
         calibration=16,
         # All exact effects once; elsewhere the one that a chaotic regime leaves clean.
         schemes={
-            "w8": ("causes", "path"),
+            "w8": (*CAUSES, "path"),
             "w8a8-dynamic": ALL,
             "w8a8-static:absmax": SHORT,
             "w8a8-static:p99.99": SHORT,
@@ -165,6 +166,7 @@ def _explained(
         calibration=calibration.split(1),
         data=data,
         methods=methods,
+        worst=3,
         tokenizer=tokenizer,
         output=KEPT,
     )

@@ -10,9 +10,8 @@ from fxquant.distributed import is_main, session
 from fxquant.evaluation.datasets import NAMED, tokenizer_note
 from fxquant.evaluation.job import Job, Outcome, run
 from fxquant.evaluation.models import DTYPES
-from fxquant.evaluation.tables import format_table, sentences
-
-INTERRUPTED = 130
+from fxquant.evaluation.tables import LEGEND, format_table, sentences
+from fxquant.signals import INTERRUPTED
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,7 +99,7 @@ def evaluate_command(options: argparse.Namespace) -> int:
 def _print(job: Job, outcome: Outcome) -> int:
     if outcome.rows:
         print(format_table(outcome.rows))
-        print(f"\n{outcome.provenance.line()}")
+        print(f"\n{LEGEND}\n\n{outcome.provenance.line()}")
         if job.output is not None:
             print(f"written to {job.output}")
     if not outcome.complete:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fxquant.evaluation.arguments import INTERRUPTED, add_cache_argument, window_count
+from fxquant.evaluation.arguments import add_cache_argument, window_count
 from fxquant.evaluation.comparison import check_format, format_results
 from fxquant.evaluation.journal import read_journal
 from fxquant.evaluation.models import DTYPES
@@ -13,6 +13,8 @@ from fxquant.evaluation.presets import PRESETS, reproduce
 from fxquant.evaluation.result_notes import tokenizer_notes
 from fxquant.evaluation.sweep import SweepOutcome, run_sweep
 from fxquant.evaluation.sweep_file import read_sweep
+from fxquant.evaluation.tables import LEGEND
+from fxquant.signals import INTERRUPTED
 
 JOURNAL = "results.jsonl"
 SOME_FAILED = 1
@@ -38,7 +40,7 @@ def sweep_command(options: argparse.Namespace) -> int:
         outcome = run_sweep(sweep, path, retry_failed=options.retry_failed)
     except KeyboardInterrupt:
         return _interrupted(path)
-    print(f"\n{format_results(outcome.results)}")
+    print(f"\n{format_results(outcome.results)}\n\n{LEGEND}")
     for note in tokenizer_notes(outcome.results):
         print(f"\n{note}")
     return _finish(outcome, path)
@@ -69,7 +71,7 @@ def table_command(options: argparse.Namespace) -> int:
     read = [result for path in options.results for result in read_journal(path)]
     results = {result.fingerprint: result for result in read}.values()
     print(format_results(results, options.format))
-    for note in tokenizer_notes(results) if options.format != "csv" else []:
+    for note in [LEGEND, *tokenizer_notes(results)] if options.format != "csv" else []:
         print(f"\n{note}")
     return 0
 

@@ -24,7 +24,7 @@ from fxquant.evaluation.models import LoadedModel, check_device, load_model, res
 from fxquant.evaluation.progress import say_finished
 from fxquant.evaluation.provenance import Provenance, architecture
 from fxquant.evaluation.results import Row, prepare_folder, write_results
-from fxquant.evaluation.tables import format_table
+from fxquant.evaluation.tables import LEGEND, format_table
 from fxquant.graph import Level, float_dtype, info, set_workspace
 from fxquant.manifest import is_checkpoint
 from fxquant.repairs import can_resume
@@ -198,7 +198,8 @@ def _rows(
 
     def keep(complete: bool) -> None:
         if job.output is not None:
-            write_results(job.output, rows, provenance, format_table(rows), complete=complete)
+            table = f"{format_table(rows)}\n\n{LEGEND}"
+            write_results(job.output, rows, provenance, table, complete=complete)
 
     keep(complete=False)  # an older run's results must not pass for this one's
     try:

@@ -115,6 +115,7 @@ def load_model(
             f"{name} lacks weights of a causal LM, which would stay random: "
             f"{', '.join(sorted(loading['missing_keys'])[:4])}"
         )
+    model.config._name_or_path = name  # not the cache's folder
     found = weights_hash(directory) if directory.is_dir() else model.config._commit_hash
     return LoadedModel(model.to(device).eval(), tokenizer, name, str(found), model.config)
 
@@ -145,6 +146,7 @@ def _open_streamed(
     model = stream(
         directory, dtype=dtype if isinstance(dtype, torch.dtype) else None, device=device
     )
+    model.config._name_or_path = name
     return LoadedModel(model, tokenizer, name, weights_hash(directory), config)
 
 

@@ -13,6 +13,12 @@ from fxquant.schemes import Scheme, brief
 
 HEADERS = ("scheme", "loss", "ppl", "Δloss ± s.e.", "bits/weight", "clipped", "seconds")
 
+LEGEND = (
+    "bits/weight: stored bits of the blocks' linears (codes, scales, zero points; no biases) over "
+    "their weights. clipped: share of the quantized activation elements of the evaluated text "
+    "that lay beyond their range."
+)
+
 
 def format_table(rows: Sequence[Row], style: str = "github") -> str:
     """The rows as text; ``style`` is one of tabulate's."""

@@ -11,11 +11,10 @@ from pathlib import Path
 
 from torch.fx import GraphModule
 
-from fxquant.analysis.explanation import DEFAULT_METHODS, METHODS, explain
+from fxquant.analysis.explanation import DEFAULT_METHODS, FULL_METHODS, METHODS, explain
 from fxquant.analysis.planning import DEFAULT_CHOICES, make_plan
 from fxquant.batches import Batches
 from fxquant.evaluation.arguments import (
-    INTERRUPTED,
     add_model_arguments,
     add_text_arguments,
     job_of,
@@ -24,6 +23,7 @@ from fxquant.evaluation.data import Windows
 from fxquant.evaluation.job import check_job, cut, make_provenance, open_sources
 from fxquant.evaluation.models import LoadedModel, load_model
 from fxquant.evaluation.provenance import Provenance
+from fxquant.signals import INTERRUPTED, signal_name
 from fxquant.tracing import trace
 
 EXPLANATION, REPORT, PLAN, SCHEME = "explanation.json", "report.md", "plan.json", "scheme.json"
@@ -40,20 +40,25 @@ class Material:
 
 
 def add_explain_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_common(parser)
+    _add_common(parser, windows=1)
     parser.add_argument(
         "--scheme", required=True, help="such as w8a8-static, or FILE.json: docs/schemes.md"
     )
-    parser.add_argument(
+    methods = parser.add_mutually_exclusive_group()
+    methods.add_argument(
         "--methods", nargs="+", default=list(DEFAULT_METHODS), choices=METHODS, metavar="METHOD",
         help=f"of {', '.join(METHODS)} (default: {' '.join(DEFAULT_METHODS)})",
+    )  # fmt: skip
+    methods.add_argument(
+        "--full", dest="methods", action="store_const", const=list(FULL_METHODS),
+        help=f"the full study, several times as long: {' '.join(FULL_METHODS)}",
     )  # fmt: skip
     parser.add_argument("--sites", help="a glob: quantize only the sites that it covers")
     parser.add_argument("--worst", type=int, default=3, help="sites to try other choices at (3)")
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_common(parser)
+    _add_common(parser, windows=2)
     parser.add_argument(
         "--budget", type=float, required=True, help="largest loss difference, nats a token"
     )
@@ -63,10 +68,10 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cost", default="bits", help="bits (of both operands) or storage")
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def _add_common(parser: argparse.ArgumentParser, windows: int) -> None:
     add_model_arguments(parser)
     add_text_arguments(parser, length=256)
-    parser.add_argument("--windows", type=int, default=2, help="to measure on (2)")
+    parser.add_argument("--windows", type=int, default=windows, help=f"to measure on ({windows})")
     parser.add_argument(
         "--output", type=Path, help="folder for results; a run that was interrupted goes on there"
     )
@@ -83,12 +88,13 @@ def explain_command(options: argparse.Namespace) -> int:
             data=material.windows.evaluation,
             methods=options.methods,
             sites=options.sites,
+            progress=True,
             worst=options.worst,
             tokenizer=material.loaded.tokenizer,
             output=options.output,
         )
-    except KeyboardInterrupt:
-        return _interrupted(options)
+    except KeyboardInterrupt as stop:
+        return _interrupted(options, stop)
     found = replace(found, model=material.loaded.name)  # not the directory it was loaded from
     provenance = material.provenance
     print(f"{found}\n\n{provenance.line()}")
@@ -114,8 +120,8 @@ def plan_command(options: argparse.Namespace) -> int:
             cost=options.cost,
             output=options.output,
         )
-    except KeyboardInterrupt:
-        return _interrupted(options)
+    except KeyboardInterrupt as stop:
+        return _interrupted(options, stop)
     provenance = material.provenance
     print(f"{found}\n\n{provenance.line()}")
     if options.output is None:
@@ -145,9 +151,14 @@ def _calibration(windows: Windows) -> Batches | None:
     return windows.calibration.split(1) if len(windows.calibration) else None
 
 
-def _interrupted(options: argparse.Namespace) -> int:
-    kept = "" if options.output is None else f"; the same command goes on from {options.output}"
-    print(f"fxquant: interrupted{kept}", file=sys.stderr)
+def _interrupted(options: argparse.Namespace, stop: KeyboardInterrupt) -> int:
+    """Say what is kept."""
+    finished = ", ".join(getattr(stop, "__notes__", ())) or "nothing new was finished"
+    if options.output is None:
+        text = f"{finished}, and nothing is kept: --output DIR keeps finished losses"
+    else:
+        text = f"{finished}; the same command goes on from {options.output}"
+    print(f"fxquant: interrupted by {signal_name(stop)}: {text}", file=sys.stderr)
     return INTERRUPTED
 
 

@@ -13,8 +13,9 @@ from fxquant import convert_command, inspect_command
 from fxquant.errors import FxquantError
 from fxquant.evaluation import commands as sweeps
 from fxquant.evaluation import to_safetensors
-from fxquant.evaluation.arguments import INTERRUPTED, add_arguments, evaluate_command
+from fxquant.evaluation.arguments import add_arguments, evaluate_command
 from fxquant.evaluation.report import command as report
+from fxquant.signals import INTERRUPTED, signal_name, terminable
 
 FAILED = 2
 
@@ -94,7 +95,10 @@ COMMANDS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; errors of fxquant become one message on stderr and exit code 2."""
+    """Run a command; errors of fxquant become one message on stderr and exit code 2.
+
+    An interruption ends with 130, SIGTERM, which is one too, with 143.
+    """
     parser = argparse.ArgumentParser(prog="fxquant", description="Quantize, look, measure.")
     commands = parser.add_subparsers(dest="command_name", required=True, metavar="COMMAND")
     for command in COMMANDS:
@@ -104,10 +108,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = parser.parse_args(arguments)
     options.command = shlex.join([parser.prog, *arguments])
+    with terminable() as received:
+        return received.status(_run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         return int(options.run(options))
-    except KeyboardInterrupt:
-        print("fxquant: interrupted before the first result", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        name = signal_name(stop)
+        print(f"fxquant: interrupted by {name} before the first result", file=sys.stderr)
         return INTERRUPTED
     except FxquantError as error:
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))

@@ -50,8 +50,8 @@ class Inspection:
         return self.summary()
 
     def summary(self, *, fold: bool = True, markdown: bool = False) -> str:
-        """Header, history, sites, what was left in float; ``fold=False`` lists every site."""
-        return render(summarize(self._gm, fold=fold), markdown=markdown)
+        """Header, history, sites, left in float, notes; ``fold=False`` lists every site."""
+        return render(summarize(self._gm, fold=fold), markdown=markdown, folded=fold)
 
     def layer(self, index: int) -> str:
         """Decoder block ``index`` as a listing in the order of evaluation.

@@ -102,7 +102,7 @@ class SiteRecord:
         estimator: how the range was found: ``p99.9``, ``absmax``, ``mse``, ``entropy``.
         low, high: the estimated range of the input.
         seen_low, seen_high: the calibration's exact extremes.
-        clipped: share of the calibration's elements outside [low, high], 0..1.
+        clipped: share of the calibration's elements outside [low, high], 0..1; printed "outside".
         histogram: the calibration's elements in equal bins from seen_low to seen_high.
         operand: "left" or "right" in a product of two activations, else "".
     """

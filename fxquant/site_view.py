@@ -91,7 +91,7 @@ def _static_range(record: SiteRecord) -> str:
     return (
         f"{record.operand or 'input'}: scale {record.scale:.6g}, zero point {record.zero_point}, "
         f"range {record.low:.4g}..{record.high:.4g} by {record.estimator}; calibration saw "
-        f"{record.seen_low:.4g}..{record.seen_high:.4g}, {record.clipped:.3%} clipped"
+        f"{record.seen_low:.4g}..{record.seen_high:.4g}, {record.clipped:.3%} outside"
     )
 
 
@@ -110,7 +110,7 @@ def _activation(record: SiteRecord) -> str:
         outside = end <= record.low or start >= record.high
         lines.append(_bar(f"{start:10.3g}", count, max(counts), "x" if outside else "#"))
     head = f"{record.operand or 'input'} in calibration "
-    head += "(bars logarithmic; # inside the range, x clipped)"
+    head += "(bars logarithmic; # inside the range, x outside)"
     return "\n".join([head, *lines])
 
 

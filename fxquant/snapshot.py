@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from fxquant.graph import tag
 from fxquant.records import Delta, NodeText, Tag
+from fxquant.size import short_dtype
 
 
 def describe(gm: GraphModule) -> list[NodeText]:
@@ -181,5 +182,5 @@ def _operand(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
+        return short_dtype(value)
     return repr(value) if isinstance(value, str) else str(value)

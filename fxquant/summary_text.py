@@ -10,6 +10,7 @@ from itertools import takewhile
 
 from tabulate import tabulate
 
+from fxquant.folding import fold
 from fxquant.records import PassRecord, SiteRecord
 from fxquant.schemes import Scheme
 from fxquant.size import Bytes
@@ -18,10 +19,14 @@ from fxquant.summary import SiteRow, Summary, span
 
 WIDTH = 100
 BLOCK_ROLES = ("linear", "matmul")
+_BITS = "stored in the blocks' linears: codes, scales and zero points, no biases"
 
 
-def render(summary: Summary, *, markdown: bool = False) -> str:
-    """Header, history, sites, what was left in float, notes."""
+def render(summary: Summary, *, markdown: bool = False, folded: bool = True) -> str:
+    """Header, history, sites, what was left in float, notes.
+
+    ``folded``: one line for what is said of many sites alike.
+    """
     style = "github" if markdown else "simple"
     title = "## {}" if markdown else "{}"
     parts = [_header(summary)]
@@ -41,15 +46,22 @@ def render(summary: Summary, *, markdown: bool = False) -> str:
         below = f" (below {prefix})" if prefix else ""
         parts += [title.format(f"Sites{below}"), table, _LEGEND]
     if summary.left_in_float:
-        lines = [f"- {entry.path}: {entry.reason}" for entry in summary.left_in_float]
+        lines = _remarks(((e.path, e.reason) for e in summary.left_in_float), folded)
         parts += [title.format("Left in float"), _wrapped(lines)]
     if summary.notes:
-        lines = [f"- {note.origin}: {note.site}: {note.text}" for note in summary.notes]
+        origins = dict.fromkeys(note.origin for note in summary.notes)
+        lines = [
+            f"{origin}: {line}"
+            for origin in origins
+            for line in _remarks(
+                ((n.site, n.text) for n in summary.notes if n.origin == origin), folded
+            )
+        ]
         parts += [title.format("Notes"), _wrapped(lines)]
     return "\n\n".join(parts) if markdown else _spaced(parts)
 
 
-_HEADERS = ("site", "shape", "weight", "input", "scale", "range", "clipped", "SQNR")
+_HEADERS = ("site", "shape", "weight", "input", "scale", "range", "outside", "SQNR")
 # Where a cell may go on in a new line, in the order in which columns give way: never in a number.
 _BREAKS = (("range", " "), ("input", "-"), ("weight", "-"), ("site", ". "), ("site", "._ "))
 
@@ -85,9 +97,15 @@ def _broken(text: str, room: int, breaks: str) -> str:
     return "\n".join(line.strip() for line in lines)
 
 
+def _remarks(entries: Iterable[tuple[str, str]], folded: bool) -> list[str]:
+    return (
+        [str(r) for r in fold(entries)] if folded else [f"{site}: {text}" for site, text in entries]
+    )
+
+
 _LEGEND = (
     "scale: of the input where its range is static, in float units a code. range: of the\n"
-    "calibrated input, with its estimator. clipped: share of the calibration's elements outside\n"
+    "calibrated input, with its estimator. outside: share of the calibration's elements outside\n"
     "it. SQNR: of the weight's codes, in dB. a–b: smallest and largest of the blocks."
 )
 
@@ -102,7 +120,7 @@ def _spaced(parts: Sequence[str]) -> str:
 
 
 def _wrapped(lines: Sequence[str]) -> str:
-    return "\n".join(textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in lines)
+    return "\n".join(textwrap.fill(f"- {line}", WIDTH, subsequent_indent="  ") for line in lines)
 
 
 def _header(summary: Summary) -> str:
@@ -116,7 +134,10 @@ def _header(summary: Summary) -> str:
         ("parameters", f"{summary.parameters:,}"),
         ("bytes before", _bytes(summary.bytes_before)),
         ("bytes after", f"{_bytes(summary.bytes_after)}{saved}"),
-        ("bits per weight", "-" if bits != bits else f"{bits:.2f} in the blocks' linears"),
+        (
+            "bits per weight",
+            "-" if bits != bits else f"{bits:.2f} {_BITS}",
+        ),
     ]
     return "\n".join(
         textwrap.fill(f"{name:<17}{value}", WIDTH, subsequent_indent=" " * 17)

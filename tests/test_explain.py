@@ -336,7 +336,7 @@ def test_clipping_and_a_bad_weight_scale_are_told_apart(fault: str) -> None:
 
 def test_report_and_plain_data() -> None:
     model, tokenizer = small_opt()
-    found = explain_small(model, "w8a8-static:p99", tokenizer=tokenizer)
+    found = explain_small(model, "w8a8-static:p99", tokenizer=tokenizer, methods="full")
     text = str(found)
     for part in (
         "Causes",
@@ -401,7 +401,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     unknown = tiny("opt", "w4", methods=("rescue", "causes"), output=tmp_path)
     assert unknown.costs["rescue"].partial
     assert unknown.to_dict()["costs"]["rescue"]["partial"]
-    assert "resumed, only what was run again is counted: rescue, causes" in str(unknown)
+    assert "resumed, only what was run again is counted: rescue, other choices" in str(unknown)
     # Another scheme is another fingerprint: nothing of it is reused.
     other = tiny("opt", "w3", methods=("rescue",), output=tmp_path)
     assert len(list(tmp_path.glob("losses-*.jsonl"))) == 2

@@ -17,7 +17,7 @@ import fxquant
 ROOT = Path(__file__).parent.parent
 # Each row may import the rows above it and its own members.
 ORDER: tuple[tuple[str, ...], ...] = (
-    ("errors",),
+    ("errors", "signals"),
     ("formats",),
     ("quantization",),
     ("records", "dataclass_json", "tensor_file", "manifest", "saved_names"),
@@ -59,7 +59,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("channels",),
     ("absorption",),
     ("rescaling",),
-    ("shapes", "formulas", "printer", "suggest", "history", "summary", "summary_text"),
+    ("shapes", "formulas", "printer", "suggest", "history", "folding", "summary", "summary_text"),
     ("site_view", "dot", "inspection"),
     ("tracing", "streaming"),
     ("passes",),

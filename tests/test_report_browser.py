@@ -266,7 +266,7 @@ def test_histogram_draws_the_range_and_what_it_clips(page: Page, folder: Path) -
     ]
     assert drawn == pytest.approx(expected, abs=1)
     assert len(page.query_selector_all(f"{chart} .clipped rect")) == 2
-    assert f"{site['clipped']:.4%} clipped" in page.inner_text("#activations .readout")
+    assert f"{site['clipped']:.4%} outside" in page.inner_text("#activations .readout")
     page.click(".bins summary")
     assert len(page.query_selector_all(".bins tbody tr")) == len(site["histogram"])
     last = page.inner_text(".bins tbody tr:last-child").split()

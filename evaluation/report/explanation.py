@@ -20,7 +20,8 @@ from fxquant.evaluation.report.tables import (
 
 CAUSES = ("weights", "clipping", "rounding")
 # The order of a site's figures; what is not named here follows.
-EFFECTS = ("in_order", "rescue", "alone", "first_order", "path", "causes")
+MEASURED = ("in_order", "rescue", "alone", "first_order")  # may be there for some sites only
+EFFECTS = (*MEASURED, "path", "causes")
 LISTS = {"worst_channels": "Channels", "worst_tokens": "Tokens"}
 NOTES = {
     "counterfactuals": "What Δloss would be with another choice at a site, each measured.",
@@ -84,6 +85,7 @@ def read_explanation(file: Fields) -> Explanation:
     sites = list(file.children("sites"))
     cells = tuple(_cell(site) for site in sites)
     keys = dict.fromkeys(key for cell in cells for key in cell.figures)
+    keys = dict.fromkeys((*(key for key in MEASURED if key in keys), *keys))
     return Explanation(
         title=_title(file),
         origin=file.file.name,
@@ -120,8 +122,10 @@ def _cell(site: Fields) -> Cell:
 def _ordered(site: Mapping[str, Any]) -> dict[str, Any]:
     """What names the site, then its effects on the loss, then the rest; ``path`` with its sum."""
     first = ("site", "kind", "block", "cause", *EFFECTS)
-    keys = [*(key for key in first if key in site), *(key for key in site if key not in first)]
-    ordered = {key: site[key] for key in keys}
+    named = [key for key in first if key in site or key in MEASURED]
+    ordered: dict[str, Any] = {
+        key: site.get(key) for key in [*named, *(key for key in site if key not in first)]
+    }
     if isinstance(ordered.get("path"), dict):
         parts = [value for value in ordered["path"].values() if value is not None]
         ordered["path"] = {"sum": sum(parts), **ordered["path"]}
@@ -177,7 +181,9 @@ def _tables(file: Fields, sites: list[Fields]) -> Iterator[NamedTable]:
     yield NamedTable(
         "sites",
         "Sites",
-        "Every quantized site with all its figures; Δ in nats a token.",
+        "Every quantized site with all its figures; Δ in nats a token. Clipped, rounded to zero: "
+        "shares of the site's input on the measured windows, beyond the range by more than half a "
+        "step, and not zero but rounded to it.",
         table_of(records, without=tuple(LISTS)),
     )
     for key in ("kinds", "blocks"):

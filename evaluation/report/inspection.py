@@ -9,6 +9,7 @@ from typing import Any
 
 from fxquant.evaluation.report.fields import Fields, number_or_none
 from fxquant.evaluation.report.tables import Table, flatten, label, table_of, text_of, unit
+from fxquant.folding import fold
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,25 @@ def read_inspection(file: Fields) -> Inspection:
         history=tuple(_pass(row) for row in file.children("history")),
         sites=table_of(_site(site) for site in sites),
         histograms=tuple(_histogram(record) for record in records if record.values("histogram")),
-        left_in_float=table_of(row.data for row in file.children("left_in_float")),
-        notes=table_of(note.data for note in file.children("notes")),
+        left_in_float=_folded(file, "left_in_float", "path", "reason"),
+        notes=_folded(file, "notes", "site", "text"),
+    )
+
+
+def _folded(file: Fields, key: str, place: str, text: str) -> Table:
+    """What is said at ``place`` of each entry; of sites alike in one row, with their number."""
+    alike: dict[str, list[tuple[str, str]]] = {}
+    for entry in file.children(key):
+        origin = entry.text_or_none("origin") or ""
+        alike.setdefault(origin, []).append((entry.text(place), entry.text(text)))
+    return table_of(
+        {
+            **({"origin": origin} if origin else {}),
+            place: remark.where,
+            text: remark.text,
+        }
+        for origin, entries in alike.items()
+        for remark in fold(entries)
     )
 
 
@@ -96,9 +114,14 @@ def _site(site: Fields) -> dict[str, Any]:
     where = site.child("site").data if site.has("site") else {}
     decided.pop("histogram", None)
     row = {**decided, "path": site.text("path"), "spec": site.data.get("spec")}
-    row |= {"shape": where.get("shape"), "weight scales": site.data.get("scales")}
+    row |= {"shape": _shape(where.get("shape")), "weight scales": site.data.get("scales")}
     first = ("path", "shape", "spec", "estimator", "low", "high", "clipped", "weight_sqnr")
     return {key: row[key] for key in dict.fromkeys((*first, *row)) if key in row}
+
+
+def _shape(shape: object) -> object:
+    """``49152×576``: sizes, not numbers with separators."""
+    return "×".join(map(str, shape)) if isinstance(shape, list) else shape
 
 
 def _histogram(record: Fields) -> Histogram:

@@ -13,6 +13,7 @@ from fxquant.evaluation.report.folder import RESULTS, SWEEP, Folder
 from fxquant.evaluation.report.tables import flatten, text_of
 from fxquant.evaluation.result_notes import failures
 from fxquant.evaluation.results import Row
+from fxquant.folding import fold
 from fxquant.schemes import Scheme
 
 
@@ -67,7 +68,7 @@ class Ladder:
         alike: dict[tuple[str, ...], list[str]] = {}
         for rung in self.rungs:
             for row in rung.rows[:1]:
-                alike.setdefault(row.left_in_float, []).append(rung.scheme)
+                alike.setdefault(_folded(row.left_in_float), []).append(rung.scheme)
         return [(", ".join(schemes), lines) for lines, schemes in alike.items() if lines]
 
 
@@ -91,6 +92,12 @@ def _ladders(results: Sequence[Result], origin: str) -> list[Ladder]:
         rungs = tuple(_failed(cells, set()))
         found.append(Ladder(_title(facts), origin, rungs, tuple(facts.items())))
     return found
+
+
+def _folded(lines: Iterable[str]) -> tuple[str, ...]:
+    """``path: reason`` lines, those of one reason as one."""
+    entries = ((path, reason) for path, _, reason in (line.partition(": ") for line in lines))
+    return tuple(map(str, fold(entries)))
 
 
 def _ladder(group: Group, failed: Iterable[Result], origin: str) -> Ladder:

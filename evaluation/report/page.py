@@ -19,6 +19,7 @@ from fxquant.evaluation.report.ladder import Ladder, Rung, ladders
 from fxquant.evaluation.report.missing import Missing, missing_parts
 from fxquant.evaluation.report.summary import Fact, summary
 from fxquant.evaluation.report.tables import text_of
+from fxquant.evaluation.tables import LEGEND
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -127,6 +128,7 @@ def render(report: Report) -> str:
             report=report,
             style=(PAGE / "style.css").read_text(encoding="utf-8"),
             fonts=fonts,
+            ladder_legend=LEGEND,
             libraries=[_library(vendor, file, licence) for file, licence in LIBRARIES],
             scripts=[(PAGE / "scripts" / name).read_text(encoding="utf-8") for name in SCRIPTS],
             version=version("fxquant"),

@@ -30,6 +30,9 @@ LABELS: dict[str, str] = {
     "sqnr_db": "SQNR",
     "bits_per_weight": "bits/weight",
     "effect": "path Δ",
+    "clipped": "outside the range",
+    "share_clipped": "clipped",
+    "share_flushed": "rounded to zero",
 }
 _NATS = {"alone", "rescue", "in_order", "first_order", "path", "causes", "recovered", "effect"}
 # Containers whose name says nothing that the key inside does not say.
@@ -106,9 +109,10 @@ def flatten(record: Mapping[str, Any], prefix: str = "") -> dict[str, str | floa
 
 
 def table_of(records: Iterable[Mapping[str, Any]], without: Sequence[str] = ()) -> Table:
-    """One row a record; columns in the order in which keys first have a value."""
+    """One row a record; a column for each key that ever has a value, as they first stand."""
     flat = [flatten({k: v for k, v in r.items() if k not in without}) for r in records]
-    keys = dict.fromkeys(k for record in flat for k, value in record.items() if value is not None)
+    valued = {k for record in flat for k, value in record.items() if value is not None}
+    keys = dict.fromkeys(k for record in flat for k in record if k in valued)
     columns = tuple(_column(key, [record.get(key) for record in flat]) for key in keys)
     rows = tuple(tuple(record.get(column.key) for column in columns) for record in flat)
     return Table(columns, rows)

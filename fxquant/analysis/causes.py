@@ -37,17 +37,22 @@ def causes_of(
     *,
     around: Sequence[SimulatedSite] = (),
     cuts: Cuts | None = None,
+    known: Mapping[Parts, float] | None = None,
     remember: Callable[[str, Callable[[], float]], float],
 ) -> dict[Cause, float]:
     """Shapley values of the parts of ``group``, while ``around`` is quantized, the rest in float.
 
     They sum to L(around and group) - L(around). ``cuts`` hold every window before the group's
-    first site, under ``around``; ``remember(name, compute)`` keeps finished losses.
+    first site, under ``around``; ``known`` losses are not run again; ``remember(name, compute)``
+    keeps finished ones.
     """
     present = present_causes(group)
     outside = setting(each for each in around if each not in group)
     losses: dict[Parts, float] = {}
     for parts in subsets(present):
+        if known is not None and parts in known:
+            losses[parts] = known[parts]
+            continue
         under: Setting = {**outside, **(setting(group, parts) if parts else {})}
         name = "+".join(cause for cause in CAUSES if cause in parts) or "none"
         losses[parts] = remember(name, lambda under=under: lab.loss(under, cuts))  # type: ignore[misc]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -156,15 +156,21 @@ def measure(
     site: SimulatedSite,
     cuts: Cuts,
     alternatives: Iterator[tuple[str, Function]],
+    known: Mapping[str, float],
     loss_float: float,
     loss_quantized: float,
     remember: Callable[[str, Callable[[], float]], float],
 ) -> list[Counterfactual]:
-    """Every alternative at ``site``, most recovered first; ``cuts`` stand before the site."""
+    """Every alternative at ``site``, most recovered first; ``cuts`` stand before the site.
+
+    ``known``: losses of alternatives that need not be run again, by name.
+    """
     found = []
     for name, function in alternatives:
         under: Setting = {**setting(sites), site.node: function}
-        loss = remember(name, lambda under=under: lab.loss(under, cuts))  # type: ignore[misc]
+        loss = known.get(name)
+        if loss is None:
+            loss = remember(name, lambda under=under: lab.loss(under, cuts))  # type: ignore[misc]
         found.append(Counterfactual(site.path, name, loss - loss_float, loss_quantized - loss))
     return sorted(found, key=lambda each: -each.recovered)
 
@@ -177,11 +183,11 @@ class Recovery:
     delta_loss: float
 
 
-def recovery_counts(sites: int) -> list[int]:
-    """0, 1, 2, 4, 8, ... below the number of sites, then all."""
+def recovery_counts(sites: int, ranked: int) -> list[int]:
+    """0, 1, 2, 4, 8, ... below the number of sites and up to those ``ranked``, then all."""
     counts = [0]
     step = 1
-    while step < sites:
+    while step < sites and step <= ranked:
         counts.append(step)
         step *= 2
     return [*counts, sites]

@@ -9,29 +9,37 @@ from torch.fx import GraphModule
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from fxquant.analysis.announcement import announce
 from fxquant.analysis.effects import EFFECTS
 from fxquant.analysis.inputs import (
     Windows,
     as_batches,
     as_windows,
     baseline_notes,
+    check_quantizes,
     observed_graph,
     restricted,
     unpadded,
 )
+from fxquant.analysis.interruption import kept
 from fxquant.analysis.lab import FLOAT_SETTING, Lab
+from fxquant.analysis.prediction import expected, plain_forward_seconds
+from fxquant.analysis.progress import Progress
 from fxquant.analysis.results import Explanation
 from fxquant.analysis.sites import simulated_sites
 from fxquant.analysis.store import Store, fingerprint
-from fxquant.analysis.study import Study
+from fxquant.analysis.study import WORST, Study
 from fxquant.batches import Batches
+from fxquant.conversion import recipe
 from fxquant.errors import SchemeError
 from fxquant.schemes import SchemeLike, as_scheme
 from fxquant.tracing import trace
 
 GROUPED = tuple(f"{effect}:{by}" for effect in EFFECTS for by in ("kinds", "blocks"))
-METHODS = (*EFFECTS, *GROUPED, "causes", "path", "first_order")
-DEFAULT_METHODS = ("in_order", "causes", "rescue", "path")
+METHODS = (*EFFECTS, WORST, *GROUPED, "causes", "causes:kinds", "path", "first_order")
+DEFAULT_METHODS = (WORST, "in_order:kinds", "causes")
+FULL_METHODS = ("in_order", "causes", "causes:kinds", "rescue", "path")
+FULL = "full"
 
 
 def explain(
@@ -57,10 +65,13 @@ def explain(
             itself, and a dynamic range is of one of them. None: the calibration batches' tokens,
             which must not be padded then.
         methods: one or more of "alone", "rescue", "in_order" (each also with ":kinds" or ":blocks",
-            where the sites of a group are changed together, which is cheaper), "causes", "path"
-            and "first_order". The local figures of every site are always there.
+            where the sites of a group are changed together, which is cheaper), "in_order:worst"
+            (in_order by block, and by site in the worst blocks), "causes" (of the model and of the
+            worst sites), "causes:kinds", "path" and "first_order"; or "full", the study that
+            FULL_METHODS lists. The local figures of every site are always there.
         sites: a glob that restricts the scheme to the sites it covers.
-        progress: bars; None: where the output is a terminal.
+        progress: the expected cost before the start, then bars, on stderr; plain lines where it is
+            no terminal; None: on a terminal alone.
         worst: at how many of the worst sites other choices are tried and causes are measured; 0
             also leaves out the recovery curve.
         tokenizer: to show tokens as text and tell delimiters apart.
@@ -70,8 +81,7 @@ def explain(
     CalibrationError and what ``convert`` raises, before any measurement.
     """
     scheme = as_scheme(scheme)
-    methods = (methods,) if isinstance(methods, str) else tuple(dict.fromkeys(methods))
-    _check(methods, worst)
+    methods = _methods(methods, worst)
     graph = model if isinstance(model, GraphModule) else trace(model)
     batches = as_batches(calibration, graph)
     notes: list[str] = []
@@ -81,24 +91,43 @@ def explain(
     notes += baseline_notes(scheme)
     windows = as_windows(data, graph)
     narrowed = restricted(scheme, sites, graph)
-    observed = observed_graph(graph, narrowed, batches, progress is not False)
+    check_quantizes(narrowed)
+    recipe(narrowed, calibration=batches)  # raises where calibration is missing
+    plain = Lab(graph, windows)
+    forward_seconds = plain_forward_seconds(plain)
+    cost = expected(graph, narrowed, methods, worst, plain.tokens_in, batches)
+    shown = Progress(progress, {step.name: step.seconds(forward_seconds) for step in cost})
+    announce(shown, narrowed, cost, forward_seconds, methods, windows)
+    with shown.step("calibration", 1):
+        observed = observed_graph(graph, narrowed, batches, progress is not False)
     tensors = [value for batch in batches or () for _, value in sorted(batch.items())]
+    store = Store(output, fingerprint(observed, [*windows, *tensors], str(narrowed)))
     study = Study(
         lab=Lab(observed, windows),
         sites=simulated_sites(observed, narrowed),
         batches=batches,
-        store=Store(output, fingerprint(observed, [*windows, *tensors], str(narrowed))),
-        hidden=None if progress is None else not progress,
+        store=store,
+        progress=shown,
+        forward_seconds=forward_seconds,
         decode=None if tokenizer is None else lambda token: str(tokenizer.decode([token])),
         notes=notes,
     )
-    unrepaired = Lab(graph, windows).loss(FLOAT_SETTING) if scheme.repairs else None
-    return study.run(methods, worst, str(scheme), sites, unrepaired)
+    unrepaired = plain.loss(FLOAT_SETTING) if scheme.repairs else None
+    with kept(store):
+        return study.run(methods, worst, str(scheme), sites, unrepaired)
 
 
-def _check(methods: Sequence[str], worst: int) -> None:
-    unknown = [method for method in methods if method not in METHODS]
+def _methods(methods: str | Sequence[str], worst: int) -> tuple[str, ...]:
+    """Checked, without repetitions, "full" spelled out."""
+    named = (methods,) if isinstance(methods, str) else methods
+    listed = [m for name in named for m in (FULL_METHODS if name == FULL else (name,))]
+    unknown = [method for method in listed if method not in METHODS]
     if unknown:
-        raise SchemeError(f"unknown method {', '.join(unknown)}: known are {', '.join(METHODS)}")
+        raise SchemeError(
+            f"unknown method {', '.join(unknown)}: known are {', '.join((*METHODS, FULL))}"
+        )
     if worst < 0:
         raise SchemeError(f"worst must be at least 0, got {worst}")
+    if "in_order" in listed:  # of every site: the other is a part of it
+        listed = [method for method in listed if method != WORST]
+    return tuple(dict.fromkeys(listed))

@@ -37,7 +37,7 @@ def site_figures(
         site=path,
         kind=place.kind,
         block=place.block,
-        effects={name: v[path] for name, v in found.items() if not is_grouped(name)},
+        effects={n: v[path] for n, v in found.items() if not is_grouped(n) and path in v},
         path=None if along is None else dict(along.causes),
         causes=None,
         energy=dict(local.energy),
@@ -60,11 +60,15 @@ def group_figures(
     found: Found,
     causes: Mapping[str, dict[Cause, float]],
 ) -> tuple[GroupFigures, ...]:
-    """Sums over the sites of each kind or block, beside what was measured jointly."""
+    """Sums over the sites of each kind or block, beside what was measured jointly.
+
+    A group has no sum of a figure that was not measured at all of its sites.
+    """
     rows = []
     for name, paths in members.items():
         inside = [figures[path] for path in paths]
-        sums = {m: sum(each.effects[m] for each in inside) for m in inside[0].effects}
+        whole = [m for m in inside[0].effects if all(m in each.effects for each in inside)]
+        sums = {m: sum(each.effects[m] for each in inside) for m in whole}
         if inside[0].path is not None:
             sums["path"] = sum(sum((each.path or {}).values()) for each in inside)
         measured = {method: v[name] for method, v in found.items() if method.endswith(f":{by}")}
@@ -86,10 +90,10 @@ def validate(
     if path is not None:
         name = "path (refused)" if path.refused else "path"
         nats[name] = {site: each.total for site, each in path.sites.items()}
-    exact = [effect for effect in EFFECTS if effect in found]
+    exact = [effect for effect in EFFECTS if len(found.get(effect, ())) >= 3]
     return tuple(
         agreement(figure, values, against, found[against], in_nats=figure in nats)
         for index, against in enumerate(exact)
         for figure, values in {**cheap, **nats}.items()
-        if figure not in exact[index:]
+        if figure not in exact[index:] and len(values.keys() & found[against].keys()) >= 3
     )

@@ -94,8 +94,7 @@ def restricted(scheme: Scheme, pattern: str | None, graph: GraphModule) -> Schem
     """
     if pattern is None:
         return scheme
-    makers = tuple(repair for repair in scheme.repairs if REPAIRS[repair[0]].makes_sites)
-    named = info(convert(graph, replace(scheme, repairs=makers), level="float")).sites
+    named = info(named_graph(graph, scheme)).sites
     covered = [site for site in named if fnmatch.fnmatchcase(site.path, pattern)]
     specs = tuple((site.path, simulated_spec(scheme, site)) for site in covered)
     kept = tuple((path, spec) for path, spec in specs if spec != FLOAT)
@@ -105,6 +104,18 @@ def restricted(scheme: Scheme, pattern: str | None, graph: GraphModule) -> Schem
             f"{', '.join(site.path for site in named[:8])}{', ...' if len(named) > 8 else ''}"
         )
     return replace(scheme, spec=FLOAT, overrides=kept)
+
+
+def check_quantizes(scheme: Scheme) -> None:
+    """Raise SchemeError for a scheme that quantizes nothing."""
+    if scheme.fp32_gemm or not any(spec.weight for spec in scheme.specs):
+        raise SchemeError(f"scheme {scheme} quantizes nothing: there is no error to explain")
+
+
+def named_graph(graph: GraphModule, scheme: Scheme) -> GraphModule:
+    """The float graph with the scheme's sites named, products of activations too."""
+    makers = tuple(repair for repair in scheme.repairs if REPAIRS[repair[0]].makes_sites)
+    return convert(graph, replace(scheme, repairs=makers), level="float")
 
 
 def observed_graph(

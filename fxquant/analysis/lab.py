@@ -50,9 +50,14 @@ class Lab:
         self.meter = Meter()
         self._head = final_head(gm)
         self.tokens = sum(ids.shape[0] * (ids.shape[1] - 1) for ids in windows)
+        self.tokens_in = sum(ids.numel() for ids in windows)
 
     def position(self, node: Node) -> int:
         return self.executor.position[node]
+
+    def share_behind(self, node: Node) -> float:
+        """The share of the graph's nodes from ``node`` on: what a loss costs that starts there."""
+        return 1 - self.position(node) / len(self.executor.nodes)
 
     def start(self) -> Cuts:
         """A cut before the first node of every window."""

@@ -30,6 +30,8 @@ POINTS = (4, 8)  # tried in turn; each costs a forward and a backward pass
 EVEN = 0.5  # nats a token; beyond, fewer points than the most have not been seen to suffice
 TOLERANCE = 0.05  # of the loss difference that the sum may miss
 SMALLEST = 0.002  # nats a token that it may miss in any case
+# At most, by nodes: 6 for the errors and their parts, then a forward and a backward pass a point.
+MOST_FORWARDS = {"path": 6.0 + (1 + BACKWARD) * sum(POINTS), "first_order": 3.0 + 1 + BACKWARD}
 Gradients = dict[str, Tensor]
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from fxquant.analysis.costs import COSTS, Cost, mean_cost
 from fxquant.analysis.inputs import Windows, as_batches, as_windows
+from fxquant.analysis.interruption import kept
 from fxquant.analysis.lab import FLOAT_SETTING, Lab, setting
 from fxquant.analysis.search import candidates
 from fxquant.analysis.sites import SimulatedSite, SiteMaker
@@ -134,7 +135,8 @@ def make_plan(
         """Loss difference of the converted model, integers and all, by one loss function."""
         return _loss(convert(graph, scheme, calibration=batches), windows) - loss_float
 
-    return planner.run(verify, cost)
+    with kept(planner.store):
+        return planner.run(verify, cost)
 
 
 def _loss(gm: GraphModule, windows: Sequence[torch.Tensor]) -> float:

@@ -6,12 +6,18 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from tabulate import tabulate
 
+from fxquant.analysis.announcement import left_out, run_text
 from fxquant.analysis.channels import Channel, Token
 from fxquant.analysis.parts import CAUSES
-from fxquant.analysis.results import Explanation, GroupFigures, SiteFigures
+from fxquant.analysis.results import Explanation, GroupFigures, SiteFigures, is_ranked
 
 _WORST = 12
 _DETAILED = 3
+_SITES_LEGEND = (
+    "clipped, rounded to zero: shares of the elements of the site's input on these windows, those "
+    "beyond the range by more than half a step, and those that are not zero but become it. "
+    "energy: each part's share of the squared error of the site's output."
+)
 
 
 def report(found: Explanation) -> str:
@@ -29,11 +35,12 @@ def _sections(found: Explanation) -> Iterator[str]:
             ],
             ["cause", "effect", "of Δloss"],
         )
-    yield f"Kinds of site\n{_groups(found.kinds)}"
+    if any(kind.sums or kind.measured or kind.causes for kind in found.kinds):
+        yield f"Kinds of site\n{_groups(found.kinds)}"
     if len(found.blocks) > 1:
         worst = sorted(found.blocks, key=lambda group: -_first(group, found.ranking))[:6]
         yield f"Worst blocks, by {found.ranking}\n{_groups(worst)}"
-    yield f"Worst sites, by {found.ranking}\n{_sites(found)}"
+    yield f"Worst sites, by {found.ranking}{_ranked(found)}\n{_sites(found)}\n{_SITES_LEGEND}"
     yield from _details(found.worst[:_DETAILED])
     if found.counterfactuals:
         yield "Another choice at one site, everything else as it is\n" + _table(
@@ -52,6 +59,7 @@ def _sections(found: Explanation) -> Iterator[str]:
         yield _path(found)
     if found.validation:
         yield "Cheap figures against exact effects\n" + validation_table(found)
+    yield f"Run: {run_text(found.methods)}.\nNot run: {left_out(found.methods)}."
     yield _costs(found)
     if found.notes:
         yield "\n".join(found.notes)
@@ -75,7 +83,15 @@ def _head(found: Explanation) -> str:
 
 
 def _first(group: GroupFigures, method: str) -> float:
-    return group.sums.get(method, 0.0)
+    return group.sums.get(method, group.measured.get(f"{method}:blocks", 0.0))
+
+
+def _ranked(found: Explanation) -> str:
+    """How many sites have the figure that ranks them, where not all have."""
+    count = sum(is_ranked(site, found.ranking) for site in found.sites)
+    if count == len(found.sites):
+        return ""
+    return f" ({count} of {len(found.sites)} measured, those of the worst blocks)"
 
 
 def _groups(groups: Iterable[GroupFigures]) -> str:
@@ -98,12 +114,12 @@ def _groups(groups: Iterable[GroupFigures]) -> str:
 
 
 def _sites(found: Explanation) -> str:
-    methods = list(found.sites[0].effects) if found.sites else []
+    methods = list(dict.fromkeys(name for site in found.sites for name in site.effects))
     with_path = found.path is not None and found.path.refused is None
     body = []
-    for site in found.worst[:_WORST]:
+    for site in [each for each in found.worst if is_ranked(each, found.ranking)][:_WORST]:
         total = sum(site.energy.values()) or 1.0
-        row = [site.site, *(_nats(site.effects[name]) for name in methods)]
+        row = [site.site, *(_nats(site.effects.get(name)) for name in methods)]
         row += [_nats(sum(site.path.values()))] if with_path and site.path else []
         row += [
             f"{site.cause}, {site.cause_by}",
@@ -114,7 +130,7 @@ def _sites(found: Explanation) -> str:
         row += [f"{site.energy[cause] / total:.0%}" for cause in CAUSES]
         body.append(row)
     headers = ["site", *methods, *(["path"] if with_path else []), "cause", "SQNR dB", "clipped"]
-    return _table(body, [*headers, "to zero", *(f"{cause} energy" for cause in CAUSES)])
+    return _table(body, [*headers, "rounded to zero", *(f"{cause} energy" for cause in CAUSES)])
 
 
 def _details(sites: Iterable[SiteFigures]) -> Iterator[str]:
@@ -169,13 +185,14 @@ def validation_table(found: Explanation) -> str:
             [
                 each.figure,
                 each.against,
+                each.sites,
                 f"{each.rank_correlation:.3f}",
                 f"{each.top:.0%}",
                 "" if each.error is None else f"{each.error:.2f}",
             ]
             for each in found.validation
         ],
-        ["figure", "against", "rank correlation", "same worst 8", "error"],
+        ["figure", "against", "sites", "rank correlation", "same worst 8", "error"],
     )
 
 

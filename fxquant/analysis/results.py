@@ -12,12 +12,15 @@ from fxquant.analysis.counterfactuals import Counterfactual, Recovery
 from fxquant.analysis.parts import Cause
 from fxquant.analysis.validation import Agreement
 
+BY_MSE = "local MSE"  # a ranking
+
 
 @dataclass(frozen=True)
 class SiteFigures:
     """Everything found about one site.
 
-    ``effects``: the site's figure for each of alone, rescue, in_order and first_order that was run;
+    ``effects``: the site's figure for each of alone, rescue, in_order and first_order that was run
+    there (in_order:worst measures in_order at the sites of the worst blocks only);
     ``path`` by cause (None if not run or refused); ``causes``: Shapley values of the site's own
     parts with everything else quantized, which sum to rescue (worst sites only).
     Local figures are on the input that arrives in the quantized model: see local.py.
@@ -104,7 +107,7 @@ class Explanation:
     ``delta_loss`` = loss_quantized - loss_float, where float is the graph after the scheme's
     repairs; ``loss_unrepaired`` is the model's own loss. ``ranking`` names the figure by which
     sites are called worst. ``causes`` is None unless the method was run. ``windows``: how many, and
-    the tokens of the longest.
+    the tokens of the longest. ``methods``: those that were run.
     """
 
     model: str
@@ -126,6 +129,7 @@ class Explanation:
     ranking: str
     forward_seconds: float
     costs: dict[str, MethodCost]
+    methods: tuple[str, ...]
     notes: tuple[str, ...]
 
     @property
@@ -156,12 +160,20 @@ class Explanation:
 
 
 def rank_value(site: SiteFigures, ranking: str) -> float:
-    """The figure by which sites are ranked: an effect, or the local mean squared error."""
-    if ranking in site.effects:
-        return site.effects[ranking]
+    """The figure by which sites are ranked: an effect, or the local mean squared error.
+
+    -inf where that was not measured: such sites come last.
+    """
+    if ranking == BY_MSE:
+        return site.mse
     if ranking == "path":
         return sum((site.path or {}).values())
-    return site.mse
+    return site.effects.get(ranking, -math.inf)
+
+
+def is_ranked(site: SiteFigures, ranking: str) -> bool:
+    """Whether the figure by which sites are ranked was measured at this one."""
+    return ranking in ("path", BY_MSE) or ranking in site.effects
 
 
 def _plain(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -251,7 +252,20 @@ class Place:
     kind: str
 
 
-def places(gm: GraphModule, sites: Sequence[SimulatedSite]) -> dict[str, Place]:
+class Located(Protocol):
+    """A site and the node that holds its output."""
+
+    @property
+    def site(self) -> Site: ...
+
+    @property
+    def node(self) -> Node: ...
+
+    @property
+    def path(self) -> str: ...
+
+
+def places(gm: GraphModule, sites: Sequence[Located]) -> dict[str, Place]:
     """Block and kind of each site, by path.
 
     Sites of one block that read the same node (q, k and v; gate and up) are one kind; groups of

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from statistics import median
-from typing import Any
 
-import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fxquant.analysis import path as path_method
 from fxquant.analysis.calibrated import calibration_inputs
@@ -33,23 +30,28 @@ from fxquant.analysis.effects import (
     first_site,
     walk_to,
 )
-from fxquant.analysis.figures import Found, group_figures, is_grouped, site_figures, validate
-from fxquant.analysis.lab import FLOAT_SETTING, Lab, setting
+from fxquant.analysis.figures import Found, group_figures, site_figures, validate
+from fxquant.analysis.lab import FLOAT_SETTING, Cuts, Lab, setting
 from fxquant.analysis.local import local_figures
-from fxquant.analysis.parts import Cause
+from fxquant.analysis.parts import EVERY_PART, Cause, Parts
+from fxquant.analysis.progress import Advance, Progress
 from fxquant.analysis.results import (
+    BY_MSE,
     Explanation,
     GroupFigures,
     MethodCost,
     PathFigures,
     SiteFigures,
+    is_ranked,
     rank_value,
 )
 from fxquant.analysis.sites import SimulatedSite, SiteMaker, places
 from fxquant.analysis.store import Store
 from fxquant.analysis.validation import shared_draw
+from fxquant.analysis.worst_first import steps
 from fxquant.graph import info
-from fxquant.loss import token_nll
+
+WORST = "in_order:worst"
 
 
 @dataclass
@@ -60,7 +62,8 @@ class Study:
     sites: tuple[SimulatedSite, ...]
     batches: list[dict[str, Tensor]] | None
     store: Store
-    hidden: bool | None
+    progress: Progress
+    forward_seconds: float
     decode: Decode | None
     notes: list[str]
 
@@ -74,18 +77,20 @@ class Study:
     ) -> Explanation:
         lab = self.lab
         self.where = places(lab.gm, self.sites)
-        self.forward_seconds = _plain_forward_seconds(lab)
         self.loss_float = lab.loss(FLOAT_SETTING)
-        with lab.meter.measuring("local figures"), self._count("local figures") as bar:
-            self.local, self.loss_quantized = local_figures(lab, self.sites, bar.update)
-        found = {m: self._effects(m) for m in methods if m in EFFECTS or is_grouped(m)}
+        with lab.meter.measuring("local figures"), self._windows("local figures") as advance:
+            self.local, self.loss_quantized = local_figures(lab, self.sites, advance)
+        plain = [m for m in methods if m.partition(":")[0] in EFFECTS and m != WORST]
+        found = self._worst_first() if WORST in methods else {}
+        found |= {m: self._effects(m) for m in plain}
         if "first_order" in methods:
             with lab.meter.measuring("first_order"):
                 found["first_order"] = path_method.first_order(lab, self.sites)
         if "rescue" in found:
             self._note(shared_draw(found["rescue"], self.loss_quantized - self.loss_float))
         path = self._path() if "path" in methods else None
-        causes = self._causes() if "causes" in methods else {}
+        causes = {"model": self._model_causes()} if "causes" in methods else {}
+        causes |= self._kinds_causes() if "causes:kinds" in methods else {}
         ranking = _ranking(found, path)
         figures = self._figures(found, path)
         order = sorted(figures, key=lambda path: -rank_value(figures[path], ranking))
@@ -110,11 +115,12 @@ class Study:
             blocks=self._groups("blocks", figures, found, {}),
             path=None if path is None else _path_figures(path),
             counterfactuals=self._counterfactuals(chosen),
-            recovery=self._recovery(order) if worst else (),
+            recovery=self._recovery(order, figures, ranking) if worst else (),
             validation=validate(self.local, found, path),
             ranking=ranking,
             forward_seconds=self.forward_seconds,
             costs=self._costs(),
+            methods=methods,
             notes=tuple(self.notes),
         )
 
@@ -136,12 +142,9 @@ class Study:
     def _note(self, text: str | None) -> None:
         self.notes += [] if text is None else [text]
 
-    def _bar(self, steps: Iterable[Any], name: str, total: int) -> Iterable[Any]:
-        return tqdm(steps, name, total, leave=False, disable=self.hidden)
-
-    def _count(self, name: str) -> Any:
-        """A bar over the windows."""
-        return tqdm(total=len(self.lab.windows), desc=name, leave=False, disable=self.hidden)
+    def _windows(self, name: str) -> AbstractContextManager[Advance]:
+        """A step over the windows."""
+        return self.progress.step(name, len(self.lab.windows))
 
     # Effects --------------------------------------------------------------------------------------
 
@@ -161,47 +164,80 @@ class Study:
             groups = [Group(name, tuple(sites)) for name, sites in self._members(by).items()]
         with self.lab.meter.measuring(method):
             trials = effects(self.lab, effect, groups, self.sites, self._remember(method))  # type: ignore[arg-type]
-            losses = dict(self._bar(trials, method, len(groups)))
+            losses = dict(self.progress.over(trials, method, len(groups)))
         return as_effects(effect, losses, self.loss_float, self.loss_quantized)  # type: ignore[arg-type]
 
+    def _worst_first(self) -> dict[str, dict[str, float]]:
+        """in_order of the worst blocks' sites, and of all blocks."""
+        group_of = {
+            each.path: name for name, sites in self._members("blocks").items() for each in sites
+        }
+        with self.lab.meter.measuring(WORST):
+            found = steps(
+                self.lab,
+                self.sites,
+                group_of,
+                self.loss_float,
+                self._remember("in_order"),
+                lambda items, total: self.progress.over(items, WORST, total, part=0.5),
+            )
+        return {"in_order": found.sites, "in_order:blocks": found.groups}
+
     def _path(self) -> path_method.PathResult:
-        with self.lab.meter.measuring("path"), self._count("path") as bar:
-            return path_method.integrate(self.lab, self.sites, bar.update)
+        with self.lab.meter.measuring("path"), self._windows("path") as advance:
+            return path_method.integrate(self.lab, self.sites, advance)
 
     # Causes ---------------------------------------------------------------------------------------
 
-    def _causes(self) -> dict[str, dict[Cause, float]]:
-        """Of the whole model, under "model", and of each kind by itself."""
-        parts: dict[str, Sequence[SimulatedSite]] = {"model": self.sites}
-        kinds = self._members("kinds")
-        # A single kind is the whole model.
-        parts.update(kinds if len(kinds) > 1 else {})
-        found: dict[str, dict[Cause, float]] = {}
+    def _model_causes(self) -> dict[Cause, float]:
+        everything = EVERY_PART & frozenset(present_causes(self.sites))
+        known: dict[Parts, float] = {frozenset(): self.loss_float, everything: self.loss_quantized}
         with self.lab.meter.measuring("causes"):
-            for name, group in self._bar(parts.items(), "causes", len(parts)):
+            return causes_of(
+                self.lab, self.sites, known=known, remember=self._remember("causes model")
+            )
+
+    def _kinds_causes(self) -> dict[str, dict[Cause, float]]:
+        """Of each kind by itself."""
+        kinds = self._members("kinds")
+        found: dict[str, dict[Cause, float]] = {}
+        with self.lab.meter.measuring("causes:kinds"):
+            for name, group in self.progress.over(kinds.items(), "causes:kinds", len(kinds)):
                 cuts = self.lab.advance(
                     self.lab.start(), first_site(self.lab, group).node, FLOAT_SETTING
                 )
                 found[name] = causes_of(
                     self.lab, group, cuts=cuts, remember=self._remember(f"causes {name}")
                 )
-        if len(kinds) == 1:
-            found[next(iter(kinds))] = found["model"]
         return found
 
     def _own_causes(self, chosen: Sequence[SimulatedSite]) -> dict[str, dict[Cause, float]]:
+        name = "causes of the worst sites"
+        chosen = [each for each in chosen if len(present_causes([each])) > 1]
+        if not chosen:
+            return {}
         found = {}
-        with self.lab.meter.measuring("causes of the worst sites"):
-            for each, cuts in walk_to(self.lab, self.sites, chosen):
-                if len(present_causes([each])) > 1:
-                    found[each.path] = causes_of(
-                        self.lab,
-                        [each],
-                        around=self.sites,
-                        cuts=cuts,
-                        remember=self._remember(f"causes of {each.path}"),
-                    )
+        with self.lab.meter.measuring(name):
+            walk = walk_to(self.lab, self.sites, chosen)
+            for each, cuts in self.progress.over(walk, name, len(chosen)):
+                known: dict[Parts, float] = {
+                    frozenset(): self._without(each, cuts),
+                    EVERY_PART & frozenset(each.causes): self.loss_quantized,
+                }
+                found[each.path] = causes_of(
+                    self.lab,
+                    [each],
+                    around=self.sites,
+                    cuts=cuts,
+                    known=known,
+                    remember=self._remember(f"causes of {each.path}"),
+                )
         return found
+
+    def _without(self, site: SimulatedSite, cuts: Cuts) -> float:
+        """The loss with one site in float: of its rescue, its causes and its first other choice."""
+        under = setting(each for each in self.sites if each is not site)
+        return self._remember("rescue")(site.path, partial(self.lab.loss, under, cuts))
 
     def _remember(self, prefix: str) -> Remember:
         meter = self.lab.meter
@@ -223,28 +259,36 @@ class Study:
             seen = calibration_inputs(self.lab, chosen, batches)
             found: list[Counterfactual] = []
             walk = walk_to(self.lab, self.sites, chosen)
-            for each, cuts in self._bar(walk, "other choices", len(chosen)):
+            for each, cuts in self.progress.over(walk, "other choices", len(chosen)):
                 found += measure(
                     self.lab,
                     self.sites,
                     each,
                     cuts,
                     choices(each, self.local[each.path], maker, seen[each.path]),
+                    {"float": self._without(each, cuts)},
                     self.loss_float,
                     self.loss_quantized,
                     self._remember(f"choice {each.path}"),
                 )
         return tuple(sorted(found, key=lambda each: -each.recovered))
 
-    def _recovery(self, order: Sequence[str]) -> tuple[Recovery, ...]:
+    def _recovery(
+        self, order: Sequence[str], figures: dict[str, SiteFigures], ranking: str
+    ) -> tuple[Recovery, ...]:
+        """As far as sites are ranked; the ends are known."""
+        ranked = sum(is_ranked(figures[path], ranking) for path in order)
+        counts = recovery_counts(len(order), ranked)
+        known = {0: self.loss_quantized, len(order): self.loss_float}
         found = []
-        counts = recovery_counts(len(self.sites))
         with self.lab.meter.measuring("recovery"):
-            for count in self._bar(counts, "recovery", len(counts)):
+            for count in self.progress.over(counts, "recovery", len(counts)):
                 fixed = set(order[:count])
                 under = setting(each for each in self.sites if each.path not in fixed)
-                name = ",".join(sorted(fixed))
-                loss = self._remember("recovery")(name, partial(self.lab.loss, under))
+                measure = partial(self.lab.loss, under)
+                loss = known.get(count)
+                if loss is None:
+                    loss = self._remember("recovery")(",".join(sorted(fixed)), measure)
                 found.append(Recovery(count, loss - self.loss_float))
         return tuple(found)
 
@@ -283,16 +327,4 @@ def _ranking(found: dict[str, dict[str, float]], path: path_method.PathResult | 
             return method
     if path is not None and path.refused is None:
         return "path"
-    return next((m for m in ("rescue", "first_order") if m in found), "local MSE")
-
-
-@torch.no_grad()
-def _plain_forward_seconds(lab: Lab) -> float:
-    """Median seconds of a float forward with its loss over all windows, the unit of cost."""
-    seconds = []
-    for _ in range(4):
-        started = time.perf_counter()
-        for ids in lab.windows:
-            token_nll(lab.executor.run(input_ids=ids), ids)
-        seconds.append(time.perf_counter() - started)
-    return median(seconds[1:])
+    return next((m for m in ("rescue", "first_order") if m in found), BY_MSE)

@@ -17,7 +17,8 @@ class Agreement:
 
     ``rank_correlation``: Spearman's, ties averaged; nan where either is constant. ``top``: share of
     the exact effect's eight largest sites that are among the figure's eight largest. ``error``: sum
-    of |figure - effect| over sum of |effect|; None for figures that are not in nats.
+    of |figure - effect| over sum of |effect|; None for figures that are not in nats. ``sites``: how
+    many were compared, those for which there are both.
     """
 
     figure: str
@@ -25,6 +26,7 @@ class Agreement:
     rank_correlation: float
     top: float
     error: float | None
+    sites: int
 
 
 def agreement(
@@ -36,14 +38,15 @@ def agreement(
     in_nats: bool,
 ) -> Agreement:
     """Compare two figures of the same sites."""
-    paths = list(effects)
+    paths = [path for path in effects if path in values]
     a = torch.tensor([values[path] for path in paths], dtype=torch.float64)
     b = torch.tensor([effects[path] for path in paths], dtype=torch.float64)
     count = min(8, len(paths))
     common = set(a.topk(count).indices.tolist()) & set(b.topk(count).indices.tolist())
     size = float(b.abs().sum())
     error = float((a - b).abs().sum()) / size if in_nats and size else None
-    return Agreement(figure, against, spearman(a, b), len(common) / count, error)
+    top = len(common) / count if count else math.nan
+    return Agreement(figure, against, spearman(a, b), top, error, len(paths))
 
 
 def shared_draw(rescues: Mapping[str, float], delta_loss: float) -> str | None:

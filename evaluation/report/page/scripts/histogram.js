@@ -29,7 +29,7 @@ for (const element of document.querySelectorAll("[data-chart=histogram]")) {
         Plot.rect(bins, { x1: "from", x2: "to", y1: 0.7, y2: "count", fill: (bin) => (clipped(bin) ? "var(--warm)" : "var(--accent)"), insetLeft: 0.4, insetRight: 0.4 }),
         Plot.ruleX(bounds, { stroke: "var(--ink)", strokeWidth: 1.4, className: "range" }),
         ...bounds.map((bound, i) => Plot.text([bound], { x: (d) => d, text: (d) => fx.text(d, "number"), frameAnchor: "top", dy: -16, fill: "var(--ink)", fontSize: 12, textAnchor: close ? ["end", "start"][i] : "middle" })),
-        Plot.tip(bins, Plot.pointerX({ x: (bin) => (bin.from + bin.to) / 2, y: "count", title: (bin) => `${fx.text(bin.from, "number")} … ${fx.text(bin.to, "number")}\n${bin.count.toLocaleString("en")} elements${clipped(bin) ? ", clipped" : ""}`, ...fx.tip })),
+        Plot.tip(bins, Plot.pointerX({ x: (bin) => (bin.from + bin.to) / 2, y: "count", title: (bin) => `${fx.text(bin.from, "number")} … ${fx.text(bin.to, "number")}\n${bin.count.toLocaleString("en")} elements${clipped(bin) ? ", outside" : ""}`, ...fx.tip })),
       ],
     });
   };
@@ -39,7 +39,7 @@ for (const element of document.querySelectorAll("[data-chart=histogram]")) {
     const range = low === null ? "no calibrated range" : `range ${fx.text(low, "number")} … ${fx.text(high, "number")}`;
     const strong = document.createElement("b");
     strong.textContent = range;
-    readout.replaceChildren(strong, `, values ${fx.text(edges[0], "number")} … ${fx.text(edges.at(-1), "number")}, ${d3.sum(counts).toLocaleString("en")} elements`, share === null ? "" : `, ${fx.text(share, "share")} clipped`);
+    readout.replaceChildren(strong, `, values ${fx.text(edges[0], "number")} … ${fx.text(edges.at(-1), "number")}, ${d3.sum(counts).toLocaleString("en")} elements`, share === null ? "" : `, ${fx.text(share, "share")} outside`);
   };
   const table = () => {
     const { edges, counts } = histograms[select.value];
