@@ -188,7 +188,7 @@ def measure_all(base: str | None) -> None:
             seed=0,
         )
         graph = fxquant.trace(model)
-        converter = Converter(graph, windows.calibration)
+        converter = Converter(graph, windows.batches)
         reference = measure(converter, Scheme(), windows, 1, None).sums
         for family in subject.families:
             for repair in ("", *family.repairs) if base in (None, family.base) else ():

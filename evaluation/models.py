@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -23,8 +22,11 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from fxquant.calibration import versions as versions
 from fxquant.checkpoint import load
 from fxquant.errors import ModelError
+from fxquant.evaluation.gguf import read_weights, write_weights
+from fxquant.graph import info, update_info
 from fxquant.manifest import is_checkpoint
 from fxquant.streaming import stream
 from fxquant.tracing import trace
@@ -37,7 +39,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 class LoadedModel:
     """A model with what identifies it: a hub commit, or a hash of the weight files.
 
-    ``model`` is a graph where fxquant.save wrote it.
+    ``model`` is a graph where fxquant.save wrote it. ``weights``: what the float weights were
+    before, where they have been coarser, such as "dequantized from GGUF: ..."; else "".
     """
 
     model: PreTrainedModel | GraphModule
@@ -45,11 +48,18 @@ class LoadedModel:
     name: str
     revision: str
     config: PretrainedConfig
+    weights: str = ""
 
     @property
     def graph(self) -> GraphModule:
         """The model as a graph: traced, or as it was saved."""
-        return self.model if isinstance(self.model, GraphModule) else trace(self.model)
+        return self.model if isinstance(self.model, GraphModule) else self.traced()
+
+    def traced(self) -> GraphModule:
+        """The model as a float graph that knows its weights' past; raises as ``trace`` does."""
+        graph = trace(self.model)  # type: ignore[arg-type]  # a saved graph is refused there
+        update_info(graph, weights=self.weights)
+        return graph
 
 
 def model_directory(name: str) -> Path:
@@ -104,7 +114,8 @@ def load_model(
             f"{', '.join(sorted(loading['missing_keys'])[:4])}"
         )
     found = weights_hash(directory) if directory.is_dir() else model.config._commit_hash
-    return LoadedModel(model.to(device).eval(), tokenizer, name, str(found), model.config)
+    model = model.to(device).eval()
+    return LoadedModel(model, tokenizer, name, str(found), model.config, _weights(name, directory))
 
 
 def _load_saved(directory: Path, dtype: str, device: str, streamed: bool) -> LoadedModel:
@@ -112,7 +123,8 @@ def _load_saved(directory: Path, dtype: str, device: str, streamed: bool) -> Loa
         raise ModelError(f"{directory} is a saved graph: its dtype is part of it, omit --dtype")
     graph = load(directory, device, stream=streamed)
     tokenizer, config = _tokenizer_and_config(directory)
-    return LoadedModel(graph, tokenizer, str(directory), weights_hash(directory), config)
+    found = weights_hash(directory)
+    return LoadedModel(graph, tokenizer, str(directory), found, config, info(graph).weights)
 
 
 def _open_streamed(
@@ -127,7 +139,14 @@ def _open_streamed(
     model = stream(
         directory, dtype=dtype if isinstance(dtype, torch.dtype) else None, device=device
     )
-    return LoadedModel(model, tokenizer, name, weights_hash(directory), config)
+    weights = _weights(name, directory)
+    return LoadedModel(model, tokenizer, name, weights_hash(directory), config, weights)
+
+
+def _weights(name: str, directory: Path) -> str:
+    if name.startswith(PACKAGE_PREFIX):
+        return read_weights(directory) or "from GGUF, of tensor types that only gguf can tell"
+    return read_weights(directory)
 
 
 def _tokenizer_and_config(directory: Path) -> tuple[Tokenizer, PretrainedConfig]:
@@ -198,6 +217,7 @@ def package_model(distribution: str) -> Path:
     target = cache_root() / f"{files[0].stem}-{file_hash(files[0])[:16]}"
     if not target.exists():
         _convert_gguf(files[0], target)
+    write_weights(files[0], target)
     return target
 
 
@@ -219,9 +239,3 @@ def _convert_gguf(source: Path, target: Path) -> None:
         # Another process may have been faster.
         if not (isinstance(error, OSError) and target.exists()):
             raise
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes the numbers."""
-    names = ("fxquant", "torch", "transformers", "datasets", "tokenizers")
-    return {name: importlib.metadata.version(name) for name in names}

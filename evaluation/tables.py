@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from tabulate import tabulate
 
-from fxquant.evaluation.results import Row
+from fxquant.evaluation.results import Row, overlap_words
 from fxquant.evaluation.statistics import Difference
 from fxquant.schemes import Scheme
 
@@ -18,7 +18,7 @@ def format_table(rows: Sequence[Row], style: str = "github") -> str:
     """The rows as text; ``style`` is one of tabulate's."""
     body = [
         (
-            row.scheme,
+            f"{row.scheme} [{overlap_words(row)}]" if row.overlap else row.scheme,
             f"{row.loss:.4f}",
             f"{row.perplexity:.2f}" if row.perplexity < 1e6 else f"{row.perplexity:.2e}",
             _delta(row, reference=rows[0]),

@@ -26,6 +26,7 @@ from fxquant.graph import (
     update_info,
 )
 from fxquant.levels import is_observer, verify
+from fxquant.recording import recorded, remember
 from fxquant.snapshot import Snapshot
 from fxquant.spelling import spell_repair
 
@@ -179,7 +180,9 @@ def _run_checked(current: Pass, gm: GraphModule, before: Snapshot) -> tuple[Grap
     started = time.perf_counter()
     probe = probe_for(gm)
     outputs = run_probe(gm, probe, {}) if current.effect != "lossy" else None
-    gm = current.rewrite(gm)
+    reading, recording = recorded(current)
+    gm = reading.rewrite(gm)
+    remember(gm, recording, str(current))
     if current.ensures is not None:
         update_info(gm, level=current.ensures)
     verify(gm, current.name)

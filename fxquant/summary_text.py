@@ -9,6 +9,7 @@ from itertools import takewhile
 
 from tabulate import tabulate
 
+from fxquant.calibration import calibration_words
 from fxquant.records import PassRecord, SiteRecord
 from fxquant.schemes import Scheme
 from fxquant.size import Bytes
@@ -92,11 +93,14 @@ def _header(summary: Summary) -> str:
         ("model", summary.model),
         ("scheme", summary.scheme),
         ("level", summary.level),
+        ("calibrated on", calibration_words(summary.calibration)),
         ("parameters", f"{summary.parameters:,}"),
         ("bytes before", _bytes(summary.bytes_before)),
         ("bytes after", f"{_bytes(summary.bytes_after)}{saved}"),
         ("bits per weight", "-" if bits != bits else f"{bits:.2f} in the blocks' linears"),
     ]
+    if summary.weights:
+        rows.insert(1, ("weights", summary.weights))
     return "\n".join(
         textwrap.fill(f"{name:<17}{value}", WIDTH, subsequent_indent=" " * 17)
         for name, value in rows

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 ORDER: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("quantization",),
-    ("records", "dataclass_json", "tensor_file", "manifest"),
+    ("records", "calibration", "token_runs", "dataclass_json", "tensor_file", "manifest"),
     (
         "specs",
         "spelling",
@@ -39,6 +39,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "levels",
         "pipeline",
         "batches",
+        "recording",
         "attention",
         "size",
         "repair",
