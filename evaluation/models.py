@@ -57,7 +57,7 @@ class LoadedModel:
 
     def traced(self) -> GraphModule:
         """The model as a float graph that knows its weights' past; raises as ``trace`` does."""
-        graph = trace(self.model)  # type: ignore[arg-type]  # a saved graph is refused there
+        graph = trace(self.model)
         update_info(graph, weights=self.weights)
         return graph
 

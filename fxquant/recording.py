@@ -115,10 +115,10 @@ def recorded(current: PassT) -> tuple[PassT, Recording | None]:
     """The pass over recorded ``batches``, where it is a dataclass that has some."""
     if not is_dataclass(current) or "batches" not in {field.name for field in fields(current)}:
         return current, None
-    batches = current.batches  # type: ignore[attr-defined]
+    batches = vars(current)["batches"]
     if batches is None:
         return current, None
-    recording = SizedRecording(batches) if isinstance(batches, Sized) else Recording(batches)
+    recording = (SizedRecording if isinstance(batches, Sized) else Recording)(batches)
     return replace(current, batches=recording), recording  # type: ignore[type-var]
 
 
