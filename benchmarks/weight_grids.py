@@ -44,6 +44,7 @@ SCHEMES = (
     "w4-g128-asym",
     "w3-g32-asym",
 )
+DATA = Path(__file__).with_suffix(".json")
 NEAR = 1e-7
 GROUP = 32
 OWN = "4 bits, groups of 32, offset in float"
@@ -72,7 +73,8 @@ def own_grid(weight: Tensor) -> Tensor:
     """Rounding to the grid that the weights are on: 16 values from the least to the largest."""
     low, step = offset_and_step(weight)
     groups = weight.unflatten(1, (-1, GROUP))
-    return (low + step * ((groups - low) / step).round()).flatten(1)
+    rounded: Tensor = low + step * ((groups - low) / step).round()
+    return rounded.flatten(1)
 
 
 def spread(weight: Tensor, generator: torch.Generator) -> Tensor:
@@ -112,6 +114,13 @@ def values_in_a_group(weights: list[Tensor]) -> dict[str, float]:
     return {"most": most, "mean": different / groups}
 
 
+def weights_past(model: str, revision: str | None = None) -> str:
+    """What weight_grids.json has on where the weights of ``model`` come from; "" for another."""
+    data = json.loads(DATA.read_text(encoding="utf-8"))
+    known = data["model"] == model and revision in (None, data["revision"])
+    return str(data["weights"]) if known else ""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", nargs="?", default=MODEL)
@@ -138,9 +147,8 @@ def main() -> None:
             "machine": platform.machine(),
             "versions": versions(),
         }
-    target = Path(__file__).with_suffix(".json")
-    target.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {target}; python -m benchmarks.readme_tables writes the table of the docs")
+    DATA.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    print(f"written to {DATA}; python -m benchmarks.readme_tables writes the table of the docs")
 
 
 if __name__ == "__main__":
