@@ -11,7 +11,8 @@ root; everything between the two marks is replaced:
 results.json (of ``fxquant evaluate``) gives table, provenance and sentences; results.jsonl (of a
 sweep) gives its tables beside the published figures; speed.json (of benchmarks/speed.py) its ratios
 beside their goals, streaming.json (of benchmarks/streaming.py) its runs under a memory limit;
-published.py the reference ladder, which is data in the package.
+weight_grids.json (of benchmarks/weight_grids.py) what grids make of a model's weights; published.py
+the reference ladder, which is data in the package.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from tabulate import tabulate
 
 from fxquant.errors import DataError
 from fxquant.evaluation.comparison import format_results
+from fxquant.evaluation.gguf import weights_note
 from fxquant.evaluation.journal import read_journal
 from fxquant.evaluation.published import LADDER, REFERENCE_LOSS, Published
 from fxquant.evaluation.results import read_results
@@ -83,11 +85,14 @@ def table_of(path: Path) -> str:
         return speed_table(path)
     if path.name == "streaming.json":
         return streaming_tables(path)
+    if path.name == "weight_grids.json":
+        return grids_table(path)
     if path.name == "published.py":
         return reference_table()
     rows, made = read_results(path)
     said = "\n".join(f"> {sentence}" for sentence in sentences(rows))
-    parts = (format_table(rows), made.line(), f"`{made.command}`", said)
+    past = weights_note(made.model, made.weights)
+    parts = (format_table(rows), made.line(), f"`{made.command}`", said, past)
     return "\n\n".join(part for part in parts if part)
 
 
@@ -158,6 +163,28 @@ def _setting(part: dict[str, Any]) -> str:
         f"{part['length']} random tokens, {part['calibration_windows']} to calibrate; "
         f"{part['threads']} threads on {part['processor']}; {versions}"
     )
+
+
+def grids_table(path: Path) -> str:
+    """How far each grid gives a model's weights back."""
+    head = ("scheme", "equal", "within 1e-7", "SQNR, dB", "SQNR of spread weights, dB")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        body = [_grid_row(row) for row in data["rows"]]
+        made = (
+            f"{data['model']} ({data['revision'][:23]}), {data['linears']} linears, "
+            f"{data['values']:,} weights {data['weights']}; "
+            + ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path} is no result of benchmarks/weight_grids.py: {error!r}") from error
+    return f"{_table(head, body)}\n\n{made}"
+
+
+def _grid_row(row: dict[str, Any]) -> tuple[str, ...]:
+    sqnr = "exact" if row["sqnr"] is None else f"{row['sqnr']:.2f}"
+    shares = (f"{row[name]:.2%}" for name in ("equal", "near"))
+    return row["scheme"], *shares, sqnr, f"{row['sqnr_spread']:.2f}"
 
 
 def reference_table() -> str:

@@ -21,6 +21,7 @@ from tabulate import tabulate
 from torch.fx import GraphModule
 
 import fxquant
+from benchmarks.weight_grids import weights_past
 from fxquant.analysis.explanation import explain
 from fxquant.errors import FxquantError
 from fxquant.evaluation.converter import Converter, measure
@@ -188,7 +189,7 @@ def measure_all(base: str | None) -> None:
             seed=0,
         )
         graph = fxquant.trace(model)
-        converter = Converter(graph, windows.calibration)
+        converter = Converter(graph, windows.batches)
         reference = measure(converter, Scheme(), windows, 1, None).sums
         for family in subject.families:
             for repair in ("", *family.repairs) if base in (None, family.base) else ():
@@ -250,6 +251,9 @@ def table(subject: Subject, data: dict[str, Any]) -> str:
         f"**{subject.name}**: {subject.windows} windows of {subject.length} tokens of "
         f"{data['text']}, calibrated on {subject.calibration} others."
     )
+    past = weights_past(subject.model)
+    if past:
+        setting += f" Its weights are {past} ([evaluation.md](evaluation.md))."
     if missing:
         setting += f" Not measured yet: {', '.join(f'`{scheme}`' for scheme in missing)}."
     body = tabulate(lines, head, tablefmt="github", disable_numparse=True)

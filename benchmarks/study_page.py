@@ -9,6 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from benchmarks.weight_grids import weights_past
 from fxquant.analysis.validation import shared_draw
 
 CAUSES = ("weights", "clipping", "rounding")
@@ -87,7 +88,8 @@ def _where(subject: Data) -> str:
     )
     if subject["planted"]:
         text += f"; {len(subject['planted'])} outliers planted that leave its float function alone"
-    return text + ":"
+    past = weights_past(subject["model"], subject["revision"])
+    return text + (f"; weights {past}:" if past else ":")
 
 
 def collapse(subject: Data) -> str:

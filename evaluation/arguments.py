@@ -8,8 +8,10 @@ from pathlib import Path
 
 from fxquant.distributed import is_main, session
 from fxquant.evaluation.datasets import NAMED, tokenizer_note
+from fxquant.evaluation.gguf import weights_note
 from fxquant.evaluation.job import Job, Outcome, run
 from fxquant.evaluation.models import DTYPES
+from fxquant.evaluation.results import row_notes
 from fxquant.evaluation.tables import LEGEND, format_table, sentences
 from fxquant.signals import INTERRUPTED
 
@@ -50,12 +52,34 @@ def add_cache_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_held_out_arguments(parser: argparse.ArgumentParser, windows: int = 8) -> None:
+    """Which windows of the text are for an evaluation, so that nothing is calibrated on them."""
+    add = parser.add_argument
+    add(
+        "--windows",
+        type=window_count,
+        default=windows,
+        help=f"kept for evaluation, not calibrated on, or all ({windows})",
+    )
+    add("--stride", type=int, help="of these windows (length)")
+    _add_allow_overlap(parser)
+
+
+def _add_allow_overlap(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-overlap",
+        action="store_true",
+        help="go on where windows to evaluate were calibrated on; it is said beside the figures",
+    )
+
+
 def add_window_arguments(parser: argparse.ArgumentParser, windows: int = 8) -> None:
     """Which windows to evaluate."""
     add = parser.add_argument
     add("--windows", type=window_count, default=windows, help=f"to evaluate, or all ({windows})")
     add("--stride", type=int, help="from window to window; only new tokens are scored (length)")
     add("--batch-size", type=int, default=1, help="dynamic ranges depend on it (1)")
+    _add_allow_overlap(parser)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,13 +123,15 @@ def evaluate_command(options: argparse.Namespace) -> int:
 def _print(job: Job, outcome: Outcome) -> int:
     if outcome.rows:
         print(format_table(outcome.rows))
-        print(f"\n{LEGEND}\n\n{outcome.provenance.line()}")
+        notes = row_notes(outcome.rows, outcome.provenance)
+        print("\n" + "\n\n".join([LEGEND, outcome.provenance.line(), *notes]))
         if job.output is not None:
             print(f"written to {job.output}")
     if not outcome.complete:
         return INTERRUPTED
     print()
-    note = tokenizer_note(outcome.provenance.model, outcome.provenance.protocol)
-    for sentence in [*sentences(outcome.rows), *filter(None, [note])]:
+    made = outcome.provenance
+    notes = [tokenizer_note(made.model, made.protocol), weights_note(made.model, made.weights)]
+    for sentence in [*sentences(outcome.rows), *filter(None, notes)]:
         print(sentence)
     return 0

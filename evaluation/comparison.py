@@ -16,7 +16,7 @@ from fxquant.evaluation.journal import Result
 from fxquant.evaluation.provenance import Provenance
 from fxquant.evaluation.published import ALL, LENGTH, Published
 from fxquant.evaluation.result_notes import failed_lines, failures
-from fxquant.evaluation.results import Row
+from fxquant.evaluation.results import Row, overlap_words
 from fxquant.evaluation.statistics import Difference, mean_sums, paired_difference, spread
 from fxquant.schemes import Scheme, brief
 
@@ -49,6 +49,12 @@ class Line:
         if self.loss is None:
             return None
         return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def overlap(self) -> str:
+        """What has to be said where a result was calibrated on windows that it evaluates."""
+        rows = [each.figures for each in self.results if each.figures is not None]
+        return next((overlap_words(row) for row in rows if row.overlap), "")
 
     @property
     def off(self) -> float | None:
@@ -229,8 +235,9 @@ def format_group(group: Group, style: str = "github") -> str:
 
 def _cells(line: Line) -> dict[str, str]:
     figure = line.published
+    scheme = brief(line.scheme)
     return {
-        "scheme": brief(line.scheme),
+        "scheme": f"{scheme} [{line.overlap}]" if line.overlap else scheme,
         "loss": _number(line.loss, ".4f"),
         "ppl": _perplexity(line.perplexity),
         "Δloss ± s.e.": _delta(line),
@@ -268,7 +275,7 @@ def _perplexity(value: float | None) -> str:
 def _title(made: Provenance) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in made.versions.items())
     return (
-        f"{made.model} ({made.architecture}; {made.revision[:23]}) on {made.protocol.line()} "
+        f"{made.model} ({made.architecture}; {made.identity()}) on {made.protocol.line()} "
         f"({made.text_hash[:23]}); calibrated on {made.calibration}; batch size "
         f"{made.batch_size}, {made.dtype} on {made.device}; {versions}"
     )
@@ -304,7 +311,9 @@ def _csv_row(made: Provenance, line: Line) -> dict[str, object]:
         "dtype": made.dtype,
         "device": made.device,
         "versions": ", ".join(f"{name} {version}" for name, version in made.versions.items()),
+        "weights": made.weights,
         "scheme": line.scheme,
+        "overlap": line.overlap,
         "seeds": line.seeds,
         "loss": line.loss,
         "perplexity": line.perplexity,

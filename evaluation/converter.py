@@ -11,12 +11,15 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxquant import conversion
+from fxquant.batches import Batches
 from fxquant.errors import FxquantError
 from fxquant.evaluation.data import Windows
+from fxquant.evaluation.overlap import calibrated_windows
 from fxquant.evaluation.perplexity import evaluate
 from fxquant.evaluation.results import Row
 from fxquant.evaluation.statistics import Difference, WindowSums, paired_difference
 from fxquant.graph import GraphInfo, info
+from fxquant.recording import DrawnBatches
 from fxquant.repairs import can_resume
 from fxquant.schemes import Scheme, brief
 from fxquant.size import bits_per_weight
@@ -49,6 +52,7 @@ def measure(
         change = Difference(0.0 if converter.starts_float else math.nan, None)
     else:
         change = paired_difference(sums, reference)
+    found = info(converted).calibration
     return Row(
         scheme=str(scheme),
         loss=measured.loss,
@@ -62,6 +66,8 @@ def measure(
         left_in_float=tuple(f"{e.path}: {e.reason}" for e in info(converted).left_in_float),
         window_nll=sums.nll,
         window_tokens=sums.tokens,
+        calibration=None if found is None else tuple(record.brief() for record in found),
+        overlap=calibrated_windows(found, windows),
     )
 
 
@@ -69,11 +75,12 @@ def measure(
 class Converter:
     """Converts one float graph to many schemes; calibrates once for all that observe alike.
 
-    ``cache``: a folder for finished blocks of the repairs that keep them.
+    ``calibration``: windows int64 [M, L], or batches of them; ``cache``: a folder for finished
+    blocks of the repairs that keep them.
     """
 
     graph: GraphModule
-    calibration: Tensor
+    calibration: Tensor | DrawnBatches | None
     cache: Path | None = None
     observed: dict[frozenset[str], GraphModule] = field(default_factory=dict)
 
@@ -82,15 +89,19 @@ class Converter:
         """Whether the graph is as trace made it; a saved one may be anything."""
         return not info(self.graph).history
 
+    def _batches(self) -> Batches | None:
+        if isinstance(self.calibration, Tensor):
+            return self.calibration.split(1) if len(self.calibration) else None
+        return self.calibration
+
     def convert(self, scheme: Scheme) -> GraphModule:
         if not self.starts_float:
             return self.graph  # a saved graph: quantized already
         if not scheme.needs_calibration or scheme.repairs:
-            batches = self.calibration.split(1) if len(self.calibration) else None
             return conversion.convert(
                 self.graph,
                 scheme,
-                calibration=batches,
+                calibration=self._batches(),
                 progress=True,
                 cache=self.cache if can_resume(scheme) else None,
             )
@@ -100,7 +111,7 @@ class Converter:
             self.observed[static] = conversion.convert(
                 self.graph,
                 scheme,
-                calibration=self.calibration.split(1),
+                calibration=self._batches(),
                 level="observed",
                 progress=True,
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -16,9 +16,9 @@ from fxquant.evaluation.job import check_job, cut, open_sources
 from fxquant.evaluation.models import load_model
 from fxquant.graph import set_workspace
 from fxquant.pipeline import AfterPass
+from fxquant.repairs import reads_calibration
 from fxquant.schemes import as_scheme
 from fxquant.streamed import Workspace
-from fxquant.tracing import trace
 
 
 @dataclass(frozen=True)
@@ -34,21 +34,22 @@ def convert_as_asked(
 ) -> Converted:
     """Load ``options.model``, calibrate where ``options.scheme`` needs it, convert.
 
-    ``options`` holds what ``arguments.add_model_arguments`` and ``add_text_arguments`` add, and
-    ``scheme`` and ``level``. With ``stream``, new leaves go to the folder ``workspace``. Raises
-    FxquantError, before the model is loaded where it can.
+    ``options`` holds what ``arguments.add_model_arguments``, ``add_text_arguments`` and
+    ``add_held_out_arguments`` add, and ``scheme`` and ``level``. Calibration keeps apart from the
+    windows to evaluate, as in an evaluation. With ``stream``, new leaves go to the folder
+    ``workspace``. Raises FxquantError, before the model is loaded where it can.
     """
     scheme = as_scheme(options.scheme)
-    job = replace(job_of(options, (options.scheme,)), windows=1)
+    job = job_of(options, (options.scheme,))
     check_job(job)
     available = [Tensor()] if job.calibration_windows else None
     conversion.recipe(scheme, calibration=available, level=options.level, cache=job.cache)
-    calibrates = bool(job.calibration_windows and (scheme.needs_calibration or scheme.repairs))
+    calibrates = bool(job.calibration_windows and reads_calibration(scheme))
     sources = open_sources(job) if calibrates else None
     loaded = load_model(
         job.model, dtype=job.dtype, device=job.device, revision=job.revision, streamed=job.stream
     )
-    batches = cut(job, *sources, loaded).calibration.split(1) if sources else None
+    batches = cut(job, *sources, loaded).batches if sources else None
     pipeline = conversion.recipe(
         scheme,
         calibration=batches,
@@ -57,7 +58,7 @@ def convert_as_asked(
         after_pass=after_pass,
         cache=job.cache,
     )
-    graph = trace(loaded.model)
+    graph = loaded.traced()
     if job.stream and workspace is not None:
         set_workspace(graph, Workspace(workspace))
     return Converted(conversion.convert(graph, scheme, pipeline=pipeline), loaded.tokenizer)

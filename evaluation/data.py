@@ -4,38 +4,51 @@ from __future__ import annotations
 
 import hashlib
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from fxquant.calibration import Origin, Spans
 from fxquant.errors import DataError
+from fxquant.evaluation.overlap import check_drawn
 from fxquant.evaluation.protocol import Protocol
 from fxquant.evaluation.sampling import random_documents, random_offsets
 from fxquant.evaluation.source import Source as Source
 from fxquant.evaluation.source import load_text as load_text
 from fxquant.evaluation.source import tokenizer_for, tokens
+from fxquant.evaluation.stream import Cuts, Stream
+from fxquant.recording import DrawnBatches
 
 
 @dataclass(frozen=True)
 class Windows:
     """Token windows int64: evaluation [N, L] and calibration [M, L']; M may be 0.
 
-    ``scored`` int64 [N]: how many of each evaluation window's last tokens count.
+    ``scored`` int64 [N]: how many of each evaluation window's last tokens count. ``places``: where
+    the evaluation windows lie; ``origin``: how the calibration windows were drawn, if any were.
     """
 
     evaluation: Tensor
     calibration: Tensor
     scored: Tensor
     protocol: Protocol
+    places: Spans = field(default_factory=Spans)
+    origin: Origin | None = None
+
+    @property
+    def batches(self) -> DrawnBatches | None:
+        """The calibration windows, a batch each, for ``convert``; None where there are none."""
+        if self.origin is None:
+            return None
+        return DrawnBatches(self.calibration.split(1), self.origin)
 
     @property
     def digest(self) -> str:
-        """sha256 of the token ids themselves."""
-        digest = hashlib.sha256()
-        for ids in (self.evaluation, self.calibration):
-            digest.update(f"{list(ids.shape)}".encode() + ids.contiguous().numpy().tobytes())
+        """sha256 of the evaluation windows' token ids themselves."""
+        shape, ids = f"{list(self.evaluation.shape)}", self.evaluation.contiguous()
+        digest = hashlib.sha256(shape.encode() + ids.numpy().tobytes())
         return f"sha256:{digest.hexdigest()}"
 
 
@@ -67,6 +80,7 @@ def cut_windows(
     calibration_length: int | None = None,
     calibration_source: Source | None = None,
     revision: str | None = None,
+    allow_overlap: bool = False,
 ) -> Windows:
     """Cut once, for every scheme.
 
@@ -77,7 +91,8 @@ def cut_windows(
     from what the evaluation windows leave of a single text. ``revision``: of the hub model that the
     tokenizer is of, for protocols that ask for its slow one.
 
-    Raises DataError when a text is too short, with the number of windows it has.
+    Raises DataError when a text is too short, with the number of windows it has, and, but for
+    ``allow_overlap``, where a text to calibrate on holds what is evaluated (``overlap``).
     """
     stride = length if stride is None else stride
     check_counts(count, length, calibration, stride)
@@ -90,27 +105,36 @@ def cut_windows(
     reader = tokenizer_for(source.recipe, tokenizer, revision)
     cut = _evaluation(source, reader, count, length, stride)
     other = calibration_source or source
-    drawn = _calibration(
-        other,
-        reader if other is source else tokenizer_for(other.recipe, tokenizer, revision),
-        calibration,
-        calibration_length or length,
-        seed,
-        cut.rest if calibration_source is None else None,
-    )
-    scored = torch.full((len(cut.windows),), min(stride, length - 1))
+    other_reader = reader if other is source else tokenizer_for(other.recipe, tokenizer, revision)
+    calibration_length = calibration_length or length
+    rest = cut.rest if calibration_source is None else None
+    drawn = _calibration(other, other_reader, calibration, calibration_length, seed, rest)
+    scored = torch.full((len(cut.found.windows),), min(stride, length - 1))
     scored[0] = length - 1
-    return Windows(cut.windows, drawn, scored, _protocol(source, reader, cut, length, stride))
+    origin = None
+    if calibration:
+        origin = _origin(other, other_reader, drawn, calibration_length, seed, rest)
+    windows = Windows(
+        cut.found.windows,
+        drawn.windows,
+        scored,
+        _protocol(source, reader, cut, length, stride),
+        cut.found.spans,
+        origin,
+    )
+    if not allow_overlap:
+        check_drawn(windows)
+    return windows
 
 
 @dataclass(frozen=True)
 class _Cut:
     """Evaluation windows, whether they are all there are, the first token, and what follows."""
 
-    windows: Tensor
+    found: Cuts
     complete: bool
     first: int
-    rest: Tensor
+    rest: Stream | None
 
 
 def _evaluation(
@@ -119,9 +143,7 @@ def _evaluation(
     most = source.recipe.most_windows
     if source.recipe.selection == "samples":
         return _samples(source, tokenizer, count, length, stride)
-    stream = tokens(source.evaluation, tokenizer)
-    if most is not None:
-        stream = stream[: most * length]
+    stream = Stream.of(source.evaluation, tokenizer).head(None if most is None else most * length)
     available = max(0, (len(stream) - length) // stride + 1)
     wanted = max(available, 1) if count is None else count
     if wanted > available:
@@ -129,9 +151,9 @@ def _evaluation(
             f"text {source.name} is too short: its {len(stream)} tokens are {available} windows of "
             f"{length}, but {wanted} are asked for evaluation; ask for fewer or shorter windows"
         )
-    windows = stream.unfold(0, length, stride)[:wanted].clone()
-    rest = stream[(wanted - 1) * stride + length :]
-    return _Cut(windows, wanted == available, int(stream[0]), rest)
+    found = stream.cut(range(0, wanted * stride, stride), length)
+    rest = stream.behind((wanted - 1) * stride + length)
+    return _Cut(found, wanted == available, int(stream.ids[0]), rest)
 
 
 def _samples(
@@ -143,11 +165,9 @@ def _samples(
         raise DataError(f"{source.name} is {most} separate samples: it takes no stride")
     if wanted > most:
         raise DataError(f"{source.name} has {most} windows, but {wanted} are asked for evaluation")
-    windows = random_documents(
-        source.documents, lambda text: tokens(text, tokenizer), wanted, length, random.Random(0)
-    )
+    found = random_documents(source.documents, tokenizer, wanted, length, random.Random(0))
     first = int(tokens(source.documents[0], tokenizer)[0])
-    return _Cut(windows, wanted == most, first, windows.new_empty(0))
+    return _Cut(found, wanted == most, first, None)
 
 
 def _calibration(
@@ -156,39 +176,62 @@ def _calibration(
     count: int,
     length: int,
     seed: int,
-    rest: Tensor | None,
-) -> Tensor:
+    rest: Stream | None,
+) -> Cuts:
+    """``rest``: what evaluation leaves of the source; None where another one is evaluated."""
     if count == 0:
-        return torch.empty(0, length, dtype=torch.int64)
+        return Cuts.none(length)
     documents = source.calibration_documents
     if source.recipe.sampler == "documents" and documents is not None:
-        draw = random.Random(seed)
-        return random_documents(
-            documents, lambda text: tokens(text, tokenizer), count, length, draw
-        )
+        return random_documents(documents, tokenizer, count, length, random.Random(seed))
     if source.calibration is not None:
-        stream = tokens(source.calibration, tokenizer)
+        stream, what = Stream.of(source.calibration, tokenizer), "calibration text"
+    elif rest is not None:
+        stream, what = rest, "rest"
     else:
-        stream = tokens(source.evaluation, tokenizer) if rest is None else rest
+        stream, what = Stream.of(source.evaluation, tokenizer), "calibration text"
     if source.recipe.sampler == "offsets":
         return random_offsets(stream, count, length, random.Random(seed))
     available = len(stream) // length
     if count > available:
-        what = "calibration text" if rest is None or documents is not None else "rest"
         raise DataError(
             f"the {what} of {source.name} has {available} windows of {length}, but {count} are "
             "asked for; it is too short: ask for fewer or shorter windows"
         )
-    grid = stream[: available * length].view(-1, length)
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
-    return grid[order[:count]].clone()
+    return stream.cut([index * length for index in order[:count].tolist()], length)
+
+
+def _origin(
+    source: Source,
+    tokenizer: Tokenizer,
+    drawn: Cuts,
+    length: int,
+    seed: int,
+    rest: Stream | None,
+) -> Origin:
+    whole = source.calibration_documents is None and rest is None
+    return Origin(
+        source=source.name,
+        split=source.recipe.split if whole else source.recipe.calibration_split,
+        join=source.recipe.join,
+        sampler=source.recipe.sampler,
+        tokenizer=_kind(tokenizer),
+        text_hash=source.digest,
+        length=length,
+        seed=seed,
+        spans=drawn.spans,
+    )
+
+
+def _kind(tokenizer: Tokenizer) -> str:
+    return f"{'fast' if tokenizer.is_fast else 'slow'} {type(tokenizer).__name__}"
 
 
 def _protocol(
     source: Source, tokenizer: Tokenizer, cut: _Cut, length: int, stride: int
 ) -> Protocol:
     recipe = source.recipe
-    kind = "fast" if tokenizer.is_fast else "slow"
     has_bos = cut.first == tokenizer.bos_token_id
     samples = recipe.selection == "samples"
     where = "at the head of each document" if samples else "once, at the head of the stream"
@@ -197,10 +240,10 @@ def _protocol(
         split=recipe.split,
         join=recipe.join,
         selection=recipe.select(),
-        tokenizer=f"{kind} {type(tokenizer).__name__}",
+        tokenizer=_kind(tokenizer),
         bos=f"{tokenizer.bos_token} {where}" if has_bos else "none",
         length=length,
         stride=stride,
-        windows=len(cut.windows),
+        windows=len(cut.found.windows),
         complete=cut.complete,
     )

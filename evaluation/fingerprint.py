@@ -19,6 +19,7 @@ from fxquant.evaluation.models import (
     weights_hash,
 )
 from fxquant.evaluation.provenance import architecture
+from fxquant.repairs import reads_calibration
 from fxquant.schemes import Scheme
 
 
@@ -57,7 +58,7 @@ def _directory_hash(directory: Path) -> str:
 
 def depends_on_seed(scheme: Scheme) -> bool:
     """Whether calibration windows, which the seed draws, may matter to the scheme."""
-    return scheme.needs_calibration or bool(scheme.repairs)
+    return reads_calibration(scheme)
 
 
 def fingerprint(

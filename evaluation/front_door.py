@@ -16,16 +16,18 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fxquant.analysis.inputs import as_windows
 from fxquant.batches import Batch, check_ids
+from fxquant.calibration import calibration_words
 from fxquant.encodings import is_text
 from fxquant.errors import DataError
 from fxquant.evaluation import perplexity
 from fxquant.evaluation.data import Windows, cut_windows
 from fxquant.evaluation.datasets import check_dataset, open_source
 from fxquant.evaluation.models import versions
+from fxquant.evaluation.overlap import calibrated_windows
 from fxquant.evaluation.protocol import Recipe
 from fxquant.evaluation.source import Source
 from fxquant.evaluation.statistics import Difference, WindowSums, paired_difference
-from fxquant.graph import Level, device_of, float_dtype, info
+from fxquant.graph import GraphInfo, Level, device_of, float_dtype, info
 from fxquant.schemes import brief
 from fxquant.tracing import trace
 
@@ -117,7 +119,8 @@ class Evaluation:
 
     ``loss`` nats a token over all scored tokens, ``error`` its standard error with windows as
     clusters (None for one window), ``share_clipped`` the fraction of quantized activation elements
-    whose code was clipped (None: none are quantized), ``digest`` sha256 of the windows' token ids.
+    whose code was clipped (None: none are quantized), ``digest`` sha256 of the windows' token ids,
+    ``overlap`` the number of windows that the graph was calibrated on.
     """
 
     model: str
@@ -128,6 +131,7 @@ class Evaluation:
     text: str
     digest: str
     setting: str
+    overlap: int = 0
 
     @property
     def loss(self) -> float:
@@ -167,11 +171,12 @@ class Evaluation:
 
     def __str__(self) -> str:
         error = "n/a" if self.error is None else f"{self.error:.4f}"
+        seen = f", {self.overlap} of them calibrated on" if self.overlap else ""
         clipped = "" if self.share_clipped is None else f", clipped {self.share_clipped:.4%}"
         return (
             f"{brief(self.scheme)}: loss {self.loss:.4f} ± {error}, perplexity "
             f"{self.perplexity:.5g}{clipped}; "
-            f"{self.tokens} tokens scored in {self.windows} windows\n"
+            f"{self.tokens} tokens scored in {self.windows} windows{seen}\n"
             f"{self.model}, {self.text} ({self.digest[:23]}), {self.setting}"
         )
 
@@ -182,6 +187,7 @@ def evaluate(
     tokenizer: Tokenizer | None = None,
     *,
     batch_size: int = 1,
+    allow_overlap: bool = False,
 ) -> Evaluation:
     """Loss and perplexity of a model on text, with the figures of ``fxquant evaluate``.
 
@@ -191,10 +197,11 @@ def evaluate(
             ``tokenizer``; or token ids [N, L] (what a tokenizer returns too, without padding), of
             which all but each row's first are scored.
         batch_size: windows run together; dynamic per-tensor ranges depend on it.
+        allow_overlap: score windows that the graph was calibrated on; the result says how many.
 
-    Raises DataError (no windows, ids of another vocabulary, a text without a tokenizer, an
-    observed graph, which would count what it is evaluated on) before any work, NonFiniteError where
-    the model overflows, and what ``trace`` raises.
+    Raises DataError (no windows, windows that the graph was calibrated on, ids of another
+    vocabulary, a text without a tokenizer, an observed graph, which would count what it is
+    evaluated on) before any work, NonFiniteError where the model overflows, what ``trace`` raises.
     """
     if batch_size < 1:
         raise DataError(f"batch size must be at least 1, got {batch_size}")
@@ -208,6 +215,7 @@ def evaluate(
     else:
         ids, scored, text = _stacked(as_windows(cut, graph)), None, "token ids as given"
     check_ids(ids, facts, "evaluation windows")
+    overlap = _overlap(facts, cut, allow_overlap)
     label = brief(facts.scheme)
     found = perplexity.evaluate(graph, ids, batch_size=batch_size, label=label, scored=scored)
     return Evaluation(
@@ -219,7 +227,21 @@ def evaluate(
         text=text,
         digest=_digest(ids, found.sums.tokens),
         setting=_setting(graph, batch_size),
+        overlap=overlap,
     )
+
+
+def _overlap(facts: GraphInfo, cut: Any, allowed: bool) -> int:
+    """How many of the windows the graph was calibrated on, as far as both say where they lie."""
+    shared = calibrated_windows(facts.calibration, cut) if isinstance(cut, Windows) else ()
+    if shared and not allowed:
+        raise DataError(
+            f"{len(shared)} of the {len(cut.evaluation)} windows of {cut.protocol.dataset} hold "
+            f"what the graph was calibrated on, {calibration_words(facts.calibration)}: their loss "
+            "would not be of unseen text; cut one Windows and take its .batches to calibrate and "
+            "itself to evaluate, or pass allow_overlap=True, which the result says"
+        )
+    return len(shared)
 
 
 def _cut(data: Any, tokenizer: Tokenizer | None) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from fxquant.evaluation.converter import Converter, measure
 from fxquant.evaluation.data import Source, Windows, check_counts, cut_windows, load_text
 from fxquant.evaluation.datasets import check_dataset, open_source
 from fxquant.evaluation.models import LoadedModel, check_device, load_model, resolve_dtype, versions
+from fxquant.evaluation.overlap import check_saved_apart
 from fxquant.evaluation.progress import say_finished
 from fxquant.evaluation.provenance import Provenance, architecture
 from fxquant.evaluation.results import Row, prepare_folder, write_results
@@ -56,6 +57,7 @@ class Job:
     overwrite: bool = False
     stream: bool = False
     cache: Path | None = None
+    allow_overlap: bool = False
     command: str = field(default="", compare=False)
 
 
@@ -75,6 +77,8 @@ def run(job: Job, say: Callable[[str], None] = print) -> Outcome:
     known. An interruption (Ctrl-C) keeps the finished rows: ``complete`` is False then.
     """
     check_saved(job)
+    if is_checkpoint(Path(job.model)):
+        job = replace(job, calibration_windows=0)  # it brings what it was calibrated on
     schemes = check_job(job)
     if job.output is not None:
         prepare_folder(job.output, job.overwrite)
@@ -86,9 +90,11 @@ def run(job: Job, say: Callable[[str], None] = print) -> Outcome:
     torch.manual_seed(job.seed)
     graph = loaded.graph
     check_ids(windows.evaluation, info(graph), "evaluation windows")
-    provenance = make_provenance(job, loaded, graph, source, other, windows)
+    provenance = make_provenance(job, loaded, graph, source, windows)
     if isinstance(loaded.model, GraphModule):
         schemes = [Scheme.parse(info(graph).scheme)]
+        if not job.allow_overlap:
+            check_saved_apart(info(graph).calibration, windows, job.model)
     with workspace_for(graph, job.stream):
         return _rows(job, schemes, graph, windows, provenance, say)
 
@@ -143,7 +149,7 @@ def open_sources(job: Job) -> tuple[Source, Source | None]:
 
 def cut(job: Job, source: Source, calibration: Source | None, loaded: LoadedModel) -> Windows:
     """The job's windows."""
-    return cut_windows(
+    windows = cut_windows(
         source,
         loaded.tokenizer,
         count=job.windows,
@@ -154,7 +160,11 @@ def cut(job: Job, source: Source, calibration: Source | None, loaded: LoadedMode
         calibration_length=job.calibration_length,
         calibration_source=calibration,
         revision=job.revision,
+        allow_overlap=job.allow_overlap,
     )
+    if windows.origin is None:
+        return windows
+    return replace(windows, origin=replace(windows.origin, command=job.command))
 
 
 def check_saved(job: Job) -> None:
@@ -194,12 +204,13 @@ def _rows(
     say: Callable[[str], None],
 ) -> Outcome:
     rows: list[Row] = []
-    converter = Converter(graph, windows.calibration, job.cache)
+    converter = Converter(graph, windows.batches, job.cache)
 
     def keep(complete: bool) -> None:
         if job.output is not None:
             table = f"{format_table(rows)}\n\n{LEGEND}"
-            write_results(job.output, rows, provenance, table, complete=complete)
+            made = calibrated(provenance, rows)
+            write_results(job.output, rows, made, table, complete=complete)
 
     keep(complete=False)  # an older run's results must not pass for this one's
     try:
@@ -212,8 +223,18 @@ def _rows(
     except KeyboardInterrupt:
         where = f" in {job.output}" if job.output is not None and rows else ""
         say(f"interrupted: {len(rows)} of {len(schemes)} rows are finished and kept{where}")
-        return Outcome(rows, provenance, complete=False)
-    return Outcome(rows, provenance, complete=True)
+        return Outcome(rows, calibrated(provenance, rows), complete=False)
+    return Outcome(rows, calibrated(provenance, rows), complete=True)
+
+
+def calibrated(provenance: Provenance, rows: list[Row]) -> Provenance:
+    """With what the rows' graphs were calibrated on, and which were where not all are."""
+    if any(row.calibration is None for row in rows):
+        return provenance.calibrated(None)
+    records = [record for row in rows for record in row.calibration or ()]
+    reading = [row.scheme for row in rows if row.calibration]
+    others = [row.scheme for row in rows if not row.calibration and row.scheme != str(Scheme())]
+    return provenance.calibrated(records, reading if others and reading else ())
 
 
 def make_provenance(
@@ -221,13 +242,14 @@ def make_provenance(
     loaded: LoadedModel,
     graph: GraphModule,
     source: Source,
-    calibration: Source | None,
     windows: Windows,
 ) -> Provenance:
-    """What made the job's numbers."""
-    drawn = calibration or source
-    amount, length = windows.calibration.shape
-    return Provenance(
+    """What made the job's numbers, with what the graph it starts from was calibrated on."""
+    facts = info(graph)
+    origins = [each.origin for each in facts.calibration or ()]
+    saved = isinstance(loaded.model, GraphModule)
+    seeds = {None if origin is None else origin.seed for origin in origins}
+    made = Provenance(
         model=loaded.name,
         revision=loaded.revision,
         architecture=architecture(loaded.config),
@@ -237,19 +259,16 @@ def make_provenance(
         protocol=windows.protocol,
         windows=len(windows.evaluation),
         length=job.length,
-        calibration=(
-            f"{amount} windows of {length} from {drawn.name} ({drawn.recipe.calibration_split}, "
-            f"{drawn.recipe.sampler})"
-            if amount
-            else "nothing"
-        ),
-        calibration_windows=amount,
+        calibration="",
+        calibration_windows=None,
         batch_size=job.batch_size,
         dtype=str(float_dtype(graph)).removeprefix("torch."),
         device=job.device,
-        seed=job.seed,
+        seed=seeds.pop() if saved and len(seeds) == 1 else None if saved else job.seed,
         threads=torch.get_num_threads(),
         versions=versions(),
         command=job.command,
         processes=world_size(),
+        weights=facts.weights,
     )
+    return made.calibrated(facts.calibration)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -23,9 +22,12 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from fxquant.calibration import versions as versions
 from fxquant.checkpoint import load
 from fxquant.errors import ModelError
+from fxquant.evaluation.gguf import read_weights, write_weights
 from fxquant.evaluation.hub import hub_is_reachable, without_legacy_notice
+from fxquant.graph import info, update_info
 from fxquant.manifest import is_checkpoint
 from fxquant.streaming import stream
 from fxquant.tracing import trace
@@ -40,7 +42,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 class LoadedModel:
     """A model with what identifies it: a hub commit, or a hash of the weight files.
 
-    ``model`` is a graph where fxquant.save wrote it.
+    ``model`` is a graph where fxquant.save wrote it. ``weights``: what the float weights were
+    before, where they have been coarser, such as "dequantized from GGUF: ..."; else "".
     """
 
     model: PreTrainedModel | GraphModule
@@ -48,11 +51,18 @@ class LoadedModel:
     name: str
     revision: str
     config: PretrainedConfig
+    weights: str = ""
 
     @property
     def graph(self) -> GraphModule:
         """The model as a graph: traced, or as it was saved."""
-        return self.model if isinstance(self.model, GraphModule) else trace(self.model)
+        return self.model if isinstance(self.model, GraphModule) else self.traced()
+
+    def traced(self) -> GraphModule:
+        """The model as a float graph that knows its weights' past; raises as ``trace`` does."""
+        graph = trace(self.model)
+        update_info(graph, weights=self.weights)
+        return graph
 
 
 def model_directory(name: str) -> Path:
@@ -117,7 +127,8 @@ def load_model(
         )
     model.config._name_or_path = name  # not the cache's folder
     found = weights_hash(directory) if directory.is_dir() else model.config._commit_hash
-    return LoadedModel(model.to(device).eval(), tokenizer, name, str(found), model.config)
+    model = model.to(device).eval()
+    return LoadedModel(model, tokenizer, name, str(found), model.config, _weights(name, directory))
 
 
 def _load_saved(directory: Path, dtype: str, device: str, streamed: bool) -> LoadedModel:
@@ -131,7 +142,8 @@ def _load_saved(directory: Path, dtype: str, device: str, streamed: bool) -> Loa
         )
     graph = load(directory, device, stream=streamed)
     tokenizer, config = _tokenizer_and_config(directory)
-    return LoadedModel(graph, tokenizer, str(directory), weights_hash(directory), config)
+    found = weights_hash(directory)
+    return LoadedModel(graph, tokenizer, str(directory), found, config, info(graph).weights)
 
 
 def _open_streamed(
@@ -147,7 +159,14 @@ def _open_streamed(
         directory, dtype=dtype if isinstance(dtype, torch.dtype) else None, device=device
     )
     model.config._name_or_path = name
-    return LoadedModel(model, tokenizer, name, weights_hash(directory), config)
+    weights = _weights(name, directory)
+    return LoadedModel(model, tokenizer, name, weights_hash(directory), config, weights)
+
+
+def _weights(name: str, directory: Path) -> str:
+    if name.startswith(PACKAGE_PREFIX):
+        return read_weights(directory) or "from GGUF, of tensor types that only gguf can tell"
+    return read_weights(directory)
 
 
 def _tokenizer_and_config(directory: Path) -> tuple[Tokenizer, PretrainedConfig]:
@@ -218,6 +237,7 @@ def package_model(distribution: str) -> Path:
     target = cache_root() / f"{files[0].stem}-{file_hash(files[0])[:16]}"
     if not target.exists():
         _convert_gguf(files[0], target)
+    write_weights(files[0], target)
     return target
 
 
@@ -240,9 +260,3 @@ def _convert_gguf(source: Path, target: Path) -> None:
         # Another process may have been faster.
         if not (isinstance(error, OSError) and target.exists()):
             raise
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes the numbers."""
-    names = ("fxquant", "torch", "transformers", "datasets", "tokenizers")
-    return {name: importlib.metadata.version(name) for name in names}

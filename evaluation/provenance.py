@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
+from fxquant.calibration import NOTHING, CalibrationRecord, calibration_words
 from fxquant.evaluation.decoding import decode
 from fxquant.evaluation.protocol import Protocol
 
@@ -15,7 +17,9 @@ class Provenance:
     """What made the numbers: enough to make them again.
 
     ``architecture``: kind and shape, such as "opt 24x2048". ``calibration``: how its windows were
-    drawn. ``windows_hash``: of the token ids themselves, evaluation and calibration.
+    drawn, for all rows together, each of which has its own record. ``windows_hash``: of the
+    evaluated token ids themselves. ``seed`` draws the calibration windows; None where that is not
+    known. ``weights``: what the float weights were before, where they have been coarser.
     """
 
     model: str
@@ -28,25 +32,47 @@ class Provenance:
     windows: int
     length: int
     calibration: str
-    calibration_windows: int
+    calibration_windows: int | None
     batch_size: int
     dtype: str
     device: str
-    seed: int
+    seed: int | None
     threads: int
     versions: dict[str, str]
     command: str
     processes: int = 1
+    weights: str = ""
+
+    def calibrated(
+        self, found: Sequence[CalibrationRecord] | None, only: Sequence[str] = ()
+    ) -> Provenance:
+        """With what graphs were calibrated on; ``only``: the schemes of which that is said."""
+        words = calibration_words(None if found is None else tuple(found))
+        windows = None
+        if found is not None:
+            windows = sum({each.ids_hash: each.windows for each in found}.values())
+        said = f"{words} for {', '.join(only)}" if only else words
+        return replace(self, calibration=said, calibration_windows=windows)
+
+    def identity(self) -> str:
+        """The model's revision, and its weights where they have been coarser."""
+        weights = f"; weights {self.weights}" if self.weights else ""
+        return f"{self.revision[:23]}{weights}"
+
+    def seed_words(self) -> str:
+        if self.seed is not None:
+            return f"seed {self.seed}"
+        return "no seed" if self.calibration == NOTHING else "seed unknown"
 
     def line(self) -> str:
         """One line for under a table."""
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         processes = f", {self.processes} processes" if self.processes > 1 else ""
         return (
-            f"{self.model} ({self.revision[:23]}), {self.protocol.line()} "
+            f"{self.model} ({self.identity()}), {self.protocol.line()} "
             f"({self.text_hash[:23]}), calibrated on {self.calibration}, "
             f"batch size {self.batch_size}, {self.dtype} on {self.device} "
-            f"({self.threads} threads{processes}), seed {self.seed}; {versions}"
+            f"({self.threads} threads{processes}), {self.seed_words()}; {versions}"
         )
 
     @classmethod

@@ -1,17 +1,19 @@
-"""What is said beside a sweep's tables: which tokenizer had to do, and which cells failed."""
+"""What is said beside a sweep's tables: tokenizers, weights that were coarser, failed cells."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from fxquant.evaluation.datasets import tokenizer_note
+from fxquant.evaluation.gguf import weights_note
 from fxquant.evaluation.journal import Result
 
 
 def tokenizer_notes(results: Iterable[Result]) -> list[str]:
-    """``tokenizer_note`` of each model and text, once."""
-    made = (result.provenance for result in results if result.provenance is not None)
-    notes = (tokenizer_note(one.model, one.protocol) for one in made)
+    """``tokenizer_note`` and ``weights_note`` of each model and text, once."""
+    made = [result.provenance for result in results if result.provenance is not None]
+    notes = [tokenizer_note(one.model, one.protocol) for one in made]
+    notes += [weights_note(one.model, one.weights) for one in made]
     return [note for note in dict.fromkeys(notes) if note]
 
 

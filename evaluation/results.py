@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fxquant.calibration import Calibration
 from fxquant.errors import DataError
 from fxquant.evaluation.decoding import decode
 from fxquant.evaluation.provenance import Provenance
@@ -26,6 +28,8 @@ class Row:
     ``delta_error``: standard error of delta_loss by paired differences over windows, None for the
     float model and for a single window. ``window_nll`` and ``window_tokens``: each window's summed
     nats (float64) and number of scored tokens, from which the others can be computed again.
+    ``calibration``: what the graph was calibrated on, None where that is not known. ``overlap``:
+    indices of evaluated windows that hold some of it.
     """
 
     scheme: str
@@ -40,6 +44,8 @@ class Row:
     left_in_float: tuple[str, ...]
     window_nll: tuple[float, ...]
     window_tokens: tuple[int, ...]
+    calibration: Calibration = None
+    overlap: tuple[int, ...] = ()
 
     @property
     def sums(self) -> WindowSums:
@@ -102,7 +108,30 @@ def write_results(
     }
     _replace(folder / RESULTS, json.dumps(data, indent=2, allow_nan=False) + "\n")
     note = "" if complete else "\nUnfinished: still running, or interrupted.\n"
-    _replace(folder / TABLE, f"{table}\n\n{provenance.line()}\n\n`{provenance.command}`\n{note}")
+    lines = [provenance.line(), *row_notes(rows, provenance), f"`{provenance.command}`"]
+    _replace(folder / TABLE, "\n\n".join([table, *lines]) + f"\n{note}")
+
+
+def row_notes(rows: Sequence[Row], provenance: Provenance) -> list[str]:
+    """What has to be said of single rows: windows that they were calibrated on, and calibrations
+    that another command made."""
+    said = [
+        f"{row.scheme}: {overlap_words(row)} (number "
+        f"{', '.join(str(index + 1) for index in row.overlap)}), so that its loss is not of unseen "
+        "text"
+        for row in rows
+        if row.overlap
+    ]
+    for row in rows:
+        for record in row.calibration or ():
+            if record.origin is None or record.origin.command != provenance.command:
+                said.append(f"{row.scheme} was calibrated on {record.line()}")
+    return said
+
+
+def overlap_words(row: Row) -> str:
+    """How many of its windows the row was calibrated on."""
+    return f"calibrated on {len(row.overlap)} of the {len(row.window_nll)} evaluated windows"
 
 
 def read_results(path: Path) -> tuple[list[Row], Provenance]:

@@ -3,49 +3,47 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 
-import torch
-from torch import Tensor
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fxquant.errors import DataError
-from fxquant.evaluation.source import Documents
-
-Tokenize = Callable[[str], Tensor]
+from fxquant.evaluation.source import Documents, tokens
+from fxquant.evaluation.stream import Cuts, Stream
 
 # A text whose documents are all short would be searched for ever.
 _MISSES = 100_000
 
 
-def random_offsets(stream: Tensor, count: int, length: int, draw: random.Random) -> Tensor:
+def random_offsets(stream: Stream, count: int, length: int, draw: random.Random) -> Cuts:
     """``count`` windows [count, length] at random offsets of a stream; they may overlap.
 
     Raises DataError when the stream has no more than ``length`` tokens.
     """
     if len(stream) <= length:
         raise DataError(f"a stream of {len(stream)} tokens has no random windows of {length}")
-    starts = [draw.randint(0, len(stream) - length - 1) for _ in range(count)]
-    return torch.stack([stream[start : start + length] for start in starts])
+    return stream.cut([draw.randint(0, len(stream) - length - 1) for _ in range(count)], length)
 
 
 def random_documents(
-    documents: Documents, tokenize: Tokenize, count: int, length: int, draw: random.Random
-) -> Tensor:
+    documents: Documents, tokenizer: Tokenizer, count: int, length: int, draw: random.Random
+) -> Cuts:
     """One window [count, length] at a random offset of each of ``count`` random documents.
 
     Only documents of more than ``length`` tokens count, as in GPTQ's get_c4 (which fails at exactly
     ``length``). Raises DataError when such documents are not found.
     """
-    return torch.stack([_from_document(documents, tokenize, length, draw) for _ in range(count)])
+    parts = [_from_document(documents, tokenizer, length, draw) for _ in range(count)]
+    return Cuts.together(parts)
 
 
 def _from_document(
-    documents: Documents, tokenize: Tokenize, length: int, draw: random.Random
-) -> Tensor:
+    documents: Documents, tokenizer: Tokenizer, length: int, draw: random.Random
+) -> Cuts:
     for _ in range(min(_MISSES, 20 * len(documents) + 100)):
-        ids = tokenize(documents[draw.randint(0, len(documents) - 1)])
+        document = documents[draw.randint(0, len(documents) - 1)]
+        ids = tokens(document, tokenizer)
         if len(ids) > length:
-            return random_offsets(ids, 1, length, draw)[0]
+            return random_offsets(Stream.known(document, ids), 1, length, draw)
     raise DataError(
         f"no document of more than {length} tokens was found among {len(documents)}; ask for "
         "shorter windows"

@@ -257,8 +257,8 @@ class _Run:
         except Exception as error:
             self.fail(cells, describe(error))
             return
-        provenance = make_provenance(job, loaded, graph, *sources, windows)
-        converter = Converter(graph, windows.calibration, job.cache)
+        provenance = make_provenance(job, loaded, graph, sources[0], windows)
+        converter = Converter(graph, windows.batches, job.cache)
         for cell in cells:
             try:
                 torch.manual_seed(job.seed)
@@ -274,7 +274,7 @@ class _Run:
                     error=None,
                     protocol=windows.protocol,
                     figures=row,
-                    provenance=provenance,
+                    provenance=provenance.calibrated(row.calibration),
                 )
             )
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from tabulate import tabulate
 
-from fxquant.evaluation.results import Row
+from fxquant.evaluation.results import Row, overlap_words
 from fxquant.evaluation.statistics import Difference
 from fxquant.schemes import Scheme, brief
 
@@ -24,7 +24,7 @@ def format_table(rows: Sequence[Row], style: str = "github") -> str:
     """The rows as text; ``style`` is one of tabulate's."""
     body = [
         (
-            brief(row.scheme),
+            _scheme(row),
             f"{row.loss:.4f}",
             f"{row.perplexity:.2f}" if row.perplexity < 1e6 else f"{row.perplexity:.2e}",
             _delta(row, reference=rows[0]),
@@ -36,6 +36,11 @@ def format_table(rows: Sequence[Row], style: str = "github") -> str:
     ]
     align = ("left", *("right",) * (len(HEADERS) - 1))
     return tabulate(body, HEADERS, tablefmt=style, disable_numparse=True, colalign=align)
+
+
+def _scheme(row: Row) -> str:
+    scheme = brief(row.scheme)
+    return f"{scheme} [{overlap_words(row)}]" if row.overlap else scheme
 
 
 def _delta(row: Row, reference: Row) -> str:

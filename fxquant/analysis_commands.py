@@ -13,30 +13,34 @@ from torch.fx import GraphModule
 
 from fxquant.analysis.explanation import DEFAULT_METHODS, FULL_METHODS, METHODS, explain
 from fxquant.analysis.planning import DEFAULT_CHOICES, make_plan
-from fxquant.batches import Batches
+from fxquant.calibration import CalibrationRecord
 from fxquant.evaluation.arguments import (
     add_model_arguments,
     add_text_arguments,
     job_of,
+    window_count,
 )
 from fxquant.evaluation.data import Windows
 from fxquant.evaluation.job import check_job, cut, make_provenance, open_sources
 from fxquant.evaluation.models import LoadedModel, load_model
 from fxquant.evaluation.provenance import Provenance
+from fxquant.recording import record_of
+from fxquant.repairs import reads_calibration
+from fxquant.schemes import Scheme
 from fxquant.signals import INTERRUPTED, signal_name
-from fxquant.tracing import trace
 
 EXPLANATION, REPORT, PLAN, SCHEME = "explanation.json", "report.md", "plan.json", "scheme.json"
 
 
 @dataclass(frozen=True)
 class Material:
-    """What a command works on, and what made it."""
+    """What a command works on, and what made it; ``calibration``: what is read to calibrate."""
 
     loaded: LoadedModel
     graph: GraphModule
     windows: Windows
     provenance: Provenance
+    calibration: tuple[CalibrationRecord, ...]
 
 
 def add_explain_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +75,9 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_common(parser: argparse.ArgumentParser, windows: int) -> None:
     add_model_arguments(parser)
     add_text_arguments(parser, length=256)
-    parser.add_argument("--windows", type=int, default=windows, help=f"to measure on ({windows})")
+    parser.add_argument(
+        "--windows", type=window_count, default=windows, help=f"to measure on, or all ({windows})"
+    )
     parser.add_argument(
         "--output", type=Path, help="folder for results; a run that was interrupted goes on there"
     )
@@ -79,12 +85,14 @@ def _add_common(parser: argparse.ArgumentParser, windows: int) -> None:
 
 def explain_command(options: argparse.Namespace) -> int:
     """Explain, print the report; 130 after an interruption."""
-    material = _load(options)
+    scheme = Scheme.parse(options.scheme)
+    # Other choices at the worst sites take smoothing factors from the calibration windows.
+    material = _load(options, reads=reads_calibration(scheme) or options.worst > 0)
     try:
         found = explain(
             material.graph,
             options.scheme,
-            calibration=_calibration(material.windows),
+            calibration=material.windows.batches,
             data=material.windows.evaluation,
             methods=options.methods,
             sites=options.sites,
@@ -99,7 +107,7 @@ def explain_command(options: argparse.Namespace) -> int:
     provenance = material.provenance
     print(f"{found}\n\n{provenance.line()}")
     if options.output is not None:
-        _write(options.output / EXPLANATION, _json({**found.to_dict(), **_made_by(provenance)}))
+        _write(options.output / EXPLANATION, _json({**found.to_dict(), **_made_by(material)}))
         _write(
             options.output / REPORT, f"{found}\n\n{provenance.line()}\n\n`{provenance.command}`\n"
         )
@@ -109,13 +117,14 @@ def explain_command(options: argparse.Namespace) -> int:
 
 def plan_command(options: argparse.Namespace) -> int:
     """Plan, print what was found and the scheme; 130 after an interruption."""
-    material = _load(options)
+    reads = any(Scheme.parse(choice).needs_calibration for choice in options.choices)
+    material = _load(options, reads)
     try:
         found = make_plan(
             material.graph,
             data=material.windows.evaluation,
             budget=options.budget,
-            calibration=_calibration(material.windows),
+            calibration=material.windows.batches,
             choices=options.choices,
             cost=options.cost,
             output=options.output,
@@ -128,27 +137,24 @@ def plan_command(options: argparse.Namespace) -> int:
         print(found.scheme)
         return 0
     figures = {**asdict(found), "scheme": json.loads(found.scheme.to_json())}
-    _write(options.output / PLAN, _json({**figures, **_made_by(provenance)}))
+    _write(options.output / PLAN, _json({**figures, **_made_by(material)}))
     _write(options.output / SCHEME, found.scheme.to_json() + "\n")
     print(f"written to {options.output}; {SCHEME} is a scheme for convert and evaluate")
     return 0
 
 
-def _load(options: argparse.Namespace) -> Material:
+def _load(options: argparse.Namespace, reads: bool) -> Material:
     """The model, its graph, windows; the text is read first, since it fails sooner."""
     job = job_of(options, tuple(filter(None, [getattr(options, "scheme", None)])))
     check_job(job)
     source, other = open_sources(job)
     loaded = load_model(job.model, dtype=job.dtype, device=job.device, revision=job.revision)
     windows = cut(job, source, other, loaded)
-    graph = trace(loaded.model)
-    return Material(
-        loaded, graph, windows, make_provenance(job, loaded, graph, source, other, windows)
-    )
-
-
-def _calibration(windows: Windows) -> Batches | None:
-    return windows.calibration.split(1) if len(windows.calibration) else None
+    graph = loaded.traced()
+    read = windows.batches if reads else None
+    calibration = () if read is None else (record_of(read, graph, options.command_name),)
+    made = make_provenance(job, loaded, graph, source, windows).calibrated(calibration)
+    return Material(loaded, graph, windows, made, calibration)
 
 
 def _interrupted(options: argparse.Namespace, stop: KeyboardInterrupt) -> int:
@@ -162,8 +168,9 @@ def _interrupted(options: argparse.Namespace, stop: KeyboardInterrupt) -> int:
     return INTERRUPTED
 
 
-def _made_by(provenance: Provenance) -> dict[str, object]:
-    return {"provenance": asdict(provenance)}
+def _made_by(material: Material) -> dict[str, object]:
+    calibration = [asdict(record.brief()) for record in material.calibration]
+    return {"provenance": asdict(material.provenance), "calibration": calibration}
 
 
 def _json(data: dict[str, object]) -> str:

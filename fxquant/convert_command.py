@@ -15,6 +15,7 @@ from fxquant.conversion import LEVELS
 from fxquant.errors import CheckpointError
 from fxquant.evaluation.arguments import (
     add_cache_argument,
+    add_held_out_arguments,
     add_model_arguments,
     add_text_arguments,
 )
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--level", default="integer", choices=LEVELS, help="where to stop")
     add_text_arguments(parser)
+    add_held_out_arguments(parser)
     add_cache_argument(parser)
     parser.add_argument("--output", type=Path, help="folder for fxquant.save")
     parser.add_argument(

@@ -24,7 +24,7 @@ UNUSED = frozenset(
 TEXT_TO_BATCHES = (
     "tokenizer = fxquant.load_model(name).tokenizer",
     "cut = fxquant.windows(text, tokenizer)",
-    "# then calibration=cut.calibration, data=cut.evaluation",
+    "# then calibration=cut.batches, data=cut.evaluation",
 )
 
 

@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from fxquant.calibration import Calibration
 from fxquant.errors import GraphError
 from fxquant.records import PassRecord as PassRecord
 from fxquant.records import SiteRecord as SiteRecord
@@ -78,6 +79,8 @@ class GraphInfo:
     """What a graph is: filled by trace, extended by passes. Plain values only, no tensors.
 
     ``parameters`` and ``float_bytes`` (by dtype, largest first) are those of the user's model.
+    ``calibration``: the data that passes read, None where that is not known. ``weights``: where the
+    float weights come from, if it is known that they were coarser before.
     """
 
     model: str
@@ -96,6 +99,8 @@ class GraphInfo:
     site_records: tuple[SiteRecord, ...] = field(default=(), repr=False)
     parameters: int = 0
     float_bytes: tuple[tuple[str, int], ...] = ()
+    calibration: Calibration = None
+    weights: str = ""
 
 
 def info(gm: GraphModule) -> GraphInfo:

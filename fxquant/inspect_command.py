@@ -8,7 +8,11 @@ from pathlib import Path
 
 from fxquant.conversion import LEVELS
 from fxquant.convert_command import check_names
-from fxquant.evaluation.arguments import add_model_arguments, add_text_arguments
+from fxquant.evaluation.arguments import (
+    add_held_out_arguments,
+    add_model_arguments,
+    add_text_arguments,
+)
 from fxquant.evaluation.converting import convert_as_asked
 from fxquant.inspection import Inspection, inspect
 
@@ -20,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--level", default="integer", choices=LEVELS, help="where to stop")
     add_text_arguments(parser)
+    add_held_out_arguments(parser)
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--layer", type=int, metavar="N", help="list decoder block N")
     shown.add_argument("--graph", action="store_true", help="list the whole graph")

@@ -29,6 +29,7 @@ from fxquant.graph import (
 )
 from fxquant.levels import is_observer, verify
 from fxquant.options import check_options
+from fxquant.recording import recorded, remember
 from fxquant.snapshot import Snapshot
 from fxquant.spelling import spell_repair
 
@@ -201,7 +202,9 @@ def _run_checked(
     started = time.perf_counter()
     probe = probe_for(gm)
     outputs = run_probe(gm, probe, {}) if current.effect != "lossy" else None
-    gm = current.rewrite(gm, context)
+    reading, recording = recorded(context)
+    gm = current.rewrite(gm, reading)
+    remember(gm, recording, str(current))
     if current.ensures is not None:
         update_info(gm, level=current.ensures)
     verify(gm, current.name)

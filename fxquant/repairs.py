@@ -42,6 +42,12 @@ _KNOWN: tuple[type[Repair], ...] = (
 REPAIRS: dict[str, type[Repair]] = {repair.name: repair for repair in _KNOWN}
 
 
+def reads_calibration(scheme: Scheme) -> bool:
+    """Whether calibration data matter to the scheme: to static ranges, or to a repair."""
+    hungry = (REPAIRS[name].needs_calibration for name, _ in scheme.repairs if name in REPAIRS)
+    return scheme.needs_calibration or any(hungry)
+
+
 def can_resume(scheme: Scheme) -> bool:
     """Whether a repair of the scheme keeps finished blocks."""
     return any(name in REPAIRS and REPAIRS[name].resumes for name, _ in scheme.repairs)

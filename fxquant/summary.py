@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule
 
 from fxquant.blocks import block_of
+from fxquant.calibration import Calibration
 from fxquant.graph import (
     GraphInfo,
     LeftInFloat,
@@ -55,11 +56,14 @@ class Summary:
     sites: tuple[SiteRow, ...]
     left_in_float: tuple[LeftInFloat, ...]
     notes: tuple[Note, ...]
+    calibration: Calibration
+    weights: str
 
 
 def summarize(gm: GraphModule, *, fold: bool = True) -> Summary:
     """The Summary of a graph of any level; ``fold`` counts like sites of the blocks together."""
     facts = info(gm)
+    past = facts.calibration
     found = [_site_row(gm, site, facts) for site in facts.sites]
     return Summary(
         model=facts.model,
@@ -73,6 +77,8 @@ def summarize(gm: GraphModule, *, fold: bool = True) -> Summary:
         sites=tuple(_folded(found, facts.blocks) if fold else found),
         left_in_float=facts.left_in_float,
         notes=facts.notes,
+        calibration=None if past is None else tuple(record.brief() for record in past),
+        weights=facts.weights,
     )
 
 

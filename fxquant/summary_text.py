@@ -10,6 +10,7 @@ from itertools import takewhile
 
 from tabulate import tabulate
 
+from fxquant.calibration import calibration_words
 from fxquant.folding import fold
 from fxquant.records import PassRecord, SiteRecord
 from fxquant.schemes import Scheme
@@ -131,6 +132,7 @@ def _header(summary: Summary) -> str:
         ("model", summary.model),
         ("scheme", summary.scheme),
         ("level", summary.level),
+        ("calibrated on", calibration_words(summary.calibration)),
         ("parameters", f"{summary.parameters:,}"),
         ("bytes before", _bytes(summary.bytes_before)),
         ("bytes after", f"{_bytes(summary.bytes_after)}{saved}"),
@@ -139,6 +141,8 @@ def _header(summary: Summary) -> str:
             "-" if bits != bits else f"{bits:.2f} {_BITS}",
         ),
     ]
+    if summary.weights:
+        rows.insert(1, ("weights", summary.weights))
     return "\n".join(
         textwrap.fill(f"{name:<17}{value}", WIDTH, subsequent_indent=" " * 17)
         for name, value in rows

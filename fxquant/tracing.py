@@ -252,6 +252,7 @@ def _describe(model: PreTrainedModel) -> GraphInfo:
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         float_bytes=bytes_by_dtype((*model.parameters(), *model.buffers())),
         config=str(model.config.to_json_string(use_diff=False)),
+        calibration=(),
     )
 
 

@@ -153,7 +153,8 @@ def _numbered(ladder: Ladder, before: int) -> str:
 def _facts(data: Mapping[str, Any]) -> dict[str, str]:
     """A provenance as text, its versions on one line."""
     flat = flatten({key: value for key, value in data.items() if key != "versions"})
-    facts = {key: text_of(value, "number") for key, value in flat.items() if value is not None}
+    known = {key: value for key, value in flat.items() if value is not None and value != ""}
+    facts = {key: text_of(value, "number") for key, value in known.items()}
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     return {**facts, "versions": versions}
 
