@@ -7,9 +7,6 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from transformers import AutoConfig
-
-from fxquant.errors import ModelError
 from fxquant.evaluation.data import Source
 from fxquant.evaluation.job import Job
 from fxquant.evaluation.models import (
@@ -19,6 +16,7 @@ from fxquant.evaluation.models import (
     weights_hash,
 )
 from fxquant.evaluation.provenance import architecture
+from fxquant.pretrained import read_config
 from fxquant.schemes import Scheme
 
 
@@ -35,11 +33,7 @@ def identify_model(name: str, revision: str | None = None) -> Identity:
     """Find a model and what identifies it, without loading weights. Raises ModelError."""
     directory = model_directory(name)
     source = str(directory) if directory.is_dir() else name
-    try:
-        config = AutoConfig.from_pretrained(source, revision=revision)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ModelError(f"cannot find model {name}: {reason}") from error
+    config = read_config(source, revision)
     found = _directory_hash(directory) if directory.is_dir() else str(config._commit_hash)
     return Identity(name, found, architecture(config))
 

@@ -19,7 +19,10 @@ ROOT = Path(__file__).parent.parent
 ORDER: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("quantization",),
+    ("doors",),
     ("records", "dataclass_json", "tensor_file", "manifest"),
+    ("pickled",),
+    ("weight_files",),
     (
         "specs",
         "spelling",
@@ -50,6 +53,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("rescaling",),
     ("shapes", "formulas", "printer", "suggest", "history", "summary", "summary_text"),
     ("site_view", "dot", "inspection"),
+    ("model_config", "weight_names"),
+    ("pretrained",),
     ("tracing", "streaming"),
     ("passes",),
     ("repairs", "conversion", "module_json", "graph_json", "checkpoint"),
