@@ -63,7 +63,7 @@ def fingerprint(
         "model": asdict(model),
         "scheme": str(scheme),
         "text": {"name": source.name, "hash": source.digest, "recipe": asdict(source.recipe)},
-        "windows": [job.windows, job.length, job.stride or job.length],
+        "windows": [job.windows, job.length, job.length if job.stride is None else job.stride],
         # What is left over for calibration does not change what is evaluated.
         "calibration": _calibration(job, calibration or source)
         if depends_on_seed(scheme)
@@ -77,9 +77,10 @@ def fingerprint(
 
 
 def _calibration(job: Job, drawn: Source) -> dict[str, object]:
+    length = job.length if job.calibration_length is None else job.calibration_length
     facts: dict[str, object] = {
         "seed": job.seed,
-        "windows": [job.calibration_windows, job.calibration_length or job.length],
+        "windows": [job.calibration_windows, length],
         "text": {"name": drawn.name, "hash": drawn.digest, "recipe": asdict(drawn.recipe)},
     }
     if drawn.calibration_digest is not None:

@@ -114,7 +114,9 @@ def _open_streamed(
 
 
 def check_device(device: str) -> None:
-    """Raise ModelError for a device that torch does not know or does not have."""
+    """Raise ModelError for a device that torch does not know, does not have or only imagines."""
+    if device.startswith("meta"):
+        raise ModelError(f"device {device!r} computes nothing: take cpu or cuda")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

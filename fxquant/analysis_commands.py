@@ -11,14 +11,16 @@ from pathlib import Path
 
 from torch.fx import GraphModule
 
-from fxquant.analysis.explanation import DEFAULT_METHODS, METHODS, explain
-from fxquant.analysis.planning import DEFAULT_CHOICES, make_plan
+from fxquant.analysis.explanation import DEFAULT_METHODS, METHODS, check_request, explain
+from fxquant.analysis.planning import DEFAULT_CHOICES, make_plan, parse_choices
 from fxquant.batches import Batches
 from fxquant.evaluation.arguments import (
     INTERRUPTED,
     add_model_arguments,
     add_text_arguments,
     job_of,
+    number,
+    whole,
 )
 from fxquant.evaluation.data import Windows
 from fxquant.evaluation.job import check_job, cut, make_provenance, open_sources
@@ -47,13 +49,13 @@ def add_explain_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of {', '.join(METHODS)} (default: {' '.join(DEFAULT_METHODS)})",
     )  # fmt: skip
     parser.add_argument("--sites", help="a glob: quantize only the sites that it covers")
-    parser.add_argument("--worst", type=int, default=3, help="sites to try other choices at (3)")
+    parser.add_argument("--worst", type=whole, default=3, help="sites to try other choices at (3)")
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     _add_common(parser)
     parser.add_argument(
-        "--budget", type=float, required=True, help="largest loss difference, nats a token"
+        "--budget", type=number, required=True, help="largest loss difference, nats a token"
     )
     parser.add_argument(
         "--choices", nargs="+", default=list(DEFAULT_CHOICES), help="specs for a site, such as fp"
@@ -64,7 +66,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_common(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_text_arguments(parser, length=256)
-    parser.add_argument("--windows", type=int, default=2, help="to measure on (2)")
+    parser.add_argument("--windows", type=whole, default=2, help="to measure on (2)")
     parser.add_argument(
         "--output", type=Path, help="folder for results; a run that was interrupted goes on there"
     )
@@ -72,6 +74,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def explain_command(options: argparse.Namespace) -> int:
     """Explain, print the report; 130 after an interruption."""
+    check_request(options.methods, options.worst)
     material = _load(options)
     try:
         found = explain(
@@ -101,6 +104,7 @@ def explain_command(options: argparse.Namespace) -> int:
 
 def plan_command(options: argparse.Namespace) -> int:
     """Plan, print what was found and the scheme; 130 after an interruption."""
+    parse_choices(options.choices, options.budget, options.cost)
     material = _load(options)
     try:
         found = make_plan(

@@ -12,13 +12,15 @@ import json
 import math
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
 from fxquant.errors import DataError, FxquantError
 
 _LONGEST: Final = 240
+_DEEPEST: Final = 100
+_TOO_DEEP: Final = f"it is nested more than {_DEEPEST} deep"
 # An escaped half of a surrogate pair; whether the other half follows is looked at only then.
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 _SAY_THEIR_KIND: Final = (LookupError, AttributeError, TypeError, ArithmeticError, AssertionError)
@@ -107,7 +109,12 @@ def kind_of(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-def parse_json(content: bytes | str, *, strict: bool = False) -> Any:
+def parse_json(
+    content: bytes | str,
+    *,
+    strict: bool = False,
+    object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None,
+) -> Any:
     """JSON that can be worked with and written again.
 
     ``strict``: NaN and Infinity, which Python writes but JSON has not, are refused too. Raises
@@ -121,11 +128,11 @@ def parse_json(content: bytes | str, *, strict: bool = False) -> Any:
             parse_int=_integer,
             parse_float=_float,
             parse_constant=_no_constant if strict else None,
+            object_pairs_hook=object_pairs_hook,
         )
-        if _SURROGATE.search(raw):
-            _check_text(data)
     except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+        raise ValueError(_TOO_DEEP) from error
+    _check_values(data, bool(_SURROGATE.search(raw)))
     return data
 
 
@@ -146,16 +153,27 @@ def _no_constant(text: str) -> float:
     raise ValueError(f"{text} is no JSON")
 
 
-def _check_text(value: object) -> None:
-    if isinstance(value, str):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{printable(value[:40])!r} holds half a character") from error
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            _check_text(key)
-            _check_text(item)
-    elif isinstance(value, list):
-        for item in value:
-            _check_text(item)
+def _check_values(data: object, halves: bool) -> None:
+    """Depth, and text where the file holds half characters; without recursion of its own."""
+    level: list[object] = [data]
+    for _ in range(_DEEPEST):
+        below: list[object] = []
+        for value in level:
+            if isinstance(value, dict):
+                below.extend(value.values())
+                below.extend(value)
+            elif isinstance(value, list):
+                below.extend(value)
+            elif halves and isinstance(value, str):
+                _check_text(value)
+        level = below
+        if not level:
+            return
+    raise ValueError(_TOO_DEEP)
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{printable(text[:40])!r} holds half a character") from error

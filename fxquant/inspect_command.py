@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fxquant.conversion import LEVELS
 from fxquant.convert_command import check_names
-from fxquant.evaluation.arguments import add_model_arguments, add_text_arguments
+from fxquant.evaluation.arguments import add_model_arguments, add_text_arguments, whole
 from fxquant.evaluation.converting import convert_as_asked
 from fxquant.inspection import Inspection, inspect
 
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--level", default="integer", choices=LEVELS, help="where to stop")
     add_text_arguments(parser)
     shown = parser.add_mutually_exclusive_group()
-    shown.add_argument("--layer", type=int, metavar="N", help="list decoder block N")
+    shown.add_argument("--layer", type=whole, metavar="N", help="list decoder block N")
     shown.add_argument("--graph", action="store_true", help="list the whole graph")
     shown.add_argument("--diff", metavar="PASS", help="what a pass changed")
     shown.add_argument("--site", metavar="PATH", help="one site, or the end of its path")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ _KNOWN: tuple[type[Repair], ...] = (
     Smooth,
     SplitOutliers,
 )
+_TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
 REPAIRS: dict[str, type[Repair]] = {repair.name: repair for repair in _KNOWN}
 
 
@@ -94,7 +96,20 @@ def _resolve(name: str, options: dict[str, Any], given: dict[str, Any]) -> Repai
     if unknown:
         known = ", ".join(kind.option_names()) or "none"
         raise SchemeError(f"{name} has no option {', '.join(unknown)}; its options: {known}")
+    check_types(kind, options)
     try:
         return kind(**given, **options)
     except TypeError as error:
         raise SchemeError(f"scheme {given['scheme']}: {name}: {error}") from error
+
+
+def check_types(kind: type[Repair], options: dict[str, Any]) -> None:
+    """Raise SchemeError for an option whose value is not of its field's type."""
+    hints = typing.get_type_hints(kind)
+    for option, value in options.items():
+        wanted = hints[option]
+        kinds = typing.get_args(wanted) or (wanted,)
+        # An int serves where a float is wanted; true and false are no numbers.
+        if type(value) not in kinds and not (type(value) is int and float in kinds):
+            names = " or ".join(_TYPES[each] for each in kinds)
+            raise SchemeError(f"{kind.name}: {option} is {names}, not {value!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from fxquant.graph import Level, add_note, linear_parameters
 from fxquant.passes.smooth import weight_maxima
 from fxquant.repair import Repair
 from fxquant.rescaling import rescale
+
+MOST_ITERATIONS: Final = 1000
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,11 @@ class Equalize(Repair):
     threshold: float = 1e-3
 
     def __post_init__(self) -> None:
-        if not isinstance(self.iterations, int) or self.iterations < 1:
-            raise SchemeError(f"equalize: iterations is a number from 1, not {self.iterations!r}")
+        if not isinstance(self.iterations, int) or not 1 <= self.iterations <= MOST_ITERATIONS:
+            raise SchemeError(
+                f"equalize: iterations is a number from 1 to {MOST_ITERATIONS}, not "
+                f"{self.iterations!r}"
+            )
         if not isinstance(self.threshold, (int, float)) or self.threshold <= 0:
             raise SchemeError(f"equalize: threshold is positive, not {self.threshold!r}")
 

@@ -167,6 +167,7 @@ def _round_columns(
     division by U_ii is in ``ratios`` = U_ij / U_ii.
     """
     length, rows = columns.shape
+    block_size = min(block_size, length)
     ratios = upper / upper.diagonal()[:, None]
     scale_rows = scales.expand(rows, -1).t().contiguous() if scales.dim() else scales.view(1, 1)
     zeros = torch.zeros_like(scale_rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from torch import Tensor
 
@@ -10,6 +11,8 @@ from fxquant.errors import SchemeError
 from fxquant.passes.coordinate_descent import coordinate_descent
 from fxquant.passes.layerwise import Layer, Layerwise, stacked_start
 from fxquant.passes.weight_codes import WeightCodes, round_to_nearest, search_scales
+
+MOST_STEPS: Final = 1000
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,8 @@ class Refine(Layerwise):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps < 1:
-            raise SchemeError(f"refine: steps must be at least 1, got {self.steps}")
+        if not 1 <= self.steps <= MOST_STEPS:
+            raise SchemeError(f"refine: steps must be 1..{MOST_STEPS}, got {self.steps}")
         if not 0 <= self.damping <= 1:
             raise SchemeError(f"refine: damping must be 0..1, got {self.damping}")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxquant.errors import ModelError
+from fxquant.errors import ModelError, SchemeError
 from fxquant.graph import (
     LINEAR,
     Builder,
@@ -70,6 +70,12 @@ class Rotate(Repair):
     requires = (Level.FLOAT,)
     effect = "equivalent"
     needs_calibration = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**64:
+            raise SchemeError(
+                f"rotate: seed is a whole number from 0 to 2**64 - 1, not {self.seed}"
+            )
 
     @property
     def keeps_site_outputs(self) -> bool:

@@ -71,7 +71,7 @@ def explain(
     """
     scheme = as_scheme(scheme)
     methods = (methods,) if isinstance(methods, str) else tuple(dict.fromkeys(methods))
-    _check(methods, worst)
+    check_request(methods, worst)
     graph = model if isinstance(model, GraphModule) else trace(model)
     batches = as_batches(calibration, graph)
     notes: list[str] = []
@@ -96,7 +96,8 @@ def explain(
     return study.run(methods, worst, str(scheme), sites, unrepaired)
 
 
-def _check(methods: Sequence[str], worst: int) -> None:
+def check_request(methods: Sequence[str], worst: int) -> None:
+    """Raise SchemeError for methods or a number of sites that cannot be asked for."""
     unknown = [method for method in methods if method not in METHODS]
     if unknown:
         raise SchemeError(f"unknown method {', '.join(unknown)}: known are {', '.join(METHODS)}")
