@@ -84,7 +84,7 @@ def run(job: Job, say: Callable[[str], None] = print) -> Outcome:
     windows = cut(job, source, other, loaded)
     torch.manual_seed(job.seed)
     graph = loaded.graph
-    check_ids(windows.evaluation, info(graph), "evaluation windows")
+    check_windows(windows, graph)
     provenance = make_provenance(job, loaded, graph, source, other, windows)
     if isinstance(loaded.model, GraphModule):
         schemes = [Scheme.parse(info(graph).scheme)]
@@ -162,6 +162,12 @@ def cut(job: Job, source: Source, calibration: Source | None, loaded: LoadedMode
         calibration_source=calibration,
         revision=job.revision,
     )
+
+
+def check_windows(windows: Windows, graph: GraphModule) -> None:
+    """Raise DataError for token ids that the model has not, or windows longer than it takes."""
+    check_ids(windows.evaluation, info(graph), "evaluation windows")
+    check_ids(windows.calibration, info(graph), "calibration windows")
 
 
 def check_saved(job: Job) -> None:

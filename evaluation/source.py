@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol as Interface
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -17,7 +16,7 @@ from fxquant.doors import read_text
 from fxquant.errors import ModelError
 from fxquant.evaluation.builtin_text import builtin_text
 from fxquant.evaluation.protocol import PLAIN, Recipe
-from fxquant.pretrained import read_tokenizer
+from fxquant.pretrained import read_tokenizer, token_ids
 
 
 class Documents(Interface):
@@ -119,7 +118,4 @@ def tokenizer_for(recipe: Recipe, tokenizer: Tokenizer, revision: str | None = N
 
 def tokens(text: str, tokenizer: Tokenizer) -> Tensor:
     """Ids int64 [T] of a text, with the special tokens that the tokenizer adds."""
-    # verbose=False: the warning about sequences longer than the model does not apply to a stream.
-    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
-    assert isinstance(ids, Tensor)
-    return ids.to(torch.int64)
+    return token_ids(tokenizer, text)

@@ -23,7 +23,7 @@ from fxquant.evaluation.arguments import (
     whole,
 )
 from fxquant.evaluation.data import Windows
-from fxquant.evaluation.job import check_job, cut, make_provenance, open_sources
+from fxquant.evaluation.job import check_job, check_windows, cut, make_provenance, open_sources
 from fxquant.evaluation.models import LoadedModel, load_model
 from fxquant.evaluation.provenance import Provenance
 from fxquant.tracing import trace
@@ -138,6 +138,7 @@ def _load(options: argparse.Namespace) -> Material:
     loaded = load_model(job.model, dtype=job.dtype, device=job.device, revision=job.revision)
     windows = cut(job, source, other, loaded)
     graph = trace(loaded.model)
+    check_windows(windows, graph)
     return Material(
         loaded, graph, windows, make_provenance(job, loaded, graph, source, other, windows)
     )

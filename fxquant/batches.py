@@ -56,8 +56,7 @@ def model_inputs(batch: Batch, facts: GraphInfo, index: int) -> dict[str, Tensor
 def check_mask(mask: Tensor, where: str) -> None:
     """Raise CalibrationError for a mask [batch, length] of anything but 0 and 1 (or bools).
 
-    Other integers, the token ids say, would count as attended; NaN and fractions as anything. A row
-    without a 1 attends to nothing.
+    Other integers, token ids say, would count as attended, and NaN too.
     """
     if mask.is_complex() or mask.is_quantized or mask.layout != torch.strided or mask.is_meta:
         raise CalibrationError(f"{where}: attention_mask must be a dense tensor of 0 and 1")
@@ -68,11 +67,6 @@ def check_mask(mask: Tensor, where: str) -> None:
         raise CalibrationError(
             f"{where}: attention_mask must be 0 (padding) and 1, found {first} at {wrong.numel()} "
             f"of {mask.numel()} places{ids}"
-        )
-    empty = (mask == 0).all(1).nonzero()
-    if len(empty):
-        raise CalibrationError(
-            f"{where}: attention_mask is 0 at all of row {int(empty[0])}, which leaves no token"
         )
 
 

@@ -114,6 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for argument in arguments:
         if "\0" in argument or not _is_utf8(argument):
             parser.error(f"{argument!r} is no text: results could not name it")
+        if argument.endswith("=--"):  # which argparse takes for no value at all
+            parser.error(f"{argument} has no value")
     options = parser.parse_args(arguments)
     options.command = shlex.join([parser.prog, *arguments])
     try:

@@ -15,6 +15,7 @@ from typing import Final
 import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer as FastTokenizer
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -73,9 +74,24 @@ def read_tokenizer(
         if fast and (directory / _TOKENIZER).exists():
             _check_fast(directory / _TOKENIZER)
     with _reading(str(source), "tokenizer"):
-        return AutoTokenizer.from_pretrained(
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
             str(source), use_fast=fast, revision=revision, trust_remote_code=False
         )
+        token_ids(tokenizer, "a")
+    return tokenizer
+
+
+def token_ids(tokenizer: Tokenizer, text: str) -> Tensor:
+    """Ids int64 [T] of a text, with the special tokens that the tokenizer adds.
+
+    Raises ModelError naming the tokenizer where it has no ids for the text.
+    """
+    with rust_errors(f"the tokenizer of {tokenizer.name_or_path} cannot encode the text"):
+        # verbose=False: the warning about sequences longer than the model does not apply.
+        encoded = tokenizer(text, return_tensors="pt", verbose=False)
+    ids = encoded["input_ids"][0]
+    assert isinstance(ids, Tensor)
+    return ids.to(torch.int64)
 
 
 def read_model(
@@ -124,10 +140,13 @@ def empty_model(
 def read_gguf(file: Path) -> tuple[PreTrainedModel, Tokenizer]:
     """Model (float32) and tokenizer of a GGUF file. Raises ModelError naming it."""
     check_regular(file, ModelError)
-    folder, options = str(file.parent), {"gguf_file": file.name, "trust_remote_code": False}
+    folder, name = str(file.parent), file.name
     with _reading(str(file), "GGUF"):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
-        return model, AutoTokenizer.from_pretrained(folder, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=name, dtype=torch.float32, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
+    return model, tokenizer
 
 
 def check_files(directory: Path) -> None:
@@ -151,13 +170,20 @@ def _check_there(directory: Path) -> None:
 
 def _check_fast(path: Path) -> None:
     """transformers takes a damaged tokenizer.json for one of another library."""
-    try:
+    with rust_errors(f"{path} is no tokenizer"):
         FastTokenizer.from_file(str(path))
-    # Its errors are of class Exception itself; a panic of its Rust code is a BaseException.
+
+
+@contextlib.contextmanager
+def rust_errors(doing: str) -> Iterator[None]:
+    """What tokenizers raises, as a ModelError: its errors are of class Exception itself, and a
+    panic of its Rust code is a BaseException."""
+    try:
+        yield
     except BaseException as error:
         if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
-        raise ModelError(f"{path} is no tokenizer: {reason(error)}") from error
+        raise ModelError(f"{doing}: {reason(error)}") from error
 
 
 @contextlib.contextmanager
