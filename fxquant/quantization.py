@@ -129,9 +129,9 @@ def group_ranges(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     A last group that is short is filled with zeros, which is harmless: every range holds 0.
     """
     length = x.shape[-1]
-    groups = group_count(length, group_size)
-    padded = torch.nn.functional.pad(x, (0, groups * group_size - length))
-    grouped = padded.unflatten(-1, (groups, group_size))
+    groups, size = group_count(length, group_size), min(group_size, length)
+    padded = torch.nn.functional.pad(x, (0, groups * size - length))
+    grouped = padded.unflatten(-1, (groups, size))
     return grouped.amin(-1), grouped.amax(-1)
 
 

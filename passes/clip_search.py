@@ -37,7 +37,7 @@ class GroupGram(Observer):
 def split_groups(rows: Tensor, group_size: int | None) -> Tensor:
     """[N, K] as [N, G, g], the last group filled up with zeros; one group without a size."""
     columns = rows.shape[1]
-    size = columns if group_size is None else group_size
+    size = columns if group_size is None else min(group_size, columns)
     padding = group_count(columns, size) * size - columns
     return torch.nn.functional.pad(rows, (0, padding)).view(-1, group_count(columns, size), size)
 

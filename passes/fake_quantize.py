@@ -26,8 +26,8 @@ def fake_weight(weight: Tensor, spec: TensorSpec) -> Tensor:
         return _on_grid(weight, scale, zero_point, qmin, qmax)
     # Broadcast over groups rather than spread per column: searches do this again and again.
     length, groups = weight.shape[-1], scale.shape[-1]
-    padded = nn.functional.pad(weight, (0, groups * spec.group_size - length))
-    grouped = padded.unflatten(-1, (groups, spec.group_size))
+    size = min(spec.group_size, length)
+    grouped = nn.functional.pad(weight, (0, groups * size - length)).unflatten(-1, (groups, size))
     rounded = _on_grid(grouped, scale[..., None], zero_point[..., None], qmin, qmax)
     return rounded.flatten(-2).narrow(-1, 0, length)
 

@@ -147,8 +147,9 @@ def _weight_sum(gm: GraphModule, builder: Builder, p: Pattern, codes: Tensor) ->
         shift = get_tensor(gm, p.weight_zero_point)
         centred = centred - expand_groups(shift, length, p.group_size or None)
     if p.group_size:
-        padding = group_count(length, p.group_size) * p.group_size - length
-        grouped = nn.functional.pad(centred, (0, padding)).unflatten(1, (-1, p.group_size))
+        size = min(p.group_size, length)
+        padding = group_count(length, size) * size - length
+        grouped = nn.functional.pad(centred, (0, padding)).unflatten(1, (-1, size))
         sums = grouped.sum(-1, dtype=torch.int32)
     else:
         sums = centred.sum(-1, dtype=torch.int32)

@@ -84,7 +84,7 @@ def search_scales(weight: Tensor, spec: TensorSpec, importance: Tensor) -> tuple
     if spec.granularity == "token":
         raise SchemeError("a weight is per tensor, channel or group, not per token")
     rows, columns = weight.shape
-    size = columns if spec.group_size is None else spec.group_size
+    size = columns if spec.group_size is None else min(spec.group_size, columns)
     groups = group_count(columns, size)
     padding = groups * size - columns
     weights = torch.nn.functional.pad(weight.to(torch.float32), (0, padding))
