@@ -33,10 +33,11 @@ CONTENTS = {
     "huge number": b'{"model_type": "opt", "x": ' + b"9" * 400 + b"}", "half": b'{"a": "\\ud800"}',
     "nothing": b"{}", "inf": b'{"model_type": "opt", "dropout": 1e400}',
 }  # fmt: skip
+NO_SIZES: tuple[Any, ...] = (0, -1, 2**40, "32", 1.5, True, [], {})
 VALUES: list[tuple[str, Any]] = [
     *((name, value) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads",
        "vocab_size", "ffn_dim", "max_position_embeddings", "word_embed_proj_dim")
-      for value in (0, -1, 2**40, "32", 1.5, True, [], {})),
+      for value in NO_SIZES),
     *(("activation_function", value) for value in ("zzz", 3, "", ["relu"])),
     *(("model_type", value) for value in ("zzz", 3, "", "t5", "vit", None)),
     *(("dtype", value) for value in ("load", "int8", 3, "nn")),
@@ -188,7 +189,7 @@ def test_pipes_and_folders_are_no_files(
     both_refuse(capsys, folder, name)
 
 
-LEFTOVERS = {
+LEFTOVERS: dict[str, dict[str, Callable[[dict[str, Tensor]], Tensor]]] = {
     "opt": {HEAD: lambda t: t[TOKENS].clone()},
     "llama": {"model.layers.0.self_attn.rotary_emb.inv_freq": lambda t: torch.ones(4)},
     "gpt2": {"transformer.h.0.attn.masked_bias": lambda t: torch.tensor(-1e4),
