@@ -99,7 +99,7 @@ def check_job(job: Job) -> list[Scheme]:
     """
     check_seed(job.seed)
     if not 1 <= job.batch_size <= MOST:
-        raise DataError(f"batch size must be 1 to {MOST}, got {job.batch_size}")
+        raise DataError(f"batch size must be at least 1 and at most {MOST}, got {job.batch_size}")
     check_counts(job.windows, job.length, job.calibration_windows, job.stride)
     length = job.length if job.calibration_length is None else job.calibration_length
     check_counts(1, length, job.calibration_windows, what="calibration windows")

@@ -163,8 +163,8 @@ def check_files(directory: Path) -> None:
 def _check_there(directory: Path) -> None:
     if not any((directory / name).exists() for name in _OF_TOKENIZERS):
         raise ModelError(
-            f"{directory} holds no tokenizer ({_TOKENIZER}), which an evaluation needs: "
-            "tokenizer.save_pretrained writes one there (fxquant.save takes a tokenizer)"
+            f"cannot load {directory}: it holds no tokenizer ({_TOKENIZER}), which an evaluation "
+            "needs: tokenizer.save_pretrained writes one there (fxquant.save takes a tokenizer)"
         )
 
 

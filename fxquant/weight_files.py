@@ -46,6 +46,11 @@ def stored_weights(directory: Path) -> dict[str, Stored]:
     """Every tensor of a checkpoint folder by name. Raises ModelError naming file and tensor."""
     if any(directory.glob("model*.safetensors")) or (directory / INDEX).exists():
         return safetensors_weights(directory)
+    if not any(directory.glob(PICKLED)) and not (directory / PICKLED_INDEX).exists():
+        raise ModelError(
+            f"cannot load {directory}: it holds no weights ({WEIGHTS} or {PICKLED}); "
+            "save_pretrained writes them"
+        )
     found: dict[str, Stored] = {}
     for path in pickled_files(directory):
         for name, tensor in read_pickled(path).items():
