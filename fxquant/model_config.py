@@ -23,6 +23,10 @@ _SIZES: Final = (
     "intermediate_size", "ffn_dim", "n_inner", "vocab_size", "max_position_embeddings",
     "n_positions", *_LAYERS,
 )  # fmt: skip
+_NEEDED: Final = (
+    "hidden_size", "n_embd", "d_model", "vocab_size", "num_attention_heads", "n_head", *_LAYERS,
+)  # fmt: skip
+_DTYPES: Final = ("dtype", "torch_dtype")
 _ACTIVATIONS: Final = ("hidden_act", "activation_function", "hidden_activation")
 
 
@@ -52,12 +56,21 @@ def check_config_file(directory: Path) -> None:
 
 def _check_fields(path: Path, data: Mapping[str, Any], prefix: str) -> None:
     for name, value in data.items():
-        if name in _SIZES and value is not None:
+        if name in _SIZES and (value is not None or name in _NEEDED):
             _check_size(path, prefix + name, value, _MOST_LAYERS if name in _LAYERS else _LARGEST)
         elif name in _ACTIVATIONS and value is not None:
             _check_activation(path, prefix + name, value)
+        elif name in _DTYPES and value is not None and not _names_float(value):
+            raise ModelError(f"{path}: {prefix}{name} is {_shown(value)}, which is no float dtype")
         elif name.endswith("_config") and isinstance(value, Mapping):
             _check_fields(path, value, f"{prefix}{name}.")
+
+
+def _names_float(value: object) -> bool:
+    if not isinstance(value, str):
+        return False
+    found = getattr(torch, value.removeprefix("torch."), None)
+    return value == "auto" or (isinstance(found, torch.dtype) and found.is_floating_point)
 
 
 def _check_size(path: Path, name: str, value: object, most: int) -> None:

@@ -188,10 +188,9 @@ def rust_errors(doing: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _reading(name: str, part: str) -> Iterator[None]:
-    advice = (
-        "a hub name needs the network or a filled cache; a directory needs what save_pretrained "
-        "writes for a causal LM and its tokenizer"
-    )
+    advice = "a directory needs what save_pretrained writes for a causal LM and its tokenizer"
+    if not Path(name).exists():
+        advice = f"a hub name needs the network or a filled cache; {advice}"
     with door(ModelError, f"cannot load {name}: {part}", _BAD_FILES, advice):
         try:
             yield
