@@ -36,6 +36,7 @@ import fxquant
 from fxquant.evaluation.models import versions
 from fxquant.evaluation.perplexity import evaluate
 from fxquant.graph import set_workspace
+from fxquant.pretrained import read_model
 from fxquant.streamed import Workspace
 from fxquant.streaming import stream
 
@@ -179,7 +180,7 @@ def cost(layers: int, repeats: int = 3) -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         write_random(opt_1_3b(layers), Path(folder))
-        model = OPTForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = read_model(folder, dtype=torch.float32)
         graphs = [fxquant.trace(model), fxquant.trace(stream(folder, dtype=torch.float32))]
         for scheme in ("fp", "w8a8-dynamic"):
             pair = [fxquant.convert(graph, scheme) for graph in graphs]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
 from fxquant.distributed import is_main, session
+from fxquant.doors import printable
 from fxquant.evaluation.datasets import NAMED, tokenizer_note
 from fxquant.evaluation.gguf import weights_note
 from fxquant.evaluation.job import Job, Outcome, run
@@ -38,11 +41,11 @@ def add_text_arguments(parser: argparse.ArgumentParser, length: int = 512) -> No
     text.add_argument("--text", default="builtin", help="a UTF-8 file, or builtin (default)")
     add = parser.add_argument
     add("--data", type=Path, help="folder with clones of hub datasets: DATA/OWNER/NAME")
-    add("--length", type=int, default=length, help=f"tokens a window ({length})")
-    add("--calibration-windows", type=int, default=16, help="for calibration (16)")
-    add("--calibration-length", type=int, help="tokens of a calibration window (length)")
+    add("--length", type=whole, default=length, help=f"tokens a window ({length})")
+    add("--calibration-windows", type=whole, default=16, help="for calibration (16)")
+    add("--calibration-length", type=whole, help="tokens of a calibration window (length)")
     add("--calibration-dataset", metavar="NAME_OR_PATH", help="to calibrate on another dataset")
-    add("--seed", type=int, default=0, help="draws the calibration windows (0)")
+    add("--seed", type=whole, default=0, help="draws the calibration windows (0)")
 
 
 def add_cache_argument(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +64,7 @@ def add_held_out_arguments(parser: argparse.ArgumentParser, windows: int = 8) ->
         default=windows,
         help=f"kept for evaluation, not calibrated on, or all ({windows})",
     )
-    add("--stride", type=int, help="of these windows (length)")
+    add("--stride", type=whole, help="of these windows (length)")
     _add_allow_overlap(parser)
 
 
@@ -77,8 +80,8 @@ def add_window_arguments(parser: argparse.ArgumentParser, windows: int = 8) -> N
     """Which windows to evaluate."""
     add = parser.add_argument
     add("--windows", type=window_count, default=windows, help=f"to evaluate, or all ({windows})")
-    add("--stride", type=int, help="from window to window; only new tokens are scored (length)")
-    add("--batch-size", type=int, default=1, help="dynamic ranges depend on it (1)")
+    add("--stride", type=whole, help="from window to window; only new tokens are scored (length)")
+    add("--batch-size", type=whole, default=1, help="dynamic ranges depend on it (1)")
     _add_allow_overlap(parser)
 
 
@@ -100,9 +103,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the run that is there")
 
 
+def whole(text: str) -> int:
+    """A whole number in plain digits: what is printed is then what was typed."""
+    if not re.fullmatch(r"[-+]?[0-9]{1,20}", text):
+        raise argparse.ArgumentTypeError(f"{printable(text[:40])!r} is no whole number")
+    return int(text)
+
+
+def number(text: str) -> float:
+    """A finite number in plain digits."""
+    value = float(text) if re.fullmatch(r"[-+.0-9eE]{1,40}", text) else math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{printable(text[:40])!r} is no finite number")
+    return value
+
+
 def window_count(text: str) -> int | None:
     """A number, or None for "all"."""
-    return None if text == "all" else int(text)
+    return None if text == "all" else whole(text)
 
 
 def job_of(options: argparse.Namespace, schemes: tuple[str, ...]) -> Job:

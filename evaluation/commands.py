@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fxquant.evaluation.arguments import add_cache_argument, window_count
+from fxquant.errors import DataError
+from fxquant.evaluation.arguments import add_cache_argument, whole, window_count
 from fxquant.evaluation.comparison import check_format, format_results
 from fxquant.evaluation.journal import read_journal
 from fxquant.evaluation.models import DTYPES
@@ -70,7 +71,11 @@ def table_command(options: argparse.Namespace) -> int:
     check_format(options.format)
     read = [result for path in options.results for result in read_journal(path)]
     results = {result.fingerprint: result for result in read}.values()
-    print(format_results(results, options.format))
+    try:
+        text = format_results(results, options.format)
+    except DataError as error:  # results that do not go together
+        raise DataError(f"{', '.join(map(str, options.results))}: {error}") from error
+    print(text)
     for note in [LEGEND, *tokenizer_notes(results)] if options.format != "csv" else []:
         print(f"\n{note}")
     return 0
@@ -84,11 +89,11 @@ def add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dataset", metavar="NAME_OR_PATH", help="another text; differences still compare")
     add("--calibration-dataset", metavar="NAME_OR_PATH", help="another text to calibrate on")
     add("--windows", type=window_count, default=argparse.SUPPRESS, help="a number, or all")
-    add("--length", type=int)
-    add("--calibration-windows", type=int)
-    add("--calibration-length", type=int)
-    add("--batch-size", type=int)
-    add("--seeds", type=int, nargs="+", help="draw the calibration windows (0)")
+    add("--length", type=whole)
+    add("--calibration-windows", type=whole)
+    add("--calibration-length", type=whole)
+    add("--batch-size", type=whole)
+    add("--seeds", type=whole, nargs="+", help="draw the calibration windows (0)")
     add("--device", help="cpu (default) or cuda")
     add("--dtype", choices=("auto", *DTYPES))
     add("--revision", help="of a hub model")

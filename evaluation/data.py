@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from dataclasses import dataclass, field
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from fxquant.evaluation.source import load_text as load_text
 from fxquant.evaluation.source import tokenizer_for, tokens
 from fxquant.evaluation.stream import Cuts, Stream
 from fxquant.recording import DrawnBatches
+
+# Tokens of calibration that are drawn at most, and the largest count that means anything.
+MOST: Final = 2**30
 
 
 @dataclass(frozen=True)
@@ -53,13 +57,25 @@ class Windows:
 
 
 def check_counts(
-    count: int | None, length: int, calibration: int, stride: int | None = None
+    count: int | None,
+    length: int,
+    calibration: int,
+    stride: int | None = None,
+    what: str = "windows",
 ) -> None:
-    """Raise DataError for numbers of windows or tokens that make no evaluation."""
+    """Raise DataError for numbers of windows or tokens that make no evaluation.
+
+    ``what``: which windows ``length`` is of.
+    """
     if (count is not None and count < 1) or length < 2 or calibration < 0:
         raise DataError(
-            f"need at least 1 window of 2 tokens and 0 calibration windows, got {count} windows "
-            f"of {length} and {calibration}"
+            f"need at least 1 window of 2 tokens and 0 calibration windows, got {count} {what} "
+            f"of {length} tokens and {calibration} to calibrate on"
+        )
+    if max(count or 0, length, calibration) > MOST or calibration * length > MOST:
+        raise DataError(
+            f"more than {MOST} tokens are asked for: {count} {what} of {length} tokens, "
+            f"{calibration} to calibrate on"
         )
     if stride is not None and not 1 <= stride <= length:
         raise DataError(

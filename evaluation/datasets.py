@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, cast
 
+from fxquant.doors import check_regular, reason
 from fxquant.errors import DataError
 from fxquant.evaluation.protocol import Protocol, Recipe
 from fxquant.evaluation.source import Documents, Source, load_text
@@ -165,7 +166,7 @@ def _named(name: str, data: Path | None) -> Source:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or repr(error)).splitlines()[0]}"
+    return f"{type(error).__name__}: {reason(error).removeprefix(f'{type(error).__name__}: ')}"
 
 
 def _saved_folder(path: Path) -> Source:
@@ -194,9 +195,17 @@ def _splits(path: Path, splits: Mapping[str, Any]) -> Source:
 
 def _parquet(path: Path) -> Source:
     import datasets
+    import pyarrow.parquet
 
+    check_regular(path)
     try:
+        # datasets would log what it raises, with tracebacks.
+        count = pyarrow.parquet.ParquetFile(path).metadata.num_rows
+        if not count:
+            raise DataError(f"{path} holds no rows of text")
         rows = datasets.Dataset.from_parquet(str(path))
+    except DataError:
+        raise
     except Exception as error:
         raise DataError(f"cannot read {path} as parquet: {_first_line(error)}") from error
     return Source(path.name, _text_column(rows, path), None, Recipe(join="\n\n"))

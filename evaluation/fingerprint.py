@@ -7,9 +7,6 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from transformers import AutoConfig
-
-from fxquant.errors import ModelError
 from fxquant.evaluation.data import Source
 from fxquant.evaluation.job import Job
 from fxquant.evaluation.models import (
@@ -19,6 +16,7 @@ from fxquant.evaluation.models import (
     weights_hash,
 )
 from fxquant.evaluation.provenance import architecture
+from fxquant.pretrained import read_config
 from fxquant.repairs import reads_calibration
 from fxquant.schemes import Scheme
 
@@ -36,11 +34,7 @@ def identify_model(name: str, revision: str | None = None) -> Identity:
     """Find a model and what identifies it, without loading weights. Raises ModelError."""
     directory = model_directory(name)
     source = str(directory) if directory.is_dir() else name
-    try:
-        config = AutoConfig.from_pretrained(source, revision=revision)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ModelError(f"cannot find model {name}: {reason}") from error
+    config = read_config(source, revision)
     found = _directory_hash(directory) if directory.is_dir() else str(config._commit_hash)
     return Identity(name, found, architecture(config))
 
@@ -70,7 +64,7 @@ def fingerprint(
         "model": asdict(model),
         "scheme": str(scheme),
         "text": {"name": source.name, "hash": source.digest, "recipe": asdict(source.recipe)},
-        "windows": [job.windows, job.length, job.stride or job.length],
+        "windows": [job.windows, job.length, job.length if job.stride is None else job.stride],
         # What is left over for calibration does not change what is evaluated.
         "calibration": _calibration(job, calibration or source)
         if depends_on_seed(scheme)
@@ -84,9 +78,10 @@ def fingerprint(
 
 
 def _calibration(job: Job, drawn: Source) -> dict[str, object]:
+    length = job.length if job.calibration_length is None else job.calibration_length
     facts: dict[str, object] = {
         "seed": job.seed,
-        "windows": [job.calibration_windows, job.calibration_length or job.length],
+        "windows": [job.calibration_windows, length],
         "text": {"name": drawn.name, "hash": drawn.digest, "recipe": asdict(drawn.recipe)},
     }
     if drawn.calibration_digest is not None:

@@ -18,7 +18,7 @@ from fxquant.batches import check_ids
 from fxquant.distributed import is_main, world_size
 from fxquant.errors import DataError, SchemeError
 from fxquant.evaluation.converter import Converter, measure
-from fxquant.evaluation.data import Source, Windows, check_counts, cut_windows, load_text
+from fxquant.evaluation.data import MOST, Source, Windows, check_counts, cut_windows, load_text
 from fxquant.evaluation.datasets import check_dataset, open_source
 from fxquant.evaluation.models import LoadedModel, check_device, load_model, resolve_dtype, versions
 from fxquant.evaluation.overlap import check_saved_apart
@@ -89,7 +89,7 @@ def run(job: Job, say: Callable[[str], None] = print) -> Outcome:
     windows = cut(job, source, other, loaded)
     torch.manual_seed(job.seed)
     graph = loaded.graph
-    check_ids(windows.evaluation, info(graph), "evaluation windows")
+    check_windows(windows, graph)
     provenance = make_provenance(job, loaded, graph, source, windows)
     if isinstance(loaded.model, GraphModule):
         schemes = [Scheme.parse(info(graph).scheme)]
@@ -104,10 +104,12 @@ def check_job(job: Job) -> list[Scheme]:
 
     Raises FxquantError: SchemeError, CalibrationError, DataError or ModelError.
     """
-    if job.batch_size < 1:
-        raise DataError(f"batch size must be at least 1, got {job.batch_size}")
+    check_seed(job.seed)
+    if not 1 <= job.batch_size <= MOST:
+        raise DataError(f"batch size must be at least 1 and at most {MOST}, got {job.batch_size}")
     check_counts(job.windows, job.length, job.calibration_windows, job.stride)
-    check_counts(1, job.calibration_length or job.length, job.calibration_windows)
+    length = job.length if job.calibration_length is None else job.calibration_length
+    check_counts(1, length, job.calibration_windows, what="calibration windows")
     check_device(job.device)
     resolve_dtype(job.dtype, job.device)
     for name in (job.dataset, job.calibration_dataset):
@@ -123,6 +125,12 @@ def check_job(job: Job) -> list[Scheme]:
             "out"
         )
     return schemes
+
+
+def check_seed(seed: int) -> None:
+    """Raise DataError for a seed that torch's generators do not take as it is."""
+    if not 0 <= seed < 2**64:
+        raise DataError(f"seed must be 0 to 2**64 - 1, got {seed}")
 
 
 def open_sources(job: Job) -> tuple[Source, Source | None]:
@@ -165,6 +173,12 @@ def cut(job: Job, source: Source, calibration: Source | None, loaded: LoadedMode
     if windows.origin is None:
         return windows
     return replace(windows, origin=replace(windows.origin, command=job.command))
+
+
+def check_windows(windows: Windows, graph: GraphModule) -> None:
+    """Raise DataError for token ids that the model has not, or windows longer than it takes."""
+    check_ids(windows.evaluation, info(graph), "evaluation windows")
+    check_ids(windows.calibration, info(graph), "calibration windows")
 
 
 def check_saved(job: Job) -> None:

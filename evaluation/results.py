@@ -11,14 +11,28 @@ from pathlib import Path
 from typing import Any
 
 from fxquant.calibration import Calibration
-from fxquant.errors import DataError
+from fxquant.doors import parse_json, printable, read_bytes, reason
+from fxquant.errors import DataError, SchemeError
 from fxquant.evaluation.decoding import decode
 from fxquant.evaluation.provenance import Provenance
 from fxquant.evaluation.statistics import WindowSums
+from fxquant.schemes import Scheme
 
 RESULTS, TABLE = "results.json", "table.md"
 # What null stands for in a row: JSON has no word for these.
 _NOT_FINITE = {"perplexity": math.inf, "bits_per_weight": math.nan, "delta_loss": math.nan}
+
+
+# Beyond any sum of losses in nats: its square is still a float64.
+LARGEST = 1e100
+
+
+def check_scheme(text: str, where: str) -> None:
+    """Raise ValueError that names the place where ``text`` is no scheme."""
+    try:
+        Scheme.parse(text)
+    except SchemeError as error:
+        raise ValueError(f"{where}: {printable(text[:60])!r} is no scheme") from error
 
 
 @dataclass(frozen=True)
@@ -60,7 +74,26 @@ class Row:
         """The inverse of to_json. Raises ValueError that names the field of other data."""
         if isinstance(data, dict):
             data = {**data, **{k: v for k, v in _NOT_FINITE.items() if data.get(k, 0) is None}}
-        return decode(cls, data, where)
+        row = decode(cls, data, where)
+        row._check(f"{where}." if where else "")
+        return row
+
+    def _check(self, where: str) -> None:
+        """Raise ValueError that names the field where figures cannot be what an evaluation gave."""
+        check_scheme(self.scheme, f"{where}scheme")
+        if len(self.window_nll) != len(self.window_tokens) or not self.window_nll:
+            raise ValueError(
+                f"{where}window_nll: {len(self.window_nll)} windows, {where}window_tokens: "
+                f"{len(self.window_tokens)}"
+            )
+        if not all(1 <= count <= 2**31 for count in self.window_tokens):
+            raise ValueError(f"{where}window_tokens: each must be from 1")
+        for name in ("loss", "delta_loss", "delta_error", "share_clipped", "bits_per_weight"):
+            value = getattr(self, name)
+            if value is not None and abs(value) > LARGEST:
+                raise ValueError(f"{where}{name}: {value} is no figure of an evaluation")
+        if any(abs(value) > LARGEST for value in self.window_nll):
+            raise ValueError(f"{where}window_nll: {max(self.window_nll, key=abs)} is no loss")
 
 
 def _finite(value: Any) -> Any:
@@ -84,9 +117,9 @@ def prepare_folder(folder: Path, overwrite: bool) -> None:
     if overwrite or not existing.exists():
         return
     try:
-        data = json.loads(existing.read_text(encoding="utf-8"))
+        data = parse_json(read_bytes(existing))
         finished, rows = bool(data["complete"]), len(data["rows"])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{existing} is damaged ({type(error).__name__}); move it away or give --overwrite"
         ) from error
@@ -136,11 +169,7 @@ def overlap_words(row: Row) -> str:
 
 def read_results(path: Path) -> tuple[list[Row], Provenance]:
     """Rows and provenance of a results.json. Raises DataError for anything else."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read results {path}: {error}") from error
-    rows, provenance, _ = parse_results(content, path)
+    rows, provenance, _ = parse_results(read_bytes(path), path)
     return rows, provenance
 
 
@@ -148,16 +177,19 @@ def parse_results(content: bytes, path: Path) -> tuple[list[Row], Provenance, bo
     """Rows, provenance and whether all rows are there, of the content of the results.json at
     ``path``. Raises DataError that names the place of what is wrong."""
     try:
-        data = json.loads(content.decode("utf-8"))
+        data = parse_json(content, strict=True)
         if not isinstance(data, dict) or not isinstance(data.get("rows"), list):
             raise ValueError("rows: expected a list")
         rows = [Row.from_json(row, f"rows[{n}]") for n, row in enumerate(data["rows"])]
+        for n, row in enumerate(rows):
+            if row.window_tokens != rows[0].window_tokens:
+                raise ValueError(f"rows[{n}].window_tokens: not those of rows[0]")
         provenance = Provenance.from_json(data.get("provenance"), "provenance")
         return rows, provenance, bool(data.get("complete", True))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(
-            f"{path} is no results.json of this version: {error}; write the file again with the "
-            "command that made it, or move it out of the folder"
+            f"{path} is no results.json of this version: {reason(error)}; write the file again "
+            "with the command that made it, or move it out of the folder"
         ) from error
 
 

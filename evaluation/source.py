@@ -9,14 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol as Interface
 
-import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fxquant.errors import DataError
+from fxquant.doors import read_text
+from fxquant.errors import ModelError
 from fxquant.evaluation.builtin_text import builtin_text
 from fxquant.evaluation.protocol import PLAIN, Recipe
+from fxquant.pretrained import read_tokenizer, token_ids
 
 
 class Documents(Interface):
@@ -99,10 +99,7 @@ def load_text(text: str) -> Source:
         parts = (builtin_text("evaluation"),), (builtin_text("calibration"),)
         return Source("builtin", *parts, recipe)
     path = Path(text)
-    try:
-        return Source(path.name, (path.read_text(encoding="utf-8"),), None)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read text {text!r} as UTF-8: {error}") from error
+    return Source(path.name, (read_text(path),), None)
 
 
 def tokenizer_for(recipe: Recipe, tokenizer: Tokenizer, revision: str | None = None) -> Tokenizer:
@@ -114,16 +111,11 @@ def tokenizer_for(recipe: Recipe, tokenizer: Tokenizer, revision: str | None = N
     if recipe.tokenizer == "default" or not tokenizer.is_fast:
         return tokenizer
     try:
-        return AutoTokenizer.from_pretrained(
-            tokenizer.name_or_path, use_fast=False, revision=revision
-        )
-    except (OSError, ValueError, TypeError, ImportError):
+        return read_tokenizer(tokenizer.name_or_path, revision, fast=False)
+    except ModelError:
         return tokenizer
 
 
 def tokens(text: str, tokenizer: Tokenizer) -> Tensor:
     """Ids int64 [T] of a text, with the special tokens that the tokenizer adds."""
-    # verbose=False: the warning about sequences longer than the model does not apply to a stream.
-    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
-    assert isinstance(ids, Tensor)
-    return ids.to(torch.int64)
+    return token_ids(tokenizer, text)

@@ -15,7 +15,6 @@ import torch
 from torch.fx import GraphModule
 from tqdm import tqdm
 
-from fxquant.batches import check_ids
 from fxquant.errors import DistributedError, FxquantError
 from fxquant.evaluation.converter import Converter, measure
 from fxquant.evaluation.data import Source
@@ -30,6 +29,7 @@ from fxquant.evaluation.job import (
     Job,
     check_job,
     check_saved,
+    check_windows,
     cut,
     make_provenance,
     open_sources,
@@ -39,7 +39,6 @@ from fxquant.evaluation.journal import Journal, Result
 from fxquant.evaluation.models import LoadedModel, load_model
 from fxquant.evaluation.progress import say_finished
 from fxquant.evaluation.statistics import WindowSums
-from fxquant.graph import info
 from fxquant.schemes import Scheme
 
 
@@ -253,7 +252,7 @@ class _Run:
         assert not isinstance(sources, str)
         try:
             windows = cut(job, *sources, loaded)
-            check_ids(windows.evaluation, info(graph), "evaluation windows")
+            check_windows(windows, graph)
         except Exception as error:
             self.fail(cells, describe(error))
             return

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from fxquant.doors import read_text, reason
 from fxquant.errors import DataError
 from fxquant.evaluation.job import Job
 from fxquant.evaluation.sweep import Sweep
@@ -42,9 +43,11 @@ def read_sweep(path: Path, command: str = "") -> Sweep:
     Paths are relative to the working directory. Raises DataError naming the file and the key.
     """
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise DataError(f"cannot read sweep {path}: {error}") from error
+        data = tomllib.loads(read_text(path))
+    except (tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"cannot read sweep {path}: {reason(error)}") from error
     unknown = sorted(set(data) - set(_LISTS) - set(_OPTIONS))
     if unknown:
         known = ", ".join((*_LISTS, *_OPTIONS))

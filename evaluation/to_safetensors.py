@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import pickle
 import tempfile
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from fxquant.errors import ModelError
-from fxquant.streaming import INDEX, PICKLED
+from fxquant.pickled import read_pickled
+from fxquant.weight_files import INDEX, pickled_files
 
 SHARD_BYTES: Final = 2**29
 
@@ -48,7 +46,7 @@ def to_safetensors(directory: Path) -> list[Path]:
         raise ModelError(
             f"{directory} holds safetensors files already: nothing to do, or move them away first"
         )
-    files = _pickled(directory)
+    files = pickled_files(directory)
     try:
         with tempfile.TemporaryDirectory(prefix=".safetensors-", dir=directory) as partial:
             return _publish(directory, Path(partial), _write(files, Path(partial)))
@@ -56,31 +54,12 @@ def to_safetensors(directory: Path) -> list[Path]:
         raise ModelError(f"cannot write safetensors files to {directory}: {error}") from error
 
 
-def _pickled(directory: Path) -> list[Path]:
-    """The files to read: those of the index, where there is one."""
-    index = directory / "pytorch_model.bin.index.json"
-    try:
-        if not index.exists():
-            files = sorted(directory.glob(PICKLED))
-        else:
-            named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = [directory / name for name in sorted(set(named.values()))]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(f"{index} is no index of weights: {error!r}") from error
-    if not files:
-        raise ModelError(f"{directory} holds no {PICKLED} to write safetensors from")
-    missing = [path.name for path in files if not path.exists()]
-    if missing:
-        raise ModelError(f"{directory} lacks {', '.join(missing)}, which {index.name} names")
-    return files
-
-
 def _write(files: list[Path], folder: Path) -> dict[Path, dict[str, int]]:
     """Shards in ``folder``, each with its tensors' sizes in bytes."""
     written: dict[Path, dict[str, int]] = {}
     seen: set[str] = set()
     for file in tqdm(files, "files", unit="file", disable=None):
-        for shard in _shards(_read(file)):
+        for shard in _shards(read_pickled(file)):
             twice = seen & set(shard)
             if twice:
                 raise ModelError(f"{file} holds {min(twice)}, which another file holds too")
@@ -89,22 +68,6 @@ def _write(files: list[Path], folder: Path) -> dict[Path, dict[str, int]]:
             save_file(shard, path, {"format": "pt"})
             written[path] = {name: tensor.nbytes for name, tensor in shard.items()}
     return written
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    """A file's tensors, mapped: read when they are used. Pickles before torch 1.6 cannot be."""
-    try:
-        mapped = zipfile.is_zipfile(file)
-        found = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines() or [repr(error)]
-        raise ModelError(f"cannot read weights from {file}: {reason[0]}") from error
-    if not isinstance(found, dict):
-        raise ModelError(f"{file} holds no dictionary of tensors but a {type(found).__name__}")
-    strangers = [name for name, value in found.items() if not isinstance(value, Tensor)]
-    if strangers:
-        raise ModelError(f"{file} holds more than named tensors: {strangers[0]!r} is none")
-    return found
 
 
 def _shards(tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:

@@ -11,22 +11,30 @@ from pathlib import Path
 
 from torch.fx import GraphModule
 
-from fxquant.analysis.explanation import DEFAULT_METHODS, FULL_METHODS, METHODS, explain
-from fxquant.analysis.planning import DEFAULT_CHOICES, make_plan
+from fxquant.analysis.explanation import (
+    DEFAULT_METHODS,
+    FULL_METHODS,
+    METHODS,
+    check_request,
+    explain,
+)
+from fxquant.analysis.planning import DEFAULT_CHOICES, make_plan, parse_choices
 from fxquant.calibration import CalibrationRecord
 from fxquant.evaluation.arguments import (
     add_model_arguments,
     add_text_arguments,
     job_of,
+    number,
+    whole,
     window_count,
 )
 from fxquant.evaluation.data import Windows
-from fxquant.evaluation.job import check_job, cut, make_provenance, open_sources
+from fxquant.evaluation.job import check_job, check_windows, cut, make_provenance, open_sources
 from fxquant.evaluation.models import LoadedModel, load_model
 from fxquant.evaluation.provenance import Provenance
 from fxquant.recording import record_of
 from fxquant.repairs import reads_calibration
-from fxquant.schemes import Scheme
+from fxquant.schemes import Scheme, as_scheme
 from fxquant.signals import INTERRUPTED, signal_name
 
 EXPLANATION, REPORT, PLAN, SCHEME = "explanation.json", "report.md", "plan.json", "scheme.json"
@@ -58,13 +66,13 @@ def add_explain_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"the full study, several times as long: {' '.join(FULL_METHODS)}",
     )  # fmt: skip
     parser.add_argument("--sites", help="a glob: quantize only the sites that it covers")
-    parser.add_argument("--worst", type=int, default=3, help="sites to try other choices at (3)")
+    parser.add_argument("--worst", type=whole, default=3, help="sites to try other choices at (3)")
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     _add_common(parser, windows=2)
     parser.add_argument(
-        "--budget", type=float, required=True, help="largest loss difference, nats a token"
+        "--budget", type=number, required=True, help="largest loss difference, nats a token"
     )
     parser.add_argument(
         "--choices", nargs="+", default=list(DEFAULT_CHOICES), help="specs for a site, such as fp"
@@ -85,7 +93,8 @@ def _add_common(parser: argparse.ArgumentParser, windows: int) -> None:
 
 def explain_command(options: argparse.Namespace) -> int:
     """Explain, print the report; 130 after an interruption."""
-    scheme = Scheme.parse(options.scheme)
+    scheme = as_scheme(options.scheme)
+    check_request(options.methods, options.worst)
     # Other choices at the worst sites take smoothing factors from the calibration windows.
     material = _load(options, reads=reads_calibration(scheme) or options.worst > 0)
     try:
@@ -117,6 +126,7 @@ def explain_command(options: argparse.Namespace) -> int:
 
 def plan_command(options: argparse.Namespace) -> int:
     """Plan, print what was found and the scheme; 130 after an interruption."""
+    parse_choices(options.choices, options.budget, options.cost)
     reads = any(Scheme.parse(choice).needs_calibration for choice in options.choices)
     material = _load(options, reads)
     try:
@@ -151,6 +161,7 @@ def _load(options: argparse.Namespace, reads: bool) -> Material:
     loaded = load_model(job.model, dtype=job.dtype, device=job.device, revision=job.revision)
     windows = cut(job, source, other, loaded)
     graph = loaded.traced()
+    check_windows(windows, graph)
     read = windows.batches if reads else None
     calibration = () if read is None else (record_of(read, graph, options.command_name),)
     made = make_provenance(job, loaded, graph, source, windows).calibrated(calibration)

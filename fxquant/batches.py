@@ -42,7 +42,25 @@ def model_inputs(batch: Batch, facts: GraphInfo, index: int) -> dict[str, Tensor
         raise CalibrationError(
             f"{where}: attention_mask {shape} does not fit input_ids {list(ids.shape)}"
         )
+    check_mask(mask, where)
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def check_mask(mask: Tensor, where: str) -> None:
+    """Raise CalibrationError for a mask [batch, length] of anything but 0 and 1 (or bools).
+
+    Other integers, token ids say, would count as attended, and NaN too.
+    """
+    if mask.is_complex() or mask.is_quantized or mask.layout != torch.strided or mask.is_meta:
+        raise CalibrationError(f"{where}: attention_mask must be a dense tensor of 0 and 1")
+    wrong = mask[(mask != 0) & (mask != 1)]
+    if wrong.numel():
+        first = wrong[0].item()
+        ids = " (token ids?)" if not mask.is_floating_point() else ""
+        raise CalibrationError(
+            f"{where}: attention_mask must be 0 (padding) and 1, found {first} at {wrong.numel()} "
+            f"of {mask.numel()} places{ids}"
+        )
 
 
 def check_ids(

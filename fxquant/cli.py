@@ -7,9 +7,11 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from fxquant import analysis_commands as analyses
 from fxquant import convert_command, inspect_command
+from fxquant.doors import printable
 from fxquant.errors import FxquantError
 from fxquant.evaluation import commands as sweeps
 from fxquant.evaluation import to_safetensors
@@ -94,6 +96,13 @@ COMMANDS = (
 )
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with an option in one line, as fxquant's own errors do."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(FAILED, f"{self.prog}: error: {printable(message)} (options: {self.prog} -h)\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; errors of fxquant become one message on stderr and exit code 2.
 
@@ -106,6 +115,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_arguments(subparser)
         subparser.set_defaults(run=command.run)
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for argument in arguments:
+        if "\0" in argument or not _is_utf8(argument):
+            parser.error(f"{argument!r} is no text: results could not name it")
+        if argument.endswith("=--"):  # which argparse takes for no value at all
+            parser.error(f"{argument} has no value")
     options = parser.parse_args(arguments)
     options.command = shlex.join([parser.prog, *arguments])
     with terminable() as received:
@@ -123,6 +137,15 @@ def _run(options: argparse.Namespace) -> int:
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
         print(f"fxquant: error: {error}{notes}", file=sys.stderr)
         return FAILED
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether it can be written down; bytes of another encoding are half characters here."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

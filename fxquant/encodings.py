@@ -105,6 +105,8 @@ def _rows(value: Any, where: str, error: type[FxquantError]) -> Tensor:
     if is_text(value):
         raise text_refused(where, error)
     found = value if isinstance(value, Tensor) else _tensor(value, where, error)
+    if found.layout != torch.strided or found.is_meta or found.is_quantized:
+        raise error(f"{where} must be a dense tensor with values")
     return found.unsqueeze(0) if found.dim() == 1 else found
 
 

@@ -12,6 +12,7 @@ from fxquant.evaluation.arguments import (
     add_held_out_arguments,
     add_model_arguments,
     add_text_arguments,
+    whole,
 )
 from fxquant.evaluation.converting import convert_as_asked
 from fxquant.inspection import Inspection, inspect
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_text_arguments(parser)
     add_held_out_arguments(parser)
     shown = parser.add_mutually_exclusive_group()
-    shown.add_argument("--layer", type=int, metavar="N", help="list decoder block N")
+    shown.add_argument("--layer", type=whole, metavar="N", help="list decoder block N")
     shown.add_argument("--graph", action="store_true", help="list the whole graph")
     shown.add_argument("--diff", metavar="PASS", help="what a pass changed")
     shown.add_argument("--site", metavar="PATH", help="one site, or the end of its path")

@@ -39,6 +39,7 @@ class Bounds:
 
 
 Count = Annotated[int, Bounds(low=1)]
+Rounds = Annotated[int, Bounds(low=1, high=1000)]  # of a repair that repeats itself
 Share = Annotated[float, Bounds(low=0, high=1)]
 Positive = Annotated[float, Bounds(above=0)]
 Seed = Annotated[int, Bounds(low=0, high=2**63 - 1)]

@@ -117,7 +117,7 @@ def split_groups(x: Tensor, group_size: int | None) -> Tensor:
     Without ``group_size`` the whole last dimension is one group.
     """
     length = x.shape[-1]
-    size = length if group_size is None else group_size
+    size = length if group_size is None else max(1, min(group_size, length))
     groups = group_count(length, size)
     padding = groups * size - length
     padded = torch.nn.functional.pad(x, (0, padding)) if padding else x

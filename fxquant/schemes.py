@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from fxquant.doors import parse_json
 from fxquant.errors import SchemeError
 from fxquant.specs import FLOAT, SiteSpec
 from fxquant.spelling import (
     Options,
     Scanner,
+    check_repair,
     expand_alias,
     scan_repair,
     scan_site,
@@ -64,6 +66,8 @@ class Scheme:
     def __post_init__(self) -> None:
         if self.fp32_gemm and (self.spec != FLOAT or self.overrides):
             raise SchemeError("fp32-gemm leaves every site in float; it takes no other spec")
+        for repair in self.repairs:
+            check_repair(*repair)
         patterns = [pattern for pattern, _ in self.overrides]
         for pattern, spec in self.overrides:
             if patterns.count(pattern) > 1:
@@ -110,10 +114,10 @@ class Scheme:
     def from_json(cls, text: str) -> Scheme:
         """The inverse of to_json; raises SchemeError."""
         try:
-            data = json.loads(text, object_pairs_hook=_unique)
+            data = parse_json(text, object_pairs_hook=_unique)
             base, overrides = data["scheme"], data.get("overrides", {})
             pairs = tuple(overrides.items())
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise _bad_json(f"{type(error).__name__}: {error}") from error
         unknown = set(data) - {"scheme", "overrides"}
         if unknown:

@@ -9,6 +9,7 @@ pass       = name ["(" option "=" value {"," option "=" value} ")"]
 
 from __future__ import annotations
 
+import math
 import re
 from typing import NoReturn
 
@@ -30,8 +31,10 @@ Options = tuple[tuple[str, OptionValue], ...]
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?")
-_DIGITS = re.compile(r"\d{1,9}")
+_NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?")
+_DIGITS = re.compile(r"[0-9]{1,9}")
+_PERCENT = re.compile(r"[0-9]+(\.[0-9]+)?(e-?[0-9]+)?")
+_LARGEST = 2**64 - 1  # of a seed, which is the largest number that an option can mean
 
 EXAMPLES = (
     "fp, fp32-gemm, w8, w4-g128-asym, w8a8-dynamic, w8a8-dynamic-token, w8a8-static, "
@@ -167,7 +170,9 @@ def _scan_estimator(scanner: Scanner) -> Estimator:
     if not scanner.accept("p"):
         scanner.fail('expected an estimator: "absmax", "p99.9" (any percentile), "mse", "entropy"')
     start = scanner.position
-    percent = float(scanner.match(re.compile(r"\d+(\.\d+)?(e-?\d+)?"), "a percentile such as 99.9"))
+    percent = float(
+        scanner.match(re.compile(r"[0-9]+(\.[0-9]+)?(e-?[0-9]+)?"), "a percentile such as 99.9")
+    )
     try:
         return Estimator("percentile", percent)
     except SchemeError as error:
@@ -195,11 +200,39 @@ def scan_repair(scanner: Scanner) -> tuple[str, Options]:
 
 
 def _scan_value(scanner: Scanner) -> OptionValue:
+    start = scanner.position
     if scanner.peek(_NUMBER.pattern):
         text = scanner.match(_NUMBER, "a number")
-        return int(text) if re.fullmatch(r"[-+]?\d+", text) else float(text)
+        whole = text.lstrip("+-").isdigit()
+        value = float(text)
+        if math.isinf(value) or (whole and abs(int(text)) > _LARGEST):
+            scanner.fail("the number is too large", at=start)
+        return int(text) if whole else value
     word = scanner.match(_WORD, "a value: a number, true, false or a word")
     return {"true": True, "false": False}.get(word, word)
+
+
+def check_repair(name: str, options: Options) -> None:
+    """Raise SchemeError for a pass or an option's value that has no spelling."""
+    names = [name, *(option for option, _ in options)]
+    if not all(isinstance(each, str) and _NAME.fullmatch(each) for each in names):
+        raise SchemeError(f"{names} are no names of a pass and its options: lower case, no spaces")
+    for option, value in options:
+        if names[1:].count(option) > 1:
+            raise SchemeError(f"{name}: option {option} is given twice")
+        if not _has_spelling(value):
+            raise SchemeError(
+                f"{name}: {option} is {value!r}, which no scheme's text can say: a value is true, "
+                "false, a finite number or a word"
+            )
+
+
+def _has_spelling(value: object) -> bool:
+    if isinstance(value, str):
+        return _WORD.fullmatch(value) is not None and value not in ("true", "false")
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and abs(value) <= _LARGEST
 
 
 def spell_site(spec: SiteSpec) -> str:

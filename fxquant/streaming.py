@@ -7,9 +7,7 @@ block is read once for all of them.
 
 from __future__ import annotations
 
-import json
-import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +15,16 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fxquant.blocks import block_starts
-from fxquant.errors import CheckpointError, ModelError
+from fxquant.errors import ModelError
 from fxquant.execution import Executor, OnNode
-from fxquant.patching import exclusive, parameters_on_meta
+from fxquant.pretrained import empty_model, read_config
 from fxquant.streamed import Source, Streamed, restream
 from fxquant.tensor_file import TensorFile
-
-INDEX = "model.safetensors.index.json"
-PICKLED = "pytorch_model*.bin"
+from fxquant.weight_files import Stored, safetensors_weights
+from fxquant.weight_names import match
 
 
 def stream(
@@ -48,107 +45,52 @@ def stream(
     leaf when it is needed. It cannot be moved, cast or trained. While it is built in half
     precision, torch's default dtype is that one in all threads, as in transformers' own loading.
 
-    Raises ModelError: no safetensors files there, weights that are missing or of another shape.
+    Raises ModelError, naming file and tensor, for all that transformers would warn of: no
+    safetensors files there, an index that does not fit them, weights that are missing, left over,
+    of another shape or kind, tied ones that differ.
     """
     directory, device = Path(directory), torch.device(device)
-    files = _weight_files(directory)
-    config = AutoConfig.from_pretrained(directory)
-    stored = next((e.dtype for f in files for e in f.entries.values()), torch.float32)
-    dtype = dtype or getattr(config, "dtype", None) or stored
-    model = _on_meta(config, dtype, attention)
-    model.tie_weights()
+    if not directory.is_dir():
+        raise ModelError(f"{directory} is no directory: streaming reads the files of one")
+    stored = safetensors_weights(directory)
+    config = read_config(directory)
+    dtype = dtype or getattr(config, "dtype", None) or _float_dtype(stored)
+    model = empty_model(config, str(directory), dtype, attention)
     config._name_or_path = str(directory)
-    entries = {name: (file, name) for file in files for name in file.entries}
-    found = _sources(model, entries, dtype, device)
-    _read_buffers(model, entries, device)
-    restream(model, found)
+    found = match(model, stored, directory)
+    _read_buffers(model, found, device)
+    restream(model, _sources(model, found, dtype, device))
     return model.eval().requires_grad_(False)
 
 
-@exclusive
-def _on_meta(
-    config: PretrainedConfig, dtype: torch.dtype | None, attention: str | None
-) -> PreTrainedModel:
-    with parameters_on_meta():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention
-        )
-    return model
-
-
-def _weight_files(directory: Path) -> list[TensorFile]:
-    try:
-        if (directory / INDEX).exists():
-            index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
-            names = sorted(set(index["weight_map"].values()))
-        else:
-            names = sorted(path.name for path in directory.glob("*.safetensors"))
-        if not names:
-            raise ModelError(
-                f"{directory} holds no safetensors files, which streaming needs: "
-                f"{_way_out(directory)}"
-            )
-        return [TensorFile.open(directory / name) for name in names]
-    except (OSError, ValueError, KeyError, CheckpointError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(f"{directory} cannot be streamed: {error}") from error
-
-
-def _way_out(directory: Path) -> str:
-    if any(directory.glob(PICKLED)):
-        written = shlex.join(["fxquant", "safetensors", str(directory)])
-        return f"{written} writes them from its {PICKLED}, one shard at a time"
-    return "save the model with save_pretrained(directory, safe_serialization=True)"
-
-
-Entries = dict[str, tuple[TensorFile, str]]
-
-
-def _find(model: PreTrainedModel, entries: Entries, name: str) -> tuple[TensorFile, str] | None:
-    """The entry of a parameter; a model saved without its head lacks the prefix, or has it."""
-    prefix = f"{model.base_model_prefix}."
-    candidates = (name, name.removeprefix(prefix), f"{prefix}{name}")
-    return next((entries[each] for each in candidates if each in entries), None)
+def _float_dtype(stored: Mapping[str, Stored]) -> torch.dtype:
+    """Of the first floating-point tensor."""
+    return next((e.dtype for e in stored.values() if e.dtype.is_floating_point), torch.float32)
 
 
 def _sources(
-    model: PreTrainedModel, entries: Entries, dtype: torch.dtype, device: torch.device
+    model: PreTrainedModel, stored: Mapping[str, Stored], dtype: torch.dtype, device: torch.device
 ) -> dict[str, dict[str, Source]]:
-    """By module path and name; tied parameters have the entry of whichever of them is stored."""
-    tied: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        tied.setdefault(id(parameter), []).append(name)
+    """By module path and name."""
     found: dict[str, dict[str, Source]] = {}
-    missing: list[str] = []
-    for names in tied.values():
-        entry = next((e for name in names if (e := _find(model, entries, name))), None)
-        if entry is None:
-            missing.append(names[0])
-            continue
-        source = Source(entry[0], entry[1], dtype, device)
-        shape = tuple(model.get_parameter(names[0]).shape)
-        if source.shape != shape:
-            raise ModelError(
-                f"{names[0]} has shape {list(source.shape)} in {source.file.path}, the config "
-                f"says {list(shape)}"
-            )
-        for name in names:
-            path, _, own = name.rpartition(".")
-            found.setdefault(path, {})[own] = source
-    if missing:
-        raise ModelError(f"the files lack the weights {', '.join(sorted(missing)[:4])}")
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        path, _, own = name.rpartition(".")
+        entry = stored[name]
+        assert isinstance(entry.source, TensorFile)
+        found.setdefault(path, {})[own] = Source(entry.source, entry.name, dtype, device)
     return found
 
 
-def _read_buffers(model: PreTrainedModel, entries: Entries, device: torch.device) -> None:
-    """Buffers are small: those that are stored are read, all are moved to the device."""
+def _read_buffers(
+    model: PreTrainedModel, stored: Mapping[str, Stored], device: torch.device
+) -> None:
+    """Buffers are small: those that are part of the state are read, all are moved to the device."""
     for module_path, module in model.named_modules():
         for name, value in module._buffers.items():
-            entry = _find(model, entries, f"{module_path}.{name}")
+            entry = stored.get(f"{module_path}.{name}")
             if value is not None:
-                stored = value if entry is None else entry[0].read(entry[1]).to(value.dtype)
-                module._buffers[name] = stored.to(device)
+                read = value if entry is None else entry.read().to(value.dtype)
+                module._buffers[name] = read.to(device)
 
 
 def is_streamed(gm: GraphModule) -> bool:

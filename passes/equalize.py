@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from fxquant.absorption import ScaleGroup, scale_groups
 from fxquant.context import Context
 from fxquant.graph import Level, linear_parameters
-from fxquant.options import Count, Positive
+from fxquant.options import Positive, Rounds
 from fxquant.outcome import Blocked, Changed, Outcome
 from fxquant.passes.smooth import weight_maxima
 from fxquant.repair import Repair
@@ -40,7 +40,7 @@ class Equalize(Repair):
     needs_calibration = False
     no_place = "quantizes no linear that gets its input from the rows of another one"
 
-    iterations: Count = 20
+    iterations: Rounds = 20
     threshold: Positive = 1e-3
 
     @property

@@ -158,6 +158,7 @@ def _round_columns(
     division by U_ii is in ``ratios`` = U_ij / U_ii.
     """
     length, rows = columns.shape
+    block_size = min(block_size, length)
     ratios = upper / upper.diagonal()[:, None]
     scale_rows = scales.expand(rows, -1).t().contiguous() if scales.dim() else scales.view(1, 1)
     of_group = list(scale_rows.unbind())

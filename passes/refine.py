@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fxquant.options import Count, Share
+from fxquant.options import Rounds, Share
 from fxquant.passes.coordinate_descent import coordinate_descent
 from fxquant.passes.layerwise import Layer, Layerwise, stacked_start
 from fxquant.passes.weight_codes import WeightCodes, round_to_nearest, search_scales
@@ -25,7 +25,7 @@ class Refine(Layerwise):
     weighted by the Hessian's diagonal.
     """
 
-    steps: Count = 4
+    steps: Rounds = 4
     damping: Share = 0.01
     name = "refine"
 

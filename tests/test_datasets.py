@@ -380,7 +380,8 @@ def test_the_slow_tokenizer_is_of_the_same_revision(
     model = LoadedModel(torch.nn.Module(), fast, "model", "r", None)
     job = Job("model", (), "wikitext2", windows=1, length=4, calibration_windows=0, revision="v1")
     windows = cut_job(job, open_source("wikitext2", data), None, model)
-    assert asked == [(str(tmp_path), {"use_fast": False, "revision": "v1"})]
+    options = {"use_fast": False, "revision": "v1"}
+    assert asked == [(str(tmp_path), {**options, "trust_remote_code": False})]
     # It was fast all the same, and that is said.
     assert tokenizer_note("model", windows.protocol).startswith("model has no slow tokenizer")
     assert tokenizer_note("model", replace(windows.protocol, tokenizer="slow X")) == ""

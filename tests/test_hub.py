@@ -12,7 +12,7 @@ import pytest
 
 from fxquant.cli import main
 from fxquant.evaluation import models
-from fxquant.evaluation.hub import without_legacy_notice
+from fxquant.hub import without_legacy_notice
 from tests.models import SMALL_OPT
 
 FAST = logging.getLogger("transformers.models.llama.tokenization_llama_fast")

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 # Each row may import the rows above it and its own members.
 ORDER: tuple[tuple[str, ...], ...] = (
     ("errors", "signals"),
+    ("doors",),
     ("formats",),
     ("quantization",),
     (
@@ -29,6 +30,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "manifest",
         "saved_names",
     ),
+    ("pickled",),
+    ("weight_files",),
     (
         "specs",
         "spelling",
@@ -56,6 +59,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "recording",
         "attention",
         "patching",
+        "hub",
         "scoring",
         "size",
         "repair",
@@ -70,6 +74,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("rescaling",),
     ("shapes", "formulas", "printer", "suggest", "history", "folding", "summary", "summary_text"),
     ("site_view", "dot", "inspection"),
+    ("model_config", "weight_names"),
+    ("pretrained",),
     ("tracing", "streaming"),
     ("passes",),
     (

@@ -154,7 +154,7 @@ SITES = st.one_of(st.just(FLOAT), st.builds(SiteSpec, weights(), st.none() | act
 WEIGHT_ONLY = st.one_of(st.just(FLOAT), st.builds(SiteSpec, weights()))
 NAMES = st.from_regex(r"[a-z][a-z0-9_]{0,6}", fullmatch=True)
 VALUES = st.one_of(
-    st.integers(),
+    st.integers(1 - 2**64, 2**64 - 1),
     st.floats(allow_nan=False, allow_infinity=False),
     st.booleans(),
     st.from_regex(r"[A-Za-z_][A-Za-z0-9_.-]{0,8}", fullmatch=True).filter(

@@ -201,7 +201,7 @@ def test_missing_misshapen_and_damaged_weights_are_named(tmp_path: Path) -> None
     tensors = load_file(path)
     name = "model.decoder.layers.1.fc1.weight"
     save_file({k: v for k, v in tensors.items() if k != name}, path)
-    with pytest.raises(ModelError, match=f"lack the weights {name}"):
+    with pytest.raises(ModelError, match=f"lacks weights.*{name}"):
         stream(tmp_path / "good")
     save_file({**tensors, name: tensors[name][:5].clone()}, path)
     with pytest.raises(ModelError, match=r"fc1\.weight has shape \[5, 32\]"):

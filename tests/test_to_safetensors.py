@@ -18,7 +18,8 @@ from fxquant.cli import main
 from fxquant.errors import ModelError
 from fxquant.evaluation import to_safetensors as module
 from fxquant.evaluation.to_safetensors import to_safetensors
-from fxquant.streaming import INDEX, stream
+from fxquant.streaming import stream
+from fxquant.weight_files import INDEX
 from tests.models import small_opt
 
 SHARD = 300_000
@@ -154,7 +155,7 @@ ONE = {"a": torch.ones(2)}
             lambda f: write(f, '{"weight_map": {"a": "gone.bin"}}', x=ONE),
             r"lacks gone\.bin, which pytorch_model\.bin\.index\.json names",
         ),
-        (lambda f: write(f, "[]", x=ONE), "is no index of weights"),
+        (lambda f: write(f, "[]", x=ONE), "must hold a JSON object"),
     ],
 )
 def test_what_cannot_be_rewritten_is_said_and_leaves_nothing(

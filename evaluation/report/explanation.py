@@ -104,12 +104,12 @@ def read_explanation(file: Fields) -> Explanation:
 
 def block_index(path: str) -> int | None:
     """The first number in a dotted path: the index in the list of blocks, where there is one."""
-    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", path)
+    found = re.search(r"(?:^|\.)([0-9]{1,9})(?:\.|$)", path)
     return int(found[1]) if found else None
 
 
 def _cell(site: Fields) -> Cell:
-    ordered = _ordered(site.data)
+    ordered = _ordered(site)
     figures = flatten({k: v for k, v in ordered.items() if not isinstance(v, list)})
     return Cell(
         site=site.text("site"),
@@ -119,15 +119,15 @@ def _cell(site: Fields) -> Cell:
     )
 
 
-def _ordered(site: Mapping[str, Any]) -> dict[str, Any]:
+def _ordered(site: Fields) -> dict[str, Any]:
     """What names the site, then its effects on the loss, then the rest; ``path`` with its sum."""
     first = ("site", "kind", "block", "cause", *EFFECTS)
-    named = [key for key in first if key in site or key in MEASURED]
-    ordered: dict[str, Any] = {
-        key: site.get(key) for key in [*named, *(key for key in site if key not in first)]
-    }
+    data = site.data
+    keys = [*(key for key in first if key in data), *(key for key in data if key not in first)]
+    ordered = {key: data[key] for key in keys}
     if isinstance(ordered.get("path"), dict):
-        parts = [value for value in ordered["path"].values() if value is not None]
+        path = site.child("path")
+        parts = [path.number(key) for key in path.data if path.has(key)]
         ordered["path"] = {"sum": sum(parts), **ordered["path"]}
     return ordered
 
@@ -176,7 +176,7 @@ def _recovery(file: Fields) -> Iterator[tuple[float, float]]:
 
 def _tables(file: Fields, sites: list[Fields]) -> Iterator[NamedTable]:
     records = [
-        {**_ordered(site.data), "block": block_index(str(site.data.get("block")))} for site in sites
+        {**_ordered(site), "block": block_index(str(site.data.get("block")))} for site in sites
     ]
     yield NamedTable(
         "sites",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fxquant.doors import parse_json, read_bytes, reason
 from fxquant.errors import DataError
 from fxquant.evaluation.journal import Result, parse_journal
 from fxquant.evaluation.report.fields import Fields
@@ -68,10 +68,7 @@ class _Reader:
         return tuple(parse_journal(content, path))
 
     def content(self, path: Path) -> bytes:
-        try:
-            raw = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error}") from error
+        raw = read_bytes(path)
         self.sources.append(Source(path.name, len(raw), hashlib.sha256(raw).hexdigest()))
         return raw
 
@@ -100,9 +97,9 @@ def read_folder(path: Path) -> Folder:
 
 def _parse(path: Path, content: bytes) -> Any:
     try:
-        return json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
+        return parse_json(content)
+    except ValueError as error:
         raise DataError(
-            f"{path}: is not valid JSON ({error}); write the file again with the command that "
-            "made it, or move it out of the folder"
+            f"{path}: is not valid JSON ({reason(error)}); write the file again with the "
+            "command that made it, or move it out of the folder"
         ) from error

@@ -95,8 +95,8 @@ def _header(file: Fields) -> Iterator[tuple[str, str]]:
 
 
 def _pass(row: Fields) -> PassRow:
-    diff = row.data.get("diff") or []
-    lines = diff.splitlines() if isinstance(diff, str) else [str(line) for line in diff]
+    diff = row.data.get("diff")
+    lines = diff.splitlines() if isinstance(diff, str) else map(str, row.values("diff"))
     shown = {k: v for k, v in row.data.items() if k not in ("name", "spelling", "diff")}
     facts = tuple(
         (label(key), text_of(value, "number"))

@@ -77,7 +77,10 @@ def write_report(results: Path, output: Path) -> Report:
 def read_report(results: Path) -> Report:
     """Read every part of folder ``results``; DataError as in write_report."""
     folder: Folder = read_folder(results)
-    found = tuple(ladders(folder))
+    try:
+        found = tuple(ladders(folder))
+    except DataError as error:  # results that do not go together
+        raise DataError(f"{results}: {error}") from error
     explanations = tuple(map(read_explanation, folder.explanations))
     inspections = tuple(map(read_inspection, folder.inspections))
     return Report(

@@ -81,7 +81,7 @@ def explain(
     CalibrationError and what ``convert`` raises, before any measurement.
     """
     scheme = as_scheme(scheme)
-    methods = _methods(methods, worst)
+    methods = check_request(methods, worst)
     graph = model if isinstance(model, GraphModule) else trace(model)
     batches = as_batches(calibration, graph)
     notes: list[str] = []
@@ -117,8 +117,11 @@ def explain(
         return study.run(methods, worst, str(scheme), sites, unrepaired)
 
 
-def _methods(methods: str | Sequence[str], worst: int) -> tuple[str, ...]:
-    """Checked, without repetitions, "full" spelled out."""
+def check_request(methods: str | Sequence[str], worst: int) -> tuple[str, ...]:
+    """The methods without repetitions, "full" spelled out.
+
+    Raises SchemeError for methods or a number of sites that cannot be asked for.
+    """
     named = (methods,) if isinstance(methods, str) else methods
     listed = [m for name in named for m in (FULL_METHODS if name == FULL else (name,))]
     unknown = [method for method in listed if method not in METHODS]

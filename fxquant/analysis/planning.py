@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -112,7 +113,7 @@ def make_plan(
     output: Path | None = None,
 ) -> Plan:
     """``plan`` with the figures that led to it."""
-    specs = _parse(choices, budget, cost)
+    specs = parse_choices(choices, budget, cost)
     graph = model if isinstance(model, GraphModule) else trace(model)
     windows = as_windows(data, graph)
     batches = as_batches(calibration, graph)
@@ -148,11 +149,12 @@ def _loss(gm: GraphModule, windows: Sequence[torch.Tensor]) -> float:
     return mean_loss(torch.cat([part.flatten() for part in parts]))
 
 
-def _parse(choices: Sequence[str], budget: float, cost: str) -> dict[str, SiteSpec]:
+def parse_choices(choices: Sequence[str], budget: float, cost: str) -> dict[str, SiteSpec]:
+    """The choices' specs by their text; SchemeError for a plan that cannot be made."""
     if cost not in COSTS:
         raise SchemeError(f"unknown cost {cost!r}: known are {', '.join(COSTS)}")
-    if not budget >= 0:
-        raise SchemeError(f"the budget is a loss difference of at least 0, got {budget}")
+    if not 0 <= budget < math.inf:
+        raise SchemeError(f"the budget is a finite loss difference of at least 0, got {budget}")
     specs: dict[str, SiteSpec] = {}
     if isinstance(choices, str):
         raise SchemeError(f"choices is a list of at least two specs for a site, not {choices!r}")

@@ -1,0 +1,179 @@
+"""The doors through which files come in: what is read there, and foreign errors as one sentence.
+
+Each library that reads a file raises errors of its own. Where a file is read, ``door`` turns those
+that are known to mean a bad file into an FxquantError that names it; any other keeps its traceback,
+since it is a bug.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from fxquant.errors import DataError, FxquantError
+
+_LONGEST: Final = 240
+_DEEPEST: Final = 100
+_TOO_DEEP: Final = f"it is nested more than {_DEEPEST} deep"
+# An escaped half of a surrogate pair; whether the other half follows is looked at only then.
+_SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
+_SAY_THEIR_KIND: Final = (LookupError, AttributeError, TypeError, ArithmeticError, AssertionError)
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, in one line of bounded length, with its kind where that is the news."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else repr(error)
+    if lines and isinstance(error, _SAY_THEIR_KIND):
+        text = f"{type(error).__name__}: {text}"
+    text = printable(text)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def printable(text: str) -> str:
+    """The text without what a terminal obeys or UTF-8 cannot write."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+@contextlib.contextmanager
+def door(
+    kind: type[FxquantError], doing: str, known: tuple[type[BaseException], ...], advice: str = ""
+) -> Iterator[None]:
+    """Errors of the ``known`` classes become ``kind``: "``doing``: reason ``advice``".
+
+    ``doing`` names the file that is read. What fxquant raises on purpose passes through.
+    """
+    try:
+        yield
+    except FxquantError:
+        raise
+    except known as error:
+        behind = f" ({advice})" if advice else ""
+        raise kind(f"{doing}: {reason(error)}{behind}") from error
+
+
+def check_regular(path: Path, error: type[FxquantError] = DataError) -> Path:
+    """``path``, which must be a regular file: a pipe or a device would be read without end.
+
+    Raises ``error`` where it is missing, a folder or anything else.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as reading:
+        raise error(f"cannot read {path}: {reason(reading)}") from reading
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "no regular file (a pipe or a device)"
+        raise error(f"cannot read {path}: it is {what}")
+    return path
+
+
+def read_bytes(path: Path, error: type[FxquantError] = DataError) -> bytes:
+    """The content of a regular file; raises ``error`` that names it."""
+    try:
+        return check_regular(path, error).read_bytes()
+    except OSError as reading:
+        raise error(f"cannot read {path}: {reason(reading)}") from reading
+
+
+def read_text(path: Path, error: type[FxquantError] = DataError) -> str:
+    """The text of a regular UTF-8 file; raises ``error`` that names it."""
+    try:
+        return read_bytes(path, error).decode("utf-8")
+    except UnicodeDecodeError as reading:
+        raise error(f"cannot read {path} as UTF-8: {reason(reading)}") from reading
+
+
+def read_object(path: Path, error: type[FxquantError] = DataError) -> dict[str, Any]:
+    """The JSON object in a file; raises ``error`` that names it and what stands there instead."""
+    content = read_bytes(path, error)
+    try:
+        data = parse_json(content)
+    except ValueError as reading:
+        raise error(f"{path} is no JSON: {reason(reading)}") from reading
+    if not isinstance(data, dict):
+        raise error(f"{path} must hold a JSON object, found {kind_of(data)}")
+    return data
+
+
+def kind_of(value: object) -> str:
+    """A JSON value's kind, in JSON's words."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
+    if value is None:
+        return "null"
+    return names.get(type(value), "a number")
+
+
+def parse_json(
+    content: bytes | str,
+    *,
+    strict: bool = False,
+    object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None,
+) -> Any:
+    """JSON that can be worked with and written again.
+
+    ``strict``: NaN and Infinity, which Python writes but JSON has not, are refused too. Raises
+    ValueError: no JSON or no UTF-8, nested too deeply, a number beyond float64, half a character
+    (an unpaired surrogate), which no UTF-8 file can hold.
+    """
+    raw = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+    try:
+        data = json.loads(
+            raw.decode("utf-8"),
+            parse_int=_integer,
+            parse_float=_float,
+            parse_constant=_no_constant if strict else None,
+            object_pairs_hook=object_pairs_hook,
+        )
+    except RecursionError as error:
+        raise ValueError(_TOO_DEEP) from error
+    _check_values(data, bool(_SURROGATE.search(raw)))
+    return data
+
+
+def _integer(text: str) -> int:
+    if len(text) > 308:
+        raise ValueError(f"the number {text[:12]}... of {len(text)} digits is beyond float64")
+    return int(text)
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"the number {text[:40]} is beyond float64")
+    return value
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(f"{text} is no JSON")
+
+
+def _check_values(data: object, halves: bool) -> None:
+    """Depth, and text where the file holds half characters; without recursion of its own."""
+    level: list[object] = [data]
+    for _ in range(_DEEPEST):
+        below: list[object] = []
+        for value in level:
+            if isinstance(value, dict):
+                below.extend(value.values())
+                below.extend(value)
+            elif isinstance(value, list):
+                below.extend(value)
+            elif halves and isinstance(value, str):
+                _check_text(value)
+        level = below
+        if not level:
+            return
+    raise ValueError(_TOO_DEEP)
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{printable(text[:40])!r} holds half a character") from error

@@ -1,0 +1,97 @@
+"""Results folders with damaged files: a report that can be written, or one error naming the file.
+
+The seed is in each assertion; FXQUANT_FUZZ_SEED sets another one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fxquant.errors import FxquantError
+from fxquant.evaluation.comparison import format_results
+from fxquant.evaluation.journal import read_journal
+from fxquant.evaluation.report.page import read_report, render
+from tests.attack.bad import refused
+from tests.attack.json_mutations import mutated
+from tests.report_folder import write_folder
+
+SEED = int(os.environ.get("FXQUANT_FUZZ_SEED", "20261127"))
+CONTENTS = {
+    "empty": b"", "null": b"null\n", "number": b"3\n", "text": b'"x"\n', "list": b"[[]]\n",
+    "object": b"{}\n", "not utf-8": b'{"a": "\xff"}\n', "half": b'{"a": "\\ud800"}\n',
+    "deep": b"[" * 100_000 + b"\n", "deeper than shown": b'{"a":' * 200 + b"1" + b"}" * 200 + b"\n",
+    "long number": b'{"a": ' + b"9" * 401 + b"}\n", "longer": b'{"a": ' + b"9" * 5000 + b"}\n",
+    "inf": b'{"a": 1e400}\n', "nan": b'{"rows": NaN}\n', "mark": b"\xef\xbb\xbf{}\n",
+    "utf-16": "{}\n".encode("utf-16"), "zeros": bytes(99) + b"\n",
+}  # fmt: skip
+NAMES = ("results.json", "results.jsonl", "explanation.json", "inspect.json")
+
+
+@pytest.mark.parametrize("kind", CONTENTS)
+def test_files_that_are_no_results(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in NAMES:
+        folder = write_folder(tmp_path / name)
+        (folder / name).write_bytes(CONTENTS[kind])
+        if name.endswith("l") and kind == "empty":
+            continue  # a sweep that has not finished a cell
+        refused(capsys, ("report", folder), name)
+        if name == "results.jsonl":
+            refused(capsys, ("table", folder / name), name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pipes_and_folders(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_folder(tmp_path / "results")
+    for make in (os.mkfifo, Path.mkdir):
+        (folder / name).unlink() if (folder / name).exists() else None
+        make(folder / name)
+        refused(capsys, ("report", folder), name)
+        refused(capsys, ("table", folder / name), name)
+        if make is Path.mkdir:
+            (folder / name).rmdir()
+
+
+def write(path: Path, value: Any) -> None:
+    lines = value if path.suffix == ".jsonl" and isinstance(value, list) else [value]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize("count", [150, pytest.param(2000, marks=pytest.mark.slow)])
+def test_values_that_are_none(count: int, tmp_path: Path) -> None:
+    rng, counts = random.Random(SEED + count), Counter[str]()
+    originals: dict[str, Any] = {}
+    for path in sorted(write_folder(tmp_path / "whole").iterdir()):
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if (
+            path.suffix == ".jsonl") else json.loads(path.read_text())  # fmt: skip
+        originals[path.name] = lines
+    folder = tmp_path / "changed"
+    folder.mkdir()
+    for index in range(count):
+        name = rng.choice(sorted(originals))
+        write(folder / name, mutated(originals[name], rng, rng.choice((1, 1, 3))))
+        where = f"seed {SEED + count}, change {index} of {name}"
+        try:
+            report = read_report(folder)
+            if index % 10 == 0:
+                render(report).encode()
+            if name.endswith("l"):
+                format_results(read_journal(folder / name)).encode()
+            counts["right"] += 1
+        except FxquantError as error:
+            counts["one clear error"] += 1
+            if name not in str(error) and str(folder) not in str(error):
+                pytest.fail(f"{where}: {error}")
+        except Exception as error:
+            raise AssertionError(f"{where}: {error!r}") from error
+        (folder / name).unlink()
+    print(f"seed {SEED + count}: {count} tried, {dict(counts)}, 0 wrong")
+    assert min(counts.values()) > count // 10
