@@ -6,8 +6,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fxquant.checkpoint import load
 from fxquant.errors import ModelError
+from fxquant.evaluation.kept_folder import is_intact, keep
 from fxquant.manifest import is_checkpoint
 from fxquant.streaming import stream
 from fxquant.tracing import trace
@@ -183,8 +182,9 @@ def cache_root() -> Path:
 def package_model(distribution: str) -> Path:
     """The model that an installed package ships as one GGUF file, converted to safetensors.
 
-    The conversion (dequantized to float32) is kept in a cache, keyed by the file's hash. The
-    package itself is not imported. Raises ModelError when it is not installed or ships no GGUF.
+    The conversion (dequantized to float32) is kept in a cache, keyed by the file's hash, and made
+    again where it is damaged. The package itself is not imported. Raises ModelError when it is
+    not installed or ships no GGUF.
     """
     spec = importlib.util.find_spec(distribution.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
@@ -196,7 +196,7 @@ def package_model(distribution: str) -> Path:
     if len(files) != 1:
         raise ModelError(f"package {distribution} ships {len(files)} GGUF files, expected one")
     target = cache_root() / f"{files[0].stem}-{file_hash(files[0])[:16]}"
-    if not target.exists():
+    if not is_intact(target):
         _convert_gguf(files[0], target)
     return target
 
@@ -208,17 +208,9 @@ def _convert_gguf(source: Path, target: Path) -> None:
     folder, name = str(source.parent), source.name
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix="partial-", dir=target.parent))
-    try:
+    with keep(target) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        partial.rename(target)
-    except BaseException as error:  # Ctrl-C too must not leave half a model behind
-        shutil.rmtree(partial, ignore_errors=True)
-        # Another process may have been faster.
-        if not (isinstance(error, OSError) and target.exists()):
-            raise
 
 
 def versions() -> dict[str, str]:

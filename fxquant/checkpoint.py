@@ -32,6 +32,7 @@ from fxquant.levels import verify
 from fxquant.manifest import check_manifest, is_checkpoint, write_manifest
 from fxquant.module_json import NONE, decode_module, encode_module, register_tensors
 from fxquant.streamed import Source, sources_of, stream_leaf
+from fxquant.target import saving
 from fxquant.tensor_file import TensorFile, storage_order
 
 GRAPH, CONFIG = "graph.json", "config.json"
@@ -51,6 +52,11 @@ def save(
     """
     target = Path(directory)
     check_target(target)
+    with saving(target):
+        _save(gm, target, tokenizer)
+
+
+def _save(gm: GraphModule, target: Path, tokenizer: Tokenizer | None) -> None:
     tensors = _Tensors(gm)
     text = json.dumps(_encode_graph(gm, tensors), separators=(",", ":"))
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))

@@ -15,6 +15,7 @@ from fxquant.evaluation import commands as sweeps
 from fxquant.evaluation import to_safetensors
 from fxquant.evaluation.arguments import INTERRUPTED, add_arguments, evaluate_command
 from fxquant.evaluation.report import command as report
+from fxquant.terminal import printing
 
 FAILED = 2
 
@@ -105,7 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     options.command = shlex.join([parser.prog, *arguments])
     try:
-        return int(options.run(options))
+        with printing():
+            return int(options.run(options))
     except KeyboardInterrupt:
         print("fxquant: interrupted before the first result", file=sys.stderr)
         return INTERRUPTED

@@ -8,6 +8,7 @@ from typing import Any
 
 from fxquant.batches import Batches
 from fxquant.errors import CalibrationError, SchemeError
+from fxquant.locks import check_writable
 from fxquant.passes import (
     Attn8,
     Awq,
@@ -48,7 +49,8 @@ def can_resume(scheme: Scheme) -> bool:
 
 
 def check_repairs(scheme: Scheme, calibration: Batches | None, cache: Path | None = None) -> None:
-    """Raise SchemeError or CalibrationError where the scheme's repairs cannot be built."""
+    """Raise SchemeError or CalibrationError where the scheme's repairs cannot be built, WriteError
+    where finished blocks cannot be kept."""
     repairs = resolve_repairs(scheme, calibration, progress=False)
     if cache is not None and not can_resume(scheme):
         able = ", ".join(name for name, repair in REPAIRS.items() if repair.resumes)
@@ -56,6 +58,8 @@ def check_repairs(scheme: Scheme, calibration: Batches | None, cache: Path | Non
             f"cache={cache}: nothing in scheme {scheme} keeps finished blocks ({able} do): leave "
             "it out"
         )
+    if cache is not None:
+        check_writable(Path(cache), "cache folder")
     hungry = [repair.name for repair in repairs if repair.needs_calibration]
     if hungry and calibration is None:
         raise CalibrationError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import functools
 import hashlib
+import importlib.metadata
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from fxquant.graph import (
     source_of,
 )
 from fxquant.operators import unpack_int4
-from fxquant.passes.block_store import BlockStore
+from fxquant.passes.block_store import BlockStore, Expected
 from fxquant.passes.coordinate_descent import energy
 from fxquant.passes.fake_quantize import fake_activation
 from fxquant.passes.hessians import Hessian
@@ -94,7 +95,8 @@ class Layerwise(Repair):
         within: what a layer's inputs have gone through: "layer": all earlier layers quantized,
             also those of its own block, in one run of the data; "block": earlier blocks only, its
             own in float, in two runs (the paper).
-        cache: see Repair; files are named by a fingerprint of model, data, scheme and options.
+        cache: see Repair; files are named by a fingerprint of model, data, scheme, options and
+            versions.
     """
 
     within: str = "layer"
@@ -119,9 +121,8 @@ class Layerwise(Repair):
             )
         run = SequentialRun(gm, self.batches, label=self.name, progress=self.progress)
         store = BlockStore(self.cache, self._fingerprint(gm, run))
-        changed = 0
-        for segment in run.segments:
-            changed += self._segment(gm, run, segment, store)
+        with store.held():
+            changed = sum(self._segment(gm, run, segment, store) for segment in run.segments)
         if not changed:
             raise VerificationError(
                 f"{self.name}: no code differs from before; the repair had no effect"
@@ -131,7 +132,8 @@ class Layerwise(Repair):
     def _fingerprint(self, gm: GraphModule, run: SequentialRun) -> str:
         if self.cache is None:
             return ""
-        digest = hashlib.sha256(f"{self!r} {self.scheme} {run.digest}".encode())
+        versions = [importlib.metadata.version(name) for name in ("fxquant", "torch")]
+        digest = hashlib.sha256(f"{versions} {self!r} {self.scheme} {run.digest}".encode())
         stored = ((n, v) for n, v in sorted(gm.state_dict().items()) if not v.is_meta)
         for name, value in itertools.chain(stored, streamed_tensors(gm)):
             digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
@@ -144,8 +146,11 @@ class Layerwise(Repair):
         """Choose the block's codes, move the run behind it; how many codes changed."""
         groups = self._groups(gm, segment)
         layers = {layer.path: layer for group in groups for layer in group.layers}
-        specs = {path: one.spec for path, one in layers.items()}
-        chosen = store.load(segment.block, specs, device_of(gm))
+        expected = {
+            path: Expected(one.spec, (one.weight.shape[0], one.weight.shape[1]))
+            for path, one in layers.items()
+        }
+        chosen = store.load(segment.block, expected, device_of(gm))
         if chosen is None:
             chosen = self._choose(gm, run, groups)
             store.save(segment.block, chosen)

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 ORDER: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("quantization",),
+    ("locks", "line_file", "whole_file", "target"),
     ("records", "dataclass_json", "tensor_file", "manifest"),
     (
         "specs",
@@ -55,7 +56,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("repairs", "conversion", "module_json", "graph_json", "checkpoint"),
     ("analysis",),
     ("evaluation",),
-    ("analysis_commands", "convert_command", "inspect_command"),
+    ("analysis_commands", "convert_command", "inspect_command", "terminal"),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

@@ -26,6 +26,7 @@ from fxquant.analysis.store import Store, fingerprint
 from fxquant.analysis.study import Study
 from fxquant.batches import Batches
 from fxquant.errors import SchemeError
+from fxquant.locks import check_writable
 from fxquant.schemes import Scheme, as_scheme
 from fxquant.tracing import trace
 
@@ -64,7 +65,8 @@ def explain(
         worst: at how many of the worst sites other choices are tried and causes are measured; 0
             also leaves out the recovery curve.
         tokenizer: to show tokens as text and tell delimiters apart.
-        output: a folder where finished losses are kept; the same call goes on from them.
+        output: a folder where finished losses are kept; the same call goes on from them, and no
+            other may at the same time.
 
     Raises SchemeError (unknown method, nothing to quantize, ``sites`` covers nothing), DataError,
     CalibrationError and what ``convert`` raises, before any measurement.
@@ -72,6 +74,8 @@ def explain(
     scheme = as_scheme(scheme)
     methods = (methods,) if isinstance(methods, str) else tuple(dict.fromkeys(methods))
     _check(methods, worst)
+    if output is not None:
+        check_writable(output)
     graph = model if isinstance(model, GraphModule) else trace(model)
     batches = as_batches(calibration, graph)
     notes: list[str] = []
@@ -83,17 +87,18 @@ def explain(
     narrowed = restricted(scheme, sites, graph)
     observed = observed_graph(graph, narrowed, batches, progress is not False)
     tensors = [value for batch in batches or () for _, value in sorted(batch.items())]
-    study = Study(
-        lab=Lab(observed, windows),
-        sites=simulated_sites(observed, narrowed),
-        batches=batches,
-        store=Store(output, fingerprint(observed, [*windows, *tensors], str(narrowed))),
-        hidden=None if progress is None else not progress,
-        decode=None if tokenizer is None else lambda token: str(tokenizer.decode([token])),
-        notes=notes,
-    )
-    unrepaired = Lab(graph, windows).loss(FLOAT_SETTING) if scheme.repairs else None
-    return study.run(methods, worst, str(scheme), sites, unrepaired)
+    with Store(output, fingerprint(observed, [*windows, *tensors], str(narrowed))) as store:
+        study = Study(
+            lab=Lab(observed, windows),
+            sites=simulated_sites(observed, narrowed),
+            batches=batches,
+            store=store,
+            hidden=None if progress is None else not progress,
+            decode=None if tokenizer is None else lambda token: str(tokenizer.decode([token])),
+            notes=notes,
+        )
+        unrepaired = Lab(graph, windows).loss(FLOAT_SETTING) if scheme.repairs else None
+        return study.run(methods, worst, str(scheme), sites, unrepaired)
 
 
 def _check(methods: Sequence[str], worst: int) -> None:
