@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from fxquant.evaluation.models import load_model, versions
 from fxquant.evaluation.outliers import OutlierPlan, plant_outliers
 from fxquant.evaluation.statistics import WindowSums
 from fxquant.schemes import Scheme
+from fxquant.whole_file import write_text
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "benchmarks" / "repairs_table.json"
@@ -166,9 +166,7 @@ def keep(subject: Subject, text: Source, scheme: str, row: dict[str, Any]) -> No
         seed=0,
     )
     data["rows"].setdefault(subject.name, {})[scheme] = row
-    partial = DATA.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(data, indent=1) + "\n")
-    partial.replace(DATA)
+    write_text(DATA, json.dumps(data, indent=1) + "\n")
     print(subject.name, scheme, row, flush=True)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,10 +26,11 @@ from fxquant.evaluation.provenance import Provenance, architecture
 from fxquant.evaluation.results import Row, prepare_folder, write_results
 from fxquant.evaluation.tables import LEGEND, format_table
 from fxquant.graph import Level, float_dtype, info, set_workspace
+from fxquant.locks import check_writable, hold_folder
 from fxquant.manifest import is_checkpoint
 from fxquant.repairs import can_resume
 from fxquant.schemes import Scheme, as_scheme
-from fxquant.streamed import Workspace
+from fxquant.streamed import Workspace, workspace_folder
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,20 @@ def run(job: Job, say: Callable[[str], None] = print) -> Outcome:
     """Evaluate every scheme of the job, the float model first; rows are written as they finish.
 
     Raises FxquantError for bad input before any model is loaded or converted where that can be
-    known. An interruption (Ctrl-C) keeps the finished rows: ``complete`` is False then.
+    known, and where another run writes to the job's output. An interruption (Ctrl-C) keeps the
+    finished rows: ``complete`` is False then. Any other end after the first row says them.
     """
     check_saved(job)
     if is_checkpoint(Path(job.model)):
         job = replace(job, calibration_windows=0)  # it brings what it was calibrated on
     schemes = check_job(job)
-    if job.output is not None:
-        prepare_folder(job.output, job.overwrite)
+    with hold_folder(job.output):
+        if job.output is not None:
+            prepare_folder(job.output, job.overwrite)
+        return _run(job, schemes, say)
+
+
+def _run(job: Job, schemes: list[Scheme], say: Callable[[str], None]) -> Outcome:
     source, other = open_sources(job)
     loaded = load_model(
         job.model, dtype=job.dtype, device=job.device, revision=job.revision, streamed=job.stream
@@ -124,6 +130,8 @@ def check_job(job: Job) -> list[Scheme]:
             f"cache {job.cache}: no scheme here has a repair that keeps finished blocks: leave it "
             "out"
         )
+    if job.cache is not None:
+        check_writable(job.cache, "cache folder")
     return schemes
 
 
@@ -198,8 +206,8 @@ def workspace_for(graph: GraphModule, streamed: bool) -> Iterator[None]:
     if not streamed or info(graph).level != Level.FLOAT:
         yield
         return
-    with tempfile.TemporaryDirectory(prefix="fxquant-") as folder:
-        set_workspace(graph, Workspace(Path(folder)))
+    with workspace_folder() as folder:
+        set_workspace(graph, Workspace(folder))
         yield
 
 
@@ -238,6 +246,11 @@ def _rows(
         where = f" in {job.output}" if job.output is not None and rows else ""
         say(f"interrupted: {len(rows)} of {len(schemes)} rows are finished and kept{where}")
         return Outcome(rows, calibrated(provenance, rows), complete=False)
+    except Exception:
+        if rows and is_main():
+            say(f"{format_table(rows)}\n\n{calibrated(provenance, rows).line()}")
+            say(f"stopped: {len(rows)} of {len(schemes)} rows are finished")
+        raise
     return Outcome(rows, calibrated(provenance, rows), complete=True)
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
-from fxquant.doors import parse_json, read_bytes, reason
-from fxquant.errors import DataError
+from fxquant.doors import read_bytes
 from fxquant.evaluation.decoding import decode
 from fxquant.evaluation.protocol import Protocol
 from fxquant.evaluation.provenance import Provenance
 from fxquant.evaluation.results import Row, check_scheme
+from fxquant.line_file import LineFile, LineKind, parse_lines, strict_json
 
 FORMAT: Final = 1
 
@@ -48,7 +46,7 @@ class Result:
     @classmethod
     def from_line(cls, line: str) -> Result:
         """The inverse of to_line. Raises ValueError for other text."""
-        data = parse_json(line, strict=True)
+        data = strict_json(line)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f"its format is not this version's {FORMAT}")
         parts: dict[str, Any] = dict.fromkeys(("protocol", "figures", "provenance"))
@@ -63,6 +61,14 @@ class Result:
         return result
 
 
+KIND: Final = LineKind(
+    parse=Result.from_line,
+    plural="results",
+    wrong="no result of this version",
+    again="its cell done",
+)
+
+
 def read_journal(path: Path) -> list[Result]:
     """The results in a results.jsonl, the last line of each fingerprint, in order of appearance.
 
@@ -74,26 +80,11 @@ def read_journal(path: Path) -> list[Result]:
 
 def parse_journal(content: bytes, path: Path) -> list[Result]:
     """As read_journal, of the content of the file at ``path``."""
-    return list(_parse(content[: _complete(content)], path).values())
+    return list(_latest(parse_lines(content, path, KIND)).values())
 
 
-def _complete(content: bytes) -> int:
-    """Length of the lines that have their newline."""
-    return content.rfind(b"\n") + 1
-
-
-def _parse(content: bytes, path: Path) -> dict[str, Result]:
-    found: dict[str, Result] = {}
-    for number, line in enumerate(content.splitlines(), 1):
-        try:
-            result = Result.from_line(line.decode("utf-8"))
-        except ValueError as error:
-            raise DataError(
-                f"{path}, line {number} is no result of this version ({reason(error)}); move the "
-                "file away, or delete the line to have its cell done again"
-            ) from error
-        found[result.fingerprint] = result
-    return found
+def _latest(results: list[Result]) -> dict[str, Result]:
+    return {result.fingerprint: result for result in results}
 
 
 class Journal:
@@ -102,33 +93,12 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.results: dict[str, Result] = {}
-        self._file: BinaryIO | None = None
+        self._file = LineFile(path, KIND)
 
     def __enter__(self) -> Journal:
         """Raises DataError where the file cannot be written, is damaged or in another's hands."""
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = self.path.open("a+b")
-        except OSError as error:
-            raise DataError(f"cannot write results to {self.path}: {error}") from error
-        try:
-            self._take(file)
-        except BaseException:
-            file.close()
-            raise
-        self._file = file
+        self.results = _latest(self._file.__enter__().lines)
         return self
-
-    def _take(self, file: BinaryIO) -> None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DataError(f"another process is writing to {self.path}") from error
-        file.seek(0)
-        content = file.read()
-        complete = _complete(content)
-        self.results = _parse(content[:complete], self.path)
-        file.truncate(complete)
 
     def __exit__(
         self,
@@ -136,13 +106,10 @@ class Journal:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._file.__exit__(kind, error, trace)
 
     def append(self, result: Result) -> None:
-        """Keep a result; on return it is on the disk."""
-        assert self._file is not None, "the journal is not open"
-        self._file.write(result.to_line().encode("utf-8") + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Keep a result; on return it is on the disk. Where it cannot be kept (WriteError) it is
+        in ``results`` only."""
         self.results[result.fingerprint] = result
+        self._file.append(result.to_line())

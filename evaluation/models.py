@@ -6,8 +6,6 @@ import hashlib
 import importlib.util
 import os
 import re
-import shutil
-import tempfile
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -22,6 +20,7 @@ from fxquant.checkpoint import load
 from fxquant.doors import printable
 from fxquant.errors import ModelError
 from fxquant.evaluation.gguf import read_weights, write_weights
+from fxquant.evaluation.kept_folder import is_intact, keep
 from fxquant.graph import info, update_info
 from fxquant.hub import hub_is_reachable
 from fxquant.manifest import is_checkpoint
@@ -191,8 +190,9 @@ def cache_root() -> Path:
 def package_model(distribution: str) -> Path:
     """The model that an installed package ships as one GGUF file, converted to safetensors.
 
-    The conversion (dequantized to float32) is kept in a cache, keyed by the file's hash. The
-    package itself is not imported. Raises ModelError when it is not installed or ships no GGUF.
+    The conversion (dequantized to float32) is kept in a cache, keyed by the file's hash, and made
+    again where it is damaged. The package itself is not imported. Raises ModelError when it is
+    not installed or ships no GGUF.
     """
     if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", distribution):
         raise ModelError(
@@ -209,7 +209,7 @@ def package_model(distribution: str) -> Path:
     if len(files) != 1:
         raise ModelError(f"package {distribution} ships {len(files)} GGUF files, expected one")
     target = cache_root() / f"{files[0].stem}-{file_hash(files[0])[:16]}"
-    if not target.exists():
+    if not is_intact(target):
         _convert_gguf(files[0], target)
     write_weights(files[0], target)
     return target
@@ -227,14 +227,6 @@ def _convert_gguf(source: Path, target: Path) -> None:
         if importlib.util.find_spec(needed) is None:
             raise ModelError(f"reading {source.name} needs {needed}: pip install fxquant[demo]")
     model, tokenizer = read_gguf(source)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix="partial-", dir=target.parent))
-    try:
+    with keep(target) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        partial.rename(target)
-    except BaseException as error:  # Ctrl-C too must not leave half a model behind
-        shutil.rmtree(partial, ignore_errors=True)
-        # Another process may have been faster.
-        if not (isinstance(error, OSError) and target.exists()):
-            raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,9 @@ from fxquant.errors import DataError, SchemeError
 from fxquant.evaluation.decoding import decode
 from fxquant.evaluation.provenance import Provenance
 from fxquant.evaluation.statistics import WindowSums
+from fxquant.locks import check_writable
 from fxquant.schemes import Scheme
+from fxquant.whole_file import write_text
 
 RESULTS, TABLE = "results.json", "table.md"
 # What null stands for in a row: JSON has no word for these.
@@ -106,13 +107,7 @@ def prepare_folder(folder: Path, overwrite: bool) -> None:
     Raises DataError when it is not writable, or holds a run (finished or not) and not
     ``overwrite``.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise DataError(f"cannot write to output folder {folder}: {error}") from error
+    check_writable(folder)
     existing = folder / RESULTS
     if overwrite or not existing.exists():
         return
@@ -139,10 +134,10 @@ def write_results(
         "provenance": asdict(provenance),
         "rows": [row.to_json() for row in rows],
     }
-    _replace(folder / RESULTS, json.dumps(data, indent=2, allow_nan=False) + "\n")
+    write_text(folder / RESULTS, json.dumps(data, indent=2, allow_nan=False) + "\n")
     note = "" if complete else "\nUnfinished: still running, or interrupted.\n"
     lines = [provenance.line(), *row_notes(rows, provenance), f"`{provenance.command}`"]
-    _replace(folder / TABLE, "\n\n".join([table, *lines]) + f"\n{note}")
+    write_text(folder / TABLE, "\n\n".join([table, *lines]) + f"\n{note}")
 
 
 def row_notes(rows: Sequence[Row], provenance: Provenance) -> list[str]:
@@ -191,9 +186,3 @@ def parse_results(content: bytes, path: Path) -> tuple[list[Row], Provenance, bo
             f"{path} is no results.json of this version: {reason(error)}; write the file again "
             "with the command that made it, or move it out of the folder"
         ) from error
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

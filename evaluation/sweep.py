@@ -15,7 +15,8 @@ import torch
 from torch.fx import GraphModule
 from tqdm import tqdm
 
-from fxquant.errors import DistributedError, FxquantError
+from fxquant.errors import DistributedError, FxquantError, WriteError
+from fxquant.evaluation.comparison import format_results
 from fxquant.evaluation.converter import Converter, measure
 from fxquant.evaluation.data import Source
 from fxquant.evaluation.fingerprint import (
@@ -107,10 +108,11 @@ def run_sweep(
 ) -> SweepOutcome:
     """Compute what results.jsonl at ``path`` lacks; a model is loaded once for all its cells.
 
-    The setting and all schemes are checked first (FxquantError). After that a cell that fails, or
-    whose model or text cannot be read, is recorded with its error and the rest goes on. Recorded
-    failures are not tried again without ``retry_failed``, unless a model, its weights or a text was
-    missing.
+    The setting and all schemes are checked first (FxquantError), and that no other sweep writes
+    there (WriteError; where results cannot be kept too, and what is finished is said then). After
+    that a cell that fails, or whose model or text cannot be read, is recorded with its error and
+    the rest goes on. Recorded failures are not tried again without ``retry_failed``, unless a
+    model, its weights or a text was missing.
     """
     check_processes()
     for job in sweep.jobs():
@@ -132,10 +134,15 @@ def run_sweep(
         say(f"{len(cells)} cells, {before} already in {path}")
         bar = tqdm(total=len(missing), desc="cells", unit="cell", disable=None)
         run = _Run(journal, cells, sources, bar.update)
-        for _, group in itertools.groupby(missing, key=lambda cell: cell.job.model):
-            run.model(list(group))
-            gc.collect()
-        bar.close()
+        try:
+            for _, group in itertools.groupby(missing, key=lambda cell: cell.job.model):
+                run.model(list(group))
+                gc.collect()
+        except WriteError:
+            say(f"\n{format_results(run.finished())}\n")
+            raise
+        finally:
+            bar.close()
         results = [run.result(cell) for cell in cells]
     failed = sum(result.error is not None for result in results)
     return SweepOutcome(results, before, len(missing), failed)
@@ -200,10 +207,11 @@ class _Run:
         step: Callable[[], object],
     ) -> None:
         self.journal, self.sources, self.step = journal, sources, step
+        self.cells = list(cells)
         self.unloaded: dict[str, str] = {}
         self.references = {
             (cell.job.model, cell.job.dataset): cell.fingerprint
-            for cell in cells
+            for cell in self.cells
             if cell.scheme == Scheme()
         }
 
@@ -219,6 +227,11 @@ class _Run:
             again = cell.unavailable(self.unloaded[cell.job.model])
             found = self.journal.results[again.fingerprint]
         return found
+
+    def finished(self) -> list[Result]:
+        """Of this sweep's cells, whether they could be kept or not."""
+        found = map(self.journal.results.get, [cell.fingerprint for cell in self.cells])
+        return [result for result in found if result is not None]
 
     def fail(self, cells: Iterable[_Cell], reason: str) -> None:
         for cell in cells:
@@ -263,6 +276,8 @@ class _Run:
                 torch.manual_seed(job.seed)
                 reference = self.reference(cell)
                 row = measure(converter, cell.scheme, windows, job.batch_size, reference)
+            except WriteError:
+                raise  # no cell's fault, and the next would meet it too
             except Exception as error:
                 self.record(cell.failed(describe(error)))
                 continue

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +20,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fxquant.errors import ModelError
+from fxquant.locks import LOCK, hold
 from fxquant.pickled import read_pickled
-from fxquant.weight_files import INDEX, pickled_files
+from fxquant.weight_files import INDEX, PICKLED, pickled_files
 
 SHARD_BYTES: Final = 2**29
+_PARTIAL: Final = ".safetensors-"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,13 +45,24 @@ def to_safetensors(directory: Path) -> list[Path]:
     Nothing is left behind where it fails. Raises ModelError: no such files there, safetensors
     there already, a file that holds anything but named tensors.
     """
+    if not directory.is_dir():
+        raise ModelError(
+            f"{directory} is no folder: it holds no {PICKLED} to write safetensors from"
+        )
+    with hold(directory / LOCK, str(directory), ModelError):
+        return _to_safetensors(directory)
+
+
+def _to_safetensors(directory: Path) -> list[Path]:
     if any(directory.glob("*.safetensors")) or (directory / INDEX).exists():
         raise ModelError(
             f"{directory} holds safetensors files already: nothing to do, or move them away first"
         )
     files = pickled_files(directory)
+    for left in directory.glob(f"{_PARTIAL}*"):  # of a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
     try:
-        with tempfile.TemporaryDirectory(prefix=".safetensors-", dir=directory) as partial:
+        with tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=directory) as partial:
             return _publish(directory, Path(partial), _write(files, Path(partial)))
     except (OSError, SafetensorError) as error:
         raise ModelError(f"cannot write safetensors files to {directory}: {error}") from error

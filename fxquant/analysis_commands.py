@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,10 +31,12 @@ from fxquant.evaluation.data import Windows
 from fxquant.evaluation.job import check_job, check_windows, cut, make_provenance, open_sources
 from fxquant.evaluation.models import LoadedModel, load_model
 from fxquant.evaluation.provenance import Provenance
+from fxquant.locks import hold_folder
 from fxquant.recording import record_of
 from fxquant.repairs import reads_calibration
 from fxquant.schemes import Scheme, as_scheme
 from fxquant.signals import INTERRUPTED, signal_name
+from fxquant.whole_file import write_text
 
 EXPLANATION, REPORT, PLAN, SCHEME = "explanation.json", "report.md", "plan.json", "scheme.json"
 
@@ -93,6 +94,11 @@ def _add_common(parser: argparse.ArgumentParser, windows: int) -> None:
 
 def explain_command(options: argparse.Namespace) -> int:
     """Explain, print the report; 130 after an interruption."""
+    with hold_folder(options.output):
+        return _explain(options)
+
+
+def _explain(options: argparse.Namespace) -> int:
     scheme = as_scheme(options.scheme)
     check_request(options.methods, options.worst)
     # Other choices at the worst sites take smoothing factors from the calibration windows.
@@ -116,8 +122,8 @@ def explain_command(options: argparse.Namespace) -> int:
     provenance = material.provenance
     print(f"{found}\n\n{provenance.line()}")
     if options.output is not None:
-        _write(options.output / EXPLANATION, _json({**found.to_dict(), **_made_by(material)}))
-        _write(
+        write_text(options.output / EXPLANATION, _json({**found.to_dict(), **_made_by(material)}))
+        write_text(
             options.output / REPORT, f"{found}\n\n{provenance.line()}\n\n`{provenance.command}`\n"
         )
         print(f"written to {options.output}")
@@ -126,6 +132,11 @@ def explain_command(options: argparse.Namespace) -> int:
 
 def plan_command(options: argparse.Namespace) -> int:
     """Plan, print what was found and the scheme; 130 after an interruption."""
+    with hold_folder(options.output):
+        return _plan(options)
+
+
+def _plan(options: argparse.Namespace) -> int:
     parse_choices(options.choices, options.budget, options.cost)
     reads = any(Scheme.parse(choice).needs_calibration for choice in options.choices)
     material = _load(options, reads)
@@ -147,8 +158,8 @@ def plan_command(options: argparse.Namespace) -> int:
         print(found.scheme)
         return 0
     figures = {**asdict(found), "scheme": json.loads(found.scheme.to_json())}
-    _write(options.output / PLAN, _json({**figures, **_made_by(material)}))
-    _write(options.output / SCHEME, found.scheme.to_json() + "\n")
+    write_text(options.output / PLAN, _json({**figures, **_made_by(material)}))
+    write_text(options.output / SCHEME, found.scheme.to_json() + "\n")
     print(f"written to {options.output}; {SCHEME} is a scheme for convert and evaluate")
     return 0
 
@@ -186,10 +197,3 @@ def _made_by(material: Material) -> dict[str, object]:
 
 def _json(data: dict[str, object]) -> str:
     return json.dumps(data, indent=1) + "\n"
-
-
-def _write(path: Path, text: str) -> None:
-    """In one step, so that a file is never half there."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

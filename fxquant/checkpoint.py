@@ -33,6 +33,7 @@ from fxquant.saved_graph import Files, check_fields, decode_graph
 from fxquant.saved_info import check_info
 from fxquant.saved_names import check_path
 from fxquant.streamed import sources_of
+from fxquant.target import saving
 from fxquant.tensor_file import storage_order
 
 GRAPH, CONFIG = "graph.json", "config.json"
@@ -53,6 +54,11 @@ def save(
     info(gm)  # GraphError for what is no graph of ours
     target = Path(directory)
     check_target(target)
+    with saving(target):
+        _save(gm, target, tokenizer)
+
+
+def _save(gm: GraphModule, target: Path, tokenizer: Tokenizer | None) -> None:
     tensors = _Tensors(gm)
     text = json.dumps(check_fields(_encode_graph(gm, tensors)), separators=(",", ":"))
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))

@@ -18,6 +18,7 @@ from fxquant.evaluation import to_safetensors
 from fxquant.evaluation.arguments import add_arguments, evaluate_command
 from fxquant.evaluation.report import command as report
 from fxquant.signals import INTERRUPTED, signal_name, terminable
+from fxquant.terminal import printing
 
 FAILED = 2
 
@@ -108,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     An interruption ends with 130, SIGTERM, which is one too, with 143.
     """
-    parser = argparse.ArgumentParser(prog="fxquant", description="Quantize, look, measure.")
+    parser = _Parser(prog="fxquant", description="Quantize, look, measure.")
     commands = parser.add_subparsers(dest="command_name", required=True, metavar="COMMAND")
     for command in COMMANDS:
         subparser = commands.add_parser(command.name, help=command.help)
@@ -128,7 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     try:
-        return int(options.run(options))
+        with printing():
+            return int(options.run(options))
     except KeyboardInterrupt as stop:
         name = signal_name(stop)
         print(f"fxquant: interrupted by {name} before the first result", file=sys.stderr)

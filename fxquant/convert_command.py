@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +22,9 @@ from fxquant.evaluation.converting import convert_as_asked
 from fxquant.graph import Level, info
 from fxquant.inspection import inspect
 from fxquant.pipeline import AfterPass, Pass
+from fxquant.streamed import workspace_folder
 from fxquant.suggest import unknown
+from fxquant.target import held_target
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,8 +53,8 @@ def run(options: argparse.Namespace) -> int:
     check_names([name for name in wanted if name != "all"], options)
     check_output(options)
     after_pass = dump_after(wanted, print) if wanted else None
-    with tempfile.TemporaryDirectory(prefix="fxquant-") as workspace:
-        converted = convert_as_asked(options, after_pass, Path(workspace))
+    with held_target(options.output), workspace_folder() as workspace:
+        converted = convert_as_asked(options, after_pass, workspace)
         if options.output is not None:
             save(converted.graph, options.output, converted.tokenizer)
         print(inspect(converted.graph))

@@ -9,6 +9,7 @@ from fxquant.errors import InspectionError
 from fxquant.printer import Names, Row, Section, row
 from fxquant.records import NodeText
 from fxquant.shapes import UNKNOWN, Value
+from fxquant.whole_file import write_bytes
 
 _COLORS = {"int8": "#cfe2f3", "uint8": "#cfe2f3", "int32": "#d9ead3", "int64": "#eeeeee"}
 
@@ -51,10 +52,7 @@ def write_dot(text: str, path: Path) -> None:
     Raises InspectionError where the SVG needs what is not installed, or the file cannot be written.
     """
     data = _svg(text) if path.suffix == ".svg" else text.encode()
-    try:
-        path.write_bytes(data)
-    except OSError as error:
-        raise InspectionError(f"cannot write {path}: {error}") from error
+    write_bytes(path, data, error=InspectionError)
 
 
 def _svg(text: str) -> bytes:

@@ -1,4 +1,4 @@
-"""The errors that users see. Each says what was wrong, where, and what to do."""
+"""The errors (and a warning) that users see. Each says what was wrong, where, and what to do."""
 
 
 class FxquantError(Exception):
@@ -39,6 +39,14 @@ class VerificationError(FxquantError, RuntimeError):
 
 class DataError(FxquantError, ValueError):
     """Text, windows or an output folder cannot serve an evaluation."""
+
+
+class WriteError(DataError):
+    """A file or folder cannot be written: no room, read-only, or in the hands of another run."""
+
+
+class CacheWarning(UserWarning):
+    """What was kept of an earlier run is damaged: it is computed again."""
 
 
 class InspectionError(FxquantError, ValueError):

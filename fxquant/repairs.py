@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fxquant.batches import Batches
 from fxquant.errors import CalibrationError, SchemeError
+from fxquant.locks import check_writable
 from fxquant.passes import (
     Attn8,
     Awq,
@@ -55,13 +56,16 @@ def can_resume(scheme: Scheme) -> bool:
 
 
 def check_cache(scheme: Scheme, cache: Path | None) -> None:
-    """Raise SchemeError for a cache that nothing in the scheme uses."""
+    """Raise SchemeError for a cache that nothing in the scheme uses, WriteError where finished
+    blocks cannot be kept."""
     if cache is not None and not can_resume(scheme):
         able = ", ".join(name for name, repair in REPAIRS.items() if repair.resumes)
         raise SchemeError(
             f"cache={cache}: nothing in scheme {scheme} keeps finished blocks ({able} do): leave "
             "it out"
         )
+    if cache is not None:
+        check_writable(Path(cache), "cache folder")
 
 
 def check_calibration(

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fxquant.errors import ModelError
+from fxquant.errors import ModelError, WriteError
+from fxquant.locks import reason
 from fxquant.tensor_file import TensorFile, restore_order, storage_order
 
 
@@ -162,12 +166,30 @@ def held(modules: Iterable[nn.Module]) -> Iterator[None]:
             module.__dict__["_held"] = None
 
 
+@contextlib.contextmanager
+def workspace_folder() -> Iterator[Path]:
+    """A folder for a Workspace, gone with the block; WriteError where none can be made."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="fxquant-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise _no_room(Path(os.environ.get("TMPDIR", "/tmp")) / "fxquant-*", error) from error
+    with folder as name:
+        yield Path(name)
+
+
+def _no_room(path: Path, error: Exception) -> WriteError:
+    return WriteError(
+        f"cannot write {path}: {reason(error)}; converted leaves of a streamed model are kept "
+        "there for a while: make room, or name another folder in TMPDIR"
+    )
+
+
 @dataclass
 class Workspace:
     """A folder that new leaves of a graph are written to as soon as they are installed.
 
     Tensors of at least ``smallest`` bytes go to one safetensors file a leaf; scales, biases and
-    the like stay in memory.
+    the like stay in memory. Raises WriteError where one cannot be written.
     """
 
     directory: Path
@@ -195,7 +217,12 @@ class Workspace:
         path = self.directory / f"leaf-{self.written:06}.safetensors"
         self.written += 1
         orders = {name: storage_order(value) for name, value in large.items()}
-        save_file({n: v.permute(orders[n]).contiguous() for n, v in large.items()}, path)
+        stored = {n: v.permute(orders[n]).contiguous() for n, v in large.items()}
+        try:
+            save_file(stored, path)
+        except (OSError, SafetensorError) as error:
+            path.unlink(missing_ok=True)
+            raise _no_room(path, error) from error
         file = TensorFile.open(path)
         stream_leaf(
             part,

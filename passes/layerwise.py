@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import functools
 import hashlib
+import importlib.metadata
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from fxquant.graph import (
     source_of,
 )
 from fxquant.outcome import Blocked, Changed, Outcome
-from fxquant.passes.block_store import BlockStore
+from fxquant.passes.block_store import BlockStore, Expected
 from fxquant.passes.coordinate_descent import energy
 from fxquant.passes.hessians import Gram
 from fxquant.passes.quantize import site_codes
@@ -97,7 +98,8 @@ class Layerwise(Repair):
             also those of its own block, in one run of the data; "block": earlier blocks only, its
             own in float, in two runs (the paper).
 
-    Files in the context's cache are named by a fingerprint of model, data, scheme and options.
+    Files in the context's cache are named by a fingerprint of model, data, scheme, options
+    and versions.
     """
 
     within: Literal["layer", "block"] = "layer"
@@ -116,13 +118,15 @@ class Layerwise(Repair):
             return
         run = SequentialRun(gm, context.batches, label=self.name, progress=context.progress)
         store = BlockStore(context.cache, self._fingerprint(gm, run, context))
-        for segment in run.segments:
-            yield from self._segment(gm, run, segment, store, context.scheme)
+        with store.held():
+            for segment in run.segments:
+                yield from self._segment(gm, run, segment, store, context.scheme)
 
     def _fingerprint(self, gm: GraphModule, run: SequentialRun, context: Context) -> str:
         if context.cache is None:
             return ""
-        digest = hashlib.sha256(f"{self!r} {context.scheme} {run.digest}".encode())
+        versions = [importlib.metadata.version(name) for name in ("fxquant", "torch")]
+        digest = hashlib.sha256(f"{versions} {self!r} {context.scheme} {run.digest}".encode())
         stored = ((n, v) for n, v in sorted(gm.state_dict().items()) if not v.is_meta)
         for name, value in itertools.chain(stored, streamed_tensors(gm)):
             digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
@@ -140,8 +144,11 @@ class Layerwise(Repair):
         """Choose the block's codes, and move the run behind it."""
         groups = _groups(gm, segment, scheme)
         layers = {layer.path: layer for group in groups for layer in group.layers}
-        specs = {path: one.spec for path, one in layers.items()}
-        chosen = store.load(segment.block, specs, device_of(gm))
+        expected = {
+            path: Expected(one.spec, (one.weight.shape[0], one.weight.shape[1]))
+            for path, one in layers.items()
+        }
+        chosen = store.load(segment.block, expected, device_of(gm))
         if chosen is None:
             chosen = self._choose(gm, run, groups)
             store.save(segment.block, chosen)

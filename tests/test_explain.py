@@ -23,7 +23,7 @@ from fxquant.analysis.parts import CAUSES, Cause, subsets
 from fxquant.analysis.path import first_order, gauss_legendre, integrate
 from fxquant.analysis.results import Explanation
 from fxquant.analysis.sites import LinearSite
-from fxquant.analysis.store import Store, fingerprint
+from fxquant.analysis.store import Loss, Store, fingerprint
 from fxquant.analysis.validation import agreement, shared_draw, spearman
 from fxquant.errors import CalibrationError, DataError, SchemeError
 from fxquant.evaluation import cut_windows, load_text
@@ -396,8 +396,8 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert count + 1000 < everything / 2
     # Losses whose cost was not kept: the report says that the sum is partial.
     lines = [json.loads(line) for line in kept.read_text().splitlines()]
-    bare = ({"name": line["name"], "value": line["value"]} for line in lines)
-    kept.write_text("".join(json.dumps(line) + "\n" for line in bare))
+    bare = (Loss(line["name"], line["value"], None).to_line(kept.name) for line in lines)
+    kept.write_text("".join(line + "\n" for line in bare))
     unknown = tiny("opt", "w4", methods=("rescue", "causes"), output=tmp_path)
     assert unknown.costs["rescue"].partial
     assert unknown.to_dict()["costs"]["rescue"]["partial"]

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 import fxquant
 from fxquant.context import Context
 from fxquant.errors import (
+    CacheWarning,
     CalibrationError,
-    DataError,
     NoEffectError,
     NonFiniteError,
     SchemeError,
@@ -226,8 +226,10 @@ def test_an_interrupted_run_resumes_block_by_block(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
     for file in tmp_path.rglob("*.safetensors"):
         file.write_bytes(b"broken")
-    with pytest.raises(DataError, match="damaged"):
-        run(tmp_path)
+    with pytest.warns(CacheWarning, match=r"layers.0.safetensors is damaged .*computed again"):
+        again = run(tmp_path)
+    for name, value in codes_of(whole).items():
+        assert torch.equal(codes_of(again)[name], value)
 
 
 def test_convert_keeps_finished_blocks_where_it_is_told(tmp_path: Path) -> None:
@@ -241,7 +243,7 @@ def test_convert_keeps_finished_blocks_where_it_is_told(tmp_path: Path) -> None:
         assert torch.equal(again.state_dict()[name], value)
     for file in tmp_path.rglob("*.safetensors"):
         file.write_bytes(b"broken")
-    with pytest.raises(DataError, match="damaged"):  # so it was read
+    with pytest.warns(CacheWarning, match="damaged"):  # so it was read
         run("w4+gptq+refine")
     with pytest.raises(SchemeError, match=r"nothing in scheme .*clip keeps finished blocks"):
         run("w4+clip")

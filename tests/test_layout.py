@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 # Each row may import the rows above it and its own members.
 ORDER: tuple[tuple[str, ...], ...] = (
     ("errors", "signals"),
-    ("doors",),
+    ("doors", "locks", "line_file", "whole_file"),
     ("formats",),
     ("quantization",),
     (
@@ -32,6 +32,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ),
     ("pickled",),
     ("weight_files",),
+    ("target",),
     (
         "specs",
         "spelling",
@@ -91,7 +92,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ),
     ("analysis",),
     ("evaluation",),
-    ("analysis_commands", "convert_command", "inspect_command"),
+    ("analysis_commands", "convert_command", "inspect_command", "terminal"),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +19,7 @@ from fxquant.evaluation.report.missing import Missing, missing_parts
 from fxquant.evaluation.report.summary import Fact, summary
 from fxquant.evaluation.report.tables import text_of
 from fxquant.evaluation.tables import LEGEND
+from fxquant.whole_file import write_text
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -65,12 +65,7 @@ def write_report(results: Path, output: Path) -> Report:
     """
     report = read_report(results)
     text = render(report)
-    partial = output.with_name(f".{output.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, output)
-    except OSError as error:
-        raise DataError(f"cannot write the report to {output}: {error}") from error
+    write_text(output, text, what="the report to ")
     return report
 
 

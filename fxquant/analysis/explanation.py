@@ -32,6 +32,7 @@ from fxquant.analysis.study import WORST, Study
 from fxquant.batches import Batches
 from fxquant.conversion import recipe
 from fxquant.errors import SchemeError
+from fxquant.locks import check_writable
 from fxquant.schemes import SchemeLike, as_scheme
 from fxquant.tracing import trace
 
@@ -75,13 +76,16 @@ def explain(
         worst: at how many of the worst sites other choices are tried and causes are measured; 0
             also leaves out the recovery curve.
         tokenizer: to show tokens as text and tell delimiters apart.
-        output: a folder where finished losses are kept; the same call goes on from them.
+        output: a folder where finished losses are kept; the same call goes on from them, and no
+            other may at the same time.
 
     Raises SchemeError (unknown method, nothing to quantize, ``sites`` covers nothing), DataError,
     CalibrationError and what ``convert`` raises, before any measurement.
     """
     scheme = as_scheme(scheme)
     methods = check_request(methods, worst)
+    if output is not None:
+        check_writable(output)
     graph = model if isinstance(model, GraphModule) else trace(model)
     batches = as_batches(calibration, graph)
     notes: list[str] = []
@@ -101,20 +105,20 @@ def explain(
     with shown.step("calibration", 1):
         observed = observed_graph(graph, narrowed, batches, progress is not False)
     tensors = [value for batch in batches or () for _, value in sorted(batch.items())]
-    store = Store(output, fingerprint(observed, [*windows, *tensors], str(narrowed)))
-    study = Study(
-        lab=Lab(observed, windows),
-        sites=simulated_sites(observed, narrowed),
-        batches=batches,
-        store=store,
-        progress=shown,
-        forward_seconds=forward_seconds,
-        decode=None if tokenizer is None else lambda token: str(tokenizer.decode([token])),
-        notes=notes,
-    )
-    unrepaired = plain.loss(FLOAT_SETTING) if scheme.repairs else None
-    with kept(store):
-        return study.run(methods, worst, str(scheme), sites, unrepaired)
+    with Store(output, fingerprint(observed, [*windows, *tensors], str(narrowed))) as store:
+        study = Study(
+            lab=Lab(observed, windows),
+            sites=simulated_sites(observed, narrowed),
+            batches=batches,
+            store=store,
+            progress=shown,
+            forward_seconds=forward_seconds,
+            decode=None if tokenizer is None else lambda token: str(tokenizer.decode([token])),
+            notes=notes,
+        )
+        unrepaired = plain.loss(FLOAT_SETTING) if scheme.repairs else None
+        with kept(store):
+            return study.run(methods, worst, str(scheme), sites, unrepaired)
 
 
 def check_request(methods: str | Sequence[str], worst: int) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from fxquant.batches import Batches
 from fxquant.conversion import convert
 from fxquant.errors import BudgetError, SchemeError
 from fxquant.graph import Site, info
+from fxquant.locks import check_writable
 from fxquant.loss import mean_loss, window_losses
 from fxquant.schemes import Scheme
 from fxquant.specs import FLOAT, SiteSpec
@@ -114,30 +115,31 @@ def make_plan(
 ) -> Plan:
     """``plan`` with the figures that led to it."""
     specs = parse_choices(choices, budget, cost)
+    if output is not None:
+        check_writable(output)
     graph = model if isinstance(model, GraphModule) else trace(model)
     windows = as_windows(data, graph)
     batches = as_batches(calibration, graph)
     observed = _observed(graph, specs, batches, progress is not False)
     tensors = [value for batch in batches or () for _, value in sorted(batch.items())]
-    lab = Lab(observed, windows)
-    planner = _Planner(
-        lab=lab,
-        sites=[site for site in info(observed).sites if site.role == "linear"],
-        specs=specs,
-        cost=COSTS[cost],
-        budget=budget,
-        store=Store(output, fingerprint(observed, [*windows, *tensors], "plan")),
-        hidden=None if progress is None else not progress,
-    )
-
     loss_float = _loss(graph, windows)
 
     def verify(scheme: Scheme) -> float:
         """Loss difference of the converted model, integers and all, by one loss function."""
         return _loss(convert(graph, scheme, calibration=batches), windows) - loss_float
 
-    with kept(planner.store):
-        return planner.run(verify, cost)
+    with Store(output, fingerprint(observed, [*windows, *tensors], "plan")) as store:
+        planner = _Planner(
+            lab=Lab(observed, windows),
+            sites=[site for site in info(observed).sites if site.role == "linear"],
+            specs=specs,
+            cost=COSTS[cost],
+            budget=budget,
+            store=store,
+            hidden=None if progress is None else not progress,
+        )
+        with kept(store):
+            return planner.run(verify, cost)
 
 
 def _loss(gm: GraphModule, windows: Sequence[torch.Tensor]) -> float:

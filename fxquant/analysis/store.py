@@ -9,7 +9,9 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -17,52 +19,87 @@ from torch.fx import GraphModule
 
 import fxquant
 from fxquant.analysis.meter import Cost, Meter
-from fxquant.errors import DataError
 from fxquant.graph import CodedLinear, info
+from fxquant.line_file import LineFile, LineKind, strict_json
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One line: a measured number, and what it cost where that is known."""
+
+    name: str
+    value: float
+    cost: Cost | None
+
+    def to_line(self, file: str) -> str:
+        """JSON with a checksum, which is of the name of the file too."""
+        entry: dict[str, object] = {"name": self.name, "value": self.value}
+        if self.cost is not None:
+            entry |= {"forwards": self.cost.forwards, "seconds": self.cost.seconds}
+        return json.dumps({**entry, "check": _checksum(entry, file)}, allow_nan=False)
+
+    @classmethod
+    def from_line(cls, line: str, file: str) -> Loss:
+        """The inverse of to_line. Raises ValueError for anything that it did not write."""
+        entry = strict_json(line)
+        if not isinstance(entry, dict) or "check" not in entry:
+            raise ValueError("it has no checksum")
+        if entry.pop("check") != _checksum(entry, file):
+            raise ValueError("its checksum is another")
+        costs = [entry.pop(key) for key in ("forwards", "seconds") if key in entry]
+        numbers = [entry.get("value"), *costs]
+        if set(entry) != {"name", "value"} or not isinstance(entry["name"], str):
+            raise ValueError("it does not have the fields of a loss")
+        if len(costs) == 1 or any(type(number) not in (int, float) for number in numbers):
+            raise ValueError("a field of it is no number")
+        if any(number < 0 for number in costs):
+            raise ValueError("its cost is negative")
+        cost = Cost(float(costs[0]), float(costs[1])) if costs else None
+        return cls(entry["name"], float(entry["value"]), cost)
+
+
+def _checksum(entry: dict[str, object], file: str) -> str:
+    return hashlib.sha256(f"{file} {json.dumps(entry)}".encode()).hexdigest()[:16]
 
 
 class Store:
     """Named numbers under one fingerprint: ``FOLDER/losses-<fingerprint>.jsonl``, a line each with
     what the number cost, so that a run that goes on reports the cost of the whole.
 
-    Without a folder they live in memory only. A line that was cut off by an interruption is
-    ignored. Raises DataError when the folder cannot be written.
+    Without a folder they live in memory only. A context: within it the file is open, and in no
+    other run's hands. Raises DataError for a damaged line (a last one that an interruption cut off
+    is only cut away), WriteError where the file cannot be written.
     """
 
     def __init__(self, folder: Path | None, fingerprint: str) -> None:
         self.values: dict[str, float] = {}
         self._costs: dict[str, Cost] = {}
         self._fresh: set[str] = set()
-        self._path: Path | None = None
-        if folder is None:
-            return
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._path = folder / f"losses-{fingerprint[:16]}.jsonl"
-            text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
-            complete = text[: text.rfind("\n") + 1]
-            self._path.write_text(complete, encoding="utf-8")
-        except OSError as error:
-            raise DataError(f"cannot write to output folder {folder}: {error}") from error
-        for line in complete.splitlines():
-            entry = json.loads(line)
-            self.values[entry["name"]] = entry["value"]
-            if "seconds" in entry:
-                self._costs[entry["name"]] = Cost(entry["forwards"], entry["seconds"])
+        self._file: LineFile[Loss] | None = None
+        if folder is not None:
+            path = folder / f"losses-{fingerprint[:16]}.jsonl"
+            self._file = LineFile(path, _kind(path.name))
+
+    def __enter__(self) -> Store:
+        for line in self._file.__enter__().lines if self._file is not None else ():
+            self.values[line.name] = line.value
+            if line.cost is not None:
+                self._costs[line.name] = line.cost
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._file is not None:
+            self._file.__exit__(kind, error, trace)
 
     def put(self, name: str, value: float, cost: Cost) -> None:
         self.values[name] = value
-        if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                entry = {
-                    "name": name,
-                    "value": value,
-                    "forwards": cost.forwards,
-                    "seconds": cost.seconds,
-                }
-                file.write(json.dumps(entry) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+        if self._file is not None:
+            self._file.append(Loss(name, value, cost).to_line(self._file.path.name))
 
     def remember(self, name: str, compute: Callable[[], float], meter: Meter) -> float:
         """The kept value, or else the computed one, which is kept then.
@@ -80,6 +117,15 @@ class Store:
             self._fresh.add(name)  # its cost counts once
             meter.restore(self._costs.get(name))
         return self.values[name]
+
+
+def _kind(file: str) -> LineKind[Loss]:
+    return LineKind(
+        parse=lambda line: Loss.from_line(line, file),
+        plural="losses",
+        wrong="no loss that this program wrote there",
+        again="it measured",
+    )
 
 
 def fingerprint(gm: GraphModule, windows: Iterable[Tensor], scheme: str) -> str:
