@@ -380,8 +380,9 @@ def test_the_slow_tokenizer_is_of_the_same_revision(
     model = LoadedModel(torch.nn.Module(), fast, "model", "r", None)
     job = Job("model", (), "wikitext2", windows=1, length=4, calibration_windows=0, revision="v1")
     windows = cut_job(job, open_source("wikitext2", data), None, model)
-    options = {"use_fast": False, "revision": "v1"}
-    assert asked == [(str(tmp_path), {**options, "trust_remote_code": False})]
+    assert [name for name, _ in asked] == [str(tmp_path)]
+    options = {"use_fast": False, "revision": "v1", "trust_remote_code": False}
+    assert options.items() <= asked[0][1].items()
     # It was fast all the same, and that is said.
     assert tokenizer_note("model", windows.protocol).startswith("model has no slow tokenizer")
     assert tokenizer_note("model", replace(windows.protocol, tokenizer="slow X")) == ""

@@ -351,7 +351,7 @@ def test_an_inserted_multiplication_is_a_node_of_its_own() -> None:
         ),
         ("w4+awq(scale=false,clip=false)", "nothing to do"),
         ("w4+awq(tokens=0)", "tokens must be an integer of at least 1"),
-        ("w4+equalize(iterations=0)", "iterations must be an integer of at least 1"),
+        ("w4+equalize(iterations=0)", "iterations must be an integer from 1 to 1000"),
         ("fp+correct_bias", "quantizes no linear"),
         ("fp+clip", "clip had no effect"),
         ("w4+clip+equalize", r"write \+equalize before"),
