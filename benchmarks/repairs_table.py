@@ -28,8 +28,8 @@ from fxquant.evaluation.data import Source, Windows, cut_windows, load_text
 from fxquant.evaluation.models import load_model, versions
 from fxquant.evaluation.outliers import OutlierPlan, plant_outliers
 from fxquant.evaluation.statistics import WindowSums
-from fxquant.schemes import Scheme
-from fxquant.whole_file import write_text
+from fxquant.files.whole_file import write_text
+from fxquant.schemes.scheme import Scheme
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "benchmarks" / "repairs_table.json"

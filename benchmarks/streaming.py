@@ -35,10 +35,10 @@ from transformers.integrations.accelerate import init_empty_weights
 import fxquant
 from fxquant.evaluation.models import versions
 from fxquant.evaluation.perplexity import evaluate
-from fxquant.graph import set_workspace
-from fxquant.pretrained import read_model
-from fxquant.streamed import Workspace
-from fxquant.streaming import stream
+from fxquant.frontends.pretrained import read_model
+from fxquant.frontends.streaming import stream
+from fxquant.ir.graph import set_workspace
+from fxquant.ir.streamed import Workspace
 
 SCHEMES = (
     "fp",

@@ -26,10 +26,10 @@ from torch import Tensor
 
 from benchmarks.memory import MODEL
 from fxquant.evaluation.models import load_model, versions
-from fxquant.graph import info, linear_parameters, linear_sites
+from fxquant.ir.graph import info, linear_parameters, linear_sites
+from fxquant.numerics.weight_codes import min_max_codes
 from fxquant.passes import NameSites
-from fxquant.passes.weight_codes import min_max_codes
-from fxquant.schemes import Scheme
+from fxquant.schemes.scheme import Scheme
 
 SCHEMES = (
     "w8",

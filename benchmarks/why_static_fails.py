@@ -29,10 +29,10 @@ from fxquant.evaluation.data import Source, cut_windows, load_text
 from fxquant.evaluation.models import load_model, versions
 from fxquant.evaluation.outliers import OutlierPlan, PlantedOutlier, plant_outliers
 from fxquant.formats.integer import integer
-from fxquant.graph import info, site_outputs, source_of
+from fxquant.ir.graph import info, site_outputs, source_of
+from fxquant.numerics.ranges import distribution, estimate_range
 from fxquant.passes.observe import observers
-from fxquant.ranges import distribution, estimate_range
-from fxquant.specs import Estimator, TensorSpec
+from fxquant.schemes.specs import Estimator, TensorSpec
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "benchmarks" / "why_static_fails.json"

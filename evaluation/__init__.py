@@ -1,4 +1,8 @@
-"""Evaluation: models, text, perplexity per scheme, tables."""
+"""Losses of models on texts: windows, perplexity, sweeps, tables, published figures, reports.
+
+The command line and users call this room; no room but the command line knows it, and it knows no
+argparse.
+"""
 
 from fxquant.evaluation.data import Windows as Windows
 from fxquant.evaluation.data import cut_windows as cut_windows

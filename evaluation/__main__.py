@@ -2,7 +2,7 @@
 
 import sys
 
-from fxquant.cli import main
+from fxquant.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["evaluate", *sys.argv[1:]]))

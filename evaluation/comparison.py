@@ -18,7 +18,7 @@ from fxquant.evaluation.published import ALL, LENGTH, Published
 from fxquant.evaluation.result_notes import failed_lines, failures
 from fxquant.evaluation.results import Row, overlap_words
 from fxquant.evaluation.statistics import Difference, mean_sums, paired_difference, spread
-from fxquant.schemes import Scheme, brief
+from fxquant.schemes.scheme import Scheme, brief
 
 FORMATS: Final = ("csv", *tabulate_formats)
 _PER_SEED: Final = ("seed", "command", "threads", "windows_hash")

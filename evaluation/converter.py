@@ -10,19 +10,19 @@ from pathlib import Path
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxquant import conversion
-from fxquant.batches import Batches
 from fxquant.errors import FxquantError
 from fxquant.evaluation.data import Windows
 from fxquant.evaluation.overlap import calibrated_windows
 from fxquant.evaluation.perplexity import evaluate
 from fxquant.evaluation.results import Row
 from fxquant.evaluation.statistics import Difference, WindowSums, paired_difference
-from fxquant.graph import GraphInfo, info
-from fxquant.recording import DrawnBatches
-from fxquant.repairs import can_resume
-from fxquant.schemes import Scheme, brief
-from fxquant.size import bits_per_weight
+from fxquant.ir.graph import GraphInfo, info
+from fxquant.ir.size import bits_per_weight
+from fxquant.pipeline.recording import DrawnBatches
+from fxquant.recipes import conversion
+from fxquant.recipes.repairs import can_resume
+from fxquant.run.batches import Batches
+from fxquant.schemes.scheme import Scheme, brief
 
 
 def measure(

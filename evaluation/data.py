@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fxquant.calibration import Origin, Spans
 from fxquant.errors import DataError
 from fxquant.evaluation.overlap import check_drawn
 from fxquant.evaluation.protocol import Protocol
@@ -20,7 +19,8 @@ from fxquant.evaluation.source import Source as Source
 from fxquant.evaluation.source import load_text as load_text
 from fxquant.evaluation.source import tokenizer_for, tokens
 from fxquant.evaluation.stream import Cuts, Stream
-from fxquant.recording import DrawnBatches
+from fxquant.ir.calibration import Origin, Spans
+from fxquant.pipeline.recording import DrawnBatches
 
 # Tokens of calibration that are drawn at most, and the largest count that means anything.
 MOST: Final = 2**30

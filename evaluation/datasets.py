@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, cast
 
-from fxquant.doors import check_regular, reason
 from fxquant.errors import DataError
 from fxquant.evaluation.protocol import Protocol, Recipe
 from fxquant.evaluation.source import Documents, Source, load_text
+from fxquant.files.doors import check_regular, reason
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import dataclasses
 import typing
 from typing import Any, TypeVar
 
-from fxquant.dataclass_json import from_json
+from fxquant.checkpoint.dataclass_json import from_json
 from fxquant.errors import CheckpointError
 
 T = TypeVar("T")

@@ -9,16 +9,11 @@ from pathlib import Path
 
 from fxquant.evaluation.data import Source
 from fxquant.evaluation.job import Job
-from fxquant.evaluation.models import (
-    file_hash,
-    model_directory,
-    versions,
-    weights_hash,
-)
+from fxquant.evaluation.models import file_hash, model_directory, versions, weights_hash
 from fxquant.evaluation.provenance import architecture
-from fxquant.pretrained import read_config
-from fxquant.repairs import reads_calibration
-from fxquant.schemes import Scheme
+from fxquant.frontends.pretrained import read_config
+from fxquant.recipes.repairs import reads_calibration
+from fxquant.schemes.scheme import Scheme
 
 
 @dataclass(frozen=True)

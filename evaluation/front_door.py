@@ -15,9 +15,6 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fxquant.analysis.inputs import as_windows
-from fxquant.batches import Batch, check_ids
-from fxquant.calibration import calibration_words
-from fxquant.encodings import is_text
 from fxquant.errors import DataError
 from fxquant.evaluation import perplexity
 from fxquant.evaluation.data import Windows, cut_windows
@@ -27,9 +24,12 @@ from fxquant.evaluation.overlap import calibrated_windows
 from fxquant.evaluation.protocol import Recipe
 from fxquant.evaluation.source import Source
 from fxquant.evaluation.statistics import Difference, WindowSums, paired_difference
-from fxquant.graph import GraphInfo, Level, device_of, float_dtype, info
-from fxquant.schemes import brief
-from fxquant.tracing import trace
+from fxquant.frontends.tracing import trace
+from fxquant.ir.calibration import calibration_words
+from fxquant.ir.graph import GraphInfo, Level, device_of, float_dtype, info
+from fxquant.run.batches import Batch, check_ids
+from fxquant.run.encodings import is_text
+from fxquant.schemes.scheme import brief
 
 Text = str | Path | Iterable[str]
 

@@ -12,9 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from tqdm import tqdm
 
-from fxquant import conversion
-from fxquant.batches import check_ids
-from fxquant.distributed import is_main, world_size
+from fxquant.checkpoint.manifest import is_checkpoint
 from fxquant.errors import DataError, SchemeError
 from fxquant.evaluation.converter import Converter, measure
 from fxquant.evaluation.data import MOST, Source, Windows, check_counts, cut_windows, load_text
@@ -25,12 +23,14 @@ from fxquant.evaluation.progress import say_finished
 from fxquant.evaluation.provenance import Provenance, architecture
 from fxquant.evaluation.results import Row, prepare_folder, write_results
 from fxquant.evaluation.tables import LEGEND, format_table
-from fxquant.graph import Level, float_dtype, info, set_workspace
-from fxquant.locks import check_writable, hold_folder
-from fxquant.manifest import is_checkpoint
-from fxquant.repairs import can_resume
-from fxquant.schemes import Scheme, as_scheme
-from fxquant.streamed import Workspace, workspace_folder
+from fxquant.files.locks import check_writable, hold_folder
+from fxquant.ir.graph import Level, float_dtype, info, set_workspace
+from fxquant.ir.streamed import Workspace, workspace_folder
+from fxquant.recipes import conversion
+from fxquant.recipes.repairs import can_resume
+from fxquant.run.batches import check_ids
+from fxquant.run.distributed import is_main, world_size
+from fxquant.schemes.scheme import Scheme, as_scheme
 
 
 @dataclass(frozen=True)

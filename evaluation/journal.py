@@ -8,12 +8,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-from fxquant.doors import read_bytes
 from fxquant.evaluation.decoding import decode
 from fxquant.evaluation.protocol import Protocol
 from fxquant.evaluation.provenance import Provenance
 from fxquant.evaluation.results import Row, check_scheme
-from fxquant.line_file import LineFile, LineKind, parse_lines, strict_json
+from fxquant.files.doors import read_bytes
+from fxquant.files.line_file import LineFile, LineKind, parse_lines, strict_json
 
 FORMAT: Final = 1
 

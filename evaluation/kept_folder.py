@@ -15,7 +15,7 @@ from typing import Final
 from safetensors import SafetensorError
 
 from fxquant.errors import CacheWarning, WriteError
-from fxquant.locks import reason
+from fxquant.files.locks import reason
 
 SUMS: Final = "sha256.json"
 

@@ -15,18 +15,18 @@ from torch.fx import GraphModule
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fxquant.calibration import versions as versions
-from fxquant.checkpoint import load
-from fxquant.doors import printable
+from fxquant.checkpoint.manifest import is_checkpoint
+from fxquant.checkpoint.save_load import load
 from fxquant.errors import ModelError
 from fxquant.evaluation.gguf import read_weights, write_weights
 from fxquant.evaluation.kept_folder import is_intact, keep
-from fxquant.graph import info, update_info
-from fxquant.hub import hub_is_reachable
-from fxquant.manifest import is_checkpoint
-from fxquant.pretrained import read_config, read_gguf, read_model, read_tokenizer
-from fxquant.streaming import stream
-from fxquant.tracing import trace
+from fxquant.files.doors import printable
+from fxquant.frontends.hub import hub_is_reachable
+from fxquant.frontends.pretrained import read_config, read_gguf, read_model, read_tokenizer
+from fxquant.frontends.streaming import stream
+from fxquant.frontends.tracing import trace
+from fxquant.ir.calibration import versions as versions
+from fxquant.ir.graph import info, update_info
 
 PACKAGE_PREFIX = "package:"
 # What save_pretrained of any tokenizer writes: one of these.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from fxquant.calibration import Calibration, Origin, Spans, calibration_words
 from fxquant.errors import DataError
 from fxquant.evaluation.datasets import NAMED
-from fxquant.token_runs import chosen_runs, read_runs, share_known
+from fxquant.ir.calibration import Calibration, Origin, Spans, calibration_words
+from fxquant.ir.token_runs import chosen_runs, read_runs, share_known
 
 if TYPE_CHECKING:
     from fxquant.evaluation.data import Windows

@@ -12,16 +12,16 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from tqdm import tqdm
 
-from fxquant.distributed import complete, is_main, shard
 from fxquant.errors import NonFiniteError
 from fxquant.evaluation.statistics import WindowSums
-from fxquant.execution import Executor
-from fxquant.graph import device_of, is_op, source_of, tag
-from fxquant.levels import OPS
-from fxquant.loss import token_nll
-from fxquant.operands import operands
-from fxquant.quantization import quantize_affine
-from fxquant.streaming import is_streamed, run_batches
+from fxquant.ir.graph import device_of, is_op, source_of, tag
+from fxquant.ir.levels import OPS
+from fxquant.ir.operands import operands
+from fxquant.numerics.quantization import quantize_affine
+from fxquant.run.batched import is_streamed, run_batches
+from fxquant.run.distributed import complete, is_main, shard
+from fxquant.run.execution import Executor
+from fxquant.run.loss import token_nll
 
 
 def from_loss(loss: float) -> float:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from fxquant.distributed import is_main
 from fxquant.evaluation.results import Row
+from fxquant.run.distributed import is_main
 
 
 def say_finished(name: str, row: Row) -> None:

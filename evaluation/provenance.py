@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
-from fxquant.calibration import NOTHING, CalibrationRecord, calibration_words
 from fxquant.evaluation.decoding import decode
 from fxquant.evaluation.protocol import Protocol
+from fxquant.ir.calibration import NOTHING, CalibrationRecord, calibration_words
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from fxquant.evaluation.fingerprint import depends_on_seed
-from fxquant.schemes import Scheme
+from fxquant.schemes.scheme import Scheme
 
 OPT: Final = {
     "opt-125m": "opt 12x768",

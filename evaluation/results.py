@@ -9,15 +9,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fxquant.calibration import Calibration
-from fxquant.doors import parse_json, printable, read_bytes, reason
 from fxquant.errors import DataError, SchemeError
 from fxquant.evaluation.decoding import decode
 from fxquant.evaluation.provenance import Provenance
 from fxquant.evaluation.statistics import WindowSums
-from fxquant.locks import check_writable
-from fxquant.schemes import Scheme
-from fxquant.whole_file import write_text
+from fxquant.files.doors import parse_json, printable, read_bytes, reason
+from fxquant.files.locks import check_writable
+from fxquant.files.whole_file import write_text
+from fxquant.ir.calibration import Calibration
+from fxquant.schemes.scheme import Scheme
 
 RESULTS, TABLE = "results.json", "table.md"
 # What null stands for in a row: JSON has no word for these.

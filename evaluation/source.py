@@ -12,11 +12,11 @@ from typing import Protocol as Interface
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fxquant.doors import read_text
 from fxquant.errors import ModelError
 from fxquant.evaluation.builtin_text import builtin_text
 from fxquant.evaluation.protocol import PLAIN, Recipe
-from fxquant.pretrained import read_tokenizer, token_ids
+from fxquant.files.doors import read_text
+from fxquant.frontends.pretrained import read_tokenizer, token_ids
 
 
 class Documents(Interface):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fxquant.calibration import Spans, Text
 from fxquant.evaluation.source import tokens
+from fxquant.ir.calibration import Spans, Text
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from fxquant.evaluation.journal import Journal, Result
 from fxquant.evaluation.models import LoadedModel, load_model
 from fxquant.evaluation.progress import say_finished
 from fxquant.evaluation.statistics import WindowSums
-from fxquant.schemes import Scheme
+from fxquant.schemes.scheme import Scheme
 
 
 @dataclass(frozen=True)

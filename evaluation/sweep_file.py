@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from fxquant.doors import read_text, reason
 from fxquant.errors import DataError
 from fxquant.evaluation.job import Job
 from fxquant.evaluation.sweep import Sweep
+from fxquant.files.doors import read_text, reason
 
 _LISTS: Final[Mapping[str, type]] = {"models": str, "schemes": str, "datasets": str, "seeds": int}
 _OPTIONS: Final[Mapping[str, type]] = {

@@ -9,7 +9,7 @@ from tabulate import tabulate
 
 from fxquant.evaluation.results import Row, overlap_words
 from fxquant.evaluation.statistics import Difference
-from fxquant.schemes import Scheme, brief
+from fxquant.schemes.scheme import Scheme, brief
 
 HEADERS = ("scheme", "loss", "ppl", "Δloss ± s.e.", "bits/weight", "clipped", "seconds")
 

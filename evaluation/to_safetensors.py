@@ -6,7 +6,6 @@ they lie. Each is mapped and written again in small shards: memory holds one of 
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import tempfile
@@ -20,22 +19,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fxquant.errors import ModelError
-from fxquant.locks import LOCK, hold
-from fxquant.pickled import read_pickled
-from fxquant.weight_files import INDEX, PICKLED, pickled_files
+from fxquant.files.locks import LOCK, hold
+from fxquant.files.pickled import read_pickled
+from fxquant.frontends.weight_files import INDEX, PICKLED, pickled_files
 
 SHARD_BYTES: Final = 2**29
 _PARTIAL: Final = ".safetensors-"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", type=Path, metavar="DIR", help="holds pytorch_model*.bin")
-
-
-def run(options: argparse.Namespace) -> int:
-    written = to_safetensors(options.directory)
-    print(f"{len(written)} safetensors files and {INDEX} written to {options.directory}")
-    return 0
 
 
 def to_safetensors(directory: Path) -> list[Path]:

@@ -10,30 +10,23 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxquant.absorption import ScaleGroup, scale_groups
-from fxquant.context import Context
 from fxquant.errors import SchemeError
-from fxquant.graph import (
-    CodedLinear,
-    Level,
-    Site,
-    coded_linears,
-    install,
-    linear_parameters,
-    source_of,
-)
-from fxquant.options import Count
-from fxquant.outcome import Blocked, Changed, Outcome
-from fxquant.passes.clip_search import clipped_codes
-from fxquant.passes.hessians import Gram
-from fxquant.passes.query_key import query_key_linears
-from fxquant.passes.scale_search import ScaleSearch
-from fxquant.passes.weight_codes import min_max_codes
-from fxquant.repair import Repair
-from fxquant.rescaling import rescale
-from fxquant.schemes import Scheme
-from fxquant.sequential import SequentialRun
-from fxquant.specs import TensorSpec
+from fxquant.ir.graph import Level, Site, coded_linears, install, linear_parameters, source_of
+from fxquant.ir.leaves import CodedLinear
+from fxquant.numerics.solvers.clip_search import clipped_codes
+from fxquant.numerics.weight_codes import min_max_codes
+from fxquant.pipeline.context import Context
+from fxquant.pipeline.options import Count
+from fxquant.pipeline.repair import Repair
+from fxquant.pipeline.scale_search import ScaleSearch
+from fxquant.run.gram import Gram
+from fxquant.run.sequential import SequentialRun
+from fxquant.schemes.scheme import Scheme
+from fxquant.schemes.specs import TensorSpec
+from fxquant.structure.absorption import ScaleGroup, scale_groups
+from fxquant.structure.outcome import Blocked, Changed, Outcome
+from fxquant.structure.query_key import query_key_linears
+from fxquant.structure.rescaling import rescale
 
 _RATIOS = tuple(step / 20 for step in range(20))
 _SMALLEST = 1e-4

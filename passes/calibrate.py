@@ -10,16 +10,16 @@ from torch import Tensor
 from torch.fx import GraphModule
 from tqdm import tqdm
 
-from fxquant.batches import Batch, Batches, model_inputs
-from fxquant.context import Context
-from fxquant.distributed import is_main, is_mine, merge_observers
 from fxquant.errors import CalibrationError
-from fxquant.execution import Executor
-from fxquant.graph import Level, device_of, info
-from fxquant.levels import is_observer
+from fxquant.ir.graph import Level, device_of, info
+from fxquant.ir.levels import is_observer
 from fxquant.passes.observe import observers
-from fxquant.pipeline import Pass
-from fxquant.streaming import is_streamed, run_batches
+from fxquant.pipeline.context import Context
+from fxquant.pipeline.pipeline import Pass
+from fxquant.run.batched import is_streamed, run_batches
+from fxquant.run.batches import Batch, Batches, model_inputs
+from fxquant.run.distributed import is_main, is_mine, merge_observers
+from fxquant.run.execution import Executor
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule
 
-from fxquant.context import Context
 from fxquant.errors import SchemeError
-from fxquant.graph import CodedLinear, Level, Site, coded_linears, install, linear_parameters
-from fxquant.outcome import Blocked, Changed, Outcome
-from fxquant.passes.weight_codes import min_max_codes, round_to_nearest, search_scales
-from fxquant.repair import Repair
-from fxquant.specs import TensorSpec
+from fxquant.ir.graph import Level, Site, coded_linears, install, linear_parameters
+from fxquant.ir.leaves import CodedLinear
+from fxquant.numerics.weight_codes import min_max_codes, round_to_nearest, search_scales
+from fxquant.pipeline.context import Context
+from fxquant.pipeline.repair import Repair
+from fxquant.schemes.specs import TensorSpec
+from fxquant.structure.outcome import Blocked, Changed, Outcome
 
 
 @dataclass(frozen=True)

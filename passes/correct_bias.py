@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxquant.context import Context
-from fxquant.graph import (
+from fxquant.ir.graph import (
     Level,
     Site,
     clone_sharing_storage,
@@ -22,13 +21,14 @@ from fxquant.graph import (
     site_outputs,
     update_info,
 )
-from fxquant.levels import is_observer
-from fxquant.observers import attended
-from fxquant.outcome import Blocked, Changed, Outcome
+from fxquant.ir.levels import is_observer
+from fxquant.ir.weights import with_parameters
+from fxquant.numerics.observers import attended
 from fxquant.passes.quantize import Quantize
-from fxquant.repair import Repair
-from fxquant.sequential import SequentialRun
-from fxquant.weights import with_parameters
+from fxquant.pipeline.context import Context
+from fxquant.pipeline.repair import Repair
+from fxquant.run.sequential import SequentialRun
+from fxquant.structure.outcome import Blocked, Changed, Outcome
 
 
 @dataclass(frozen=True)

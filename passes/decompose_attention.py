@@ -6,35 +6,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxquant.context import Context
 from fxquant.errors import VerificationError
-from fxquant.execution import Executor
-from fxquant.graph import Builder, Level, device_of, info
-from fxquant.operands import operands
-from fxquant.passes.attention_products import attention_path
-from fxquant.passes.name_sites import products_in_float, recount_products
-from fxquant.pipeline import Pass, Probe
+from fxquant.ir.builder import Builder
+from fxquant.ir.functions import causal_mask, hide, shared_heads
+from fxquant.ir.graph import Level, device_of, info
+from fxquant.ir.operands import operands
+from fxquant.pipeline.context import Context
+from fxquant.pipeline.pipeline import Pass
+from fxquant.run.execution import Executor
+from fxquant.run.probe import Probe
+from fxquant.structure.attention import attention_path, products_in_float, recount_products
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention
-
-
-def causal_mask(query: Tensor, key: Tensor) -> Tensor:
-    """Boolean [queries, keys], True on and below the diagonal, as is_causal has it."""
-    ones = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device)
-    return ones.tril()
-
-
-def shared_heads(x: Tensor, query: Tensor) -> Tensor:
-    """``x`` [batch, kv heads, ...] with each head repeated for the query heads that share it."""
-    return x.repeat_interleave(query.shape[1] // x.shape[1], dim=1)
-
-
-def hide(scores: Tensor, mask: Tensor) -> Tensor:
-    """-infinity where the boolean mask is False."""
-    return scores.masked_fill(mask.logical_not(), -torch.inf)
 
 
 @dataclass(frozen=True)

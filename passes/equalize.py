@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxquant.absorption import ScaleGroup, scale_groups
-from fxquant.context import Context
-from fxquant.graph import Level, linear_parameters
-from fxquant.options import Positive, Rounds
-from fxquant.outcome import Blocked, Changed, Outcome
+from fxquant.ir.graph import Level, linear_parameters
 from fxquant.passes.smooth import weight_maxima
-from fxquant.repair import Repair
-from fxquant.rescaling import rescale
-from fxquant.schemes import Scheme
+from fxquant.pipeline.context import Context
+from fxquant.pipeline.options import Positive, Rounds
+from fxquant.pipeline.repair import Repair
+from fxquant.schemes.scheme import Scheme
+from fxquant.structure.absorption import ScaleGroup, scale_groups
+from fxquant.structure.outcome import Blocked, Changed, Outcome
+from fxquant.structure.rescaling import rescale
 
 
 @dataclass(frozen=True)

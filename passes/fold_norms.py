@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from torch import nn
 from torch.fx import GraphModule
 
-from fxquant.context import Context
-from fxquant.graph import Level, Site, info, install, linear_parameters, update_info
-from fxquant.passes.rotations import check_rotatable, put_linear
-from fxquant.pipeline import Pass
-from fxquant.residual import Norm, residual_stream
-from fxquant.weights import with_parameters
+from fxquant.ir.graph import Level, Site, info, install, linear_parameters, update_info
+from fxquant.ir.weights import with_parameters
+from fxquant.pipeline.context import Context
+from fxquant.pipeline.pipeline import Pass
+from fxquant.structure.residual import Norm, residual_stream
+from fxquant.structure.rotations import check_rotatable, put_linear
 
 
 @dataclass(frozen=True)

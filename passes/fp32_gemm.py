@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxquant.context import Context
-from fxquant.graph import (
+from fxquant.ir.graph import (
     LeftInFloat,
     Level,
     info,
@@ -18,25 +15,9 @@ from fxquant.graph import (
     site_outputs,
     update_info,
 )
-from fxquant.pipeline import Pass
-
-
-class Fp32Linear(nn.Module):
-    """``F.linear`` in fp32 whatever the dtype of the operands, cast back to the input's dtype."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.float()
-        with torch.autocast(device_type=x.device.type, enabled=False):
-            y = nn.functional.linear(x.float(), self.weight.float(), bias)
-        return y.to(x.dtype)
+from fxquant.ir.leaves import Fp32Linear
+from fxquant.pipeline.context import Context
+from fxquant.pipeline.pipeline import Pass
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxquant.context import Context
 from fxquant.errors import VerificationError
 from fxquant.formats.packing import unpack_int4
-from fxquant.gemm import MAX_LENGTH, certified_chunk, reduced_precision
-from fxquant.graph import Builder, Level, Site, get_tensor, is_op, site_outputs
-from fxquant.levels import OPS
-from fxquant.operands import operands
-from fxquant.passes.attention_products import integerize_product
-from fxquant.pipeline import Pass
-from fxquant.quantization import expand_groups, split_groups
+from fxquant.ir.builder import Builder
+from fxquant.ir.graph import Level, Site, get_tensor, is_op, site_outputs
+from fxquant.ir.levels import OPS
+from fxquant.ir.operands import operands
+from fxquant.numerics.gemm import MAX_LENGTH, certified_chunk, reduced_precision
+from fxquant.numerics.quantization import expand_groups, split_groups
+from fxquant.pipeline.context import Context
+from fxquant.pipeline.pipeline import Pass
+from fxquant.structure.product_sites import integerize_product
 
 
 @dataclass(frozen=True)

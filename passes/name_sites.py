@@ -6,12 +6,10 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 from torch.fx import GraphModule
-from transformers.pytorch_utils import Conv1D
 
-from fxquant.blocks import block_of
-from fxquant.context import Context
 from fxquant.errors import GraphError
-from fxquant.graph import (
+from fxquant.ir.blocks import block_of
+from fxquant.ir.graph import (
     LINEAR,
     GraphInfo,
     LeftInFloat,
@@ -22,10 +20,11 @@ from fxquant.graph import (
     tag,
     update_info,
 )
-from fxquant.operands import op_name
-from fxquant.pipeline import Pass
-from fxquant.schemes import Role
-from fxquant.vocabulary import PRODUCTS, is_a
+from fxquant.ir.leaves import Conv1D
+from fxquant.pipeline.context import Context
+from fxquant.pipeline.pipeline import Pass
+from fxquant.schemes.scheme import Role
+from fxquant.structure.attention import products_in_float
 
 
 @dataclass(frozen=True)
@@ -124,19 +123,3 @@ def _functional_weights(gm: GraphModule) -> list[LeftInFloat]:
         for operand in node.all_input_nodes
         if operand.op == "get_attr" and str(operand.target).endswith("weight")
     ]
-
-
-def recount_products(gm: GraphModule, before: list[LeftInFloat]) -> None:
-    """Put the products that are in float now in place of those that were ``before``."""
-    others = (entry for entry in info(gm).left_in_float if entry not in before)
-    update_info(gm, left_in_float=(*others, *products_in_float(gm)))
-
-
-def products_in_float(gm: GraphModule) -> list[LeftInFloat]:
-    """The products of activations that are no sites, counted by operator."""
-    products: dict[str, int] = {}
-    for node in gm.graph.nodes:
-        if is_a(node, *PRODUCTS) and not tag(node).is_output:
-            products[op_name(node)] = products.get(op_name(node), 0) + 1
-    reason = "products of activations (attention and rotary tables)"
-    return [LeftInFloat(f"{name} x{count}", reason) for name, count in products.items()]

@@ -6,12 +6,20 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
-from fxquant.context import Context
-from fxquant.errors import VerificationError
-from fxquant.graph import Builder, Level, device_of, info, install, site_outputs, source_of
-from fxquant.observers import HistogramObserver
-from fxquant.passes.attention_products import observed, operand_spec
-from fxquant.pipeline import Pass
+from fxquant.ir.builder import Builder
+from fxquant.ir.graph import (
+    Level,
+    attention_mask_node,
+    device_of,
+    info,
+    install,
+    site_outputs,
+    source_of,
+)
+from fxquant.numerics.observers import HistogramObserver
+from fxquant.pipeline.context import Context
+from fxquant.pipeline.pipeline import Pass
+from fxquant.structure.product_sites import observed, operand_spec
 
 CONTAINER = "fxquant_observers"
 
@@ -53,19 +61,6 @@ class Observe(Pass):
             with gm.graph.inserting_before(node):
                 Builder(gm, self.name, site.path).module(path, source, mask)
         return gm
-
-
-def attention_mask_node(gm: GraphModule) -> Node:
-    """The node that holds the attention mask with its default filled in."""
-    placeholder = next(
-        node
-        for node in gm.graph.nodes
-        if node.op == "placeholder" and node.target == "attention_mask"
-    )
-    filled: Node | None = next(iter(placeholder.users), None)
-    if filled is not None:
-        return filled
-    raise VerificationError(f"{info(gm).model}: the graph does not read attention_mask")
 
 
 def observers(gm: GraphModule) -> dict[Node, HistogramObserver]:

@@ -8,16 +8,13 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fxquant.context import Context
-from fxquant.errors import CalibrationError, VerificationError
+from fxquant.errors import CalibrationError
 from fxquant.formats.grid import Grid
 from fxquant.formats.integer import IntegerGrid
-from fxquant.graph import (
-    Builder,
-    CodedLinear,
+from fxquant.ir.builder import Builder
+from fxquant.ir.graph import (
     LeftInFloat,
     Level,
-    QuantizedParameters,
     Site,
     SiteRecord,
     info,
@@ -27,16 +24,19 @@ from fxquant.graph import (
     source_of,
     update_info,
 )
-from fxquant.levels import OPS
-from fxquant.observers import HistogramObserver
-from fxquant.passes.attention_products import lower_product, operand_spec
+from fxquant.ir.leaves import QuantizedParameters
+from fxquant.ir.levels import OPS
+from fxquant.ir.weights import site_codes
+from fxquant.numerics.observers import HistogramObserver
+from fxquant.numerics.static_input import StaticRange, static_input
+from fxquant.numerics.weight_codes import min_max_codes
 from fxquant.passes.observe import CONTAINER, observers
-from fxquant.passes.static_input import StaticRange, static_input
-from fxquant.passes.weight_codes import WeightCodes, min_max_codes
-from fxquant.pipeline import Pass
-from fxquant.schemes import Scheme, matches
-from fxquant.specs import ActivationSpec, SiteSpec, TensorSpec
-from fxquant.spelling import spell_site
+from fxquant.pipeline.context import Context
+from fxquant.pipeline.pipeline import Pass
+from fxquant.schemes.scheme import Scheme, matches
+from fxquant.schemes.specs import ActivationSpec, SiteSpec, TensorSpec
+from fxquant.schemes.spelling import spell_site
+from fxquant.structure.product_sites import lower_product, operand_spec
 
 
 @dataclass(frozen=True)
@@ -164,23 +164,6 @@ def _input_numbers(
         )
     codes = builder.call(OPS.quantize_to.default, x, scale, grid.name, name="x_q")
     return builder.call(OPS.decode.default, codes, grid.name, 0, name="x_v")
-
-
-def site_codes(module: nn.Module, spec: TensorSpec, site: str) -> WeightCodes:
-    """The codes that a repair chose for the site, else its weight rounded to nearest.
-
-    Raises VerificationError if they were chosen for another spec.
-    """
-    weight = linear_parameters(module)[0]
-    if not isinstance(module, CodedLinear):
-        return min_max_codes(weight, spec, site)
-    if module.spec != spec:
-        raise VerificationError(
-            f"quantize: {site}: its codes were chosen for {module.spec}, the scheme asks for {spec}"
-        )
-    # By attribute: streamed buffers are on meta.
-    tensors = {name: getattr(module.codes, name) for name, _ in module.codes.named_buffers()}
-    return WeightCodes.read(tensors, spec, weight.shape[1])
 
 
 def _unpacked(builder: Builder, grid: Grid, stored: Node, length: int) -> Node:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fxquant.options import Rounds, Share
-from fxquant.passes.coordinate_descent import coordinate_descent
-from fxquant.passes.layerwise import Layer, Layerwise, stacked_start
-from fxquant.passes.weight_codes import WeightCodes, round_to_nearest, search_scales
+from fxquant.numerics.solvers.coordinate_descent import coordinate_descent
+from fxquant.numerics.weight_codes import WeightCodes, round_to_nearest, search_scales
+from fxquant.pipeline.layerwise import Layer, Layerwise, stacked_start
+from fxquant.pipeline.options import Rounds, Share
 
 
 @dataclass(frozen=True)

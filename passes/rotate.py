@@ -9,19 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxquant.context import Context
 from fxquant.errors import VerificationError
-from fxquant.graph import LINEAR, Level, get_tensor, install, linear_parameters
-from fxquant.hadamard import orthogonal_factors, random_signs
-from fxquant.options import Seed
-from fxquant.outcome import Changed, Outcome
+from fxquant.ir.graph import LINEAR, Level, get_tensor, install, linear_parameters
+from fxquant.ir.weights import with_parameters
+from fxquant.numerics.hadamard import orthogonal_factors, random_signs
 from fxquant.passes.fold_norms import FoldNorms
 from fxquant.passes.rotate_inputs import RotateInputs
-from fxquant.passes.rotations import centred, check_rotatable, put_linear, readers_of, table_of
-from fxquant.pipeline import Pass
-from fxquant.repair import Repair
-from fxquant.residual import ResidualStream, residual_stream
-from fxquant.weights import with_parameters
+from fxquant.pipeline.context import Context
+from fxquant.pipeline.options import Seed
+from fxquant.pipeline.pipeline import Pass
+from fxquant.pipeline.repair import Repair
+from fxquant.structure.outcome import Changed, Outcome
+from fxquant.structure.residual import ResidualStream, residual_stream
+from fxquant.structure.rotations import centred, check_rotatable, put_linear, readers_of, table_of
 
 
 @dataclass(frozen=True)

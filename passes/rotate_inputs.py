@@ -4,35 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxquant.context import Context
-from fxquant.graph import LINEAR, Builder, Level, info, install, linear_parameters, source_of, tag
-from fxquant.hadamard import orthogonal_factors
-from fxquant.options import Seed
-from fxquant.passes.rotations import put_linear
-from fxquant.pipeline import Pass
-from fxquant.residual import residual_stream
+from fxquant.ir.builder import Builder
+from fxquant.ir.graph import LINEAR, Level, info, install, linear_parameters, source_of, tag
+from fxquant.ir.leaves import OnlineRotation
+from fxquant.numerics.hadamard import orthogonal_factors
+from fxquant.pipeline.context import Context
+from fxquant.pipeline.options import Seed
+from fxquant.pipeline.pipeline import Pass
+from fxquant.structure.residual import residual_stream
+from fxquant.structure.rotations import put_linear
 
 CONTAINER = "fxquant_rotations"
-
-
-class OnlineRotation(nn.Module):
-    """``x @ kron(left, right)`` over the last dimension, by the two factors; orthogonal."""
-
-    left: Tensor
-    right: Tensor
-
-    def __init__(self, left: Tensor, right: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("left", left)
-        self.register_buffer("right", right)
-
-    def forward(self, x: Tensor) -> Tensor:
-        parts = x.unflatten(-1, (self.left.shape[0], self.right.shape[0]))
-        return torch.matmul(self.left.t(), torch.matmul(parts, self.right)).flatten(-2)
 
 
 @dataclass(frozen=True)

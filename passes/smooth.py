@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxquant.absorption import ScaleGroup, scale_groups
-from fxquant.context import Context
-from fxquant.graph import Level, linear_parameters, source_of
-from fxquant.observers import ChannelAbsmax
-from fxquant.options import Count, Share
-from fxquant.outcome import Blocked, Changed, Outcome
-from fxquant.passes.scale_search import ScaleSearch
-from fxquant.passes.statistics import observe_nodes
-from fxquant.repair import Repair
-from fxquant.rescaling import rescale
-from fxquant.schemes import Scheme
+from fxquant.ir.graph import Level, linear_parameters, source_of
+from fxquant.numerics.observers import ChannelAbsmax
+from fxquant.pipeline.context import Context
+from fxquant.pipeline.options import Count, Share
+from fxquant.pipeline.repair import Repair
+from fxquant.pipeline.scale_search import ScaleSearch
+from fxquant.run.observe_nodes import observe_nodes
+from fxquant.schemes.scheme import Scheme
+from fxquant.structure.absorption import ScaleGroup, scale_groups
+from fxquant.structure.outcome import Blocked, Changed, Outcome
+from fxquant.structure.rescaling import rescale
 
 SMALLEST = 1e-5  # of a scale and of max|W|, as the paper's code clamps
 _ALPHAS = tuple(round(0.1 * step, 1) for step in range(1, 11))
@@ -78,7 +78,7 @@ class Smooth(Repair):
         if not chosen:
             return
         observers = {source: ChannelAbsmax(site) for source, site in _sources(chosen)}
-        observe_nodes(gm, context, observers, label=self.name)
+        observe_nodes(gm, observers, context.batches, label=self.name, progress=context.progress)
         search = None
         if self.alpha == "auto":
             search = ScaleSearch(gm, context.scheme, context.batches, tokens=self.tokens)

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxquant.context import Context
 from fxquant.errors import SchemeError
-from fxquant.graph import (
-    Builder,
-    FloatColumns,
+from fxquant.ir.builder import Builder
+from fxquant.ir.graph import (
     LeftInFloat,
     Level,
     Site,
@@ -24,23 +22,16 @@ from fxquant.graph import (
     source_of,
     update_info,
 )
-from fxquant.observers import ChannelAbsmax
-from fxquant.options import Positive
-from fxquant.outcome import Blocked, Changed, Outcome
-from fxquant.passes.statistics import observe_nodes
-from fxquant.repair import Repair
-from fxquant.weights import install_weight
+from fxquant.ir.leaves import FloatColumns, OutlierIndex
+from fxquant.ir.weights import install_weight
+from fxquant.numerics.observers import ChannelAbsmax
+from fxquant.pipeline.context import Context
+from fxquant.pipeline.options import Positive
+from fxquant.pipeline.repair import Repair
+from fxquant.run.observe_nodes import observe_nodes
+from fxquant.structure.outcome import Blocked, Changed, Outcome
 
 CONTAINER = "fxquant_outliers"
-
-
-class OutlierIndex(nn.Module):
-    """``index`` int64 [k], the columns that stay float; ``keep`` [K], 0 there and 1 elsewhere."""
-
-    def __init__(self, index: Tensor, keep: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("index", index)
-        self.register_buffer("keep", keep)
 
 
 @dataclass(frozen=True)
@@ -79,7 +70,7 @@ class SplitOutliers(Repair):
         observers = {
             source: ChannelAbsmax(members[0][0].path) for source, members in readers.items()
         }
-        observe_nodes(gm, context, observers, label=self.name)
+        observe_nodes(gm, observers, context.batches, label=self.name, progress=context.progress)
         for source, members in readers.items():
             largest = observers[source].max_abs
             index = (largest > self.threshold).nonzero().flatten()

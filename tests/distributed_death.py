@@ -8,10 +8,10 @@ import sys
 from typing import Any
 from unittest import mock
 
-from fxquant.cli import main
-from fxquant.distributed import rank
+from fxquant.cli.main import main
 from fxquant.errors import NonFiniteError
 from fxquant.evaluation.perplexity import evaluate
+from fxquant.run.distributed import rank
 
 seen = 0
 

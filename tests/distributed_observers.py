@@ -8,8 +8,8 @@ from typing import ClassVar
 import pytest
 import torch
 
-from fxquant.distributed import complete, merge_observers, rank, session, shard, world_size
-from fxquant.observers import ChannelAbsmax, HistogramObserver, Observer, Reduction
+from fxquant.numerics.observers import ChannelAbsmax, HistogramObserver, Observer, Reduction
+from fxquant.run.distributed import complete, merge_observers, rank, session, shard, world_size
 
 
 class FloatSum(Observer):

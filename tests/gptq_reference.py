@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxquant.quantization import choose_qparams
-from fxquant.specs import TensorSpec
+from fxquant.numerics.quantization import choose_qparams
+from fxquant.schemes.specs import TensorSpec
 
 
 @dataclass(frozen=True)

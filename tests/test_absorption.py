@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import fxquant
-from fxquant.absorption import ScaleGroup, scale_groups
 from fxquant.errors import NonFiniteError, SchemeError
 from fxquant.formats.integer import integer
-from fxquant.graph import CodedLinear, clone_sharing_storage, install, linear_parameters
+from fxquant.ir.graph import clone_sharing_storage, info, install, linear_parameters
+from fxquant.ir.leaves import CodedLinear
 from fxquant.passes import NameSites
-from fxquant.rescaling import rescale
-from fxquant.specs import TensorSpec
+from fxquant.schemes.specs import TensorSpec
+from fxquant.structure.absorption import ScaleGroup, scale_groups
+from fxquant.structure.rescaling import rescale
 from tests.architectures import ARCHITECTURES, token_ids
 
 
@@ -139,7 +140,7 @@ def test_values_inside_fused_projections() -> None:
 def test_every_linear_is_in_one_group(name: str) -> None:
     gm = named(name)
     members = [c.site.path for group in scale_groups(gm) for c in group.consumers]
-    sites = [s.path for s in fxquant.graph.info(gm).sites if s.role != "embeddings"]
+    sites = [s.path for s in info(gm).sites if s.role != "embeddings"]
     assert sorted(members) == sorted(sites)
     for group in scale_groups(gm):
         for consumer in group.consumers:

@@ -21,11 +21,11 @@ from fxquant.analysis.local import LocalFigures, _record, local_figures, stretch
 from fxquant.analysis.parts import CAUSES, subsets
 from fxquant.analysis.sites import LinearSite, SimulatedSite, places, simulated_sites
 from fxquant.formats.integer import integer
-from fxquant.graph import source_of
-from fxquant.loss import token_nll
-from fxquant.quantizer import Quantizer
-from fxquant.schemes import Scheme
-from fxquant.specs import TensorSpec
+from fxquant.ir.graph import source_of
+from fxquant.numerics.quantizer import Quantizer
+from fxquant.run.loss import token_nll
+from fxquant.schemes.scheme import Scheme
+from fxquant.schemes.specs import TensorSpec
 from tests.architectures import opt, token_ids
 from tests.test_tracing import traced
 

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 import fxquant
-from fxquant.graph import info
+from fxquant.ir.graph import info
 from tests.architectures import ARCHITECTURES, padding_mask, token_ids
 
 NAME = "fxquant_reference"

@@ -18,14 +18,14 @@ from torch.fx import GraphModule, Node
 from transformers import PreTrainedModel
 
 import fxquant
-from fxquant.checkpoint import check_target
-from fxquant.cli import main
+from fxquant.checkpoint.manifest import MANIFEST, VERSION, write_manifest
+from fxquant.checkpoint.save_load import check_target
+from fxquant.cli.main import main
 from fxquant.errors import CheckpointError
 from fxquant.evaluation import evaluate, load_text
-from fxquant.graph import info, tag
-from fxquant.manifest import MANIFEST, VERSION, write_manifest
-from fxquant.repairs import REPAIRS
-from fxquant.tracing import trace
+from fxquant.frontends.tracing import trace
+from fxquant.ir.graph import info, tag
+from fxquant.recipes.repairs import REPAIRS
 from tests.architectures import ARCHITECTURES, gpt2, llama, opt, padding_mask, token_ids
 from tests.models import SMALL_OPT, small_opt
 
@@ -203,7 +203,7 @@ def test_an_interrupted_save_leaves_nothing(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fxquant.checkpoint.save_file", interrupted)
+    monkeypatch.setattr("fxquant.checkpoint.save_load.save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fxquant.save(fxquant.convert(opt(), "w8"), tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []
@@ -457,7 +457,7 @@ def test_a_failed_write_leaves_nothing_behind(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fxquant.checkpoint.save_file", full)
+    monkeypatch.setattr("fxquant.checkpoint.save_load.save_file", full)
     with pytest.raises(CheckpointError, match=r"cannot write .*No space left"):
         fxquant.save(fxquant.convert(opt(), "w8"), tmp_path / "saved")
     assert not list(tmp_path.iterdir())

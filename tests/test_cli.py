@@ -11,7 +11,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from fxquant.cli import main
+from fxquant.cli.main import main
 from tests.hub_format import write_wikitext
 from tests.models import SMALL_OPT, small_opt
 

@@ -25,7 +25,7 @@ from fxquant.evaluation.published import (
     Published,
 )
 from fxquant.evaluation.results import Row
-from fxquant.schemes import Scheme
+from fxquant.schemes.scheme import Scheme
 
 GPTQ_W4 = f"w4-asym{GPTQ_OF_THE_PAPER}"
 PROTOCOL = Protocol(

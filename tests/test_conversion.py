@@ -20,22 +20,17 @@ from torch.fx import GraphModule, Node
 from transformers import PreTrainedModel
 
 import fxquant
-from fxquant.errors import (
-    CalibrationError,
-    FxquantError,
-    GraphError,
-    NonFiniteError,
-    SchemeError,
-)
-from fxquant.execution import Executor
-from fxquant.gemm import reference_int_gemm
-from fxquant.graph import QuantizedParameters, clone_sharing_storage, info, is_op, tag
-from fxquant.levels import OPS
-from fxquant.observers import HistogramObserver
+from fxquant.errors import CalibrationError, FxquantError, GraphError, NonFiniteError, SchemeError
+from fxquant.ir.graph import clone_sharing_storage, info, is_op, tag
+from fxquant.ir.leaves import QuantizedParameters
+from fxquant.ir.levels import OPS
+from fxquant.numerics.gemm import reference_int_gemm
+from fxquant.numerics.observers import HistogramObserver
 from fxquant.passes import NameSites
 from fxquant.passes.integerize import Integerize
-from fxquant.pipeline import Probe
-from fxquant.schemes import Scheme
+from fxquant.run.execution import Executor
+from fxquant.run.probe import Probe
+from fxquant.schemes.scheme import Scheme
 from tests import test_tracing
 from tests.architectures import (
     ARCHITECTURES,
@@ -691,7 +686,7 @@ def test_bad_arguments_fail_before_any_work(what: str, monkeypatch: pytest.Monke
     def work(model: object) -> GraphModule:
         raise AssertionError("traced before the arguments were checked")
 
-    monkeypatch.setattr("fxquant.conversion.trace", work)
+    monkeypatch.setattr("fxquant.recipes.conversion.trace", work)
     arguments, message = BAD_ARGUMENTS[what]
     with pytest.raises(SchemeError, match=message):
         fxquant.convert(opt(), **{"scheme": "w8", **arguments})

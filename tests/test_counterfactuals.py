@@ -13,9 +13,9 @@ from fxquant.analysis.inputs import as_batches
 from fxquant.analysis.lab import Lab
 from fxquant.analysis.local import local_figures
 from fxquant.analysis.sites import LinearSite, SimulatedSite, SiteMaker, simulated_sites
-from fxquant.graph import linear_parameters
+from fxquant.ir.graph import linear_parameters
 from fxquant.passes.smooth import smoothing_scales
-from fxquant.schemes import Scheme
+from fxquant.schemes.scheme import Scheme
 from tests.architectures import llama, opt, padding_mask, token_ids
 
 BATCHES = [

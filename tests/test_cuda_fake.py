@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 import fxquant
-from fxquant import gemm, operators
-from fxquant.graph import clone_sharing_storage
+from fxquant.ir import operators
+from fxquant.ir.graph import clone_sharing_storage
+from fxquant.numerics import gemm
 from tests.architectures import ARCHITECTURES, gpt2, llama, opt, token_ids
 from tests.test_conversion import ACTIVATION_SCHEMES, ESTIMATED, FEW, WEIGHT_SCHEMES, calibration
 

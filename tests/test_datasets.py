@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 import fxquant
-from fxquant.cli import main
+from fxquant.cli.main import main
 from fxquant.errors import DataError
 from fxquant.evaluation import Job, cut_windows
 from fxquant.evaluation.data import Windows, load_text

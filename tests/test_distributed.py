@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from fxquant.cli import main
-from fxquant.distributed import is_main, session, shard, world_size
+from fxquant.cli.main import main
+from fxquant.run.distributed import is_main, session, shard, world_size
 from tests.models import SMALL_OPT
 
 ROOT = Path(__file__).parent.parent

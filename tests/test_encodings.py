@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fxquant
 from fxquant.analysis.inputs import as_windows
-from fxquant.batches import model_inputs
-from fxquant.encodings import TEXT_TO_BATCHES, batches_of
 from fxquant.errors import CalibrationError, DataError, FxquantError
-from fxquant.graph import info
-from fxquant.schemes import Scheme
+from fxquant.ir.graph import info
+from fxquant.run.batches import model_inputs
+from fxquant.run.encodings import TEXT_TO_BATCHES, batches_of
+from fxquant.schemes.scheme import Scheme
 from tests.models import SMALL_OPT, small_opt
 from tests.test_conversion import same_tensors, tensors
 

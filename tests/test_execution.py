@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 import fxquant
-from fxquant.execution import Cut, Executor
+from fxquant.run.execution import Cut, Executor
 from tests.architectures import gpt2, llama, opt, padding_mask, token_ids
 
 GRAPHS = {

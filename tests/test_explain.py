@@ -29,10 +29,11 @@ from fxquant.errors import CalibrationError, DataError, SchemeError
 from fxquant.evaluation import cut_windows, load_text
 from fxquant.evaluation.outliers import OutlierPlan, plant_outliers
 from fxquant.formats.integer import integer
-from fxquant.graph import CodedLinear, install, linear_parameters, update_info
-from fxquant.loss import token_nll
-from fxquant.passes.weight_codes import min_max_codes
-from fxquant.specs import TensorSpec
+from fxquant.ir.graph import install, linear_parameters, update_info
+from fxquant.ir.leaves import CodedLinear
+from fxquant.numerics.weight_codes import min_max_codes
+from fxquant.run.loss import token_nll
+from fxquant.schemes.specs import TensorSpec
 from tests.architectures import ARCHITECTURES, VOCABULARY, token_ids
 from tests.models import small_opt
 from tests.test_analysis_parts import laboratory

@@ -21,10 +21,10 @@ from fxquant.analysis.inputs import named_graph
 from fxquant.analysis.prediction import expected, planned_sites, predict
 from fxquant.analysis.progress import Progress, clock
 from fxquant.analysis.results import is_ranked
-from fxquant.cli import main
+from fxquant.cli.main import main
+from fxquant.cli.signals import terminable
 from fxquant.errors import CalibrationError
-from fxquant.schemes import Scheme
-from fxquant.signals import terminable
+from fxquant.schemes.scheme import Scheme
 from tests.architectures import token_ids
 from tests.models import SMALL_OPT
 from tests.test_explain import tiny
@@ -244,7 +244,7 @@ def test_an_interruption_without_output_keeps_nothing(
         "fxquant: interrupted by SIGTERM: 0 finished losses, and nothing is kept: --output DIR "
         "keeps finished losses"
     )
-    monkeypatch.setattr("fxquant.analysis_commands.load_model", stop)
+    monkeypatch.setattr("fxquant.cli.analysis_commands.load_model", stop)
     assert main([*COMMAND]) == 143
     assert "interrupted by SIGTERM before the first result" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -11,7 +11,7 @@ from fxquant.analysis import explain
 from fxquant.analysis.lab import setting
 from fxquant.analysis.local import local_figures
 from fxquant.analysis.sites import ProductSite
-from fxquant.graph import info
+from fxquant.ir.graph import info
 from tests.architectures import token_ids
 from tests.test_analysis_parts import laboratory
 from tests.test_tracing import traced

@@ -18,8 +18,8 @@ from fxquant.formats.grid import Grid
 from fxquant.formats.integer import integer
 from fxquant.formats.levels import LevelGrid
 from fxquant.formats.table import GRIDS, grid_named
-from fxquant.graph import info
-from fxquant.schemes import Scheme
+from fxquant.ir.graph import info
+from fxquant.schemes.scheme import Scheme
 from tests.architectures import llama, token_ids
 
 # Three bits with levels of its own: finer about 0, further on the positive side.

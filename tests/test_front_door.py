@@ -22,10 +22,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 import fxquant
-from fxquant.cli import main
+from fxquant.cli.main import main
 from fxquant.errors import DataError, FxquantError, ModelError
 from fxquant.evaluation import Job, Windows, cut_windows, load_text, run
-from fxquant.graph import info
+from fxquant.ir.graph import info
 from tests.models import SMALL_OPT, small_opt
 
 ROOT = Path(__file__).parent.parent

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxquant.gemm import (
+from fxquant.numerics.gemm import (
     CHUNK,
     EXACT_LIMIT,
     MAX_LENGTH,

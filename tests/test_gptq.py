@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fxquant.errors import CalibrationError, NonFiniteError, SchemeError
 from fxquant.formats.integer import integer
-from fxquant.passes.coordinate_descent import coordinate_descent, energy
-from fxquant.passes.gptq import Order, gptq, inverse_factor
-from fxquant.passes.weight_codes import WeightCodes, round_to_nearest, search_scales
-from fxquant.specs import TensorSpec
+from fxquant.numerics.solvers.coordinate_descent import coordinate_descent, energy
+from fxquant.numerics.solvers.gptq import Order, gptq, inverse_factor
+from fxquant.numerics.weight_codes import WeightCodes, round_to_nearest, search_scales
+from fxquant.schemes.specs import TensorSpec
 from tests.gptq_reference import (
     Synthetic,
     min_max,

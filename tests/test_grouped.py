@@ -9,11 +9,11 @@ import torch
 from torch.fx import Node
 
 import fxquant
-from fxquant.execution import Executor
 from fxquant.formats.packing import unpack_int4
-from fxquant.graph import get_tensor, is_op, site_outputs
-from fxquant.levels import OPS
-from fxquant.operands import operands
+from fxquant.ir.graph import get_tensor, is_op, site_outputs
+from fxquant.ir.levels import OPS
+from fxquant.ir.operands import operands
+from fxquant.run.execution import Executor
 from tests.architectures import gpt2, llama, opt, padding_mask, token_ids
 
 WEIGHTS = ["w4-g16", "w4-g16-asym", "w8-g16", "w8-g24-asym", "w4-g12"]  # 24 and 12 leave a rest

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from fxquant.cli import main
+from fxquant.cli.main import main
 from fxquant.evaluation import models
-from fxquant.hub import without_legacy_notice
+from fxquant.frontends.hub import without_legacy_notice
 from tests.models import SMALL_OPT
 
 FAST = logging.getLogger("transformers.models.llama.tokenization_llama_fast")

@@ -18,17 +18,18 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import fxquant
-from fxquant.context import Context
 from fxquant.errors import InspectionError
-from fxquant.execution import Executor
-from fxquant.graph import Level, QuantizedParameters, SiteRecord, info
-from fxquant.inspection import Inspection
+from fxquant.inspection.inspection import Inspection
+from fxquant.inspection.shapes import propagate
+from fxquant.ir.graph import Level, SiteRecord, add_note, info
+from fxquant.ir.leaves import QuantizedParameters
+from fxquant.ir.records import NodeText
+from fxquant.ir.snapshot import describe
 from fxquant.passes import Calibrate, Integerize, NameSites, Observe, Quantize
-from fxquant.pipeline import Pass, Pipeline
-from fxquant.records import NodeText
-from fxquant.schemes import Scheme
-from fxquant.shapes import propagate
-from fxquant.snapshot import describe
+from fxquant.pipeline.context import Context
+from fxquant.pipeline.pipeline import Pass, Pipeline
+from fxquant.run.execution import Executor
+from fxquant.schemes.scheme import Scheme
 from tests.architectures import ARCHITECTURES, llama, opt, token_ids
 from tests.conftest import CLOCKS, GOLDEN, Golden, check_goldens
 from tests.masking import masked
@@ -453,7 +454,7 @@ def test_a_traced_graph_is_printed() -> None:
 
 def test_notes_are_shown() -> None:
     gm = fxquant.convert(opt(), "w8")
-    fxquant.graph.add_note(gm, "smooth", FC1, "not smoothed: its input comes from ReLU")
+    add_note(gm, "smooth", FC1, "not smoothed: its input comes from ReLU")
     assert f"- smooth: {FC1}: not smoothed" in str(fxquant.inspect(gm))
     assert "smooth: not smoothed" in fxquant.inspect(gm).site(FC1)
 

@@ -13,7 +13,6 @@ from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
 import fxquant
-from fxquant.context import Context
 from fxquant.errors import (
     CacheWarning,
     CalibrationError,
@@ -22,13 +21,15 @@ from fxquant.errors import (
     SchemeError,
 )
 from fxquant.evaluation.data import cut_windows, load_text
-from fxquant.graph import CodedLinear, info, site_outputs, source_of
+from fxquant.ir.graph import info, site_outputs, source_of
+from fxquant.ir.leaves import CodedLinear
+from fxquant.numerics.weight_codes import stacked
 from fxquant.passes import Gptq, NameSites, Refine
-from fxquant.passes.hessians import Gram
-from fxquant.passes.weight_codes import stacked
-from fxquant.pipeline import Pipeline
-from fxquant.schemes import Scheme
-from fxquant.sequential import SequentialRun
+from fxquant.pipeline.context import Context
+from fxquant.pipeline.pipeline import Pipeline
+from fxquant.run.gram import Gram
+from fxquant.run.sequential import SequentialRun
+from fxquant.schemes.scheme import Scheme
 from tests.architectures import ARCHITECTURES, llama, opt, padding_mask, token_ids
 from tests.models import small_opt
 

@@ -12,14 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fxquant.errors import CalibrationError, NonFiniteError
-from fxquant.observers import (
-    BINS,
-    ChannelAbsmax,
-    HistogramObserver,
-    Observer,
-    attended,
-)
-from fxquant.ranges import distribution
+from fxquant.numerics.observers import BINS, ChannelAbsmax, HistogramObserver, Observer, attended
+from fxquant.numerics.ranges import distribution
 
 SEEDS = st.integers(0, 2**32 - 1)
 KINDS: tuple[type[Observer], ...] = (HistogramObserver, ChannelAbsmax)

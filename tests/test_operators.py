@@ -17,9 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fxquant import operators, quantization
 from fxquant.formats.packing import pack_int4
-from fxquant.gemm import CHUNK
+from fxquant.ir import operators
+from fxquant.numerics import quantization
+from fxquant.numerics.gemm import CHUNK
 
 OPS = torch.ops.fxquant
 SEEDS = st.integers(0, 2**32 - 1)

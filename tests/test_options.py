@@ -10,10 +10,10 @@ import pytest
 
 import fxquant
 from fxquant.errors import SchemeError
-from fxquant.options import Bounds, Count, Positive, Seed, Share, check_options
 from fxquant.passes import Awq, Equalize, Gptq, Refine, Rotate, Smooth
-from fxquant.repairs import REPAIRS
-from fxquant.schemes import Scheme
+from fxquant.pipeline.options import Bounds, Count, Positive, Seed, Share, check_options
+from fxquant.recipes.repairs import REPAIRS
+from fxquant.schemes.scheme import Scheme
 from tests.architectures import token_ids
 
 

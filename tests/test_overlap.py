@@ -18,16 +18,16 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 import fxquant
-from fxquant.calibration import CalibrationRecord
-from fxquant.cli import main
+from fxquant.cli.main import main
 from fxquant.errors import DataError
 from fxquant.evaluation.data import Windows, cut_windows
 from fxquant.evaluation.overlap import calibrated_windows
 from fxquant.evaluation.protocol import Recipe
 from fxquant.evaluation.source import Source, tokens
-from fxquant.graph import info
-from fxquant.recording import record_of
-from fxquant.token_runs import LENGTH, WINDOW, chosen_runs
+from fxquant.ir.calibration import CalibrationRecord
+from fxquant.ir.graph import info
+from fxquant.ir.token_runs import LENGTH, WINDOW, chosen_runs
+from fxquant.pipeline.recording import record_of
 from tests.models import SMALL_OPT, small_opt
 
 TOKENIZER = small_opt()[1]

@@ -12,13 +12,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 import fxquant
-from fxquant.context import Context
 from fxquant.errors import VerificationError
-from fxquant.graph import (
-    Builder,
+from fxquant.ir.builder import Builder
+from fxquant.ir.graph import (
     Level,
     PassRecord,
-    QuantizedParameters,
     info,
     set_tag,
     site_outputs,
@@ -26,10 +24,13 @@ from fxquant.graph import (
     tag,
     update_info,
 )
-from fxquant.levels import OPS
+from fxquant.ir.leaves import QuantizedParameters
+from fxquant.ir.levels import OPS
 from fxquant.passes import Integerize, NameSites, Observe, Quantize
-from fxquant.pipeline import Pass, Pipeline, relative_difference
-from fxquant.schemes import Scheme
+from fxquant.pipeline.context import Context
+from fxquant.pipeline.pipeline import Pass, Pipeline
+from fxquant.run.probe import relative_difference
+from fxquant.schemes.scheme import Scheme
 from tests.architectures import llama, opt, token_ids
 
 FC1 = "model.decoder.layers.1.fc1"

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fxquant
-from fxquant import analysis_commands
 from fxquant.analysis import plan
 from fxquant.analysis.costs import bits, mean_cost, storage
 from fxquant.analysis.meter import Cost
@@ -24,13 +23,14 @@ from fxquant.analysis.planning import make_plan
 from fxquant.analysis.search import fewest
 from fxquant.analysis.store import Store
 from fxquant.analysis.upgrades import Rung, order_upgrades, rungs_of
-from fxquant.cli import main
+from fxquant.cli import analysis_commands
+from fxquant.cli.main import main
 from fxquant.errors import BudgetError, CalibrationError, SchemeError
 from fxquant.evaluation import cut_windows, evaluate, load_text
 from fxquant.evaluation.models import LoadedModel, load_model
-from fxquant.graph import Site
-from fxquant.schemes import Scheme
-from fxquant.size import bits_per_weight
+from fxquant.ir.graph import Site
+from fxquant.ir.size import bits_per_weight
+from fxquant.schemes.scheme import Scheme
 from tests.architectures import token_ids
 from tests.models import SMALL_OPT, small_opt
 from tests.test_tracing import traced

@@ -11,15 +11,15 @@ import datasets
 import huggingface_hub
 import pytest
 
-from fxquant.cli import main
+from fxquant.cli.main import main
 from fxquant.evaluation import presets
 from fxquant.evaluation.data import load_text
 from fxquant.evaluation.journal import read_journal
 from fxquant.evaluation.presets import PRESETS, notes
 from fxquant.evaluation.published import GPTQ_TABLE, LENGTH, Published
 from fxquant.evaluation.sweep import SweepOutcome
-from fxquant.repairs import REPAIRS
-from fxquant.schemes import Scheme
+from fxquant.recipes.repairs import REPAIRS
+from fxquant.schemes.scheme import Scheme
 from tests.hub_format import write_c4, write_wikitext
 from tests.models import small_opt
 

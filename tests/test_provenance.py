@@ -15,14 +15,14 @@ import pytest
 import torch
 
 import fxquant
-from fxquant import manifest
-from fxquant.calibration import CalibrationRecord, calibration_words, versions
-from fxquant.cli import main
+from fxquant.checkpoint import manifest
+from fxquant.cli.main import main
 from fxquant.evaluation.gguf import WEIGHTS, in_words, tensor_types
 from fxquant.evaluation.models import load_model
 from fxquant.evaluation.results import Row, read_results
 from fxquant.evaluation.source import load_text, tokens
-from fxquant.graph import info, update_info
+from fxquant.ir.calibration import CalibrationRecord, calibration_words, versions
+from fxquant.ir.graph import info, update_info
 from tests.models import SMALL_OPT, small_opt
 from tests.test_overlap import prose
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fxquant.errors import NonFiniteError, SchemeError
 from fxquant.formats.integer import integer
-from fxquant.quantization import (
+from fxquant.numerics.quantization import (
     MIN_SCALE,
     activation_qparams_from_range,
     calc_qparams_symmetric,

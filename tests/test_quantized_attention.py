@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 
 import fxquant
 from fxquant.errors import ModelError, SchemeError, VerificationError
-from fxquant.execution import Executor
-from fxquant.gemm import batched_int_matmul
-from fxquant.graph import info, is_op, site_outputs
-from fxquant.levels import OPS
+from fxquant.ir.graph import info, is_op, site_outputs
+from fxquant.ir.levels import OPS
+from fxquant.numerics.gemm import batched_int_matmul
 from fxquant.passes import DecomposeAttention
-from fxquant.pipeline import relative_difference
+from fxquant.run.execution import Executor
+from fxquant.run.probe import relative_difference
 from tests.architectures import ARCHITECTURES, llama, opt, padding_mask, token_ids
 
 FUSED = [name for name in ARCHITECTURES if name not in ("gemma2-eager", "gpt-neo", "gptj", "bloom")]

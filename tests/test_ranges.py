@@ -13,15 +13,15 @@ from torch import Tensor
 
 from fxquant.errors import CalibrationError
 from fxquant.formats.integer import integer
-from fxquant.observers import HistogramObserver
-from fxquant.quantization import (
+from fxquant.numerics.observers import HistogramObserver
+from fxquant.numerics.quantization import (
     activation_qparams_from_range,
     calc_qparams_symmetric,
     dequantize,
     encode,
 )
-from fxquant.ranges import distribution, estimate_range
-from fxquant.specs import Estimator, EstimatorKind, TensorSpec
+from fxquant.numerics.ranges import distribution, estimate_range
+from fxquant.schemes.specs import Estimator, EstimatorKind, TensorSpec
 
 SEEDS = st.integers(0, 2**32 - 1)
 # A bin holds the floats that share sign, exponent and 7 bits of the mantissa.

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 import fxquant
-from fxquant.execution import Executor
-from fxquant.graph import is_op, tag
-from fxquant.levels import OPS
+from fxquant.ir.graph import is_op, tag
+from fxquant.ir.levels import OPS
+from fxquant.run.execution import Executor
 from tests import reference
 from tests.architectures import opt, padding_mask, token_ids
 from tests.reference import PLAIN

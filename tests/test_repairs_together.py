@@ -11,13 +11,14 @@ import pytest
 import torch
 
 import fxquant
-from fxquant.context import Context
 from fxquant.errors import FxquantError
-from fxquant.graph import CodedLinear, clone_sharing_storage, info, linear_parameters
+from fxquant.ir.graph import clone_sharing_storage, info, linear_parameters
+from fxquant.ir.leaves import CodedLinear
 from fxquant.passes import DecomposeAttention, Gptq, NameSites
-from fxquant.passes.query_key import query_key_linears
-from fxquant.repairs import REPAIRS
-from fxquant.schemes import Scheme
+from fxquant.pipeline.context import Context
+from fxquant.recipes.repairs import REPAIRS
+from fxquant.schemes.scheme import Scheme
+from fxquant.structure.query_key import query_key_linears
 from tests.architectures import ARCHITECTURES, token_ids
 from tests.gptq_reference import min_max_grid
 

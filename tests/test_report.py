@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxquant.cli import main
+from fxquant.cli.main import main
 from fxquant.errors import DataError
 from fxquant.evaluation.comparison import groups
 from fxquant.evaluation.journal import read_journal

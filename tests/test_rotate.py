@@ -17,14 +17,14 @@ import fxquant
 from fxquant.errors import ModelError, VerificationError
 from fxquant.evaluation import load_text
 from fxquant.evaluation.outliers import OutlierPlan, plant_outliers
-from fxquant.execution import Executor
-from fxquant.graph import info, site_outputs, source_of
-from fxquant.hadamard import orthogonal_factors, paley, random_orthogonal, sylvester
-from fxquant.levels import verify
-from fxquant.loss import mean_loss, window_losses
+from fxquant.ir.graph import info, site_outputs, source_of
+from fxquant.ir.leaves import OnlineRotation
+from fxquant.ir.levels import verify
+from fxquant.numerics.hadamard import orthogonal_factors, paley, random_orthogonal, sylvester
 from fxquant.passes import NameSites, Rotate
-from fxquant.passes.rotate_inputs import OnlineRotation
-from fxquant.residual import residual_stream
+from fxquant.run.execution import Executor
+from fxquant.run.loss import mean_loss, window_losses
+from fxquant.structure.residual import residual_stream
 from tests.architectures import ARCHITECTURES, gpt2, llama, opt, padding_mask, token_ids
 from tests.models import small_opt
 

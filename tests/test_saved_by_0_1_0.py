@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import fxquant
-from fxquant.graph import info
+from fxquant.ir.graph import info
 from tests.fixtures.make_saved import CASES, inputs
 
 SAVED = Path(__file__).parent / "fixtures" / "saved-0.1.0"

@@ -13,28 +13,29 @@ from torch.fx import GraphModule, Node
 from transformers import PreTrainedModel
 
 import fxquant
-from fxquant.absorption import scale_groups
 from fxquant.errors import CalibrationError, FxquantError, SchemeError
 from fxquant.evaluation import cut_windows, evaluate, load_text
 from fxquant.evaluation.data import Windows
 from fxquant.evaluation.outliers import OutlierPlan, plant_outliers
-from fxquant.execution import Executor
 from fxquant.formats.integer import integer
-from fxquant.graph import CodedLinear, Note, info, linear_parameters, site_outputs
-from fxquant.observers import attended
+from fxquant.ir.graph import Note, info, linear_parameters, site_outputs
+from fxquant.ir.leaves import CodedLinear
+from fxquant.ir.size import bits_per_weight
+from fxquant.numerics.observers import attended
+from fxquant.numerics.quantizer import Quantizer
+from fxquant.numerics.solvers.clip_search import SHRINKS, clipped_codes
+from fxquant.numerics.weight_codes import WeightCodes, min_max_codes
 from fxquant.passes import NameSites
 from fxquant.passes.awq import awq_scales
-from fxquant.passes.clip_search import SHRINKS, clipped_codes
 from fxquant.passes.equalize import equalizing_scales
-from fxquant.passes.hessians import Gram
-from fxquant.passes.query_key import query_key_linears
-from fxquant.passes.scale_search import ScaleSearch
 from fxquant.passes.smooth import smoothing_scales
-from fxquant.passes.weight_codes import WeightCodes, min_max_codes
-from fxquant.quantizer import Quantizer
-from fxquant.rescaling import rescale
-from fxquant.size import bits_per_weight
-from fxquant.specs import TensorSpec
+from fxquant.pipeline.scale_search import ScaleSearch
+from fxquant.run.execution import Executor
+from fxquant.run.gram import Gram
+from fxquant.schemes.specs import TensorSpec
+from fxquant.structure.absorption import scale_groups
+from fxquant.structure.query_key import query_key_linears
+from fxquant.structure.rescaling import rescale
 from tests.architectures import ARCHITECTURES, gpt2, llama, opt, padding_mask, token_ids
 from tests.models import small_opt
 from tests.test_cuda_fake import fake_cuda, run_fake

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import fxquant
-from fxquant.cli import main
+from fxquant.cli.main import main
 from fxquant.errors import SchemeError
-from fxquant.graph import info
-from fxquant.schemes import Scheme, brief
+from fxquant.ir.graph import info
+from fxquant.schemes.scheme import Scheme, brief
 from tests.models import SMALL_OPT, small_opt
 
 ROOT = Path(__file__).parent.parent
@@ -58,7 +58,7 @@ def test_a_scheme_that_is_none(what: str, monkeypatch: pytest.MonkeyPatch) -> No
     def work(model: object) -> Any:
         raise AssertionError("traced before the scheme was checked")
 
-    monkeypatch.setattr("fxquant.conversion.trace", work)
+    monkeypatch.setattr("fxquant.recipes.conversion.trace", work)
     monkeypatch.chdir(ROOT)
     scheme, message = BAD_SCHEMES[what]
     for door in (fxquant.convert, fxquant.explain):

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from fxquant.errors import FxquantError, SchemeError
 from fxquant.formats.integer import integer
-from fxquant.schemes import ROLES, Role, Scheme, as_scheme
-from fxquant.specs import (
+from fxquant.schemes.scheme import ROLES, Role, Scheme, as_scheme
+from fxquant.schemes.specs import (
     DEFAULT_ESTIMATOR,
     FLOAT,
     ActivationSpec,
@@ -21,7 +21,7 @@ from fxquant.specs import (
     SiteSpec,
     TensorSpec,
 )
-from fxquant.spelling import ALIASES, EXAMPLES, Options, spell_site
+from fxquant.schemes.spelling import ALIASES, EXAMPLES, Options, spell_site
 
 CHANNEL8 = TensorSpec(integer(8))
 TENSOR8 = TensorSpec(integer(8), "tensor")

@@ -14,8 +14,8 @@ from torch.fx import GraphModule
 
 import fxquant
 from fxquant.errors import FxquantError, GraphAttributeError, GraphCallError
-from fxquant.graph import clone_sharing_storage
-from fxquant.scoring import ScoringGraph
+from fxquant.frontends.scoring import ScoringGraph
+from fxquant.ir.graph import clone_sharing_storage
 from tests.architectures import opt, padding_mask, token_ids
 
 IDS, MASK = token_ids(2, 9), padding_mask(2, 9, "left")

@@ -12,10 +12,10 @@ from torch.fx import GraphModule, Node
 
 import fxquant
 from fxquant.errors import CalibrationError
-from fxquant.execution import Executor
-from fxquant.graph import info, install, site_outputs, source_of
+from fxquant.ir.graph import info, install, site_outputs, source_of
 from fxquant.passes import NameSites
-from fxquant.sequential import SequentialRun, segments
+from fxquant.run.execution import Executor
+from fxquant.run.sequential import SequentialRun, segments
 from tests.architectures import ARCHITECTURES, opt, padding_mask, token_ids
 
 

@@ -15,17 +15,17 @@ from torch.fx import GraphModule
 from transformers import AutoModelForCausalLM
 
 import fxquant
-from fxquant.cli import main
-from fxquant.context import Context
+from fxquant.cli.main import main
 from fxquant.errors import ModelError, NonFiniteError
 from fxquant.evaluation.perplexity import evaluate
-from fxquant.graph import info, set_workspace
+from fxquant.files.tensor_file import TensorFile
+from fxquant.frontends.streaming import stream
+from fxquant.frontends.tracing import trace
+from fxquant.ir.graph import info, set_workspace
+from fxquant.ir.streamed import Source, Workspace
 from fxquant.passes import Calibrate, NameSites, Observe
-from fxquant.schemes import Scheme
-from fxquant.streamed import Source, Workspace
-from fxquant.streaming import stream
-from fxquant.tensor_file import TensorFile
-from fxquant.tracing import trace
+from fxquant.pipeline.context import Context
+from fxquant.schemes.scheme import Scheme
 from tests.architectures import ARCHITECTURES, opt, padding_mask, token_ids
 from tests.models import SMALL_OPT
 

@@ -20,7 +20,7 @@ import datasets
 import pytest
 
 import fxquant
-from fxquant.cli import main
+from fxquant.cli.main import main
 from fxquant.errors import DataError, FxquantError, SchemeError, TracingError
 from fxquant.evaluation import Job, converter, models, run
 from fxquant.evaluation import sweep as sweep_module
@@ -32,7 +32,7 @@ from fxquant.evaluation.results import Row
 from fxquant.evaluation.sweep import Sweep, SweepOutcome, run_sweep
 from fxquant.evaluation.sweep_file import read_sweep
 from fxquant.passes import Gptq
-from fxquant.schemes import Scheme
+from fxquant.schemes.scheme import Scheme
 from tests.hub_format import write_c4
 from tests.models import SMALL_OPT, small_opt
 

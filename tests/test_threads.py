@@ -27,7 +27,7 @@ from transformers.utils.fx import HFTracer
 
 import fxquant
 from fxquant.errors import TracingError
-from fxquant.streaming import stream
+from fxquant.frontends.streaming import stream
 from tests.architectures import ARCHITECTURES, gpt2, llama, opt, padding_mask, token_ids
 
 IDS, MASK = token_ids(3, 11), padding_mask(3, 11, "both")
@@ -285,7 +285,11 @@ def _lines_of(step: Callable[[], object], stop_at: int | None = None) -> int:
     """How many lines ``step`` runs in the files that patch; Interrupted at line ``stop_at``."""
     count = 0
     files = (
-        *("fxquant/patching.py", "fxquant/tracing.py", "fxquant/attention.py"),
+        *(
+            "fxquant/frontends/patching.py",
+            "fxquant/frontends/tracing.py",
+            "fxquant/frontends/attention.py",
+        ),
         *("transformers/utils/fx.py", "torch/fx/_symbolic_trace.py", "contextlib.py"),
     )
 

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from fxquant.cli import main
+from fxquant.cli.main import main
 from fxquant.errors import ModelError
 from fxquant.evaluation import to_safetensors as module
 from fxquant.evaluation.to_safetensors import to_safetensors
-from fxquant.streaming import stream
-from fxquant.weight_files import INDEX
+from fxquant.frontends.streaming import stream
+from fxquant.frontends.weight_files import INDEX
 from tests.models import small_opt
 
 SHARD = 300_000

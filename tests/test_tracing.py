@@ -17,7 +17,7 @@ from transformers.utils.fx import HFTracer
 
 import fxquant
 from fxquant.errors import ModelError, NonFiniteError, TracingError
-from fxquant.graph import info
+from fxquant.ir.graph import info
 from fxquant.passes import NameSites
 from tests import architectures
 from tests.architectures import (
@@ -226,7 +226,7 @@ def test_a_forgotten_mask_is_found_at_the_first_attention(
     build: Callable[[], PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The attention function drops its mask: caught, and named at what reads attention first."""
-    from fxquant import attention
+    from fxquant.frontends import attention
 
     real = attention.attention_like
 
@@ -399,7 +399,7 @@ def test_not_a_causal_lm(what: str) -> None:
 @pytest.mark.parametrize("version", ["4.52.2", "4.52.0", "4.52"])
 def test_broken_transformers_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Lazy loading leaves two module objects called transformers; this is the one that is read.
-    monkeypatch.setattr("fxquant.tracing.transformers.__version__", version)
+    monkeypatch.setattr("fxquant.frontends.tracing.transformers.__version__", version)
     with pytest.raises(ModelError, match=rf"transformers {version} computes OPT wrongly.*4\.57\.6"):
         fxquant.trace(opt())
 

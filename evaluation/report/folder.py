@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fxquant.doors import parse_json, read_bytes, reason
 from fxquant.errors import DataError
 from fxquant.evaluation.journal import Result, parse_journal
 from fxquant.evaluation.report.fields import Fields
 from fxquant.evaluation.results import parse_results
+from fxquant.files.doors import parse_json, read_bytes, reason
 
 RESULTS, SWEEP = "results.json", "results.jsonl"
 

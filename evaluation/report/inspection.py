@@ -9,7 +9,7 @@ from typing import Any
 
 from fxquant.evaluation.report.fields import Fields, number_or_none
 from fxquant.evaluation.report.tables import Table, flatten, label, table_of, text_of, unit
-from fxquant.folding import fold
+from fxquant.inspection.folding import fold
 
 
 @dataclass(frozen=True)

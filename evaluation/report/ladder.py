@@ -13,8 +13,8 @@ from fxquant.evaluation.report.folder import RESULTS, SWEEP, Folder
 from fxquant.evaluation.report.tables import flatten, text_of
 from fxquant.evaluation.result_notes import failures
 from fxquant.evaluation.results import Row
-from fxquant.folding import fold
-from fxquant.schemes import Scheme
+from fxquant.inspection.folding import fold
+from fxquant.schemes.scheme import Scheme
 
 
 @dataclass(frozen=True)

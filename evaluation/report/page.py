@@ -19,7 +19,7 @@ from fxquant.evaluation.report.missing import Missing, missing_parts
 from fxquant.evaluation.report.summary import Fact, summary
 from fxquant.evaluation.report.tables import text_of
 from fxquant.evaluation.tables import LEGEND
-from fxquant.whole_file import write_text
+from fxquant.files.whole_file import write_text
 
 if TYPE_CHECKING:
     from jinja2 import Environment

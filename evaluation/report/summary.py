@@ -10,7 +10,7 @@ from fxquant.evaluation.report.explanation import Explanation
 from fxquant.evaluation.report.inspection import Inspection
 from fxquant.evaluation.report.ladder import Ladder, Rung
 from fxquant.evaluation.report.tables import Unit, text_of
-from fxquant.schemes import Scheme
+from fxquant.schemes.scheme import Scheme
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fxquant.analysis.prediction import Step
 from fxquant.analysis.progress import Progress, clock
-from fxquant.repairs import REPAIRS
-from fxquant.schemes import Scheme
+from fxquant.recipes.repairs import REPAIRS
+from fxquant.schemes.scheme import Scheme
 
 # What there is to run, in the order in which it is listed as left out.
 OFFERED = ("in_order", "causes", "causes:kinds", "rescue", "path", "alone", "first_order")

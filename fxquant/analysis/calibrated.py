@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxquant.absorption import ScaleGroup, scale_groups
 from fxquant.analysis.lab import Lab
 from fxquant.analysis.sites import LinearSite, SimulatedSite
-from fxquant.graph import linear_sites, source_of
-from fxquant.observers import ChannelAbsmax, attended
+from fxquant.ir.graph import linear_sites, source_of
+from fxquant.numerics.observers import ChannelAbsmax, attended
 from fxquant.passes.correct_bias import without_observers
 from fxquant.passes.smooth import Smooth, group_scale
+from fxquant.structure.absorption import ScaleGroup, scale_groups
 
 
 @dataclass

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from fxquant.graph import Site
-from fxquant.specs import SiteSpec, TensorSpec
+from fxquant.ir.graph import Site
+from fxquant.schemes.specs import SiteSpec, TensorSpec
 
 Cost = Callable[[Site, SiteSpec], float]
 FLOAT_BITS = 16  # what an operand in float counts as: half precision

@@ -12,18 +12,13 @@ from torch import Tensor, nn
 from fxquant.analysis.calibrated import Calibrated
 from fxquant.analysis.lab import Cuts, Lab, Setting, setting
 from fxquant.analysis.local import LocalFigures
-from fxquant.analysis.sites import (
-    LinearSite,
-    ProductSite,
-    SimulatedSite,
-    SiteMaker,
-)
+from fxquant.analysis.sites import LinearSite, ProductSite, SimulatedSite, SiteMaker
 from fxquant.formats.integer import IntegerGrid, integer
-from fxquant.observers import HistogramObserver
-from fxquant.passes.static_input import static_quantizer
-from fxquant.passes.weight_codes import min_max_codes
-from fxquant.quantizer import Quantizer
-from fxquant.specs import ActivationSpec, Estimator, TensorSpec
+from fxquant.numerics.observers import HistogramObserver
+from fxquant.numerics.quantizer import Quantizer
+from fxquant.numerics.static_input import static_quantizer
+from fxquant.numerics.weight_codes import min_max_codes
+from fxquant.schemes.specs import ActivationSpec, Estimator, TensorSpec
 
 _TOP = (1, 4)
 Function = Callable[..., Tensor]

@@ -29,12 +29,12 @@ from fxquant.analysis.results import Explanation
 from fxquant.analysis.sites import simulated_sites
 from fxquant.analysis.store import Store, fingerprint
 from fxquant.analysis.study import WORST, Study
-from fxquant.batches import Batches
-from fxquant.conversion import recipe
 from fxquant.errors import SchemeError
-from fxquant.locks import check_writable
-from fxquant.schemes import SchemeLike, as_scheme
-from fxquant.tracing import trace
+from fxquant.files.locks import check_writable
+from fxquant.frontends.tracing import trace
+from fxquant.recipes.conversion import recipe
+from fxquant.run.batches import Batches
+from fxquant.schemes.scheme import SchemeLike, as_scheme
 
 GROUPED = tuple(f"{effect}:{by}" for effect in EFFECTS for by in ("kinds", "blocks"))
 METHODS = (*EFFECTS, WORST, *GROUPED, "causes", "causes:kinds", "path", "first_order")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.analysis.sites import LinearSite
-from fxquant.quantizer import Quantizer
+from fxquant.numerics.quantizer import Quantizer
 
 _FINER = (1 / 4, 1 / 8, 1 / 16)  # halvings of the step, in octaves
 _STEPS = 16  # from the absmax down to 1/181 of it, each sqrt(2) smaller

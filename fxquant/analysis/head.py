@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxquant.graph import info
+from fxquant.ir.graph import info
 
 _ROWS = 4096  # logits of 256 tokens stay in the cache
 

@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxquant.analysis.sites import simulated_spec
-from fxquant.batches import Batch, Batches, check_ids, model_inputs
-from fxquant.conversion import convert
-from fxquant.encodings import batches_of, encoding
 from fxquant.errors import CalibrationError, DataError, SchemeError
-from fxquant.graph import device_of, info
-from fxquant.repairs import REPAIRS
-from fxquant.schemes import Scheme
-from fxquant.specs import FLOAT
+from fxquant.ir.graph import device_of, info
+from fxquant.recipes.conversion import convert
+from fxquant.recipes.repairs import REPAIRS
+from fxquant.run.batches import Batch, Batches, check_ids, model_inputs
+from fxquant.run.encodings import batches_of, encoding
+from fxquant.schemes.scheme import Scheme
+from fxquant.schemes.specs import FLOAT
 
 Windows = Tensor | Iterable[Batch]
 

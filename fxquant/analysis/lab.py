@@ -14,10 +14,10 @@ from fxquant.analysis.meter import Meter
 from fxquant.analysis.parts import EVERY_PART, Parts
 from fxquant.analysis.sites import SimulatedSite
 from fxquant.errors import NonFiniteError
-from fxquant.execution import Cut, Executor
-from fxquant.graph import source_of
-from fxquant.levels import is_observer
-from fxquant.loss import token_nll
+from fxquant.ir.graph import source_of
+from fxquant.ir.levels import is_observer
+from fxquant.run.execution import Cut, Executor
+from fxquant.run.loss import token_nll
 
 # What computes a site's output in place of the float graph, by its output node.
 Setting = Mapping[Node, Callable[..., Tensor]]

@@ -14,7 +14,7 @@ from fxquant.analysis.floor import floor_energy
 from fxquant.analysis.lab import Lab
 from fxquant.analysis.parts import CAUSES, EVERY_PART, Cause
 from fxquant.analysis.sites import LinearSite, SimulatedSite
-from fxquant.quantizer import Quantizer
+from fxquant.numerics.quantizer import Quantizer
 
 
 @dataclass

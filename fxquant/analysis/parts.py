@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from fxquant.quantizer import Quantizer
+from fxquant.numerics.quantizer import Quantizer
 
 Cause = Literal["weights", "clipping", "rounding"]
 CAUSES: tuple[Cause, ...] = get_args(Cause)

@@ -24,7 +24,7 @@ from fxquant.analysis.lab import FLOAT_SETTING, Lab, Setting
 from fxquant.analysis.meter import BACKWARD
 from fxquant.analysis.parts import CAUSES, EVERY_PART, Cause
 from fxquant.analysis.sites import LinearSite, SimulatedSite
-from fxquant.execution import Cut
+from fxquant.run.execution import Cut
 
 POINTS = (4, 8)  # tried in turn; each costs a forward and a backward pass
 EVEN = 0.5  # nats a token; beyond, fewer points than the most have not been seen to suffice

@@ -22,15 +22,15 @@ from fxquant.analysis.search import candidates
 from fxquant.analysis.sites import SimulatedSite, SiteMaker
 from fxquant.analysis.store import Store, fingerprint
 from fxquant.analysis.upgrades import States, climbs, order_upgrades
-from fxquant.batches import Batches
-from fxquant.conversion import convert
 from fxquant.errors import BudgetError, SchemeError
-from fxquant.graph import Site, info
-from fxquant.locks import check_writable
-from fxquant.loss import mean_loss, window_losses
-from fxquant.schemes import Scheme
-from fxquant.specs import FLOAT, SiteSpec
-from fxquant.tracing import trace
+from fxquant.files.locks import check_writable
+from fxquant.frontends.tracing import trace
+from fxquant.ir.graph import Site, info
+from fxquant.recipes.conversion import convert
+from fxquant.run.batches import Batches
+from fxquant.run.loss import mean_loss, window_losses
+from fxquant.schemes.scheme import Scheme
+from fxquant.schemes.specs import FLOAT, SiteSpec
 
 DEFAULT_CHOICES = ("w4-g128-asym/a8-dynamic-token", "w8a8-dynamic-token", "w8", "fp")
 

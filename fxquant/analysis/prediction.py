@@ -17,10 +17,10 @@ from fxquant.analysis.lab import Lab
 from fxquant.analysis.path import MOST_FORWARDS
 from fxquant.analysis.sites import Place, places, simulated_spec
 from fxquant.analysis.worst_first import ALLOWANCE
-from fxquant.graph import Site, site_outputs
-from fxquant.loss import token_nll
-from fxquant.schemes import Scheme
-from fxquant.specs import FLOAT, SiteSpec
+from fxquant.ir.graph import Site, site_outputs
+from fxquant.run.loss import token_nll
+from fxquant.schemes.scheme import Scheme
+from fxquant.schemes.specs import FLOAT, SiteSpec
 
 # Seconds over those that the same nodes take in float, as measured on SmolLM2-135M: observing,
 # quantizing and splitting errors cost, and of the other choices few start at the first node.

@@ -12,22 +12,22 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxquant.analysis.parts import CAUSES, Cause, Parts, with_parts
-from fxquant.blocks import block_of
 from fxquant.errors import SchemeError
-from fxquant.graph import LINEAR, Site, info, linear_parameters, site_outputs, source_of
-from fxquant.observers import HistogramObserver
-from fxquant.passes.attention_products import (
+from fxquant.ir.blocks import block_of
+from fxquant.ir.graph import LINEAR, Site, info, linear_parameters, site_outputs, source_of
+from fxquant.ir.weights import site_codes
+from fxquant.numerics.observers import HistogramObserver
+from fxquant.numerics.quantizer import Quantizer
+from fxquant.numerics.static_input import static_quantizer
+from fxquant.passes.observe import observers
+from fxquant.schemes.scheme import Scheme
+from fxquant.schemes.specs import FLOAT, ActivationSpec, SiteSpec
+from fxquant.structure.product_sites import (
     is_transposed,
     operand_observer,
     operand_spec,
     operand_specs,
 )
-from fxquant.passes.observe import observers
-from fxquant.passes.quantize import site_codes
-from fxquant.passes.static_input import static_quantizer
-from fxquant.quantizer import Quantizer
-from fxquant.schemes import Scheme
-from fxquant.specs import FLOAT, ActivationSpec, SiteSpec
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-import fxquant
 from fxquant.analysis.meter import Cost, Meter
-from fxquant.graph import CodedLinear, info
-from fxquant.line_file import LineFile, LineKind, strict_json
+from fxquant.files.line_file import LineFile, LineKind, strict_json
+from fxquant.ir.graph import info
+from fxquant.ir.leaves import CodedLinear
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def fingerprint(gm: GraphModule, windows: Iterable[Tensor], scheme: str) -> str:
 def source_digest() -> str:
     """A hash of the package's own modules, so that no loss outlives the code that measured it."""
     digest = hashlib.sha256()
-    root = Path(fxquant.__file__).parent
+    root = Path(__file__).parents[1]
     files = (Path(f, n) for f, _, names in os.walk(root, followlinks=True) for n in names)
     for file in sorted(each for each in files if each.suffix == ".py"):
         digest.update(str(file.relative_to(root)).encode())

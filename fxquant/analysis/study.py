@@ -49,7 +49,7 @@ from fxquant.analysis.sites import SimulatedSite, SiteMaker, places
 from fxquant.analysis.store import Store
 from fxquant.analysis.validation import shared_draw
 from fxquant.analysis.worst_first import steps
-from fxquant.graph import info
+from fxquant.ir.graph import info
 
 WORST = "in_order:worst"
 

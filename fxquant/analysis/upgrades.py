@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fxquant.analysis.costs import Cost
-from fxquant.graph import Site
-from fxquant.specs import SiteSpec
+from fxquant.ir.graph import Site
+from fxquant.schemes.specs import SiteSpec
 
 
 @dataclass(frozen=True)

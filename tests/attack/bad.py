@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fxquant.cli import main
+from fxquant.cli.main import main
 from tests.architectures import opt
 from tests.hub_format import character_tokenizer
 

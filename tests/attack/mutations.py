@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fxquant import graph_json
-from fxquant.manifest import MANIFEST, write_manifest
+from fxquant.checkpoint import graph_json
+from fxquant.checkpoint.manifest import MANIFEST, write_manifest
 
 Data = dict[str, Any]
 HUGE = "@HUGE@"  # stands for an integer of more digits than Python converts

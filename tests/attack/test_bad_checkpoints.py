@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fxquant.errors import ModelError
-from fxquant.pretrained import read_model
-from fxquant.streaming import stream
-from fxquant.tracing import trace
-from fxquant.weight_files import INDEX
+from fxquant.frontends.pretrained import read_model
+from fxquant.frontends.streaming import stream
+from fxquant.frontends.tracing import trace
+from fxquant.frontends.weight_files import INDEX
 from tests.architectures import ARCHITECTURES, opt, token_ids
 from tests.attack.bad import SHORT, edit_json, edit_weights, refused, write_model
 

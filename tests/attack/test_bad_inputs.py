@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 import fxquant
-from fxquant.cli import main
+from fxquant.cli.main import main
 from fxquant.errors import CalibrationError, FxquantError, ModelError
 from fxquant.evaluation.to_safetensors import to_safetensors
-from fxquant.pickled import REPEATED_BYTES
-from fxquant.weight_files import stored_weights
+from fxquant.files.pickled import REPEATED_BYTES
+from fxquant.frontends.weight_files import stored_weights
 from tests.architectures import VOCABULARY, opt, token_ids
 from tests.attack.bad import SHORT, edit_json, refused, write_model
 from tests.hub_format import write_parquet

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fxquant
-from fxquant.cli import main
+from fxquant.checkpoint.manifest import is_checkpoint
+from fxquant.cli.main import main
 from fxquant.errors import CheckpointError
-from fxquant.graph import info
-from fxquant.manifest import is_checkpoint
+from fxquant.ir.graph import info
 from tests.architectures import llama, token_ids
 from tests.attack.mutations import sign, write
 from tests.attack.watch import foreign_reads, watched

@@ -15,8 +15,8 @@ import pytest
 
 import fxquant
 from fxquant.errors import ModelError
-from fxquant.pretrained import read_model, read_tokenizer
-from fxquant.streaming import stream
+from fxquant.frontends.pretrained import read_model, read_tokenizer
+from fxquant.frontends.streaming import stream
 from tests.architectures import opt
 from tests.attack.bad import SHORT, edit_json, exit_code, refused, write_model
 from tests.hub_format import character_tokenizer
@@ -165,7 +165,16 @@ def test_yes_on_a_pipe(tmp_path: Path) -> None:
     folder = plant(write_model(tmp_path / "model"), canary)
     edit_json(folder / "config.json", of_config)
     done = subprocess.run(
-        [sys.executable, "-m", "fxquant.cli", "evaluate", "--model", folder, "--schemes", "w8"],
+        [
+            sys.executable,
+            "-m",
+            "fxquant.cli",
+            "evaluate",
+            "--model",
+            folder,
+            "--schemes",
+            "w8",
+        ],
         input="yes\n" * 1000,
         capture_output=True,
         text=True,
@@ -192,7 +201,7 @@ def test_models_are_loaded_in_one_place_and_without_their_code() -> None:
     for path in files:
         found = [call for call in calls(path) if call.func.attr in loads]  # type: ignore[attr-defined]
         if path != door:
-            assert not found, f"{path} loads by itself: call fxquant.pretrained"
+            assert not found, f"{path} loads by itself: call fxquant.frontends.pretrained"
             assert "transformers.pipeline" not in path.read_text()
     found = [call for call in calls(door) if call.func.attr in loads]  # type: ignore[attr-defined]
     assert len(found) == 6

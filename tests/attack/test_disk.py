@@ -19,14 +19,14 @@ import torch
 
 import fxquant
 from fxquant.analysis import explain
-from fxquant.checkpoint import check_target
-from fxquant.cli import main
+from fxquant.checkpoint.save_load import check_target
+from fxquant.checkpoint.target import held_target
+from fxquant.cli.main import main
 from fxquant.errors import CheckpointError, WriteError
 from fxquant.evaluation.journal import read_journal
-from fxquant.locks import LOCK, hold, hold_folder
-from fxquant.streamed import Workspace
-from fxquant.target import held_target
-from fxquant.whole_file import write_text
+from fxquant.files.locks import LOCK, hold, hold_folder
+from fxquant.files.whole_file import write_text
+from fxquant.ir.streamed import Workspace
 from tests.architectures import llama, opt, token_ids
 from tests.models import SMALL_OPT
 
@@ -254,7 +254,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_work(
 
     for module in ("job", "sweep", "converting"):
         monkeypatch.setattr(f"fxquant.evaluation.{module}.load_model", forbidden)
-    monkeypatch.setattr("fxquant.analysis_commands.load_model", forbidden)
+    monkeypatch.setattr("fxquant.cli.analysis_commands.load_model", forbidden)
     outer = tmp_path / "place"
     with contextlib.ExitStack() as stack:
         if place == "read-only":

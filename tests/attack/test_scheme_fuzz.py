@@ -14,9 +14,9 @@ from torch.fx import GraphModule
 
 import fxquant
 from fxquant.errors import FxquantError, SchemeError
-from fxquant.repairs import REPAIRS
-from fxquant.schemes import Scheme
-from fxquant.tracing import trace
+from fxquant.frontends.tracing import trace
+from fxquant.recipes.repairs import REPAIRS
+from fxquant.schemes.scheme import Scheme
 from tests.architectures import opt, token_ids
 
 SEED = int(os.environ.get("FXQUANT_FUZZ_SEED", "20261127"))

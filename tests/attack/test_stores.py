@@ -20,9 +20,9 @@ from fxquant.analysis.meter import Cost
 from fxquant.analysis.store import Store
 from fxquant.errors import CacheWarning, DataError, WriteError
 from fxquant.evaluation.kept_folder import is_intact, keep
-from fxquant.passes.block_store import CHECKSUM, BlockStore, Expected
-from fxquant.passes.weight_codes import WeightCodes
-from fxquant.schemes import Scheme
+from fxquant.numerics.weight_codes import WeightCodes
+from fxquant.run.block_store import CHECKSUM, BlockStore, Expected
+from fxquant.schemes.scheme import Scheme
 from tests.architectures import llama, token_ids
 
 SEED = 20

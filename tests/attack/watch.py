@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from fxquant import graph_json
+from fxquant.checkpoint import graph_json
 
 _FORBIDDEN = (
     "subprocess.",

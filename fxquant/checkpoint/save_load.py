@@ -1,0 +1,242 @@
+"""Save a graph to a folder and load it without the float model.
+
+manifest.json              format version, checksums
+graph.json                 nodes, modules, GraphInfo (scheme, sites, history)
+weights-*.safetensors      codes, scales and what stayed float
+config.json, tokenizer     as the Hugging Face model has them
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from fxquant.checkpoint.dataclass_json import to_json
+from fxquant.checkpoint.graph_json import encode_node
+from fxquant.checkpoint.manifest import check_manifest, is_checkpoint, read_regular, write_manifest
+from fxquant.checkpoint.module_json import encode_module
+from fxquant.checkpoint.saved_graph import Files, check_fields, decode_graph
+from fxquant.checkpoint.saved_info import check_info
+from fxquant.checkpoint.saved_names import check_path
+from fxquant.checkpoint.target import saving
+from fxquant.errors import CheckpointError, FxquantError
+from fxquant.files.tensor_file import storage_order
+from fxquant.ir.graph import info
+from fxquant.ir.streamed import sources_of
+
+GRAPH, CONFIG = "graph.json", "config.json"
+
+
+def save(
+    gm: GraphModule, directory: str | os.PathLike[str], tokenizer: Tokenizer | None = None
+) -> None:
+    """Write ``gm`` (level float, qdq or integer) to ``directory``, whole or not at all.
+
+    Tied tensors are written once. An earlier checkpoint there is replaced; any other folder with
+    something in it is not. A streamed graph is written block by block.
+
+    Raises CheckpointError before anything is written: a node or module that the format does not
+    know (named, with its target), a folder that is in use or cannot be written; and where writing
+    fails (a full disk), which leaves nothing behind.
+    """
+    info(gm)  # GraphError for what is no graph of ours
+    target = Path(directory)
+    check_target(target)
+    with saving(target):
+        _save(gm, target, tokenizer)
+
+
+def _save(gm: GraphModule, target: Path, tokenizer: Tokenizer | None) -> None:
+    tensors = _Tensors(gm)
+    text = json.dumps(check_fields(_encode_graph(gm, tensors)), separators=(",", ":"))
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    try:
+        (partial / GRAPH).write_text(text, encoding="utf-8")
+        for number, group in enumerate(tensors.by_block(info(gm).blocks)):
+            save_file(group, partial / f"weights-{number:05}.safetensors")
+        if info(gm).config:
+            (partial / CONFIG).write_text(info(gm).config, encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        write_manifest(partial)
+        _put_in_place(partial, target)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {target}: {error}") from error
+    finally:  # Ctrl-C too must not leave half a checkpoint behind
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_target(directory: Path) -> None:
+    """Make the parent folder; raise CheckpointError where ``save`` could not write there or would
+    replace what is no checkpoint."""
+    if directory.exists() and not (is_checkpoint(directory) or _is_empty(directory)):
+        raise CheckpointError(
+            f"{directory} exists and is not a checkpoint of fxquant; give another folder"
+        )
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory.parent):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"cannot write {directory}: {error}; give another folder") from error
+
+
+def load(
+    directory: str | os.PathLike[str], device: str | torch.device = "cpu", *, stream: bool = False
+) -> GraphModule:
+    """The graph that ``save`` wrote, on ``device``, bit for bit; no float model is needed.
+
+    ``stream``: tensors of matrices stay in the files and are read when a node needs them.
+
+    Raises CheckpointError for a folder that is damaged, truncated, foreign or of a newer format
+    version, and for a graph that contains anything but the listed operations.
+    """
+    source = Path(directory)
+    first = _check_device(device, stream)
+    listed = check_manifest(source)
+    if GRAPH not in listed:
+        raise CheckpointError(f"{source}: its manifest lists no {GRAPH}; save it again")
+    try:
+        text = read_regular(source / GRAPH, listed[GRAPH])
+        data = check_fields(json.loads(text, object_pairs_hook=_unique))
+        weights = [source / name for name in listed if name.endswith(".safetensors")]
+        # Checked on the CPU, then moved as a whole; streamed tensors are read to the device.
+        first = first if stream else torch.device("cpu")
+        gm = decode_graph(data, Files(weights, data, first, stream))
+    except FxquantError as error:
+        raise CheckpointError(f"{source / GRAPH}: {error}; save it again") from error
+    except _MALFORMED as error:
+        raise CheckpointError(
+            f"{source / GRAPH} does not describe a valid graph: {type(error).__name__}: {error}; "
+            "save it again"
+        ) from error
+    return gm if stream else gm.to(device)
+
+
+# What well-typed code raises when the JSON has another shape than `save` writes.
+_MALFORMED = (
+    *(KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError),
+    *(RuntimeError, OSError, SyntaxError, AssertionError),
+)
+
+
+def _check_device(device: str | torch.device, stream: bool) -> torch.device:
+    """``device`` if tensors can be made there; CheckpointError if not."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"device {device!r} cannot be used here ({reason}); give device='cpu'"
+        ) from error
+    if stream and found.type == "meta":
+        raise CheckpointError("stream=True reads tensors, which device 'meta' has none of")
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise CheckpointError(f"{GRAPH} gives a key twice")
+    return found
+
+
+def _is_empty(directory: Path) -> bool:
+    return directory.is_dir() and not any(directory.iterdir())
+
+
+def _put_in_place(partial: Path, target: Path) -> None:
+    partial.chmod(0o755)  # mkdtemp's is private
+    if not target.exists():
+        partial.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+    target.rename(old / target.name)
+    try:
+        partial.rename(target)
+    except OSError:
+        (old / target.name).rename(target)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+class _Tensors:
+    """Every tensor of a graph under one key; ``ties`` maps further names to keys."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        self.owners: dict[str, tuple[nn.Module, str]] = {}
+        self.ties: dict[str, str] = {}
+        self.orders: dict[str, list[int]] = {}
+        seen: dict[Any, str] = {}
+        for path, module in gm.named_modules(remove_duplicate=False):
+            for name, value in (*module._parameters.items(), *module._buffers.items()):
+                if value is None:
+                    continue
+                key = f"{path}.{name}" if path else name
+                first = seen.setdefault(_identity(module, name, value), key)
+                if first != key:
+                    self.ties[key] = first
+                    continue
+                self.owners[key] = (module, name)
+                source = sources_of(module).get(name)
+                order = storage_order(value) if source is None else source.order
+                if order is not None and order != tuple(range(value.dim())):
+                    self.orders[key] = list(order)
+
+    def by_block(self, blocks: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
+        """What one file holds: the tensors of each block, then the others."""
+        rest = dict.fromkeys(self.owners)
+        for block in blocks:
+            names = [key for key in rest if key.startswith(f"{block}.")]
+            for key in names:
+                del rest[key]
+            if names:
+                yield {key: self._stored(key) for key in names}
+        if rest:
+            yield {key: self._stored(key) for key in rest}
+
+    def _stored(self, key: str) -> Tensor:
+        module, name = self.owners[key]
+        value: Tensor = getattr(module, name).detach()
+        return value.permute(self.orders.get(key, list(range(value.dim())))).contiguous().cpu()
+
+
+def _identity(module: nn.Module, name: str, value: Tensor) -> Any:
+    source = sources_of(module).get(name)
+    if source is not None:
+        return (str(source.file.path), source.key, source.dtype)
+    if value.numel() == 0:
+        return (id(module), name)
+    layout = (value.shape, value.stride(), value.dtype, value.device)
+    return (value.data_ptr(), *layout)
+
+
+def _encode_graph(gm: GraphModule, tensors: _Tensors) -> dict[str, Any]:
+    check_info(info(gm))
+    for path in (*tensors.owners, *tensors.ties):
+        check_path(path, "a tensor")
+    return {
+        "class_name": type(gm).__name__,
+        "info": to_json(info(gm)),
+        "modules": {
+            path: encode_module(path, module)
+            for path, module in gm.named_modules(remove_duplicate=False)
+        },
+        "ties": tensors.ties,
+        "orders": tensors.orders,
+        "nodes": [encode_node(node) for node in gm.graph.nodes],
+    }

@@ -1,0 +1,204 @@
+"""A graph from what a checkpoint's files hold: tried on shapes first, then built and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule
+
+from fxquant.checkpoint.dataclass_json import from_json
+from fxquant.checkpoint.graph_json import decode_nodes
+from fxquant.checkpoint.module_json import NONE, ROLES, decode_module, register_tensors
+from fxquant.checkpoint.rehearsal import rehearse
+from fxquant.checkpoint.saved_info import check_info
+from fxquant.checkpoint.saved_names import check_name, check_path, check_texts
+from fxquant.checkpoint.stored_values import check_values
+from fxquant.errors import CheckpointError
+from fxquant.files.tensor_file import TensorFile, restore_order
+from fxquant.frontends.scoring import ScoringGraph
+from fxquant.ir.certificate import check_chunks
+from fxquant.ir.graph import GraphInfo, set_info
+from fxquant.ir.levels import verify
+from fxquant.ir.streamed import Source, stream_leaf
+
+_FIELDS = {"class_name", "info", "modules", "ties", "orders", "nodes"}
+
+
+class Files:
+    """Tensors of a checkpoint by name: read to the device, or left in their files.
+
+    ``data``: graph.json, for its ties and storage orders. Raises CheckpointError where they do
+    not fit the files.
+    """
+
+    def __init__(
+        self, paths: list[Path], data: dict[str, Any], device: torch.device, stream: bool
+    ) -> None:
+        opened = [TensorFile.open(path) for path in paths]
+        self._files: dict[str, TensorFile] = {}
+        for file in opened:
+            for name in file.entries:
+                if name in self._files:
+                    raise CheckpointError(f"two files hold a tensor {name}")
+                self._files[check_path(name, "a tensor")] = file
+        self._ties, self._orders = data["ties"], data["orders"]
+        if not (isinstance(self._ties, dict) and isinstance(self._orders, dict)):
+            raise CheckpointError("ties and orders are not tables")
+        self._device, self._stream = device, stream
+        self._read: dict[str, Tensor] = {}
+        self.used: set[str] = set()
+
+    def source(self, name: str) -> Source:
+        key = self._ties.get(name, name)
+        if not isinstance(key, str) or key not in self._files:
+            raise CheckpointError(f"no tensor {str(key)[:80]} in the files")
+        self.used.add(key)
+        file, order = self._files[key], self._orders.get(key)
+        entry = file.entries[key]
+        if order is not None:
+            whole = isinstance(order, list) and all(type(dim) is int for dim in order)
+            if not whole or sorted(order) != list(range(len(entry.shape))):
+                raise CheckpointError(f"{key}: {str(order)[:80]} is no order of its dimensions")
+        return Source(file, key, entry.dtype, self._device, None if order is None else tuple(order))
+
+    def streams(self, source: Source) -> bool:
+        return self._stream and len(source.shape) > 1
+
+    def read(self, source: Source, parameter: bool) -> Tensor:
+        value = self._read.get(source.key)
+        if value is None:
+            value = source.read()
+        if parameter and not isinstance(value, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=False)
+        self._read[source.key] = value  # ties stay ties
+        return value
+
+    def check_all_used(self) -> None:
+        unused = set(self._files) - self.used
+        if unused:
+            raise CheckpointError(f"nothing reads the tensors {', '.join(sorted(unused)[:4])}")
+
+
+def check_fields(data: object) -> dict[str, Any]:
+    """``data`` if it has the fields of graph.json; CheckpointError if not."""
+    if not isinstance(data, dict) or set(data) != _FIELDS:
+        raise CheckpointError(f"it does not hold exactly {', '.join(sorted(_FIELDS))}")
+    check_texts(data)
+    check_name(data["class_name"], "class name")
+    return data
+
+
+def decode_graph(data: dict[str, Any], files: Files) -> GraphModule:
+    """The graph in eval mode. Its code is generated only when everything else has been checked.
+
+    Raises CheckpointError, VerificationError, SchemeError, and what well-typed code raises on
+    JSON of another shape.
+    """
+    facts: GraphInfo = from_json(GraphInfo, data["info"])
+    check_info(facts)
+    graph = decode_nodes(data["nodes"])
+    with FakeTensorMode(allow_fallback_kernels=False):
+        shapes = _modules(data["modules"], files, on_shapes=True)
+        _check_targets(shapes, graph)
+        leaves = {path: module.eval() for path, module in shapes.named_modules() if path}
+        rehearse(graph, _tensors(shapes), leaves, facts.max_positions)
+    _check_vocabulary(shapes, facts)
+    gm = _modules(data["modules"], files, data["class_name"])
+    files.check_all_used()
+    gm.graph = graph
+    set_info(gm, facts)
+    verify(gm, "load")
+    check_values(gm)
+    check_chunks(gm)
+    return gm.eval()
+
+
+def _modules(
+    data: object, files: Files, name: str = "Shapes", on_shapes: bool = False
+) -> GraphModule:
+    """A GraphModule without nodes that holds the modules; ``on_shapes``: their tensors fake."""
+    if not isinstance(data, dict):
+        raise CheckpointError("the modules are not a table")
+    gm = ScoringGraph(nn.Module(), Graph(), name)
+    seen = {""}
+    for path, module in data.items():
+        owner, _, _ = path.rpartition(".")
+        where = f"module {path[:80]!r}"
+        if path:
+            check_path(path, where)
+        if path in seen - {""} or owner not in seen or not isinstance(module, dict):
+            raise CheckpointError(f"{where} does not follow the module that holds it")
+        seen.add(path)
+        _install(gm, path, module, files, on_shapes)
+    return gm
+
+
+def _tensors(gm: GraphModule) -> Mapping[str, Tensor]:
+    return {
+        **dict(gm.named_parameters(remove_duplicate=False)),
+        **dict(gm.named_buffers(remove_duplicate=False)),
+    }
+
+
+def _check_vocabulary(gm: GraphModule, facts: GraphInfo) -> None:
+    """Every id below vocab_size has a row in the table that it is looked up in."""
+    table = _tensors(gm).get(f"{facts.embeddings}.weight")
+    if table is not None and table.shape[0] != facts.vocab_size:
+        raise CheckpointError(
+            f"info: a vocabulary of {facts.vocab_size}, but {facts.embeddings} has "
+            f"{table.shape[0]} rows"
+        )
+
+
+def _check_targets(gm: GraphModule, graph: Graph) -> None:
+    """Nodes may read tensors and call leaves, no other attribute of a module: a way to its
+    ``__dict__`` would be one to run anything. CheckpointError names the node."""
+    tensors = set(_tensors(gm))
+    leaves = {name for name, _ in gm.named_modules(remove_duplicate=False) if name}
+    for node in graph.nodes:
+        known = {"get_attr": tensors, "call_module": leaves}.get(node.op)
+        if known is not None and node.target not in known:
+            raise CheckpointError(
+                f"node {node.name!r}: target {node.target!r} of a {node.op} is no "
+                f"{'tensor' if node.op == 'get_attr' else 'module'} of the saved graph"
+            )
+
+
+def _install(
+    gm: GraphModule, path: str, data: dict[str, Any], files: Files, on_shapes: bool
+) -> None:
+    tensors: dict[str, Tensor] = {}
+    streamed: dict[str, Source] = {}
+    roles = data.get("tensors", {})
+    if not isinstance(roles, dict) or not all(role in ROLES for role in roles.values()):
+        raise CheckpointError(f"{path}: its tensors are not each one of {', '.join(ROLES)}")
+    for name, role in roles.items():
+        full = check_path(f"{path}.{name}" if path else name, "a tensor")
+        if "." in name or role.startswith(NONE):
+            continue
+        source = files.source(full)
+        if on_shapes:
+            tensors[name] = _shape_of(source)
+        elif files.streams(source):
+            streamed[name] = source
+            tensors[name] = torch.empty(source.shape, dtype=source.dtype, device="meta")
+        else:
+            tensors[name] = files.read(source, role == "parameter")
+    if not path:
+        register_tensors(gm, roles, tensors)
+        return
+    module = decode_module(path, data, tensors)
+    if streamed:
+        stream_leaf(module, streamed)
+    gm.add_submodule(path, module)
+
+
+def _shape_of(source: Source) -> Tensor:
+    """A tensor laid out as the source's will be: fake, within a FakeTensorMode."""
+    stored = torch.empty(source.file.entries[source.key].shape, dtype=source.dtype)
+    return stored if source.order is None else restore_order(stored, source.order)

@@ -1,0 +1,64 @@
+"""Convert one model under one scheme, as the command line asks for it."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+from torch.fx import GraphModule
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from fxquant.cli.arguments import job_of
+from fxquant.evaluation.job import check_job, cut, open_sources
+from fxquant.evaluation.models import load_model
+from fxquant.ir.graph import set_workspace
+from fxquant.ir.streamed import Workspace
+from fxquant.pipeline.pipeline import AfterPass
+from fxquant.recipes import conversion
+from fxquant.recipes.repairs import reads_calibration
+from fxquant.schemes.scheme import as_scheme
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A converted graph and the tokenizer of its model."""
+
+    graph: GraphModule
+    tokenizer: Tokenizer
+
+
+def convert_as_asked(
+    options: argparse.Namespace, after_pass: AfterPass | None, workspace: Path | None = None
+) -> Converted:
+    """Load ``options.model``, calibrate where ``options.scheme`` needs it, convert.
+
+    ``options`` holds what ``arguments.add_model_arguments``, ``add_text_arguments`` and
+    ``add_held_out_arguments`` add, and ``scheme`` and ``level``. Calibration keeps apart from the
+    windows to evaluate, as in an evaluation. With ``stream``, new leaves go to the folder
+    ``workspace``. Raises FxquantError, before the model is loaded where it can.
+    """
+    scheme = as_scheme(options.scheme)
+    job = job_of(options, (options.scheme,))
+    check_job(job)
+    available = [Tensor()] if job.calibration_windows else None
+    conversion.recipe(scheme, calibration=available, level=options.level, cache=job.cache)
+    calibrates = bool(job.calibration_windows and reads_calibration(scheme))
+    sources = open_sources(job) if calibrates else None
+    loaded = load_model(
+        job.model, dtype=job.dtype, device=job.device, revision=job.revision, streamed=job.stream
+    )
+    batches = cut(job, *sources, loaded).batches if sources else None
+    pipeline = conversion.recipe(
+        scheme,
+        calibration=batches,
+        level=options.level,
+        progress=True,
+        after_pass=after_pass,
+        cache=job.cache,
+    )
+    graph = loaded.traced()
+    if job.stream and workspace is not None:
+        set_workspace(graph, Workspace(workspace))
+    return Converted(conversion.convert(graph, scheme, pipeline=pipeline), loaded.tokenizer)

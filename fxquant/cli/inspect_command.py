@@ -1,0 +1,74 @@
+"""``fxquant inspect``: convert a model and print what there is to see."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from fxquant.cli.arguments import (
+    add_held_out_arguments,
+    add_model_arguments,
+    add_text_arguments,
+    whole,
+)
+from fxquant.cli.convert_command import check_names
+from fxquant.cli.converting import convert_as_asked
+from fxquant.inspection.inspection import Inspection, inspect
+from fxquant.recipes.conversion import LEVELS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--scheme", required=True, help="such as w8a8-static, or FILE.json: docs/schemes.md"
+    )
+    parser.add_argument("--level", default="integer", choices=LEVELS, help="where to stop")
+    add_text_arguments(parser)
+    add_held_out_arguments(parser)
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--layer", type=whole, metavar="N", help="list decoder block N")
+    shown.add_argument("--graph", action="store_true", help="list the whole graph")
+    shown.add_argument("--diff", metavar="PASS", help="what a pass changed")
+    shown.add_argument("--site", metavar="PATH", help="one site, or the end of its path")
+    shown.add_argument("--all", action="store_true", help="the summary, every site by itself")
+    parser.add_argument("--format", default="text", choices=("text", "markdown", "json"))
+    parser.add_argument(
+        "--dot",
+        type=Path,
+        metavar="FILE",
+        help="also write Graphviz of the block (of --layer, else 0); FILE.svg needs fxquant[graph]",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    check_names([options.diff] if options.diff else [], options)
+    found = inspect(convert_as_asked(options, None).graph)
+    print(render(found, options))
+    if options.dot is not None:
+        found.write_dot(options.dot, options.layer or 0)
+    return 0
+
+
+def render(found: Inspection, options: argparse.Namespace) -> str:
+    """What the options ask for, in the format they ask for."""
+    listing = _listing(found, options)
+    if options.format == "json":
+        data = found.to_dict() if listing is None else {"text": listing.split("\n")}
+        return json.dumps(data, indent=2, allow_nan=False)
+    markdown = options.format == "markdown"
+    if listing is None:
+        return found.summary(fold=not options.all, markdown=markdown)
+    language = "diff" if options.diff else "text"
+    return f"```{language}\n{listing}\n```" if markdown else listing
+
+
+def _listing(found: Inspection, options: argparse.Namespace) -> str | None:
+    """The listing asked for, None for the summary."""
+    if options.layer is not None:
+        return found.layer(options.layer)
+    if options.diff is not None:
+        return found.diff(options.diff)
+    if options.site is not None:
+        return found.site(options.site)
+    return found.graph() if options.graph else None

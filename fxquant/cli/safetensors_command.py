@@ -1,0 +1,19 @@
+"""The command line of ``fxquant safetensors``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fxquant.evaluation.to_safetensors import to_safetensors
+from fxquant.frontends.weight_files import INDEX
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, metavar="DIR", help="holds pytorch_model*.bin")
+
+
+def run(options: argparse.Namespace) -> int:
+    written = to_safetensors(options.directory)
+    print(f"{len(written)} safetensors files and {INDEX} written to {options.directory}")
+    return 0

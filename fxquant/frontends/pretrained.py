@@ -1,0 +1,224 @@
+"""The one place where transformers reads a model, a config or a tokenizer.
+
+No code of a checkpoint runs: trust_remote_code=False stands at every call (left out, transformers
+asks on a terminal, and ``yes |`` answers). What transformers and tokenizers raise becomes a
+ModelError of one sentence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import torch
+from safetensors import SafetensorError
+from tokenizers import Tokenizer as FastTokenizer
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from fxquant.errors import ModelError
+from fxquant.files.doors import check_regular, door, read_object, reason
+from fxquant.frontends.hub import without_legacy_notice
+from fxquant.frontends.model_config import CONFIG, check_config, check_config_file
+from fxquant.frontends.patching import exclusive, parameters_on_meta
+from fxquant.frontends.weight_files import stored_weights
+from fxquant.frontends.weight_names import check_names, match
+
+# What transformers raises on a file whose values it cannot use, besides reading errors.
+_BAD_FILES: Final = (
+    OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError,
+    ImportError, RuntimeError, MemoryError, SafetensorError,
+)  # fmt: skip
+_CUSTOM: Final = "custom code"  # in transformers' error where it would have to run some
+_JSON: Final = (
+    "generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json",
+)  # fmt: skip
+_READ: Final = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "*.jinja")
+_TOKENIZER: Final = "tokenizer.json"
+_OF_TOKENIZERS: Final = (
+    _TOKENIZER, "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt",
+    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+
+
+def read_config(
+    source: str | Path, revision: str | None = None, *, offline: bool = False
+) -> PretrainedConfig:
+    """The config of a hub model or of a folder; ``offline``: only from the cache.
+
+    Raises ModelError naming file and field.
+    """
+    directory = Path(source)
+    if directory.is_dir():
+        check_files(directory)
+        check_config_file(directory)
+    with _reading(str(source), CONFIG):
+        config = AutoConfig.from_pretrained(
+            str(source), revision=revision, local_files_only=offline, trust_remote_code=False
+        )
+    check_config(config, str(source))
+    return config
+
+
+def read_tokenizer(
+    source: str | Path, revision: str | None = None, *, fast: bool = True, offline: bool = False
+) -> Tokenizer:
+    """The tokenizer of a hub model or of a folder; ``offline``: only from the cache.
+
+    Raises ModelError naming the file.
+    """
+    directory = Path(source)
+    if directory.is_dir():
+        check_files(directory)
+        _check_there(directory)
+        if fast and (directory / _TOKENIZER).exists():
+            _check_fast(directory / _TOKENIZER)
+    with _reading(str(source), "tokenizer"), without_legacy_notice():
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
+            str(source),
+            use_fast=fast,
+            revision=revision,
+            local_files_only=offline,
+            trust_remote_code=False,
+        )
+        token_ids(tokenizer, "a")
+    return tokenizer
+
+
+def token_ids(tokenizer: Tokenizer, text: str) -> Tensor:
+    """Ids int64 [T] of a text, with the special tokens that the tokenizer adds.
+
+    Raises ModelError naming the tokenizer where it has no ids for the text.
+    """
+    with rust_errors(f"the tokenizer of {tokenizer.name_or_path} cannot encode the text"):
+        # verbose=False: the warning about sequences longer than the model does not apply.
+        encoded = tokenizer(text, return_tensors="pt", verbose=False)
+    ids = encoded["input_ids"][0]
+    assert isinstance(ids, Tensor)
+    return ids.to(torch.int64)
+
+
+def read_model(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | str,
+    revision: str | None = None,
+    offline: bool = False,
+) -> PreTrainedModel:
+    """A causal LM with its weights; ``dtype`` may be "auto", the stored one; ``offline``: only from
+    the cache.
+
+    Raises ModelError where config and weights are not of one model, by the rules of
+    ``weight_names.match``: before anything is read where ``source`` is a folder.
+    """
+    directory = Path(source)
+    config = read_config(source, revision, offline=offline)
+    if directory.is_dir():
+        match(empty_model(config, str(source)), stored_weights(directory), directory)
+    with _reading(str(source), "weights"):
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            str(source),
+            revision=revision,
+            dtype=dtype,
+            output_loading_info=True,
+            local_files_only=offline,
+            trust_remote_code=False,
+            weights_only=True,
+        )
+    check_names(str(source), list(loading["missing_keys"]), list(loading["unexpected_keys"]))
+    return model
+
+
+@exclusive
+def empty_model(
+    config: PretrainedConfig,
+    name: str,
+    dtype: torch.dtype | None = None,
+    attention: str | None = None,
+) -> PreTrainedModel:
+    """The causal LM that ``config`` describes, its parameters on meta and tied.
+
+    Raises ModelError for values that make no model.
+    """
+    with _reading(name, CONFIG), parameters_on_meta():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+        )
+    model.tie_weights()
+    return model
+
+
+def read_gguf(file: Path) -> tuple[PreTrainedModel, Tokenizer]:
+    """Model (float32) and tokenizer of a GGUF file. Raises ModelError naming it."""
+    check_regular(file, ModelError)
+    folder, name = str(file.parent), file.name
+    with _reading(str(file), "GGUF"), without_legacy_notice():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=name, dtype=torch.float32, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
+    return model, tokenizer
+
+
+def check_files(directory: Path) -> None:
+    """Raise ModelError, naming the file, for what transformers would read without end (a pipe)
+    or could not parse."""
+    for pattern in _READ:
+        for path in sorted(directory.glob(pattern)):
+            check_regular(path, ModelError)
+    for name in _JSON:
+        if (directory / name).exists():
+            read_object(directory / name, ModelError)
+
+
+def _check_there(directory: Path) -> None:
+    if not any((directory / name).exists() for name in _OF_TOKENIZERS):
+        raise ModelError(
+            f"cannot load {directory}: it holds no tokenizer ({_TOKENIZER}), which an evaluation "
+            "needs: tokenizer.save_pretrained writes one there (fxquant.save takes a tokenizer)"
+        )
+
+
+def _check_fast(path: Path) -> None:
+    """transformers takes a damaged tokenizer.json for one of another library."""
+    with rust_errors(f"{path} is no tokenizer"):
+        FastTokenizer.from_file(str(path))
+
+
+@contextlib.contextmanager
+def rust_errors(doing: str) -> Iterator[None]:
+    """What tokenizers raises, as a ModelError: its errors are of class Exception itself, and a
+    panic of its Rust code is a BaseException."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise ModelError(f"{doing}: {reason(error)}") from error
+
+
+@contextlib.contextmanager
+def _reading(name: str, part: str) -> Iterator[None]:
+    advice = "a directory needs what save_pretrained writes for a causal LM and its tokenizer"
+    if not Path(name).exists():
+        advice = f"a hub name needs the network or a filled cache; {advice}"
+    with door(ModelError, f"cannot load {name}: {part}", _BAD_FILES, advice):
+        try:
+            yield
+        except ValueError as error:
+            if _CUSTOM not in str(error):
+                raise
+            raise ModelError(
+                f"{name} needs custom code ({part}: its auto_map), which fxquant does not run: "
+                "take a checkpoint of an architecture that transformers has"
+            ) from error

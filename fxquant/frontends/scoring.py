@@ -1,0 +1,82 @@
+"""The class of every graph: a GraphModule that says what it is where it is taken for the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.fx import GraphModule
+from transformers import GenerationMixin, PreTrainedModel
+
+from fxquant.errors import GraphAttributeError, GraphCallError
+from fxquant.run.encodings import TAKEN as _INPUTS
+
+# What instances of transformers' models have besides their class's attributes.
+_OF_A_MODEL = ("config", "generation_config", "name_or_path", "logits", "loss", "past_key_values")
+_WHAT_IT_IS = (
+    "this is a graph: graph(input_ids=ids, attention_mask=mask) returns the logits, a tensor "
+    "[batch, length, vocab], and has no cache, so it scores text and does not generate (README, "
+    "'What it does not do')"
+)
+_INSTEAD = {
+    "generate": "generate with the float model",
+    "config": "fxquant.inspect(graph) says what the graph is; the config is the model's",
+    "logits": "the graph's result is the logits",
+    "device": "ask a parameter or buffer of it",
+    "dtype": "ask a parameter or buffer of it",
+    "labels": "the loss is torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), "
+    "ids[:, 1:].flatten())",
+    "past_key_values": "pass all tokens at each call",
+    "use_cache": "leave it out: there is no cache",
+    "return_dict": "leave it out: the result is the tensor of logits",
+    "position_ids": "leave it out: positions follow from attention_mask",
+}
+
+
+class ScoringGraph(GraphModule):
+    """A GraphModule that names what it lacks of a Hugging Face model, and computes like any other.
+
+    ``graph(**tokenizer(text, return_tensors="pt"))`` works; ``token_type_ids``, which some
+    tokenizers return, is let go: causal models do not read it.
+
+    Raises GraphAttributeError (an AttributeError, so ``hasattr`` is False) and GraphCallError (a
+    TypeError). ``copy.deepcopy`` and checkpoints keep the class; ``copy.copy`` and a pickle give a
+    plain GraphModule.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        modules = self.__dict__.get("_modules", {})
+        if name in modules:  # first, for the forward's sake
+            return modules[name]
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if not _of_a_model(name):
+                raise
+        raise GraphAttributeError(f"no attribute {name!r}: {_what_to_do(name)}")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("token_type_ids", None)
+        for name in kwargs:
+            if name not in _INPUTS:
+                raise GraphCallError(f"no input {name!r}: {_what_to_do(name)}")
+        given = [*_INPUTS[: len(args)], *kwargs]
+        if "input_ids" not in given or len(args) > len(_INPUTS) or len(set(given)) < len(given):
+            raise GraphCallError(f"input_ids is needed, and each input once: {_WHAT_IT_IS}")
+        for name, value in (*zip(_INPUTS, args, strict=False), *kwargs.items()):
+            if isinstance(value, Mapping | list | tuple | str):
+                raise GraphCallError(
+                    f"a {type(value).__name__} as {name}: {_WHAT_IT_IS}; it takes what "
+                    'tokenizer(text, return_tensors="pt") returns: graph(**that)'
+                )
+        return super().__call__(*args, **kwargs)
+
+
+def _of_a_model(name: str) -> bool:
+    if name.startswith("_"):
+        return False
+    return name in _OF_A_MODEL or hasattr(PreTrainedModel, name) or hasattr(GenerationMixin, name)
+
+
+def _what_to_do(name: str) -> str:
+    return "; ".join(filter(None, (_WHAT_IT_IS, _INSTEAD.get(name))))

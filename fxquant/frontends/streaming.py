@@ -1,0 +1,87 @@
+"""Models larger than memory: opened on meta, their weights left in the safetensors files.
+
+``stream`` gives a model that trace, convert and evaluation take like any other. Each leaf is read
+when it is used; ``run_batches`` takes all batches through one block after the other, so that a
+block is read once for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from fxquant.errors import ModelError
+from fxquant.files.tensor_file import TensorFile
+from fxquant.frontends.pretrained import empty_model, read_config
+from fxquant.frontends.weight_files import Stored, safetensors_weights
+from fxquant.frontends.weight_names import match
+from fxquant.ir.streamed import Source, restream
+
+
+def stream(
+    directory: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    attention: str | None = None,
+) -> PreTrainedModel:
+    """Open what ``save_pretrained`` wrote to ``directory`` without reading the weights.
+
+    Args:
+        dtype: what weights become when they are read; None: as the config or the files have it.
+        device: where they are read to.
+        attention: the attention implementation, as from_pretrained's attn_implementation.
+
+    Returns the model in eval mode, its parameters on meta; calling it or its graph reads each
+    leaf when it is needed. It cannot be moved, cast or trained. While it is built in half
+    precision, torch's default dtype is that one in all threads, as in transformers' own loading.
+
+    Raises ModelError, naming file and tensor, for all that transformers would warn of: no
+    safetensors files there, an index that does not fit them, weights that are missing, left over,
+    of another shape or kind, tied ones that differ.
+    """
+    directory, device = Path(directory), torch.device(device)
+    if not directory.is_dir():
+        raise ModelError(f"{directory} is no directory: streaming reads the files of one")
+    stored = safetensors_weights(directory)
+    config = read_config(directory)
+    dtype = dtype or getattr(config, "dtype", None) or _float_dtype(stored)
+    model = empty_model(config, str(directory), dtype, attention)
+    config._name_or_path = str(directory)
+    found = match(model, stored, directory)
+    _read_buffers(model, found, device)
+    restream(model, _sources(model, found, dtype, device))
+    return model.eval().requires_grad_(False)
+
+
+def _float_dtype(stored: Mapping[str, Stored]) -> torch.dtype:
+    """Of the first floating-point tensor."""
+    return next((e.dtype for e in stored.values() if e.dtype.is_floating_point), torch.float32)
+
+
+def _sources(
+    model: PreTrainedModel, stored: Mapping[str, Stored], dtype: torch.dtype, device: torch.device
+) -> dict[str, dict[str, Source]]:
+    """By module path and name."""
+    found: dict[str, dict[str, Source]] = {}
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        path, _, own = name.rpartition(".")
+        entry = stored[name]
+        assert isinstance(entry.source, TensorFile)
+        found.setdefault(path, {})[own] = Source(entry.source, entry.name, dtype, device)
+    return found
+
+
+def _read_buffers(
+    model: PreTrainedModel, stored: Mapping[str, Stored], device: torch.device
+) -> None:
+    """Buffers are small: those that are part of the state are read, all are moved to the device."""
+    for module_path, module in model.named_modules():
+        for name, value in module._buffers.items():
+            entry = stored.get(f"{module_path}.{name}")
+            if value is not None:
+                read = value if entry is None else entry.read().to(value.dtype)
+                module._buffers[name] = read.to(device)

@@ -1,0 +1,134 @@
+"""One site on a page: its nodes, where they come from, its scales, its histograms."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fxquant.inspection.history import History
+from fxquant.inspection.printer import HEAD, WIDTH, Section, lay_out, row
+from fxquant.inspection.shapes import UNKNOWN, Value
+from fxquant.ir.graph import Site, info
+from fxquant.ir.leaves import QuantizedParameters
+from fxquant.ir.records import NodeText, SiteRecord
+from fxquant.schemes.scheme import Scheme
+
+_BAR = 40
+_ROWS = 20
+
+
+def site_view(gm: GraphModule, site: Site, history: History, values: Mapping[str, Value]) -> str:
+    """The page of one site of a graph of any level."""
+    facts = info(gm)
+    own = [node for node in history.states[-1] if node.tag.site == site.path]
+    records = [record for record in facts.site_records if record.path == site.path]
+    specs = ", ".join(dict.fromkeys(record.spec for record in records)) or "not quantized"
+    rows, columns = site.shape
+    what = "two activations" if site.role == "matmul" else f"weight [{rows}, {columns}]"
+    parts = [f"site {site.path}: {site.role}, {what}, {specs}"]
+    parts += ["nodes\n" + _nodes(own, history, values)]
+    parts += ["provenance\n" + "\n".join(_provenance(own, history))]
+    module = None if site.role == "matmul" else gm.get_submodule(site.path)
+    first = records[0] if records else None
+    lines = [_weight_scales(module, first)] if isinstance(module, QuantizedParameters) else []
+    lines += [_static_range(record) for record in records if record.scale is not None]
+    if lines:
+        parts += ["scales\n" + "\n".join(lines)]
+    parts += [_activation(record) for record in records if record.histogram]
+    if isinstance(module, QuantizedParameters) and first is not None:
+        parts += [_weight(module, site, first)]
+    notes = [f"{note.origin}: {note.text}" for note in facts.notes if note.site == site.path]
+    if notes:
+        parts += ["notes\n" + "\n".join(notes)]
+    return "\n\n".join(parts)
+
+
+def _nodes(own: Sequence[NodeText], history: History, values: Mapping[str, Value]) -> str:
+    """Every node, buffers too: here they are the subject."""
+    block = next((s for s in history.sections(-1) if own and own[0] in s.nodes), None)
+    names = history.names(block or Section("", "", ()), values)
+    found = [row(node, names, values.get(node.name, UNKNOWN)) for node in own]
+    return "\n".join(lay_out([HEAD, *found]))
+
+
+def _provenance(own: Sequence[NodeText], history: History) -> list[str]:
+    """From the trace on: ``integerize: x_dq, w, y -> acc, rescaled, y``, a line a step."""
+    pending, every = list(own), dict.fromkeys(own)
+    while pending:
+        found = [source for node in pending for source in history.sources(node)]
+        pending = [node for node in dict.fromkeys(found) if node not in every]
+        every.update(dict.fromkeys(pending))
+    steps: dict[tuple[int, str, tuple[NodeText, ...]], list[NodeText]] = {}
+    for node in every:
+        step = (history.born(node), node.tag.origin, tuple(history.sources(node)))
+        steps.setdefault(step, []).append(node)
+    names = history.names(Section("", "", ()), {})
+
+    def called(nodes: Iterable[NodeText]) -> str:
+        return ", ".join(names.local(node) or node.target for node in nodes)
+
+    lines = (
+        f"{origin}: {called(sources)} -> {called(made)}" if sources else f"{origin}: {called(made)}"
+        for (_, origin, sources), made in sorted(steps.items(), key=lambda step: step[0][0])
+    )
+    return [textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in lines]
+
+
+def _weight_scales(module: QuantizedParameters, record: SiteRecord | None) -> str:
+    scale = module.get_buffer("weight_scale").detach().float().reshape(-1)
+    low, middle, high = (float(scale.quantile(q)) for q in (0.0, 0.5, 1.0))
+    text = f"weight: {scale.numel()} scales, smallest {low:.3g}, median {middle:.3g}, "
+    text += f"largest {high:.3g}"
+    sqnr = None if record is None else record.weight_sqnr
+    return text if sqnr is None else f"{text}; SQNR {sqnr:.1f} dB"
+
+
+def _static_range(record: SiteRecord) -> str:
+    return (
+        f"{record.operand or 'input'}: scale {record.scale:.6g}, zero point {record.zero_point}, "
+        f"range {record.low:.4g}..{record.high:.4g} by {record.estimator}; calibration saw "
+        f"{record.seen_low:.4g}..{record.seen_high:.4g}, {record.clipped:.3%} outside"
+    )
+
+
+def _activation(record: SiteRecord) -> str:
+    assert record.seen_low is not None
+    assert record.seen_high is not None
+    assert record.low is not None
+    assert record.high is not None
+    bins = len(record.histogram)
+    merge = max(1, bins // _ROWS)
+    counts = [sum(record.histogram[i : i + merge]) for i in range(0, bins, merge)]
+    step = (record.seen_high - record.seen_low) / len(counts)
+    lines = []
+    for index, count in enumerate(counts):
+        start, end = record.seen_low + index * step, record.seen_low + (index + 1) * step
+        outside = end <= record.low or start >= record.high
+        lines.append(_bar(f"{start:10.3g}", count, max(counts), "x" if outside else "#"))
+    head = f"{record.operand or 'input'} in calibration "
+    head += "(bars logarithmic; # inside the range, x outside)"
+    return "\n".join([head, *lines])
+
+
+def _weight(module: QuantizedParameters, site: Site, record: SiteRecord) -> str:
+    spec = Scheme.parse(record.spec).spec.weight
+    assert spec is not None
+    codes: Tensor = spec.grid.unpack(module.get_buffer("weight"), site.shape[1])
+    qmin, qmax = spec.grid.codes
+    width = math.ceil((qmax - qmin + 1) / _ROWS)
+    index = (codes.detach().reshape(-1).to(torch.int64) - qmin) // width
+    counts = torch.bincount(index, minlength=math.ceil((qmax - qmin + 1) / width)).tolist()
+    lines = [
+        _bar(f"{qmin + i * width:10d}", count, max(counts), "#") for i, count in enumerate(counts)
+    ]
+    return "\n".join(["codes of the weight (bars logarithmic)", *lines])
+
+
+def _bar(label: str, count: int, most: int, mark: str) -> str:
+    length = round(_BAR * math.log1p(count) / math.log1p(most)) if most else 0
+    return f"{label} |{mark * length:<{_BAR}}| {count}"

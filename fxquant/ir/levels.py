@@ -1,0 +1,178 @@
+"""Which node forms are legal at which level, as data, and the verifier that reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+import fxquant.ir.operators  # noqa: F401  (registers torch.ops.fxquant)
+from fxquant.errors import VerificationError
+from fxquant.ir.graph import Level, get_tensor, info, is_op, site_outputs, source_of, tag
+from fxquant.ir.leaves import QuantizedParameters
+from fxquant.ir.operands import operands
+from fxquant.numerics.observers import Observer
+
+OPS: Any = torch.ops.fxquant
+F, O, Q, I = Level.FLOAT, Level.OBSERVED, Level.QDQ, Level.INTEGER  # noqa: E741
+
+
+@dataclass(frozen=True)
+class Form:
+    """One node form beyond plain float nodes, and the levels where it may stand."""
+
+    name: str
+    target: Any
+    levels: tuple[Level, ...]
+    meaning: str
+
+
+LEGAL = (
+    Form("observer", Observer, (O,), "sees its input, has no users"),
+    Form("choose_qparams", OPS.choose_qparams.default, (Q, I), "dynamic scale and zero point"),
+    Form("quantize", OPS.quantize.default, (Q, I), "float to integer codes"),
+    Form("choose_scale", OPS.choose_scale.default, (Q, I), "dynamic scale for another grid"),
+    Form("quantize_to", OPS.quantize_to.default, (Q, I), "float to codes of another grid"),
+    Form("decode", OPS.decode.default, (Q, I), "codes of another grid to its numbers"),
+    Form("unpack_int4", OPS.unpack_int4.default, (Q, I), "two codes a byte to int8 codes"),
+    Form("dequantize", OPS.dequantize.default, (Q, I), "codes to float; at integer: weights only"),
+    Form("code_sum", OPS.code_sum.default, (I,), "row sums of codes, for weight zero points"),
+    Form("int_matmul", OPS.int_matmul.default, (I,), "two activations' codes to exact int32"),
+    Form("store_kv", OPS.store_kv.default, (F, O, Q, I), "a cache's storage error, simulated"),
+    Form("int_gemm", OPS.int_gemm.default, (I,), "int8 codes to exact int32"),
+    Form("grouped_gemm", OPS.grouped_gemm.default, (I,), "int32 per group, rescaled per group"),
+    Form("rescale", OPS.rescale.default, (I,), "int32 to float"),
+    Form("add_bias", OPS.add_bias.default, (I,), "bias in fp32, then one cast"),
+)
+
+
+def verify(gm: GraphModule, after: str) -> None:
+    """Check the graph against its level; VerificationError names the pass, site and node."""
+    _check_order(gm, after)
+    try:
+        gm.graph.lint()
+    except (RuntimeError, ValueError) as error:
+        raise VerificationError(f"after {after}: the graph is not well-formed: {error}") from error
+    level = info(gm).level
+    for node in gm.graph.nodes:
+        form = form_of(gm, node)
+        if form is not None and level not in form.levels:
+            _fail(after, node, f"{form.name} may not stand at level {level}")
+        if is_op(node, OPS.dequantize.default):
+            _check_dequantize(gm, node, level, after)
+        if is_op(node, OPS.rescale.default):
+            _check_rescale(gm, node, after)
+    _check_sites(gm, after)
+    _check_orphans(gm, after)
+
+
+def is_observer(gm: GraphModule, node: Node) -> bool:
+    """Whether the node calls an Observer."""
+    form = form_of(gm, node) if node.op == "call_module" else None
+    return form is not None and form.target is Observer
+
+
+def form_of(gm: GraphModule, node: Node) -> Form | None:
+    """The row of LEGAL that describes ``node``, None for a plain float node."""
+    for form in LEGAL:
+        if isinstance(form.target, type):
+            if node.op == "call_module" and isinstance(
+                gm.get_submodule(str(node.target)), form.target
+            ):
+                return form
+        elif is_op(node, form.target):
+            return form
+    return None
+
+
+def _fail(after: str, node: Node, what: str, site: str | None = None) -> None:
+    site = site or tag(node).site or "no site"
+    raise VerificationError(f"after {after}: {site}: node {node.name}: {what}")
+
+
+def _check_order(gm: GraphModule, after: str) -> None:
+    seen: set[Node] = set()
+    for node in gm.graph.nodes:
+        for used in node.all_input_nodes:
+            if used not in seen:
+                site = tag(node).site or tag(used).site
+                _fail(after, node, f"uses {used.name} before it is computed", site)
+        seen.add(node)
+
+
+def _check_dequantize(gm: GraphModule, node: Node, level: Level, after: str) -> None:
+    call = operands(node)
+    codes, scale, group_size = call.codes, call.scale, call.group_size
+    if level is I and is_op(codes, OPS.quantize.default) and not _on_another_grid(node):
+        _fail(after, node, "an activation is still dequantized at level integer")
+    attributes = [n for n in (codes, scale) if isinstance(n, Node) and n.op == "get_attr"]
+    if len(attributes) < 2:
+        return
+    shape = tuple(get_tensor(gm, attributes[0]).shape)
+    scales = tuple(get_tensor(gm, attributes[1]).shape)
+    groups = -(-shape[-1] // group_size) if group_size else 1
+    if scales not in ((), (shape[0], groups)):
+        _fail(after, node, f"scale of shape {list(scales)} does not fit codes {list(shape)}")
+
+
+def _on_another_grid(dequantized: Node) -> bool:
+    """Whether the weights that meet this input are on a grid that has no exact integer product."""
+    linears = (n for n in dequantized.users if n.target is torch.nn.functional.linear)
+    factors = (operands(linear).weight for linear in linears)
+    weights = [operands(w).codes for w in factors if is_op(w, OPS.dequantize.default)]
+    return bool(weights) and all(is_op(weight, OPS.decode.default) for weight in weights)
+
+
+def _check_rescale(gm: GraphModule, node: Node, after: str) -> None:
+    sums, row = operands(node).sums, operands(node).weight_scale
+    if row is None or is_op(sums, OPS.int_matmul.default):
+        return  # grouped_gemm's sums carry the weight scales; a product has two activations'
+    rows = int_gemm_rows(gm, sums)
+    scales = get_tensor(gm, source_of(row)).numel()
+    if scales not in (1, rows):
+        _fail(after, node, f"{scales} weight scales for {rows} output columns")
+
+
+def int_gemm_rows(gm: GraphModule, sums: Node) -> int:
+    """N of an int_gemm node."""
+    codes = operands(sums).weight_codes
+    if is_op(codes, OPS.unpack_int4.default):
+        codes = operands(codes).packed
+    return get_tensor(gm, codes).shape[0]
+
+
+def _check_sites(gm: GraphModule, after: str) -> None:
+    outputs = {site.path: node for site, node in site_outputs(gm)}
+    biased = {tag(node).site for node in gm.graph.nodes if _reads_bias(gm, node)}
+    for site in info(gm).sites:
+        if site.path not in outputs:
+            raise VerificationError(f"after {after}: {site.path}: no node is the site's output")
+        if site.bias and site.path not in biased:
+            _fail(after, outputs[site.path], "the site's bias is dropped")
+
+
+def _reads_bias(gm: GraphModule, node: Node) -> bool:
+    """Whether the node calls a site's module that has a bias, or reads a bias for its users."""
+    if tag(node).site is None:
+        return False
+    if node.op == "call_module":
+        module = gm.get_submodule(str(node.target))
+        tensors = (*module.named_parameters(), *module.named_buffers())
+        return any(name.rpartition(".")[2] == "bias" for name, _ in tensors)
+    return node.op == "get_attr" and str(node.target).endswith(".bias") and bool(node.users)
+
+
+def _check_orphans(gm: GraphModule, after: str) -> None:
+    """Every parameter, buffer and leaf module must be read by some node."""
+    used = {str(n.target) for n in gm.graph.nodes if n.op in ("call_module", "get_attr")}
+    prefixes = tuple(f"{path}." for path in used)
+    tensors = (name for name, _ in (*gm.named_parameters(), *gm.named_buffers()))
+    for name in tensors:
+        if name not in used and not name.startswith(prefixes):
+            owner = gm.get_submodule(name.rpartition(".")[0])
+            site = name.rpartition(".")[0] if isinstance(owner, QuantizedParameters) else "no site"
+            raise VerificationError(
+                f"after {after}: {site}: {name} is left behind, no node reads it"
+            )

@@ -1,0 +1,222 @@
+"""The operators that stand in quantized graphs: ``torch.ops.fxquant.*``.
+
+All but ``int_gemm_cuda`` are CompositeImplicitAutograd: one node in an fx graph, yet torch.compile
+and FakeTensor see through them. None returns or aliases an input. ``like`` operands only give the
+result's dtype, so that a converted model follows ``.half()`` and ``.to()``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxquant.formats.integer import integer
+from fxquant.formats.packing import unpack_int4
+from fxquant.formats.table import grid_named
+from fxquant.numerics import gemm, quantization
+
+_LIBRARY = torch.library.Library("fxquant", "DEF")
+
+
+def choose_qparams(
+    x: Tensor, granularity: str, symmetric: bool, qmin: int, qmax: int
+) -> tuple[Tensor, Tensor]:
+    """Dynamic scale (fp32) and zero point (int32): () for "tensor", [..., 1] for "token"."""
+    return quantization.choose_qparams(x, qmin, qmax, symmetric=symmetric, granularity=granularity)
+
+
+def quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int, dtype: torch.dtype
+) -> Tensor:
+    """Codes of ``x``, granularity by the scale's shape."""
+    return quantization.encode(x, scale, zero_point, qmin, qmax, dtype)
+
+
+def dequantize(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, like: Tensor
+) -> Tensor:
+    """``(codes - zero_point) * scale`` in fp32, cast to like's dtype; group_size 0: no groups."""
+    return quantization.dequantize(
+        codes, scale, zero_point, group_size=group_size or None, dtype=like.dtype
+    )
+
+
+def choose_scale(x: Tensor, granularity: str, grid: str) -> Tensor:
+    """Dynamic scale (fp32) for a grid that is no integer's: () or, for "token", [..., 1]."""
+    reach = grid_named(grid).reach
+    return quantization.calc_qparams_symmetric(x, reach, None if granularity == "tensor" else -1)
+
+
+def quantize_to(x: Tensor, scale: Tensor, grid: str) -> Tensor:
+    """Codes of ``x`` on a grid that is no integer's, granularity by the scale's shape."""
+    found = grid_named(grid)
+    return found.encode(found.nearest_(torch.div(x.to(torch.float32), scale)))
+
+
+def decode(stored: Tensor, grid: str, length: int) -> Tensor:
+    """float32 [..., length]: the numbers of a grid that is no integer's, before their scale.
+
+    length 0: the codes are not packed.
+    """
+    found = grid_named(grid)
+    return found.decode(found.unpack(stored, length) if length else stored)
+
+
+def int_gemm(x_codes: Tensor, weight_codes: Tensor, chunk: int) -> Tensor:
+    """int32 [..., N] of int8 [..., K] by [N, K], exact: see fxquant.numerics.gemm."""
+    rows = x_codes.reshape(-1, x_codes.shape[-1])
+    if x_codes.device.type == "cuda":
+        sums = torch.ops.fxquant.int_gemm_cuda(rows, weight_codes, chunk)
+    else:
+        sums = gemm.float_int_gemm(rows, weight_codes, chunk)
+    result: Tensor = sums.view(*x_codes.shape[:-1], weight_codes.shape[0])
+    return result
+
+
+def int_matmul(left_codes: Tensor, right_codes: Tensor) -> Tensor:
+    """int32 [..., M, N] of int8 [..., M, K] by [..., K, N], both activations, exact."""
+    return gemm.batched_int_matmul(left_codes, right_codes)
+
+
+def store_kv(x: Tensor, bits: int) -> Tensor:
+    """``x`` [batch, heads, tokens, width] as a cache of ``bits`` bits would give it back.
+
+    Affine codes per token and head (its last dimension), in x's dtype.
+    """
+    qmin, qmax = integer(bits, symmetric=False).codes
+    scale, zero_point = quantization.choose_qparams(
+        x, qmin, qmax, symmetric=False, granularity="token"
+    )
+    codes = quantization.encode(x, scale, zero_point, qmin, qmax)
+    return quantization.dequantize(codes, scale, zero_point, dtype=x.dtype)
+
+
+def code_sum(codes: Tensor) -> Tensor:
+    """int32 sums over the last dimension, kept with size 1."""
+    return codes.sum(dim=-1, keepdim=True, dtype=torch.int32)
+
+
+def grouped_gemm(
+    x_codes: Tensor,
+    weight_codes: Tensor,
+    weight_scale: Tensor,
+    zero_point: Tensor | None,
+    weight_sum: Tensor | None,
+    weight_zero_point: Tensor | None,
+    group_size: int,
+) -> Tensor:
+    """fp32 [..., N]: int32 sums for each group of K, rescaled by the group's weight scale.
+
+    weight_scale and weight_zero_point [N, G]; weight_sum int32 [N, G] holds each group's sum of
+    (w_q - weight_zero_point) and goes with zero_point, the activation's.
+    """
+    total: Tensor | None = None
+    columns = zip(x_codes.split(group_size, -1), weight_codes.split(group_size, -1), strict=True)
+    for g, (xs, ws) in enumerate(columns):
+        sums = int_gemm(xs, ws, 0 if ws.shape[-1] <= gemm.CHUNK else gemm.CHUNK)
+        sums = _correct(
+            sums,
+            zero_point,
+            None if weight_sum is None else weight_sum.select(1, g),
+            None if weight_zero_point is None else weight_zero_point.select(1, g),
+            None if weight_zero_point is None else code_sum(xs),
+        )
+        part = sums.to(torch.float32) * weight_scale.select(1, g)
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
+
+
+def _correct(
+    sums: Tensor,
+    zero_point: Tensor | None,
+    weight_sum: Tensor | None,
+    weight_zero_point: Tensor | None,
+    x_sum: Tensor | None,
+) -> Tensor:
+    """sum (x_q - z_x)(w_q - z_w) = sum x_q w_q - z_x sum (w_q - z_w) - z_w sum x_q, in int32."""
+    if zero_point is not None and weight_sum is not None:
+        sums = sums - zero_point * weight_sum
+    if weight_zero_point is not None and x_sum is not None:
+        sums = sums - weight_zero_point * x_sum
+    return sums
+
+
+def rescale(
+    sums: Tensor,
+    scale: Tensor,
+    weight_scale: Tensor | None,
+    zero_point: Tensor | None,
+    weight_sum: Tensor | None,
+    weight_zero_point: Tensor | None,
+    x_sum: Tensor | None,
+    like: Tensor | None,
+) -> Tensor:
+    """fp32 ``corrected sums * scale * weight_scale``, cast to like's dtype where given.
+
+    sums int32 [..., N]; scale () or [..., 1]; weight_scale () or [N] (None after grouped_gemm,
+    whose sums carry it); weight_sum and weight_zero_point int32 () or [N]; x_sum int32 [..., 1].
+    """
+    corrected = _correct(sums, zero_point, weight_sum, weight_zero_point, x_sum)
+    # A conversion is a fresh tensor to write in; sums that are fp32 already are not ours.
+    converted = corrected.dtype != torch.float32
+    y = corrected.to(torch.float32).mul_(scale) if converted else corrected * scale
+    if weight_scale is not None:
+        y = y.mul_(weight_scale)
+    return y if like is None else y.to(like.dtype)
+
+
+def add_bias(y: Tensor, bias: Tensor, like: Tensor) -> Tensor:
+    """``y + bias`` in fp32, then one cast to like's dtype."""
+    return (y + bias.to(torch.float32)).to(like.dtype)
+
+
+_COMPOSITE = {
+    "choose_qparams(Tensor x, str granularity, bool symmetric, int qmin, int qmax)"
+    " -> (Tensor, Tensor)": choose_qparams,
+    "quantize(Tensor x, Tensor scale, Tensor? zero_point, int qmin, int qmax, ScalarType dtype)"
+    " -> Tensor": quantize,
+    "dequantize(Tensor codes, Tensor scale, Tensor? zero_point, int group_size, Tensor like)"
+    " -> Tensor": dequantize,
+    "unpack_int4(Tensor packed, int length) -> Tensor": unpack_int4,
+    "choose_scale(Tensor x, str granularity, str grid) -> Tensor": choose_scale,
+    "quantize_to(Tensor x, Tensor scale, str grid) -> Tensor": quantize_to,
+    "decode(Tensor stored, str grid, int length) -> Tensor": decode,
+    "int_gemm(Tensor x_codes, Tensor weight_codes, int chunk) -> Tensor": int_gemm,
+    "int_matmul(Tensor left_codes, Tensor right_codes) -> Tensor": int_matmul,
+    "store_kv(Tensor x, int bits) -> Tensor": store_kv,
+    "code_sum(Tensor codes) -> Tensor": code_sum,
+    "grouped_gemm(Tensor x_codes, Tensor weight_codes, Tensor weight_scale, Tensor? zero_point,"
+    " Tensor? weight_sum, Tensor? weight_zero_point, int group_size) -> Tensor": grouped_gemm,
+    "rescale(Tensor sums, Tensor scale, Tensor? weight_scale, Tensor? zero_point,"
+    " Tensor? weight_sum, Tensor? weight_zero_point, Tensor? x_sum, Tensor? like)"
+    " -> Tensor": rescale,
+    "add_bias(Tensor y, Tensor bias, Tensor like) -> Tensor": add_bias,
+}
+
+for _schema, _function in _COMPOSITE.items():
+    _LIBRARY.define(_schema)
+    _LIBRARY.impl(_schema.split("(")[0], _function, "CompositeImplicitAutograd")
+
+# Opaque: cuBLASLt's limits and the TF32 switch are questions for run time.
+_LIBRARY.define("int_gemm_cuda(Tensor x_codes, Tensor weight_codes, int chunk) -> Tensor")
+_LIBRARY.impl("int_gemm_cuda", gemm.cuda_int_gemm, "CUDA")
+
+
+def _fake_int_gemm_cuda(x_codes: Tensor, weight_codes: Tensor, chunk: int) -> Tensor:
+    torch._check(
+        x_codes.dtype == weight_codes.dtype == torch.int8
+        and x_codes.shape[1] == weight_codes.shape[1],
+        lambda: (
+            f"int8 [M, K] and [N, K] expected, got {x_codes.dtype} {list(x_codes.shape)} and "
+            f"{weight_codes.dtype} {list(weight_codes.shape)}"
+        ),
+    )
+    torch._check(
+        x_codes.device == weight_codes.device,
+        lambda: f"found at least two devices: {x_codes.device} and {weight_codes.device}",
+    )
+    return x_codes.new_empty((x_codes.shape[0], weight_codes.shape[0]), dtype=torch.int32)
+
+
+torch.library.register_fake("fxquant::int_gemm_cuda", _fake_int_gemm_cuda, lib=_LIBRARY)

@@ -1,0 +1,230 @@
+"""Leaves whose tensors stay in files: read when asked for, gone when let go.
+
+A streamed module keeps meta tensors where its parameters were, so shapes and dtypes are known to
+whoever looks; ``module.weight`` reads the file. Its class is a subclass of the original one, so
+that structure-matching passes see what they always see.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fxquant.errors import ModelError, WriteError
+from fxquant.files.locks import reason
+from fxquant.files.tensor_file import TensorFile, restore_order, storage_order
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor in a file, the dtype and device that it is read to, and its storage_order."""
+
+    file: TensorFile
+    key: str
+    dtype: torch.dtype
+    device: torch.device
+    order: tuple[int, ...] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Source:
+        return self
+
+    def read(self) -> Tensor:
+        value = self.file.read(self.key, self.dtype).to(self.device)
+        return value if self.order is None else restore_order(value, self.order)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        stored = self.file.entries[self.key].shape
+        return (
+            stored
+            if self.order is None
+            else tuple(stored[self.order.index(d)] for d in range(len(stored)))
+        )
+
+
+class Streamed(nn.Module):
+    """Mixin of a module whose tensors in ``_sources`` are read on access."""
+
+    _sources: dict[str, Source]
+    _held: dict[str, Tensor] | None
+
+    def __getattr__(self, name: str) -> Any:
+        source = sources_of(self).get(name)
+        if source is None:
+            return super().__getattr__(name)
+        held = self.__dict__["_held"]
+        if held is not None and name in held:
+            return held[name]
+        value = source.read()
+        if name in self.__dict__["_parameters"]:
+            value = nn.Parameter(value, requires_grad=False)
+        if held is not None:
+            held[name] = value
+        return value
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        raise ModelError(
+            "a streamed model stays on the device and in the dtype that it was opened with: open "
+            "it again with others"
+        )
+
+
+@functools.cache
+def _streamed_type(base: type[nn.Module]) -> type[Streamed]:
+    # The module name tells torch.fx's tracer which classes are torch's own leaves.
+    return type(base.__name__, (Streamed, base), {"__module__": base.__module__})
+
+
+def plain_type(module: nn.Module) -> type[nn.Module]:
+    """The module's class, without the mixin where it is streamed."""
+    kind = type(module)
+    plain: type[nn.Module] = kind.__bases__[1] if issubclass(kind, Streamed) else kind
+    return plain
+
+
+def stream_leaf(module: nn.Module, sources: dict[str, Source]) -> None:
+    """Let ``module`` read these of its parameters and buffers from their sources."""
+    known = sources_of(module)
+    for name, source in sources.items():
+        stand_in = torch.empty(source.shape, dtype=source.dtype, device="meta")
+        if name in module._parameters:
+            module._parameters[name] = nn.Parameter(stand_in, requires_grad=False)
+        else:
+            module._buffers[name] = stand_in
+    module.__class__ = _streamed_type(plain_type(module))  # type: ignore[arg-type]
+    module.__dict__["_sources"] = {**known, **sources}
+    module.__dict__["_held"] = None
+
+
+def sources_of(module: nn.Module) -> dict[str, Source]:
+    """The module's own streamed tensors by name; what has been replaced since is not among them."""
+    found: dict[str, Source] = module.__dict__.get("_sources", {})
+    values = {**module._parameters, **module._buffers} if found else {}
+    return {n: s for n, s in found.items() if (v := values.get(n)) is not None and v.is_meta}
+
+
+def unstreamed(root: nn.Module) -> dict[str, dict[str, Source]]:
+    """Turn streamed modules below ``root`` into plain ones on meta; their sources by path."""
+    found: dict[str, dict[str, Source]] = {}
+    for path, module in root.named_modules():
+        if isinstance(module, Streamed):
+            found[path] = sources_of(module)
+            module.__class__ = plain_type(module)  # type: ignore[assignment]
+            module.__dict__.pop("_sources")
+            module.__dict__.pop("_held")
+    return found
+
+
+def restream(root: nn.Module, sources: dict[str, dict[str, Source]]) -> None:
+    """Stream what stands on meta below ``root`` again, by path; ModelError if it has no source."""
+    for path, module in root.named_modules():
+        values = {**module._parameters, **module._buffers}
+        on_meta = [name for name, value in values.items() if value is not None and value.is_meta]
+        lacking = [name for name in on_meta if name not in sources.get(path, {})]
+        if lacking or (on_meta and module is root):
+            raise ModelError(f"{path}: {', '.join(lacking or on_meta)} cannot be streamed")
+        if on_meta:
+            stream_leaf(module, {name: sources[path][name] for name in on_meta})
+
+
+def streamed_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each streamed tensor below ``root``, read one after the other."""
+    for path, module in root.named_modules():
+        for name, source in sources_of(module).items():
+            yield f"{path}.{name}", source.read()
+
+
+def streamed_device(root: nn.Module) -> torch.device | None:
+    """Where the streamed tensors below ``root`` are read to; None if nothing is streamed."""
+    for module in root.modules():
+        for source in sources_of(module).values():
+            return source.device
+    return None
+
+
+@contextlib.contextmanager
+def held(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block, what is read from these modules stays until the end of the block."""
+    streamed = [m for m in modules if isinstance(m, Streamed) and m.__dict__["_held"] is None]
+    for module in streamed:
+        module.__dict__["_held"] = {}
+    try:
+        yield
+    finally:
+        for module in streamed:
+            module.__dict__["_held"] = None
+
+
+@contextlib.contextmanager
+def workspace_folder() -> Iterator[Path]:
+    """A folder for a Workspace, gone with the block; WriteError where none can be made."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="fxquant-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise _no_room(Path(os.environ.get("TMPDIR", "/tmp")) / "fxquant-*", error) from error
+    with folder as name:
+        yield Path(name)
+
+
+def _no_room(path: Path, error: Exception) -> WriteError:
+    return WriteError(
+        f"cannot write {path}: {reason(error)}; converted leaves of a streamed model are kept "
+        "there for a while: make room, or name another folder in TMPDIR"
+    )
+
+
+@dataclass
+class Workspace:
+    """A folder that new leaves of a graph are written to as soon as they are installed.
+
+    Tensors of at least ``smallest`` bytes go to one safetensors file a leaf; scales, biases and
+    the like stay in memory. Raises WriteError where one cannot be written.
+    """
+
+    directory: Path
+    smallest: int = 2**16
+    written: int = field(default=0, repr=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Workspace:
+        return self  # copies of a graph share the folder, and each file is written once
+
+    def keep(self, module: nn.Module) -> None:
+        """Write the large tensors of ``module`` and of its children, and stream them."""
+        for part in module.modules():
+            values = {**part._parameters, **part._buffers}
+            large = {
+                name: value.detach()
+                for name, value in values.items()
+                if value is not None
+                and not value.is_meta
+                and value.numel() * value.element_size() >= self.smallest
+            }
+            if large:
+                self._write(part, large)
+
+    def _write(self, part: nn.Module, large: dict[str, Tensor]) -> None:
+        path = self.directory / f"leaf-{self.written:06}.safetensors"
+        self.written += 1
+        orders = {name: storage_order(value) for name, value in large.items()}
+        stored = {n: v.permute(orders[n]).contiguous() for n, v in large.items()}
+        try:
+            save_file(stored, path)
+        except (OSError, SafetensorError) as error:
+            path.unlink(missing_ok=True)
+            raise _no_room(path, error) from error
+        file = TensorFile.open(path)
+        stream_leaf(
+            part,
+            {n: Source(file, n, v.dtype, v.device, orders[n]) for n, v in large.items()},
+        )

@@ -1,0 +1,70 @@
+"""New leaves in place of old ones: parameters change by replacement, never in place.
+
+A graph shares its storage with the user's model, so what is written into a tensor would reach it.
+"""
+
+from __future__ import annotations
+
+import copy
+
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from fxquant.errors import SchemeError, VerificationError
+from fxquant.ir.graph import ModuleT, install, linear_parameters
+from fxquant.ir.leaves import CodedLinear, Conv1D
+from fxquant.numerics.weight_codes import WeightCodes, min_max_codes
+from fxquant.schemes.specs import TensorSpec
+
+
+def with_parameters(module: ModuleT, **values: Tensor | None) -> ModuleT:
+    """A copy of a leaf whose named parameters are ``values``; all else is shared."""
+    other = copy.copy(module)
+    other._parameters = dict(module._parameters)
+    for name, value in values.items():
+        other._parameters[name] = None if value is None else nn.Parameter(value.detach(), False)
+    return other
+
+
+def install_weight(
+    gm: GraphModule, path: str, weight: Tensor, bias: Tensor | None, origin: str
+) -> None:
+    """Give the linear at ``path`` another weight [N, K], in its own layout, and another bias.
+
+    Raises SchemeError where a repair has chosen the linear's codes: they would be lost.
+    """
+    module = gm.get_submodule(path)
+    if isinstance(module, CodedLinear):
+        raise SchemeError(
+            f"{origin}: {path}: an earlier pass has chosen its codes, and {origin} would change "
+            f"the weight under them; write +{origin} before that pass"
+        )
+    assert isinstance(module.weight, Tensor)
+    stored = weight.t() if isinstance(module, Conv1D) else weight
+    dtype = module.weight.dtype
+    install(
+        gm,
+        path,
+        with_parameters(
+            module,
+            weight=stored.to(dtype).contiguous(),
+            bias=None if bias is None else bias.to(dtype),
+        ),
+    )
+
+
+def site_codes(module: nn.Module, spec: TensorSpec, site: str) -> WeightCodes:
+    """The codes that a repair chose for the site, else its weight rounded to nearest.
+
+    Raises VerificationError if they were chosen for another spec.
+    """
+    weight = linear_parameters(module)[0]
+    if not isinstance(module, CodedLinear):
+        return min_max_codes(weight, spec, site)
+    if module.spec != spec:
+        raise VerificationError(
+            f"quantize: {site}: its codes were chosen for {module.spec}, the scheme asks for {spec}"
+        )
+    # By attribute: streamed buffers are on meta.
+    tensors = {name: getattr(module.codes, name) for name, _ in module.codes.named_buffers()}
+    return WeightCodes.read(tensors, spec, weight.shape[1])

@@ -1,0 +1,81 @@
+"""Token batches, checked against the graph that will read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxquant.errors import CalibrationError, DataError, FxquantError
+from fxquant.ir.graph import GraphInfo
+from fxquant.run.encodings import encoding
+
+# Arrays count as sequences; text does too, and is refused.
+Batch = Tensor | Mapping[str, Any] | Sequence[Any]
+Batches = Iterable[Batch]
+
+
+def model_inputs(batch: Batch, facts: GraphInfo, index: int) -> dict[str, Tensor]:
+    """``{"input_ids": int64 [batch, length], "attention_mask": ...}``, checked.
+
+    Raises CalibrationError naming batch ``index``: wrong type or shape, unknown inputs, ids
+    outside the vocabulary, more positions than the model has.
+    """
+    where = f"batch {index}"
+    given = encoding(batch, where)
+    ids = given["input_ids"]
+    if ids.dim() != 2 or ids.dtype != torch.int64:
+        raise CalibrationError(
+            f"{where}: input_ids must be integers [batch, length], got {ids.dtype} "
+            f"{list(ids.shape)}"
+        )
+    if ids.numel() == 0:
+        raise CalibrationError(f"{where}: input_ids {list(ids.shape)} hold no token")
+    check_ids(ids, facts, where, CalibrationError)
+    mask = given.get("attention_mask")
+    if mask is None:
+        return {"input_ids": ids}
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise CalibrationError(
+            f"{where}: attention_mask {shape} does not fit input_ids {list(ids.shape)}"
+        )
+    check_mask(mask, where)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def check_mask(mask: Tensor, where: str) -> None:
+    """Raise CalibrationError for a mask [batch, length] of anything but 0 and 1 (or bools).
+
+    Other integers, token ids say, would count as attended, and NaN too.
+    """
+    if mask.is_complex() or mask.is_quantized or mask.layout != torch.strided or mask.is_meta:
+        raise CalibrationError(f"{where}: attention_mask must be a dense tensor of 0 and 1")
+    wrong = mask[(mask != 0) & (mask != 1)]
+    if wrong.numel():
+        first = wrong[0].item()
+        ids = " (token ids?)" if not mask.is_floating_point() else ""
+        raise CalibrationError(
+            f"{where}: attention_mask must be 0 (padding) and 1, found {first} at {wrong.numel()} "
+            f"of {mask.numel()} places{ids}"
+        )
+
+
+def check_ids(
+    ids: Tensor, facts: GraphInfo, where: str, error: type[FxquantError] = DataError
+) -> None:
+    """Raise ``error`` for ids outside the vocabulary or rows longer than the positions."""
+    if ids.numel():
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= facts.vocab_size:
+            raise error(
+                f"{where}: token ids {low}..{high} are outside the vocabulary of "
+                f"{facts.vocab_size}: was another model's tokenizer used?"
+            )
+    if facts.max_positions is not None and ids.shape[1] > facts.max_positions:
+        raise error(
+            f"{where}: rows of {ids.shape[1]} tokens, but the model has {facts.max_positions} "
+            "positions; cut shorter windows"
+        )

@@ -1,0 +1,104 @@
+"""Attention that is written out: a softmax between two matmuls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch.fx import GraphModule, Node
+
+from fxquant.errors import ModelError
+from fxquant.ir.blocks import block_of
+from fxquant.ir.graph import LINEAR, LeftInFloat, info, tag, update_info
+from fxquant.ir.operands import op_name
+from fxquant.structure.vocabulary import PRODUCTS, Kind, is_a
+
+# What may stand between the two products: a scale, a mask, a soft cap, the softmax and its casts.
+THROUGH = (
+    *(Kind.SUM, Kind.PRODUCT, Kind.QUOTIENT, Kind.MASK, Kind.CAST, Kind.SQUASH, Kind.PICK),
+    *(Kind.SAME, Kind.SOFTMAX),
+)
+
+
+@dataclass(frozen=True)
+class Product:
+    """One attention: ``scores`` = matmul(q, k^T) and ``output`` = matmul(softmax(...), v), both of
+    [batch, heads, ., .]; ``path`` of the module that they belong to."""
+
+    path: str
+    scores: Node
+    output: Node
+
+
+def attention_products(gm: GraphModule) -> Iterator[Product]:
+    """Every attention that is written out: a softmax between two matmuls, inside a block."""
+    for node in gm.graph.nodes:
+        if is_a(node, Kind.SOFTMAX):
+            scores, output = _backward(node), _forward(node)
+            path = None if output is None else attention_path(gm, output)
+            if scores is not None and output is not None and path is not None:
+                yield Product(path, scores, output)
+
+
+def _is_matmul(node: Node) -> bool:
+    return op_name(node) == "matmul"
+
+
+def _backward(node: Node) -> Node | None:
+    while is_a(node, *THROUGH):
+        source = node.args[1 if op_name(node) == "where" else 0]
+        if not isinstance(source, Node):
+            return None
+        node = source
+    return node if _is_matmul(node) else None
+
+
+def _forward(node: Node) -> Node | None:
+    for user in node.users:
+        if _is_matmul(user) and user.args[0] is node:
+            return user
+        found = _forward(user) if is_a(user, *THROUGH) else None
+        if found is not None:
+            return found
+    return None
+
+
+def attention_path(gm: GraphModule, output: Node) -> str | None:
+    """The parent of the first linear behind ``output``, if that is inside a decoder block."""
+    seen: set[Node] = set()
+    queue = [output]
+    while queue:
+        node = queue.pop(0)
+        if node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), LINEAR):
+            path = str(node.target).rpartition(".")[0]
+            return None if block_of(path, info(gm).blocks) is None else path
+        queue.extend(user for user in node.users if user not in seen)
+        seen.update(node.users)
+    return None
+
+
+def written_out(gm: GraphModule, name: str) -> list[Product]:
+    """Every attention of a model that has some; ModelError, naming pass ``name``, where none is."""
+    found = list(attention_products(gm))
+    if not found:
+        raise ModelError(
+            f"{name}: {info(gm).model}: no attention found in its blocks: a softmax between two "
+            "matmuls of [batch, heads, tokens, ...] (a fused or batched form of its own?)"
+        )
+    return found
+
+
+def recount_products(gm: GraphModule, before: list[LeftInFloat]) -> None:
+    """Put the products that are in float now in place of those that were ``before``."""
+    others = (entry for entry in info(gm).left_in_float if entry not in before)
+    update_info(gm, left_in_float=(*others, *products_in_float(gm)))
+
+
+def products_in_float(gm: GraphModule) -> list[LeftInFloat]:
+    """The products of activations that are no sites, counted by operator."""
+    products: dict[str, int] = {}
+    for node in gm.graph.nodes:
+        if is_a(node, *PRODUCTS) and not tag(node).is_output:
+            products[op_name(node)] = products.get(op_name(node), 0) + 1
+    reason = "products of activations (attention and rotary tables)"
+    return [LeftInFloat(f"{name} x{count}", reason) for name, count in products.items()]
