@@ -24,10 +24,11 @@ from benchmarks.weight_grids import weights_past
 from fxquant.analysis.explanation import explain
 from fxquant.errors import FxquantError
 from fxquant.evaluation.converter import Converter, measure
-from fxquant.evaluation.data import Source, Windows, cut_windows, load_text
+from fxquant.evaluation.data import Source, cut_windows, load_text
 from fxquant.evaluation.models import load_model, versions
 from fxquant.evaluation.outliers import OutlierPlan, plant_outliers
 from fxquant.evaluation.statistics import WindowSums
+from fxquant.evaluation.token_windows import Windows
 from fxquant.files.whole_file import write_text
 from fxquant.schemes.scheme import Scheme
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxquant.errors import FxquantError
-from fxquant.evaluation.data import Windows
 from fxquant.evaluation.overlap import calibrated_windows
 from fxquant.evaluation.perplexity import evaluate
 from fxquant.evaluation.results import Row
 from fxquant.evaluation.statistics import Difference, WindowSums, paired_difference
+from fxquant.evaluation.token_windows import Windows
 from fxquant.ir.graph import GraphInfo, info
 from fxquant.ir.size import bits_per_weight
 from fxquant.pipeline.recording import DrawnBatches

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fxquant.errors import DataError
@@ -19,41 +17,11 @@ from fxquant.evaluation.source import Source as Source
 from fxquant.evaluation.source import load_text as load_text
 from fxquant.evaluation.source import tokenizer_for, tokens
 from fxquant.evaluation.stream import Cuts, Stream
-from fxquant.ir.calibration import Origin, Spans
-from fxquant.pipeline.recording import DrawnBatches
+from fxquant.evaluation.token_windows import Windows
+from fxquant.ir.calibration import Origin
 
 # Tokens of calibration that are drawn at most, and the largest count that means anything.
 MOST: Final = 2**30
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Token windows int64: evaluation [N, L] and calibration [M, L']; M may be 0.
-
-    ``scored`` int64 [N]: how many of each evaluation window's last tokens count. ``places``: where
-    the evaluation windows lie; ``origin``: how the calibration windows were drawn, if any were.
-    """
-
-    evaluation: Tensor
-    calibration: Tensor
-    scored: Tensor
-    protocol: Protocol
-    places: Spans = field(default_factory=Spans)
-    origin: Origin | None = None
-
-    @property
-    def batches(self) -> DrawnBatches | None:
-        """The calibration windows, a batch each, for ``convert``; None where there are none."""
-        if self.origin is None:
-            return None
-        return DrawnBatches(self.calibration.split(1), self.origin)
-
-    @property
-    def digest(self) -> str:
-        """sha256 of the evaluation windows' token ids themselves."""
-        shape, ids = f"{list(self.evaluation.shape)}", self.evaluation.contiguous()
-        digest = hashlib.sha256(shape.encode() + ids.numpy().tobytes())
-        return f"sha256:{digest.hexdigest()}"
 
 
 def check_counts(

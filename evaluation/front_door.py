@@ -17,13 +17,14 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from fxquant.analysis.inputs import as_windows
 from fxquant.errors import DataError
 from fxquant.evaluation import perplexity
-from fxquant.evaluation.data import Windows, cut_windows
+from fxquant.evaluation.data import cut_windows
 from fxquant.evaluation.datasets import check_dataset, open_source
 from fxquant.evaluation.models import versions
 from fxquant.evaluation.overlap import calibrated_windows
 from fxquant.evaluation.protocol import Recipe
 from fxquant.evaluation.source import Source
 from fxquant.evaluation.statistics import Difference, WindowSums, paired_difference
+from fxquant.evaluation.token_windows import Windows
 from fxquant.frontends.tracing import trace
 from fxquant.ir.calibration import calibration_words
 from fxquant.ir.graph import GraphInfo, Level, device_of, float_dtype, info

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from fxquant.checkpoint.manifest import is_checkpoint
 from fxquant.errors import DataError, SchemeError
 from fxquant.evaluation.converter import Converter, measure
-from fxquant.evaluation.data import MOST, Source, Windows, check_counts, cut_windows, load_text
+from fxquant.evaluation.data import MOST, Source, check_counts, cut_windows, load_text
 from fxquant.evaluation.datasets import check_dataset, open_source
 from fxquant.evaluation.models import LoadedModel, check_device, load_model, resolve_dtype, versions
 from fxquant.evaluation.overlap import check_saved_apart
@@ -23,6 +23,7 @@ from fxquant.evaluation.progress import say_finished
 from fxquant.evaluation.provenance import Provenance, architecture
 from fxquant.evaluation.results import Row, prepare_folder, write_results
 from fxquant.evaluation.tables import LEGEND, format_table
+from fxquant.evaluation.token_windows import Windows
 from fxquant.files.locks import check_writable, hold_folder
 from fxquant.ir.graph import Level, float_dtype, info, set_workspace
 from fxquant.ir.streamed import Workspace, workspace_folder

@@ -11,7 +11,7 @@ from fxquant.ir.calibration import Calibration, Origin, Spans, calibration_words
 from fxquant.ir.token_runs import chosen_runs, read_runs, share_known
 
 if TYPE_CHECKING:
-    from fxquant.evaluation.data import Windows
+    from fxquant.evaluation.token_windows import Windows
 
 # Of an evaluation window's runs of tokens that calibration saw in another text: it is a copy.
 COPIED = 0.5

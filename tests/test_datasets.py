@@ -21,11 +21,12 @@ import fxquant
 from fxquant.cli.main import main
 from fxquant.errors import DataError
 from fxquant.evaluation import Job, cut_windows
-from fxquant.evaluation.data import Windows, load_text
+from fxquant.evaluation.data import load_text
 from fxquant.evaluation.datasets import NAMED, open_source, tokenizer_note
 from fxquant.evaluation.job import cut as cut_job
 from fxquant.evaluation.models import LoadedModel
 from fxquant.evaluation.perplexity import evaluate
+from fxquant.evaluation.token_windows import Windows
 from tests.architectures import opt
 from tests.hub_format import (
     ALPHABET,

@@ -21,7 +21,7 @@ from fxquant.analysis.causes import causes_of, shapley
 from fxquant.analysis.effects import EFFECTS
 from fxquant.analysis.parts import CAUSES, Cause, subsets
 from fxquant.analysis.path import first_order, gauss_legendre, integrate
-from fxquant.analysis.results import Explanation
+from fxquant.analysis.report import Explanation
 from fxquant.analysis.sites import LinearSite
 from fxquant.analysis.store import Loss, Store, fingerprint
 from fxquant.analysis.validation import agreement, shared_draw, spearman

@@ -20,10 +20,11 @@ from torch.fx import GraphModule
 import fxquant
 from fxquant.cli.main import main
 from fxquant.errors import DataError
-from fxquant.evaluation.data import Windows, cut_windows
+from fxquant.evaluation.data import cut_windows
 from fxquant.evaluation.overlap import calibrated_windows
 from fxquant.evaluation.protocol import Recipe
 from fxquant.evaluation.source import Source, tokens
+from fxquant.evaluation.token_windows import Windows
 from fxquant.ir.calibration import CalibrationRecord
 from fxquant.ir.graph import info
 from fxquant.ir.token_runs import LENGTH, WINDOW, chosen_runs

@@ -6,4 +6,4 @@ repairs from recipes; it knows no text, no tokenizer and no file format but its 
 
 from fxquant.analysis.explanation import explain as explain
 from fxquant.analysis.planning import plan as plan
-from fxquant.analysis.results import Explanation as Explanation
+from fxquant.analysis.report import Explanation as Explanation

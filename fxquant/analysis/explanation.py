@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -25,7 +27,7 @@ from fxquant.analysis.interruption import kept
 from fxquant.analysis.lab import FLOAT_SETTING, Lab
 from fxquant.analysis.prediction import expected, plain_forward_seconds
 from fxquant.analysis.progress import Progress
-from fxquant.analysis.results import Explanation
+from fxquant.analysis.report import Explanation
 from fxquant.analysis.sites import simulated_sites
 from fxquant.analysis.store import Store, fingerprint
 from fxquant.analysis.study import WORST, Study
@@ -34,7 +36,7 @@ from fxquant.files.locks import check_writable
 from fxquant.frontends.tracing import trace
 from fxquant.recipes.conversion import recipe
 from fxquant.run.batches import Batches
-from fxquant.schemes.scheme import SchemeLike, as_scheme
+from fxquant.schemes.scheme import Scheme, SchemeLike, as_scheme
 
 GROUPED = tuple(f"{effect}:{by}" for effect in EFFECTS for by in ("kinds", "blocks"))
 METHODS = (*EFFECTS, WORST, *GROUPED, "causes", "causes:kinds", "path", "first_order")
@@ -86,9 +88,9 @@ def explain(
     methods = check_request(methods, worst)
     if output is not None:
         check_writable(output)
+    notes: list[str] = []
     graph = model if isinstance(model, GraphModule) else trace(model)
     batches = as_batches(calibration, graph)
-    notes: list[str] = []
     if data is None and batches is not None:
         data = unpadded(batches)
         notes.append("the loss is measured on the calibration batches: no other data were given")
@@ -97,6 +99,37 @@ def explain(
     narrowed = restricted(scheme, sites, graph)
     check_quantizes(narrowed)
     recipe(narrowed, calibration=batches)  # raises where calibration is missing
+    request = _Request(scheme, narrowed, methods, worst, sites, tokenizer, output)
+    return _measured(request, graph, windows, batches, notes, progress)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What was asked for, checked; ``narrowed``: the scheme at the sites that ``sites`` covers."""
+
+    scheme: Scheme
+    narrowed: Scheme
+    methods: tuple[str, ...]
+    worst: int
+    sites: str | None
+    tokenizer: Tokenizer | None
+    output: Path | None
+
+    def decode(self, token: int) -> str:
+        assert self.tokenizer is not None
+        return str(self.tokenizer.decode([token]))
+
+
+def _measured(
+    asked: _Request,
+    graph: GraphModule,
+    windows: tuple[Tensor, ...],
+    batches: list[dict[str, Tensor]] | None,
+    notes: list[str],
+    progress: bool | None,
+) -> Explanation:
+    """Say the cost, calibrate, run the study."""
+    narrowed, methods, worst = asked.narrowed, asked.methods, asked.worst
     plain = Lab(graph, windows)
     forward_seconds = plain_forward_seconds(plain)
     cost = expected(graph, narrowed, methods, worst, plain.tokens_in, batches)
@@ -105,7 +138,7 @@ def explain(
     with shown.step("calibration", 1):
         observed = observed_graph(graph, narrowed, batches, progress is not False)
     tensors = [value for batch in batches or () for _, value in sorted(batch.items())]
-    with Store(output, fingerprint(observed, [*windows, *tensors], str(narrowed))) as store:
+    with Store(asked.output, fingerprint(observed, [*windows, *tensors], str(narrowed))) as store:
         study = Study(
             lab=Lab(observed, windows),
             sites=simulated_sites(observed, narrowed),
@@ -113,12 +146,12 @@ def explain(
             store=store,
             progress=shown,
             forward_seconds=forward_seconds,
-            decode=None if tokenizer is None else lambda token: str(tokenizer.decode([token])),
+            decode=None if asked.tokenizer is None else asked.decode,
             notes=notes,
         )
-        unrepaired = plain.loss(FLOAT_SETTING) if scheme.repairs else None
+        unrepaired = plain.loss(FLOAT_SETTING) if asked.scheme.repairs else None
         with kept(store):
-            return study.run(methods, worst, str(scheme), sites, unrepaired)
+            return study.run(methods, worst, str(asked.scheme), asked.sites, unrepaired)
 
 
 def check_request(methods: str | Sequence[str], worst: int) -> tuple[str, ...]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from tabulate import tabulate
 
 from fxquant.analysis.announcement import left_out, run_text
 from fxquant.analysis.channels import Channel, Token
 from fxquant.analysis.parts import CAUSES
-from fxquant.analysis.results import Explanation, GroupFigures, SiteFigures, is_ranked
+from fxquant.analysis.results import Findings, GroupFigures, SiteFigures, is_ranked
 
 _WORST = 12
 _DETAILED = 3
@@ -20,12 +21,20 @@ _SITES_LEGEND = (
 )
 
 
-def report(found: Explanation) -> str:
+@dataclass(frozen=True)
+class Explanation(Findings):
+    """Where the loss comes from. ``print`` gives the report, ``to_dict`` plain data."""
+
+    def __str__(self) -> str:
+        return report(self)
+
+
+def report(found: Findings) -> str:
     """The whole report, tables in GitHub's form."""
     return "\n\n".join(_sections(found))
 
 
-def _sections(found: Explanation) -> Iterator[str]:
+def _sections(found: Findings) -> Iterator[str]:
     yield _head(found)
     if found.causes is not None:
         yield "Causes (exact Shapley values, nats a token)\n" + _table(
@@ -65,7 +74,7 @@ def _sections(found: Explanation) -> Iterator[str]:
         yield "\n".join(found.notes)
 
 
-def _head(found: Explanation) -> str:
+def _head(found: Findings) -> str:
     where = f" at sites {found.sites_pattern}" if found.sites_pattern else ""
     count, longest = found.windows
     shortest = found.shortest_window
@@ -86,7 +95,7 @@ def _first(group: GroupFigures, method: str) -> float:
     return group.sums.get(method, group.measured.get(f"{method}:blocks", 0.0))
 
 
-def _ranked(found: Explanation) -> str:
+def _ranked(found: Findings) -> str:
     """How many sites have the figure that ranks them, where not all have."""
     count = sum(is_ranked(site, found.ranking) for site in found.sites)
     if count == len(found.sites):
@@ -113,7 +122,7 @@ def _groups(groups: Iterable[GroupFigures]) -> str:
     return _table(body, ["", "sites", *headers])
 
 
-def _sites(found: Explanation) -> str:
+def _sites(found: Findings) -> str:
     methods = list(dict.fromkeys(name for site in found.sites for name in site.effects))
     with_path = found.path is not None and found.path.refused is None
     body = []
@@ -168,7 +177,7 @@ def _carried(item: Channel | Token) -> str:
     return f"{item.blame:.0%} of the blame, {item.share:.1%} of the energy{effect}"
 
 
-def _path(found: Explanation) -> str:
+def _path(found: Findings) -> str:
     path = found.path
     assert path is not None
     text = (
@@ -178,7 +187,7 @@ def _path(found: Explanation) -> str:
     return text if path.refused is None else f"{text}\npath is not presented: {path.refused}"
 
 
-def validation_table(found: Explanation) -> str:
+def validation_table(found: Findings) -> str:
     """Rank correlation, share of common worst sites and relative error of each cheap figure."""
     return _table(
         [
@@ -196,7 +205,7 @@ def validation_table(found: Explanation) -> str:
     )
 
 
-def _costs(found: Explanation) -> str:
+def _costs(found: Findings) -> str:
     body = [
         [name, f"{cost.forwards:.1f}", f"{cost.measured_forwards:.1f}", f"{cost.seconds:.1f}"]
         for name, cost in found.costs.items()

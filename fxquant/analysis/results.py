@@ -101,8 +101,8 @@ class MethodCost:
 
 
 @dataclass(frozen=True)
-class Explanation:
-    """Where the loss comes from. ``print`` gives the report, ``to_dict`` plain data.
+class Findings:
+    """Where the loss comes from; ``to_dict`` gives plain data.
 
     ``delta_loss`` = loss_quantized - loss_float, where float is the graph after the scheme's
     repairs; ``loss_unrepaired`` is the model's own loss. ``ranking`` names the figure by which
@@ -152,11 +152,6 @@ class Explanation:
         plain = _plain(data)
         assert isinstance(plain, dict)
         return plain
-
-    def __str__(self) -> str:
-        from fxquant.analysis.report import report
-
-        return report(self)
 
 
 def rank_value(site: SiteFigures, ranking: str) -> float:

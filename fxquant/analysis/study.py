@@ -35,9 +35,9 @@ from fxquant.analysis.lab import FLOAT_SETTING, Cuts, Lab, setting
 from fxquant.analysis.local import local_figures
 from fxquant.analysis.parts import EVERY_PART, Cause, Parts
 from fxquant.analysis.progress import Advance, Progress
+from fxquant.analysis.report import Explanation
 from fxquant.analysis.results import (
     BY_MSE,
-    Explanation,
     GroupFigures,
     MethodCost,
     PathFigures,

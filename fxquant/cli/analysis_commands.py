@@ -27,10 +27,10 @@ from fxquant.cli.arguments import (
     window_count,
 )
 from fxquant.cli.signals import INTERRUPTED, signal_name
-from fxquant.evaluation.data import Windows
 from fxquant.evaluation.job import check_job, check_windows, cut, make_provenance, open_sources
 from fxquant.evaluation.models import LoadedModel, load_model
 from fxquant.evaluation.provenance import Provenance
+from fxquant.evaluation.token_windows import Windows
 from fxquant.files.locks import hold_folder
 from fxquant.files.whole_file import write_text
 from fxquant.ir.calibration import CalibrationRecord

@@ -1,0 +1,42 @@
+"""Windows of tokens: what a text was cut into, and how."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from fxquant.evaluation.protocol import Protocol
+from fxquant.ir.calibration import Origin, Spans
+from fxquant.pipeline.recording import DrawnBatches
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token windows int64: evaluation [N, L] and calibration [M, L']; M may be 0.
+
+    ``scored`` int64 [N]: how many of each evaluation window's last tokens count. ``places``: where
+    the evaluation windows lie; ``origin``: how the calibration windows were drawn, if any were.
+    """
+
+    evaluation: Tensor
+    calibration: Tensor
+    scored: Tensor
+    protocol: Protocol
+    places: Spans = field(default_factory=Spans)
+    origin: Origin | None = None
+
+    @property
+    def batches(self) -> DrawnBatches | None:
+        """The calibration windows, a batch each, for ``convert``; None where there are none."""
+        if self.origin is None:
+            return None
+        return DrawnBatches(self.calibration.split(1), self.origin)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the evaluation windows' token ids themselves."""
+        shape, ids = f"{list(self.evaluation.shape)}", self.evaluation.contiguous()
+        digest = hashlib.sha256(shape.encode() + ids.numpy().tobytes())
+        return f"sha256:{digest.hexdigest()}"
