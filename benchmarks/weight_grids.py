@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default=MODEL)
     options = parser.parse_args()
     loaded = load_model(options.model)
-    graph = NameSites()(loaded.traced())
+    graph = NameSites()(loaded.graph)
     linears = [
         linear_parameters(graph.get_submodule(str(node.target)))[0].float()
         for site, node in linear_sites(graph)

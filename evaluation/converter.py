@@ -49,7 +49,7 @@ def measure(
     )
     sums = measured.sums
     if reference is None:
-        change = Difference(0.0 if converter.starts_float else math.nan, None)
+        change = Difference(math.nan if converter.as_it_is else 0.0, None)
     else:
         change = paired_difference(sums, reference)
     found = info(converted).calibration
@@ -76,18 +76,14 @@ class Converter:
     """Converts one float graph to many schemes; calibrates once for all that observe alike.
 
     ``calibration``: windows int64 [M, L], or batches of them; ``cache``: a folder for finished
-    blocks of the repairs that keep them.
+    blocks of the repairs that keep them; ``as_it_is``: a saved graph, which is its own scheme's.
     """
 
     graph: GraphModule
     calibration: Tensor | DrawnBatches | None
     cache: Path | None = None
+    as_it_is: bool = False
     observed: dict[frozenset[str], GraphModule] = field(default_factory=dict)
-
-    @property
-    def starts_float(self) -> bool:
-        """Whether the graph is as trace made it; a saved one may be anything."""
-        return not info(self.graph).history
 
     def _batches(self) -> Batches | None:
         if isinstance(self.calibration, Tensor):
@@ -95,8 +91,8 @@ class Converter:
         return self.calibration
 
     def convert(self, scheme: Scheme) -> GraphModule:
-        if not self.starts_float:
-            return self.graph  # a saved graph: quantized already
+        if self.as_it_is:
+            return self.graph
         if not scheme.needs_calibration or scheme.repairs:
             return conversion.convert(
                 self.graph,

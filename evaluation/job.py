@@ -17,7 +17,14 @@ from fxquant.errors import DataError, SchemeError
 from fxquant.evaluation.converter import Converter, measure
 from fxquant.evaluation.data import MOST, Source, check_counts, cut_windows, load_text
 from fxquant.evaluation.datasets import check_dataset, open_source
-from fxquant.evaluation.models import LoadedModel, check_device, load_model, resolve_dtype, versions
+from fxquant.evaluation.models import (
+    LoadedModel,
+    check_device,
+    check_float,
+    load_model,
+    resolve_dtype,
+    versions,
+)
 from fxquant.evaluation.overlap import check_saved_apart
 from fxquant.evaluation.progress import say_finished
 from fxquant.evaluation.provenance import Provenance, architecture
@@ -94,12 +101,13 @@ def _run(job: Job, schemes: list[Scheme], say: Callable[[str], None]) -> Outcome
         job.model, dtype=job.dtype, device=job.device, revision=job.revision, streamed=job.stream
     )
     windows = cut(job, source, other, loaded)
-    torch.manual_seed(job.seed)
     graph = loaded.graph
+    torch.manual_seed(job.seed)
     check_windows(windows, graph)
     provenance = make_provenance(job, loaded, graph, source, windows)
     if isinstance(loaded.model, GraphModule):
-        schemes = [Scheme.parse(info(graph).scheme)]
+        if not job.schemes:
+            schemes = [Scheme.parse(info(graph).scheme)]
         if not job.allow_overlap:
             check_saved_apart(info(graph).calibration, windows, job.model)
     with workspace_for(graph, job.stream):
@@ -191,13 +199,11 @@ def check_windows(windows: Windows, graph: GraphModule) -> None:
 
 
 def check_saved(job: Job) -> None:
-    """Raise DataError where schemes and model do not go together: a saved graph has its own."""
-    saved = is_checkpoint(Path(job.model))
-    if saved and job.schemes:
-        raise DataError(
-            f"{job.model} is a saved graph, which has its scheme: omit --schemes to evaluate it"
-        )
-    if not saved and not job.schemes:
+    """Raise DataError where no scheme is given and the model has none of its own, ModelError where
+    schemes are given and it is quantized already."""
+    if job.schemes:
+        check_float(job.model)
+    elif not is_checkpoint(Path(job.model)):
         raise DataError("give --schemes, such as w8 w8a8-static (only a saved graph has its own)")
 
 
@@ -227,7 +233,7 @@ def _rows(
     say: Callable[[str], None],
 ) -> Outcome:
     rows: list[Row] = []
-    converter = Converter(graph, windows.batches, job.cache)
+    converter = Converter(graph, windows.batches, job.cache, as_it_is=not job.schemes)
 
     def keep(complete: bool) -> None:
         if job.output is not None:
@@ -275,7 +281,7 @@ def make_provenance(
     """What made the job's numbers, with what the graph it starts from was calibrated on."""
     facts = info(graph)
     origins = [each.origin for each in facts.calibration or ()]
-    saved = isinstance(loaded.model, GraphModule)
+    saved = facts.level != Level.FLOAT
     seeds = {None if origin is None else origin.seed for origin in origins}
     made = Provenance(
         model=loaded.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -16,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fxquant.checkpoint.manifest import is_checkpoint
-from fxquant.checkpoint.save_load import load
+from fxquant.checkpoint.save_load import load, saved_facts
 from fxquant.errors import ModelError
 from fxquant.evaluation.gguf import read_weights, write_weights
 from fxquant.evaluation.kept_folder import is_intact, keep
@@ -26,12 +27,21 @@ from fxquant.frontends.pretrained import read_config, read_gguf, read_model, rea
 from fxquant.frontends.streaming import stream
 from fxquant.frontends.tracing import trace
 from fxquant.ir.calibration import versions as versions
-from fxquant.ir.graph import info, update_info
+from fxquant.ir.graph import info, lowered_already, update_info
 
 PACKAGE_PREFIX = "package:"
 # What save_pretrained of any tokenizer writes: one of these.
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def check_float(name: str) -> None:
+    """Raise ModelError where ``name`` is a saved graph that no scheme can start from, before any
+    other work."""
+    directory = Path(name)
+    already = lowered_already(saved_facts(directory)) if is_checkpoint(directory) else ""
+    if already:
+        raise ModelError(f"{name}: {already}")
 
 
 @dataclass(frozen=True)
@@ -49,13 +59,11 @@ class LoadedModel:
     config: PretrainedConfig
     weights: str = ""
 
-    @property
+    @functools.cached_property
     def graph(self) -> GraphModule:
-        """The model as a graph: traced, or as it was saved."""
-        return self.model if isinstance(self.model, GraphModule) else self.traced()
-
-    def traced(self) -> GraphModule:
-        """The model as a float graph that knows its weights' past; raises as ``trace`` does."""
+        """The model as a graph, as it was saved, or traced once; raises as ``trace`` does."""
+        if isinstance(self.model, GraphModule):
+            return self.model
         graph = trace(self.model)
         update_info(graph, weights=self.weights)
         return graph

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import fxquant
+from benchmarks import rooms_table
 
 ROOT = Path(__file__).parent.parent
 # Each room may import the rooms before it and its own members.
@@ -231,3 +232,11 @@ def test_a_forgotten_package_is_noticed(checkout: Path) -> None:
     assert packages(checkout) - declared(checkout) == {"fxquant.numerics.forgotten"}
     missing = set(expected_in_wheel(checkout)) - set(wheel_of(checkout))
     assert missing == {"fxquant/numerics/forgotten/__init__.py"}
+
+
+def test_the_map_shows_every_room() -> None:
+    """``python -m benchmarks.rooms_table`` writes docs/README.md's table from the docstrings."""
+    page = rooms_table.PAGE.read_text(encoding="utf-8")
+    assert rooms_table.rendered(page) == page
+    shown = {room.removeprefix("../").replace("/", ".") for room in rooms_table.ROOMS}
+    assert shown == {name.removeprefix("fxquant.") for name in packages(ROOT)} - {"fxquant"}

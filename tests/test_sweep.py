@@ -21,7 +21,7 @@ import pytest
 
 import fxquant
 from fxquant.cli.main import main
-from fxquant.errors import DataError, FxquantError, SchemeError, TracingError
+from fxquant.errors import DataError, FxquantError, ModelError, SchemeError, TracingError
 from fxquant.evaluation import Job, converter, models, run
 from fxquant.evaluation import sweep as sweep_module
 from fxquant.evaluation.comparison import format_results, groups
@@ -423,7 +423,7 @@ def test_many_processes_are_refused(
 def test_a_saved_graph_is_refused_before_any_work(tmp_path: Path) -> None:
     graph = fxquant.convert(fxquant.trace(small_opt()[0]), "w8")
     fxquant.save(graph, tmp_path / "saved")
-    with pytest.raises(DataError, match="is a saved graph, which has its scheme"):
+    with pytest.raises(ModelError, match="saved: the graph is quantized already"):
         swept(replace(sweep(), models=(str(tmp_path / "saved"),)), tmp_path / "results.jsonl")
     assert not (tmp_path / "results.jsonl").exists()
 

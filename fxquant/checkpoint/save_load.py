@@ -8,6 +8,7 @@ config.json, tokenizer     as the Hugging Face model has them
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fxquant.checkpoint.dataclass_json import to_json
+from fxquant.checkpoint.dataclass_json import from_json, to_json
 from fxquant.checkpoint.graph_json import encode_node
 from fxquant.checkpoint.manifest import check_manifest, is_checkpoint, read_regular, write_manifest
 from fxquant.checkpoint.module_json import encode_module
@@ -33,7 +34,7 @@ from fxquant.checkpoint.saved_names import check_path
 from fxquant.checkpoint.target import saving
 from fxquant.errors import CheckpointError, FxquantError
 from fxquant.files.tensor_file import storage_order
-from fxquant.ir.graph import info
+from fxquant.ir.graph import GraphInfo, info
 from fxquant.ir.streamed import sources_of
 
 GRAPH, CONFIG = "graph.json", "config.json"
@@ -108,13 +109,34 @@ def load(
     listed = check_manifest(source)
     if GRAPH not in listed:
         raise CheckpointError(f"{source}: its manifest lists no {GRAPH}; save it again")
-    try:
+    with _describing(source):
         text = read_regular(source / GRAPH, listed[GRAPH])
         data = check_fields(json.loads(text, object_pairs_hook=_unique))
         weights = [source / name for name in listed if name.endswith(".safetensors")]
         # Checked on the CPU, then moved as a whole; streamed tensors are read to the device.
         first = first if stream else torch.device("cpu")
         gm = decode_graph(data, Files(weights, data, first, stream))
+    return gm if stream else gm.to(device)
+
+
+def saved_facts(directory: Path) -> GraphInfo:
+    """What a saved graph says of itself, without a look at its tensors, which only ``load`` checks.
+
+    Raises CheckpointError where that cannot be read.
+    """
+    with _describing(directory):
+        data = check_fields(json.loads(read_regular(directory / GRAPH)))
+        facts = from_json(GraphInfo, data["info"])
+        check_info(facts)
+    assert isinstance(facts, GraphInfo)
+    return facts
+
+
+@contextlib.contextmanager
+def _describing(source: Path) -> Iterator[None]:
+    """What reading a graph's description raises, as a CheckpointError that names its file."""
+    try:
+        yield
     except FxquantError as error:
         raise CheckpointError(f"{source / GRAPH}: {error}; save it again") from error
     except _MALFORMED as error:
@@ -122,7 +144,6 @@ def load(
             f"{source / GRAPH} does not describe a valid graph: {type(error).__name__}: {error}; "
             "save it again"
         ) from error
-    return gm if stream else gm.to(device)
 
 
 # What well-typed code raises when the JSON has another shape than `save` writes.

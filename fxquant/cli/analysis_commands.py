@@ -28,7 +28,7 @@ from fxquant.cli.arguments import (
 )
 from fxquant.cli.signals import INTERRUPTED, signal_name
 from fxquant.evaluation.job import check_job, check_windows, cut, make_provenance, open_sources
-from fxquant.evaluation.models import LoadedModel, load_model
+from fxquant.evaluation.models import LoadedModel, check_float, load_model
 from fxquant.evaluation.provenance import Provenance
 from fxquant.evaluation.token_windows import Windows
 from fxquant.files.locks import hold_folder
@@ -168,10 +168,11 @@ def _load(options: argparse.Namespace, reads: bool) -> Material:
     """The model, its graph, windows; the text is read first, since it fails sooner."""
     job = job_of(options, tuple(filter(None, [getattr(options, "scheme", None)])))
     check_job(job)
+    check_float(job.model)
     source, other = open_sources(job)
     loaded = load_model(job.model, dtype=job.dtype, device=job.device, revision=job.revision)
     windows = cut(job, source, other, loaded)
-    graph = loaded.traced()
+    graph = loaded.graph
     check_windows(windows, graph)
     read = windows.batches if reads else None
     calibration = () if read is None else (record_of(read, graph, options.command_name),)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fxquant.cli.arguments import job_of
 from fxquant.evaluation.job import check_job, cut, open_sources
-from fxquant.evaluation.models import load_model
+from fxquant.evaluation.models import check_float, load_model
 from fxquant.ir.graph import set_workspace
 from fxquant.ir.streamed import Workspace
 from fxquant.pipeline.pipeline import AfterPass
@@ -42,6 +42,7 @@ def convert_as_asked(
     scheme = as_scheme(options.scheme)
     job = job_of(options, (options.scheme,))
     check_job(job)
+    check_float(job.model)
     available = [Tensor()] if job.calibration_windows else None
     conversion.recipe(scheme, calibration=available, level=options.level, cache=job.cache)
     calibrates = bool(job.calibration_windows and reads_calibration(scheme))
@@ -58,7 +59,7 @@ def convert_as_asked(
         after_pass=after_pass,
         cache=job.cache,
     )
-    graph = loaded.traced()
+    graph = loaded.graph
     if job.stream and workspace is not None:
         set_workspace(graph, Workspace(workspace))
     return Converted(conversion.convert(graph, scheme, pipeline=pipeline), loaded.tokenizer)

@@ -6,6 +6,10 @@ import argparse
 import json
 from pathlib import Path
 
+from torch.fx import GraphModule
+
+from fxquant.checkpoint.manifest import is_checkpoint
+from fxquant.checkpoint.save_load import load
 from fxquant.cli.arguments import (
     add_held_out_arguments,
     add_model_arguments,
@@ -14,6 +18,7 @@ from fxquant.cli.arguments import (
 )
 from fxquant.cli.convert_command import check_names
 from fxquant.cli.converting import convert_as_asked
+from fxquant.errors import DataError
 from fxquant.inspection.inspection import Inspection, inspect
 from fxquant.recipes.conversion import LEVELS
 
@@ -21,7 +26,8 @@ from fxquant.recipes.conversion import LEVELS
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument(
-        "--scheme", required=True, help="such as w8a8-static, or FILE.json: docs/schemes.md"
+        "--scheme",
+        help="such as w8a8-static, or FILE.json: docs/schemes.md; none: a saved graph as it is",
     )
     parser.add_argument("--level", default="integer", choices=LEVELS, help="where to stop")
     add_text_arguments(parser)
@@ -42,12 +48,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    check_names([options.diff] if options.diff else [], options)
-    found = inspect(convert_as_asked(options, None).graph)
+    if options.scheme is None:
+        found = inspect(_saved(options))
+    else:
+        check_names([options.diff] if options.diff else [], options)
+        found = inspect(convert_as_asked(options, None).graph)
     print(render(found, options))
     if options.dot is not None:
         found.write_dot(options.dot, options.layer or 0)
     return 0
+
+
+def _saved(options: argparse.Namespace) -> GraphModule:
+    if not is_checkpoint(Path(options.model)):
+        raise DataError(
+            f"{options.model} is no saved graph: give --scheme, such as w8a8-static, to see what "
+            "it becomes (fp: the traced model)"
+        )
+    return load(options.model, options.device)
 
 
 def render(found: Inspection, options: argparse.Namespace) -> str:

@@ -196,7 +196,7 @@ def test_models_are_loaded_in_one_place_and_without_their_code() -> None:
     files = [p for d in ("fxquant", "passes", "evaluation", "benchmarks") for p in
              (ROOT / d).rglob("*.py")]  # fmt: skip
     assert len(files) > 100
-    door = ROOT / "fxquant" / "pretrained.py"
+    door = ROOT / "fxquant" / "frontends" / "pretrained.py"
     loads = {"from_pretrained", "from_config", "_from_config", "register_for_auto_class"}
     for path in files:
         found = [call for call in calls(path) if call.func.attr in loads]  # type: ignore[attr-defined]
