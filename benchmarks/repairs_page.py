@@ -1,9 +1,9 @@
 """docs/repairs_measured.md as text: prose whose figures are looked up in the data, then all rows.
 
-The prose is benchmarks/repairs_page.template.md. In it ``{{smollm2 | w4+gptq | +.2f}}`` is the loss
-difference of that row, ``{{smollm2 | w4+gptq | worst_kind_rescue | +.2f}}`` another field of it,
-``{{cost | ours layer | wall | .0f}}`` seconds of benchmarks/gptq_cost.json, and ``{{tables}}`` stands
-where the tables go.
+The prose is benchmarks/repairs_page.template.md. In it ``{{smollm2 | w4+gptq | +.2f}}`` is the
+loss difference of that row, ``{{smollm2 | w4+gptq | worst_kind_rescue | +.2f}}`` another field of
+it, and ``{{cost | ours layer | wall | .0f}}`` seconds of benchmarks/gptq_cost.json; ``{{tables}}``
+stands where the tables go.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final
 
 from fxquant.evaluation.decoding import decode
@@ -100,13 +99,8 @@ class Journal:
         self.results = _latest(self._file.__enter__().lines)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._file.__exit__(kind, error, trace)
+    def __exit__(self, *raised: object) -> None:
+        self._file.__exit__(*raised)
 
     def append(self, result: Result) -> None:
         """Keep a result; on return it is on the disk. Where it cannot be kept (WriteError) it is

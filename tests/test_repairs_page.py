@@ -32,7 +32,8 @@ def test_prose_and_table_take_a_figure_from_the_data() -> None:
     changed = copy.deepcopy(DATA_NOW)
     changed["rows"][SMOLLM2]["w4+gptq"]["delta_loss"] = 7.25
     text = page(SUBJECTS, changed, COST_NOW)
-    assert "+7.2500 ±" in text and "to +7.25, with `order=static`" in " ".join(text.split())
+    assert "+7.2500 ±" in text
+    assert "to +7.25, with `order=static`" in " ".join(text.split())
 
 
 def test_what_was_not_measured_is_said_so() -> None:

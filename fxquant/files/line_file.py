@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from fxquant.errors import DataError, WriteError
@@ -132,12 +131,7 @@ class LineFile(Generic[T]):
         if torn:
             os.ftruncate(self._handle, self._size)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._handle = None
         self._open.close()
 
