@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -39,13 +38,8 @@ def tensor_types(file: Path) -> dict[str, int]:
 
 
 def write_weights(file: Path, folder: Path) -> None:
-    """Keep the tensor types of ``file`` in ``folder``, once; nothing without gguf installed."""
-    target = folder / WEIGHTS
-    if target.exists() or importlib.util.find_spec("gguf") is None:
-        return
-    partial = target.with_name(f".{WEIGHTS}.partial")
-    partial.write_text(json.dumps(tensor_types(file), indent=1) + "\n", encoding="utf-8")
-    partial.replace(target)
+    """Keep the tensor types of ``file`` in ``folder``; gguf has to be installed."""
+    (folder / WEIGHTS).write_text(json.dumps(tensor_types(file), indent=1) + "\n", encoding="utf-8")
 
 
 def read_weights(folder: Path) -> str:

@@ -25,9 +25,9 @@ from fxquant.files.doors import printable
 from fxquant.frontends.hub import hub_is_reachable
 from fxquant.frontends.pretrained import read_config, read_gguf, read_model, read_tokenizer
 from fxquant.frontends.streaming import stream
-from fxquant.frontends.tracing import trace
+from fxquant.frontends.tracing import WEIGHTS_WERE, trace
 from fxquant.ir.calibration import versions as versions
-from fxquant.ir.graph import info, lowered_already, update_info
+from fxquant.ir.graph import info, lowered_already
 
 PACKAGE_PREFIX = "package:"
 # What save_pretrained of any tokenizer writes: one of these.
@@ -64,9 +64,7 @@ class LoadedModel:
         """The model as a graph, as it was saved, or traced once; raises as ``trace`` does."""
         if isinstance(self.model, GraphModule):
             return self.model
-        graph = trace(self.model)
-        update_info(graph, weights=self.weights)
-        return graph
+        return trace(self.model)
 
 
 def model_directory(name: str) -> Path:
@@ -112,8 +110,10 @@ def load_model(
     model = read_model(source, dtype=torch_dtype, revision=revision, offline=offline)
     model.config._name_or_path = name  # not the cache's folder
     found = weights_hash(directory) if directory.is_dir() else model.config._commit_hash
+    weights = _weights(name, directory)
+    setattr(model, WEIGHTS_WERE, weights)
     model = model.to(device).eval()
-    return LoadedModel(model, tokenizer, name, str(found), model.config, _weights(name, directory))
+    return LoadedModel(model, tokenizer, name, str(found), model.config, weights)
 
 
 def _load_saved(directory: Path, dtype: str, device: str, streamed: bool) -> LoadedModel:
@@ -145,6 +145,7 @@ def _open_streamed(
     )
     model.config._name_or_path = name
     weights = _weights(name, directory)
+    setattr(model, WEIGHTS_WERE, weights)
     return LoadedModel(model, tokenizer, name, weights_hash(directory), config, weights)
 
 
@@ -219,7 +220,6 @@ def package_model(distribution: str) -> Path:
     target = cache_root() / f"{files[0].stem}-{file_hash(files[0])[:16]}"
     if not is_intact(target):
         _convert_gguf(files[0], target)
-    write_weights(files[0], target)
     return target
 
 
@@ -238,3 +238,4 @@ def _convert_gguf(source: Path, target: Path) -> None:
     with keep(target) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        write_weights(source, partial)

@@ -131,3 +131,10 @@ def test_each_table_says_what_it_counts(capsys: pytest.CaptureFixture[str], tmp_
     assert "outside: share of the calibration's elements outside" in inspected
     assert "clipped" not in inspected
     assert "stored in the blocks' linears: codes, scales and zero points" in inspected
+
+
+def test_a_plain_trace_says_what_the_weights_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "dequantized from GGUF: 100.00% Q4_1"
+    monkeypatch.setattr("fxquant.evaluation.models._weights", lambda *_: words)
+    loaded = load_model(str(SMALL_OPT))
+    assert info(trace(loaded.model)).weights == loaded.weights == words

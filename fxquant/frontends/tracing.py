@@ -237,6 +237,10 @@ def _path_of(model: nn.Module, wanted: nn.Module | None) -> str | None:
     return next((name for name, module in model.named_modules() if module is wanted), None)
 
 
+# What a loader sets on a model whose float weights were coarser before; see GraphInfo.weights.
+WEIGHTS_WERE = "fxquant_weights_were"
+
+
 def _describe(model: PreTrainedModel) -> GraphInfo:
     config = model.config.get_text_config()
     embedding = model.get_input_embeddings()
@@ -251,6 +255,7 @@ def _describe(model: PreTrainedModel) -> GraphInfo:
         float_bytes=bytes_by_dtype((*model.parameters(), *model.buffers())),
         config=str(model.config.to_json_string(use_diff=False)),
         calibration=(),
+        weights=getattr(model, WEIGHTS_WERE, ""),
     )
 
 
