@@ -64,7 +64,7 @@ _TEXTS: dict[str, tuple[str, ...]] = {
 }
 _NAME_A_GRID = {f"fxquant.{name}.default" for name in ("choose_scale", "quantize_to", "decode")}
 _EQUATION = re.compile(r"[A-Za-z ]+,?[A-Za-z ]*->[A-Za-z ]*")  # at most two operands of einsum
-_LARGEST, _NESTING = 2**63, 6
+_LARGEST, _NESTING, _NODES = 2**63, 6, 100_000
 # Functions of models that the tracer keeps whole: imported only where a graph calls them.
 _OF_MODELS = ("transformers.models.gptj.modeling_gptj.get_embed_positions",)
 
@@ -110,6 +110,8 @@ def decode_nodes(data: object) -> Graph:
     nodes: dict[str, Node] = {}
     if not isinstance(data, list):
         raise CheckpointError("the nodes are not a list")
+    if len(data) > _NODES:
+        raise CheckpointError(f"{len(data)} nodes, no model has more than {_NODES}")
     for number, encoded in enumerate(data):
         if not (isinstance(encoded, list) and len(encoded) == 6):
             raise CheckpointError(f"node {number} is not [op, name, target, args, kwargs, tag]")

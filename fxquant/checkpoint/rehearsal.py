@@ -1,4 +1,4 @@
-"""A loaded graph run once on shapes alone, before any code is generated from it.
+"""A loaded graph run on shapes alone, before any code is generated from it.
 
 Every node is executed on fake tensors (no memory, no data) under a guard, so that a file whose
 nodes do anything but compute tensors of a bounded size is refused with the node's name: arithmetic
@@ -12,6 +12,7 @@ import contextlib
 import logging
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,24 +20,40 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from fxquant.checkpoint.size_numbers import SEQUENCES, Bound, check_numbers
 from fxquant.errors import CheckpointError
 from fxquant.ir.leaves import Conv1D
 from fxquant.ir.levels import OPS
 from fxquant.numerics.quantization import group_count
 
-BATCH, LENGTH = 2, 5
-_BITS = 256  # of a product of sizes: five of them have less
-_EXPONENT = 64
-_ITEMS = 2**14  # in a tuple: splits, groups
+_FIRST, _SECOND, _LONG = (2, 5), (3, 7), 2**11  # batch and length; a length where none is given
+_DEPTH = 6
+_ITEMS = 2**14  # in a tuple with all that it holds: splits, groups
 _LEAST = 2**22  # elements that any graph may make
-_SEQUENCES = (torch.Size, tuple, list)
 _PLAIN = (bool, float, type(None), torch.dtype, torch.device, torch.finfo)
-_NUMBERS = (int, float, bool)
 _PRODUCTS = {
     *(nn.functional.linear, torch.matmul, torch.bmm, torch.mm, torch.baddbmm, torch.outer),
     *(operator.matmul, nn.functional.scaled_dot_product_attention),
 }
-_GROWING = (operator.mul, operator.pow, operator.lshift)
+_PIECES = {"unbind", "split", "chunk"}
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What get_attr and call_module nodes may reach, fake, by path."""
+
+    tensors: Mapping[str, Tensor]
+    leaves: Mapping[str, nn.Module]
+
+    @property
+    def largest(self) -> int:
+        """Elements that one value may have for a few tokens."""
+        return 8 * max(_LEAST, *(value.numel() for value in self.tensors.values()), 0)
+
+    @property
+    def together(self) -> int:
+        """Elements that all values in use at one time may have for a few tokens."""
+        return 2 * self.largest + 4 * sum(value.numel() for value in self.tensors.values())
 
 
 @torch.no_grad()
@@ -48,35 +65,77 @@ def rehearse(
 ) -> None:
     """Run ``graph`` on fakes; CheckpointError names the first node that does more than compute.
 
-    Within a FakeTensorMode.
+    Within a FakeTensorMode. Two small inputs and the longest one are tried: what a node makes may
+    grow with batch * length**2, as attention does, and no faster.
 
     Args:
         tensors, leaves: what get_attr and call_module nodes may reach, fake, by path.
         max_positions: the longest sequence, None if there is no limit.
     """
-    length = min(LENGTH, max_positions or LENGTH)
-    ids = torch.zeros(BATCH, length, dtype=torch.int64)
-    inputs = {"input_ids": ids, "attention_mask": ids.clone()}
-    largest = max((value.numel() for value in tensors.values()), default=0)
-    limit = 8 * max(_LEAST, largest)
-    stored = (*tensors.values(), *inputs.values())
-    versions = [value._version for value in stored]
-    values: dict[Node, Any] = dict(zip(graph.nodes, inputs.values(), strict=False))
-    for node in list(graph.nodes)[len(inputs) : -1]:
-        args, kwargs = map_arg((node.args, node.kwargs), lambda used: values[used])
-        try:
-            with _silent("torch._subclasses.fake_tensor"):  # it prints what it raises
-                values[node] = _run(node, args, kwargs, tensors, leaves)
-            _check_value(values[node], limit)
-        except Exception as error:  # whatever the file's operands make torch raise
-            raise CheckpointError(
-                f"node {node.name}: {node.op} {node.target} cannot be computed from its operands: "
-                f"{type(error).__name__}: {str(error)[:200]}"
-            ) from error
-    if [value._version for value in stored] != versions:
-        raise CheckpointError("a node writes into a stored tensor or an input")
-    (result,) = next(iter(reversed(graph.nodes))).args
-    _check_logits(values[result], length)
+    stored = _Stored(tensors, leaves)
+    longest = max_positions or _LONG
+    made: dict[Node, int] = {}
+    for batch, length in dict.fromkeys((_FIRST, _SECOND, (1, longest))):
+        _Rehearsal(graph, stored, (batch, min(length, longest)), made).run()
+
+
+class _Rehearsal:
+    """One input size. ``made``: each node's elements at the first size, filled there."""
+
+    def __init__(
+        self, graph: Graph, stored: _Stored, size: tuple[int, int], made: dict[Node, int]
+    ) -> None:
+        self.graph, self.stored, self.size, self.made = graph, stored, size, made
+        self.first = not made
+        self.bounds: dict[Node, Bound] = {}
+
+    def run(self) -> None:
+        ids = torch.zeros(self.size, dtype=torch.int64)
+        inputs = {"input_ids": ids, "attention_mask": ids.clone()}
+        kept = (*self.stored.tensors.values(), *inputs.values())
+        versions = [value._version for value in kept]
+        nodes = list(self.graph.nodes)
+        last = {used: node for node in nodes for used in node.all_input_nodes}
+        values: dict[Node, Any] = dict(zip(nodes, inputs.values(), strict=False))
+        elements: dict[Node, int] = {}
+        for node in nodes[len(inputs) : -1]:
+            args, kwargs = map_arg((node.args, node.kwargs), lambda used: values[used])
+            try:
+                with _silent("torch._subclasses.fake_tensor"):  # it prints what it raises
+                    values[node] = self._value(node, args, kwargs)
+                elements[node] = self._count(node, values[node], sum(elements.values()))
+            except Exception as error:  # whatever the file's operands make torch raise
+                raise CheckpointError(
+                    f"node {node.name}: {node.op} {node.target} cannot be computed from its "
+                    f"operands: {type(error).__name__}: {str(error)[:200]}"
+                ) from error
+            for used in (node, *node.all_input_nodes):
+                if last.get(used, node) is node:
+                    elements.pop(used, None)
+        if [value._version for value in kept] != versions:
+            raise CheckpointError("a node writes into a stored tensor or an input")
+        (result,) = nodes[-1].args
+        _check_logits(values[result], self.size)  # type: ignore[index]
+
+    def _value(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        _check_value((args, tuple(kwargs.values())))
+        self.bounds[node] = check_numbers(node, args, self.bounds)
+        return _run(node, args, kwargs, self.stored.tensors, self.stored.leaves)
+
+    def _count(self, node: Node, value: Any, before: int) -> int:
+        """Elements that ``node`` has made; raises where they are too many for the input."""
+        found = _check_value(value)
+        batch, length = self.size
+        if node.op == "get_attr":
+            return 0
+        limit = max(1, self.made.get(node, 0)) * batch * length**2
+        if self.first:
+            self.made[node], limit = found, self.stored.largest
+        if found > limit:
+            raise OverflowError(f"{found} elements for {batch} x {length} tokens")
+        if self.first and before + found > self.stored.together:
+            raise OverflowError(f"{before + found} elements at a time, with those in use")
+        return found
 
 
 @contextlib.contextmanager
@@ -110,11 +169,12 @@ def _run(
     if node.op == "call_method":
         if not isinstance(args[0], Tensor):
             raise TypeError(f"a method of a {type(args[0]).__name__}, which is no tensor")
+        _check_pieces(str(node.target), args, kwargs)
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     function: Callable[..., Any] = node.target  # type: ignore[assignment]
     if function is OPS.grouped_gemm.default:
         return _grouped_gemm(*args)
-    _guard(function, args)
+    _guard(function, args, kwargs)
     return function(*args, **kwargs)
 
 
@@ -142,17 +202,43 @@ def _grouped_gemm(
     return result
 
 
-def _guard(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _guard(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise before a function does what could take without bound, or reach what is no tensor."""
     if function is getattr:
         if not isinstance(args[0], Tensor | torch.finfo):
             raise TypeError(f"an attribute of a {type(args[0]).__name__}, which is no tensor")
     elif function in _PRODUCTS:
         _check_dtypes(args[:3])
-    elif getattr(function, "__module__", "") == "_operator" and not any(
-        isinstance(operand, Tensor) for operand in args
-    ):
-        _guard_numbers(function, args)
+    elif function in (torch.unbind, torch.split, torch.chunk):
+        _check_pieces(function.__name__, args, kwargs)
+
+
+def _check_pieces(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise before a tensor is cut into more pieces than may be kept."""
+    if name not in _PIECES:
+        return
+    operands = (*args, *kwargs.values())
+    tensors = [each for each in operands if isinstance(each, Tensor)]
+    extents = [extent for each in tensors for extent in each.shape]
+    if max(extents, default=0) <= _ITEMS:
+        return
+    size, dim = _cut(name, args, kwargs)
+    extent = tensors[0].shape[dim]
+    count = extent if name == "unbind" else len(size) if isinstance(size, SEQUENCES) else size
+    if name == "split" and type(size) is int:
+        count = -(-extent // max(1, size))
+    if count > _ITEMS:
+        raise OverflowError(f"{count} pieces")
+
+
+def _cut(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, int]:
+    """The size or number of the pieces, and the dimension, wherever they stand."""
+    sizes = ("split_size", "split_size_or_sections", "chunks", "sections")
+    rest = list(args[1:])
+    size = next((kwargs[key] for key in sizes if key in kwargs), None)
+    if name != "unbind" and size is None:
+        size = rest.pop(0)
+    return size, kwargs.get("dim", rest[0] if rest else 0)
 
 
 def _check_dtypes(operands: Iterable[Any], mixed: bool = False) -> None:
@@ -163,52 +249,33 @@ def _check_dtypes(operands: Iterable[Any], mixed: bool = False) -> None:
         raise TypeError(f"operands of {' and '.join(sorted(map(str, found)))}")
 
 
-def _guard_numbers(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """For operators on no tensor: pick from and join short sequences, count with short numbers."""
-    if all(type(operand) in _NUMBERS for operand in args):
-        if function in _GROWING and all(type(operand) is not float for operand in args):
-            base, other = (int(operand) for operand in args)
-            bits = base.bit_length() + other.bit_length()
-            if function is not operator.mul:
-                bits = base.bit_length() * other if function is operator.pow else 0
-                bits = _BITS + 1 if abs(other) > _EXPONENT else bits + abs(other)
-            if bits > _BITS:
-                raise OverflowError(f"{function.__name__}{args} of Python's numbers")
-        return
-    sequence = isinstance(args[0], _SEQUENCES)
-    if function is operator.getitem and sequence and isinstance(args[1], int | slice):
-        return
-    if function is operator.add and sequence and isinstance(args[1], _SEQUENCES):
-        return
-    if function in (operator.eq, operator.ne):
-        return
-    kinds = ", ".join(type(operand).__name__ for operand in args)
-    raise TypeError(f"{function.__name__} of {kinds}")
+def _check_value(value: Any) -> int:
+    """Elements of the tensors in a value; raises for what is not a bounded tensor, number or
+    short sequence of them."""
+    found = items = 0
+    waiting = [(value, 0)]
+    while waiting:
+        each, depth = waiting.pop()
+        if isinstance(each, Tensor):
+            if each.layout is not torch.strided or each.device.type != "cpu":
+                raise TypeError(f"a {each.layout} tensor on {each.device}")
+            found += each.numel()
+        elif isinstance(each, SEQUENCES) and depth < _DEPTH:
+            items += len(each)
+            if items > _ITEMS:
+                raise OverflowError(f"more than {_ITEMS} items")
+            waiting += [(item, depth + 1) for item in each]
+        elif isinstance(each, slice):
+            waiting += [(end, depth + 1) for end in (each.start, each.stop, each.step)]
+        elif not (type(each) in (int, str, type(...)) or isinstance(each, _PLAIN)):
+            raise TypeError(f"a {type(each).__name__}, which is no tensor and no number")
+    return found
 
 
-def _check_value(value: Any, limit: int, depth: int = 0) -> None:
-    """Raise for a value that is not a bounded tensor, number or short sequence of them."""
-    if isinstance(value, Tensor):
-        if value.layout is not torch.strided or value.device.type != "cpu":
-            raise TypeError(f"a {value.layout} tensor on {value.device}")
-        if value.numel() > limit:
-            raise OverflowError(f"{value.numel()} elements for {BATCH} x {LENGTH} tokens")
-    elif isinstance(value, _SEQUENCES) and depth < 3:
-        if len(value) > _ITEMS:
-            raise OverflowError(f"{len(value)} items")
-        for item in value:
-            _check_value(item, limit, depth + 1)
-    elif type(value) is int:
-        if value.bit_length() > _BITS:
-            raise OverflowError(f"a number of {value.bit_length()} bits")
-    elif not isinstance(value, _PLAIN):
-        raise TypeError(f"a {type(value).__name__}, which is no tensor and no number")
-
-
-def _check_logits(value: Any, length: int) -> None:
+def _check_logits(value: Any, size: tuple[int, int]) -> None:
     known = isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 3
-    if not (known and value.shape[:2] == (BATCH, length) and value.shape[2]):
+    if not (known and value.shape[:2] == size and value.shape[2]):
         found = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value)
         raise CheckpointError(
-            f"the output is {found} for input {[BATCH, length]}, not logits [batch, length, vocab]"
+            f"the output is {found} for input {list(size)}, not logits [batch, length, vocab]"
         )

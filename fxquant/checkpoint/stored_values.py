@@ -14,7 +14,7 @@ from fxquant.errors import CheckpointError
 from fxquant.formats.integer import IntegerGrid
 from fxquant.formats.table import GRIDS
 from fxquant.ir.graph import get_tensor, info, is_op
-from fxquant.ir.leaves import CodedLinear, OutlierIndex, QuantizedParameters
+from fxquant.ir.leaves import CodedLinear, InverseScale, OutlierIndex, QuantizedParameters
 from fxquant.ir.levels import OPS
 from fxquant.ir.operands import operands
 from fxquant.numerics.quantization import group_count, split_groups
@@ -40,9 +40,17 @@ def check_values(gm: GraphModule) -> None:
         if isinstance(module, QuantizedParameters):
             _check_site(path, module, coded.get(path))
         elif isinstance(module, OutlierIndex):
-            index, columns = module.get_buffer("index"), module.get_buffer("keep").numel()
+            index, keep = module.get_buffer("index"), module.get_buffer("keep")
+            columns = keep.numel()
             if index.dtype != torch.int64 or not _within(index, 0, columns - 1):
                 _fail(path, "index", f"columns of {columns}")
+            expected = torch.ones_like(keep).index_fill(0, index, 0)
+            if index.unique().numel() < index.numel() or not torch.equal(keep, expected):
+                _fail(path, "keep", "0 at the columns of the index, each given once, 1 elsewhere")
+        elif isinstance(module, InverseScale):
+            values = module.get_buffer("values")
+            if not bool((values.isfinite() & (values != 0)).all()):
+                _fail(path, "values", "finite numbers other than 0")
     for node in gm.graph.nodes:
         if node.op == "call_function":
             _check_literals(gm, node, coded)

@@ -102,7 +102,7 @@ CRAFTED: dict[str, tuple[Callable[[Data, Path], None], str]] = {
             ["call_function", "many", "operator.pow", [{"node": "extent"}, 60]],
             ["call_function", "bomb", "operator.pow", [{"node": "many"}, 60]],
         ),
-        "bomb",
+        "node many: .*pow",
     ),
     "shift": (
         behind_inputs(["call_function", "bomb", "operator.lshift", [1, 10**9]]),
