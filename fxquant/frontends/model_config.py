@@ -11,7 +11,9 @@ from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
 from fxquant.errors import ModelError
-from fxquant.files.doors import printable, read_object
+from fxquant.files.doors import read_object
+from fxquant.frontends.config_kinds import check_kinds
+from fxquant.frontends.config_kinds import shown as _shown
 
 CONFIG: Final = "config.json"
 _LARGEST: Final = 2**31 - 1
@@ -26,15 +28,15 @@ _SIZES: Final = (
 _NEEDED: Final = (
     "hidden_size", "n_embd", "d_model", "vocab_size", "num_attention_heads", "n_head", *_LAYERS,
 )  # fmt: skip
-_DTYPES: Final = ("dtype", "torch_dtype")
 _ACTIVATIONS: Final = ("hidden_act", "activation_function", "hidden_activation")
 
 
 def check_config_file(directory: Path) -> None:
     """Raise ModelError, naming the field, for a config.json that describes no float causal LM.
 
-    Sizes must be whole numbers from 1, activations known to transformers; a checkpoint that is
-    quantized already or only an adapter is refused too.
+    Sizes must be whole numbers from 1, activations known to transformers, other values of their
+    fields' kinds; what names other files than this folder's is refused, and so is a checkpoint that
+    is quantized already or only an adapter.
     """
     path = directory / CONFIG
     data = read_object(path, ModelError)
@@ -42,6 +44,7 @@ def check_config_file(directory: Path) -> None:
     if kind is not None and (not isinstance(kind, str) or not kind):
         raise ModelError(f"{path}: model_type must be text such as 'opt', got {_shown(kind)}")
     _check_fields(path, data, "")
+    check_kinds(path, data)
     if data.get("quantization_config") is not None:
         raise ModelError(
             f"{path}: quantization_config says that the weights are quantized already; fxquant "
@@ -60,17 +63,8 @@ def _check_fields(path: Path, data: Mapping[str, Any], prefix: str) -> None:
             _check_size(path, prefix + name, value, _MOST_LAYERS if name in _LAYERS else _LARGEST)
         elif name in _ACTIVATIONS and value is not None:
             _check_activation(path, prefix + name, value)
-        elif name in _DTYPES and value is not None and not _names_float(value):
-            raise ModelError(f"{path}: {prefix}{name} is {_shown(value)}, which is no float dtype")
         elif name.endswith("_config") and isinstance(value, Mapping):
             _check_fields(path, value, f"{prefix}{name}.")
-
-
-def _names_float(value: object) -> bool:
-    if not isinstance(value, str):
-        return False
-    found = getattr(torch, value.removeprefix("torch."), None)
-    return value == "auto" or (isinstance(found, torch.dtype) and found.is_floating_point)
 
 
 def _check_size(path: Path, name: str, value: object, most: int) -> None:
@@ -90,16 +84,15 @@ def _check_activation(path: Path, name: str, value: object) -> None:
         )
 
 
-def _shown(value: object) -> str:
-    text = printable(repr(value))
-    return text if len(text) <= 60 else f"{text[:60]}..."
-
-
 def check_config(config: PretrainedConfig, name: str) -> None:
-    """Raise ModelError for values that would run code or stand for no dtype.
+    """Raise ModelError for values that would run code, load other weights or stand for no dtype.
 
     ``_attn_implementation`` may name a kernel on the hub, which transformers downloads and runs.
     """
+    if getattr(config, "transformers_weights", None) is not None:
+        raise ModelError(
+            f"{name}: config.json's transformers_weights names another weight file: remove it"
+        )
     configs = [config, *(getattr(config, key, None) for key in config.sub_configs)]
     for each in configs:
         attention = getattr(each, "_attn_implementation", None)

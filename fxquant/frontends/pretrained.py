@@ -24,12 +24,20 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import cached_file
 
 from fxquant.errors import ModelError
 from fxquant.files.doors import check_regular, door, read_object, reason
 from fxquant.frontends.hub import without_legacy_notice
 from fxquant.frontends.model_config import CONFIG, check_config, check_config_file
 from fxquant.frontends.patching import exclusive, parameters_on_meta
+from fxquant.frontends.tokenizer_files import (
+    FULL,
+    SPECIAL_TOKENS,
+    TOKENIZER_CONFIG,
+    check_tokenizer_config,
+    check_tokenizer_files,
+)
 from fxquant.frontends.weight_files import stored_weights
 from fxquant.frontends.weight_names import check_names, match
 
@@ -40,13 +48,15 @@ _BAD_FILES: Final = (
 )  # fmt: skip
 _CUSTOM: Final = "custom code"  # in transformers' error where it would have to run some
 _JSON: Final = (
-    "generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json",
-)  # fmt: skip
+    "generation_config.json",
+    TOKENIZER_CONFIG,
+    SPECIAL_TOKENS,
+    "added_tokens.json",
+    "vocab.json",
+)
 _READ: Final = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "*.jinja")
-_TOKENIZER: Final = "tokenizer.json"
 _OF_TOKENIZERS: Final = (
-    _TOKENIZER, "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt",
+    FULL, TOKENIZER_CONFIG, "vocab.json", "vocab.txt", "merges.txt",
     "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
 
@@ -75,14 +85,19 @@ def read_tokenizer(
 ) -> Tokenizer:
     """The tokenizer of a hub model or of a folder; ``offline``: only from the cache.
 
-    Raises ModelError naming the file.
+    Raises ModelError naming the file: damaged, or one that names files of elsewhere.
     """
     directory = Path(source)
     if directory.is_dir():
         check_files(directory)
         _check_there(directory)
-        if fast and (directory / _TOKENIZER).exists():
-            _check_fast(directory / _TOKENIZER)
+        check_tokenizer_files(directory)
+        if (directory / CONFIG).exists():  # transformers takes the tokenizer's class from it
+            check_config_file(directory)
+        if fast and (directory / FULL).exists():
+            _check_fast(directory / FULL)
+    else:
+        _check_of_hub(str(source), revision, offline)
     with _reading(str(source), "tokenizer"), without_legacy_notice():
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
             str(source),
@@ -181,10 +196,25 @@ def check_files(directory: Path) -> None:
             read_object(directory / name, ModelError)
 
 
+def _check_of_hub(name: str, revision: str | None, offline: bool) -> None:
+    """What ``check_tokenizer_files`` does, of the files of a hub model, which come to the cache."""
+    for file in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
+        with _reading(name, "tokenizer"):
+            found = cached_file(
+                name,
+                file,
+                revision=revision,
+                local_files_only=offline,
+                _raise_exceptions_for_missing_entries=False,
+            )
+        if found is not None:
+            check_tokenizer_config(Path(found))
+
+
 def _check_there(directory: Path) -> None:
     if not any((directory / name).exists() for name in _OF_TOKENIZERS):
         raise ModelError(
-            f"cannot load {directory}: it holds no tokenizer ({_TOKENIZER}), which an evaluation "
+            f"cannot load {directory}: it holds no tokenizer ({FULL}), which an evaluation "
             "needs: tokenizer.save_pretrained writes one there (fxquant.save takes a tokenizer)"
         )
 

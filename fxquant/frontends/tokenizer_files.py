@@ -1,0 +1,123 @@
+"""A tokenizer's own JSON files, looked through before transformers builds anything from them.
+
+transformers lets tokenizer_config.json, and special_tokens_map.json after it, override the files
+that it found in the folder, and takes any value as an argument of the tokenizer's class.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import transformers
+
+from fxquant.errors import ModelError
+from fxquant.files.doors import kind_of, printable, read_object
+
+FULL: Final = "tokenizer.json"
+TOKENIZER_CONFIG: Final = "tokenizer_config.json"
+SPECIAL_TOKENS: Final = "special_tokens_map.json"
+# What save_pretrained of some versions leaves there, and nothing reads.
+_UNREAD: Final = frozenset({"special_tokens_map_file"})
+_OBJECTS: Final = frozenset({"tokenizer_object", "__slow_tokenizer", "init_inputs"})
+_EMPTY: Final = (None, False, [], {}, "")
+_TEXTS: Final = frozenset({"tokenizer_class", "padding_side", "truncation_side"})
+_FLAGS: Final = frozenset(
+    {
+        *("add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces"),
+        *("split_special_tokens", "legacy", "do_lower_case"),
+    }
+)
+_TOKENS: Final = frozenset(
+    f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+)
+
+
+def check_tokenizer_files(directory: Path) -> None:
+    """Raise ModelError for a folder's tokenizer that would be read from anywhere else.
+
+    Names file and field, also of a value of the wrong kind.
+    """
+    for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
+        if (directory / name).exists():
+            check_tokenizer_config(directory / name)
+
+
+def check_tokenizer_config(path: Path) -> None:
+    """Raise ModelError, naming the field, where a tokenizer's JSON file names another file or an
+    object, or holds a value of the wrong kind."""
+    data = read_object(path, ModelError)
+    _check_kinds(path, data)
+    for place, name, value in _fields(data):
+        if name in _UNREAD or value in _EMPTY:
+            continue
+        if name.endswith(("_file", "_proto")):
+            raise _elsewhere(path, place, "another file")
+        if name in _OBJECTS:
+            raise _elsewhere(path, place, "an object that no file holds")
+        if name.endswith("_kwargs") and name != "sp_model_kwargs":
+            raise _elsewhere(path, place, "options of another library")
+        if name == "fast_tokenizer_files" and value != [FULL]:
+            raise _elsewhere(path, place, f"files beside {FULL}")
+
+
+def check_tokenizer_class(path: Path, name: object) -> None:
+    """Raise ModelError for a class that is no tokenizer (transformers would build any of its own).
+
+    A name that transformers has not is left to it: it needs the checkpoint's own code.
+    """
+    if name is None:
+        return
+    if not isinstance(name, str) or not name:
+        raise ModelError(f"{path}: tokenizer_class must be a class's name, got {kind_of(name)}")
+    known = name in dir(transformers) or f"{name}Fast" in dir(transformers)
+    if known and not name.endswith(("Tokenizer", "TokenizerFast")):
+        raise ModelError(f"{path}: tokenizer_class {printable(name)[:60]!r} is no tokenizer")
+
+
+def _fields(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str, Any]]:
+    """(place, name, value) at any depth: what is nested is an argument of something too."""
+    for name, value in data.items():
+        yield f"{prefix}{printable(name)[:60]}", name, value
+        if isinstance(value, Mapping):
+            yield from _fields(value, f"{prefix}{printable(name)[:60]}.")
+
+
+def _check_kinds(path: Path, data: Mapping[str, Any]) -> None:
+    check_tokenizer_class(path, data.get("tokenizer_class"))
+    for name, value in data.items():
+        if value is None:
+            continue
+        if name in _TEXTS and not isinstance(value, str):
+            raise _wrong(path, name, "text", value)
+        if name in _FLAGS and not isinstance(value, bool):
+            raise _wrong(path, name, "true or false", value)
+        if name in _TOKENS and not isinstance(value, str | dict):
+            raise _wrong(path, name, "a token's text or an object", value)
+        if name in ("added_tokens_decoder", "sp_model_kwargs") and not isinstance(value, dict):
+            raise _wrong(path, name, "an object", value)
+        if name == "extra_special_tokens" and not isinstance(value, dict | list):
+            raise _wrong(path, name, "an object", value)
+        if name == "additional_special_tokens" and not isinstance(value, list):
+            raise _wrong(path, name, "a list", value)
+        if name == "model_max_length" and not _is_count(value):
+            raise _wrong(path, name, "a number from 1", value)
+
+
+def _is_count(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) and value >= 1
+
+
+def _wrong(path: Path, name: str, wanted: str, value: object) -> ModelError:
+    return ModelError(f"{path}: {name} must be {wanted}, got {kind_of(value)}")
+
+
+def _elsewhere(path: Path, place: str, what: str) -> ModelError:
+    return ModelError(
+        f"{path}: {place} names {what}, which would take the place of the tokenizer in this "
+        f"folder: remove {place}"
+    )
