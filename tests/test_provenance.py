@@ -257,6 +257,12 @@ def test_explain_and_plan_say_what_they_read(
     weights = [*explain, "--scheme", "w8", "--output", str(tmp_path / "w")]
     assert main(weights) == 0
     assert "calibrated on nothing" in capsys.readouterr().out
+    assert main([*weights, "--worst", "2"]) == 0  # other choices of weights read nothing either
+    assert "calibrated on nothing" in capsys.readouterr().out
+    assert json.loads((tmp_path / "w" / "explanation.json").read_text())["calibration"] == []
+    dynamic = [*weights, "--scheme", "w8a8-dynamic", "--worst", "1"]  # smoothing reads
+    assert main(dynamic) == 0
+    assert said in capsys.readouterr().out
     plan = ["plan", *common, "--budget", "9", "--output", str(tmp_path / "p"), "--choices", "w8"]
     for choice, expected in (("fp", "nothing"), ("w8a8-static", said[14:])):
         assert main([*plan, choice]) == 0

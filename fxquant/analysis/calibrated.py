@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,7 +29,7 @@ class Calibrated:
 
 @torch.no_grad()
 def calibration_inputs(
-    lab: Lab, sites: Sequence[SimulatedSite], batches: Sequence[dict[str, Tensor]]
+    lab: Lab, sites: Sequence[SimulatedSite], batches: Iterable[dict[str, Tensor]]
 ) -> dict[str, Calibrated]:
     """What reaches each of ``sites`` in the float graph; products of activations stay empty.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from fxquant.analysis.inputs import (
     observed_graph,
     restricted,
     unpadded,
+    watched,
 )
 from fxquant.analysis.interruption import kept
 from fxquant.analysis.lab import FLOAT_SETTING, Lab
@@ -100,7 +101,8 @@ def explain(
     check_quantizes(narrowed)
     recipe(narrowed, calibration=batches)  # raises where calibration is missing
     request = _Request(scheme, narrowed, methods, worst, sites, tokenizer, output)
-    return _measured(request, graph, windows, batches, notes, progress)
+    read = watched(calibration, batches)
+    return _measured(request, graph, windows, batches, read, notes, progress)
 
 
 @dataclass(frozen=True)
@@ -125,10 +127,11 @@ def _measured(
     graph: GraphModule,
     windows: tuple[Tensor, ...],
     batches: list[dict[str, Tensor]] | None,
+    read: Iterable[dict[str, Tensor]] | None,
     notes: list[str],
     progress: bool | None,
 ) -> Explanation:
-    """Say the cost, calibrate, run the study."""
+    """Say the cost, calibrate, run the study. ``read``: the batches, to calibrate on."""
     narrowed, methods, worst = asked.narrowed, asked.methods, asked.worst
     plain = Lab(graph, windows)
     forward_seconds = plain_forward_seconds(plain)
@@ -136,13 +139,13 @@ def _measured(
     shown = Progress(progress, {step.name: step.seconds(forward_seconds) for step in cost})
     announce(shown, narrowed, cost, forward_seconds, methods, windows)
     with shown.step("calibration", 1):
-        observed = observed_graph(graph, narrowed, batches, progress is not False)
+        observed = observed_graph(graph, narrowed, read, progress is not False)
     tensors = [value for batch in batches or () for _, value in sorted(batch.items())]
     with Store(asked.output, fingerprint(observed, [*windows, *tensors], str(narrowed))) as store:
         study = Study(
             lab=Lab(observed, windows),
             sites=simulated_sites(observed, narrowed),
-            batches=batches,
+            batches=read,
             store=store,
             progress=shown,
             forward_seconds=forward_seconds,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch.fx import GraphModule
 from fxquant.analysis.sites import simulated_spec
 from fxquant.errors import CalibrationError, DataError, SchemeError
 from fxquant.ir.graph import device_of, info
+from fxquant.pipeline.recording import Recording
 from fxquant.recipes.conversion import convert
 from fxquant.recipes.repairs import REPAIRS
 from fxquant.run.batches import Batch, Batches, check_ids, model_inputs
@@ -60,11 +62,23 @@ def as_batches(calibration: Batches | None, graph: GraphModule) -> list[dict[str
     if calibration is None:
         return None
     facts, device = info(graph), device_of(graph)
+    if isinstance(calibration, Recording):
+        calibration = calibration.batches  # a check is no reading
     given = enumerate(batches_of(calibration))
     batches = [model_inputs(batch, facts, index) for index, batch in given]
     if not batches:
         raise CalibrationError("calibration is empty (was a one-shot iterator used up?)")
     return [{name: value.to(device) for name, value in each.items()} for each in batches]
+
+
+def watched(
+    calibration: Batches | None, batches: Sequence[dict[str, Tensor]] | None
+) -> Iterable[dict[str, Tensor]] | None:
+    """The checked batches, through the Recording that was given as calibration, if it was one."""
+    if not isinstance(calibration, Recording) or batches is None:
+        return batches
+    calibration.checked(batches)
+    return cast("Iterable[dict[str, Tensor]]", calibration)
 
 
 def unpadded(batches: Sequence[dict[str, Tensor]]) -> list[Tensor]:
@@ -121,7 +135,7 @@ def named_graph(graph: GraphModule, scheme: Scheme) -> GraphModule:
 def observed_graph(
     graph: GraphModule,
     scheme: Scheme,
-    calibration: Sequence[dict[str, Tensor]] | None,
+    calibration: Batches | None,
     progress: bool,
 ) -> GraphModule:
     """The float graph with the scheme's repairs applied and its observers calibrated."""

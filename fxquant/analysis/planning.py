@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from fxquant.analysis.costs import COSTS, Cost, mean_cost
-from fxquant.analysis.inputs import Windows, as_batches, as_windows
+from fxquant.analysis.inputs import Windows, as_batches, as_windows, watched
 from fxquant.analysis.interruption import kept
 from fxquant.analysis.lab import FLOAT_SETTING, Lab, setting
 from fxquant.analysis.search import candidates
@@ -120,13 +120,14 @@ def make_plan(
     graph = model if isinstance(model, GraphModule) else trace(model)
     windows = as_windows(data, graph)
     batches = as_batches(calibration, graph)
-    observed = _observed(graph, specs, batches, progress is not False)
+    read = watched(calibration, batches)
+    observed = _observed(graph, specs, read, progress is not False)
     tensors = [value for batch in batches or () for _, value in sorted(batch.items())]
     loss_float = _loss(graph, windows)
 
     def verify(scheme: Scheme) -> float:
         """Loss difference of the converted model, integers and all, by one loss function."""
-        return _loss(convert(graph, scheme, calibration=batches), windows) - loss_float
+        return _loss(convert(graph, scheme, calibration=read), windows) - loss_float
 
     with Store(output, fingerprint(observed, [*windows, *tensors], "plan")) as store:
         planner = _Planner(
@@ -173,7 +174,7 @@ def parse_choices(choices: Sequence[str], budget: float, cost: str) -> dict[str,
 def _observed(
     graph: GraphModule,
     specs: dict[str, SiteSpec],
-    batches: list[dict[str, torch.Tensor]] | None,
+    batches: Batches | None,
     progress: bool,
 ) -> GraphModule:
     """Calibrated at every site where one of the choices has a static range."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,7 +11,7 @@ from functools import partial
 from torch import Tensor
 
 from fxquant.analysis import path as path_method
-from fxquant.analysis.calibrated import calibration_inputs
+from fxquant.analysis.calibrated import Calibrated, calibration_inputs
 from fxquant.analysis.causes import causes_of, present_causes
 from fxquant.analysis.channels import Decode
 from fxquant.analysis.counterfactuals import (
@@ -45,7 +45,7 @@ from fxquant.analysis.results import (
     is_ranked,
     rank_value,
 )
-from fxquant.analysis.sites import SimulatedSite, SiteMaker, places
+from fxquant.analysis.sites import LinearSite, SimulatedSite, SiteMaker, places
 from fxquant.analysis.store import Store
 from fxquant.analysis.validation import shared_draw
 from fxquant.analysis.worst_first import steps
@@ -60,7 +60,7 @@ class Study:
 
     lab: Lab
     sites: tuple[SimulatedSite, ...]
-    batches: list[dict[str, Tensor]] | None
+    batches: Iterable[dict[str, Tensor]] | None
     store: Store
     progress: Progress
     forward_seconds: float
@@ -249,14 +249,16 @@ class Study:
         if not chosen:
             return ()
         maker = SiteMaker(self.lab.gm)
+        # Only a quantized input has choices that are made from calibration data.
+        inputs = [s for s in chosen if isinstance(s, LinearSite) and s.quantizer is not None]
         batches = self.batches
-        if batches is None:
+        if batches is None and inputs:
             batches = [{"input_ids": ids} for ids in self.lab.windows]
             self.notes.append(
                 "smoothing factors come from the evaluation windows: no calibration data were given"
             )
         with self.lab.meter.measuring("other choices"):
-            seen = calibration_inputs(self.lab, chosen, batches)
+            seen = calibration_inputs(self.lab, inputs, batches or ())
             found: list[Counterfactual] = []
             walk = walk_to(self.lab, self.sites, chosen)
             for each, cuts in self.progress.over(walk, "other choices", len(chosen)):
@@ -265,7 +267,7 @@ class Study:
                     self.sites,
                     each,
                     cuts,
-                    choices(each, self.local[each.path], maker, seen[each.path]),
+                    choices(each, self.local[each.path], maker, seen.get(each.path, Calibrated())),
                     {"float": self._without(each, cuts)},
                     self.loss_float,
                     self.loss_quantized,

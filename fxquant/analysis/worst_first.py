@@ -101,7 +101,7 @@ def _worst(
         inner = runs[index][:-1]
         cost = sum(lab.share_behind(each.node) for each in inner)
         if chosen and spent + cost > ALLOWANCE:
-            break
+            continue  # a smaller block may still fit
         chosen, spent = [*chosen, *inner], spent + cost
     return chosen
 

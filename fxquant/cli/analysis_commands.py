@@ -34,22 +34,29 @@ from fxquant.evaluation.token_windows import Windows
 from fxquant.files.locks import hold_folder
 from fxquant.files.whole_file import write_text
 from fxquant.ir.calibration import CalibrationRecord
-from fxquant.pipeline.recording import record_of
-from fxquant.recipes.repairs import reads_calibration
-from fxquant.schemes.scheme import Scheme, as_scheme
+from fxquant.pipeline.recording import SizedRecording
+from fxquant.schemes.scheme import as_scheme
 
 EXPLANATION, REPORT, PLAN, SCHEME = "explanation.json", "report.md", "plan.json", "scheme.json"
 
 
 @dataclass(frozen=True)
 class Material:
-    """What a command works on, and what made it; ``calibration``: what is read to calibrate."""
+    """What a command works on, and what made it; ``recording``: sees what is read to calibrate."""
 
     loaded: LoadedModel
     graph: GraphModule
     windows: Windows
     provenance: Provenance
-    calibration: tuple[CalibrationRecord, ...]
+    recording: SizedRecording | None
+    calibration: tuple[CalibrationRecord, ...] = ()
+
+    def finished(self, command: str) -> Material:
+        """After the run: with a record of the batches that it took, if it took any."""
+        if self.recording is None or not self.recording.taken:
+            return self
+        found = (self.recording.record(self.graph, command),)
+        return replace(self, calibration=found, provenance=self.provenance.calibrated(found))
 
 
 def add_explain_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,15 +106,14 @@ def explain_command(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    scheme = as_scheme(options.scheme)
+    as_scheme(options.scheme)
     check_request(options.methods, options.worst)
-    # Other choices at the worst sites take smoothing factors from the calibration windows.
-    material = _load(options, reads=reads_calibration(scheme) or options.worst > 0)
+    material = _load(options)
     try:
         found = explain(
             material.graph,
             options.scheme,
-            calibration=material.windows.batches,
+            calibration=material.recording,
             data=material.windows.evaluation,
             methods=options.methods,
             sites=options.sites,
@@ -119,6 +125,7 @@ def _explain(options: argparse.Namespace) -> int:
     except KeyboardInterrupt as stop:
         return _interrupted(options, stop)
     found = replace(found, model=material.loaded.name)  # not the directory it was loaded from
+    material = material.finished(options.command_name)
     provenance = material.provenance
     print(f"{found}\n\n{provenance.line()}")
     if options.output is not None:
@@ -138,20 +145,20 @@ def plan_command(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     parse_choices(options.choices, options.budget, options.cost)
-    reads = any(Scheme.parse(choice).needs_calibration for choice in options.choices)
-    material = _load(options, reads)
+    material = _load(options)
     try:
         found = make_plan(
             material.graph,
             data=material.windows.evaluation,
             budget=options.budget,
-            calibration=material.windows.batches,
+            calibration=material.recording,
             choices=options.choices,
             cost=options.cost,
             output=options.output,
         )
     except KeyboardInterrupt as stop:
         return _interrupted(options, stop)
+    material = material.finished(options.command_name)
     provenance = material.provenance
     print(f"{found}\n\n{provenance.line()}")
     if options.output is None:
@@ -164,7 +171,7 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
-def _load(options: argparse.Namespace, reads: bool) -> Material:
+def _load(options: argparse.Namespace) -> Material:
     """The model, its graph, windows; the text is read first, since it fails sooner."""
     job = job_of(options, tuple(filter(None, [getattr(options, "scheme", None)])))
     check_job(job)
@@ -174,10 +181,9 @@ def _load(options: argparse.Namespace, reads: bool) -> Material:
     windows = cut(job, source, other, loaded)
     graph = loaded.graph
     check_windows(windows, graph)
-    read = windows.batches if reads else None
-    calibration = () if read is None else (record_of(read, graph, options.command_name),)
-    made = make_provenance(job, loaded, graph, source, windows).calibrated(calibration)
-    return Material(loaded, graph, windows, made, calibration)
+    made = make_provenance(job, loaded, graph, source, windows).calibrated(())
+    recording = None if windows.batches is None else SizedRecording(windows.batches)
+    return Material(loaded, graph, windows, made, recording)
 
 
 def _interrupted(options: argparse.Namespace, stop: KeyboardInterrupt) -> int:

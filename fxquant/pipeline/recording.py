@@ -24,13 +24,13 @@ from fxquant.run.encodings import encoding
 class DrawnBatches:
     """Batches int64 [rows, length] of windows that were drawn from a text."""
 
-    batches: Sequence[Tensor]
+    batches: Sequence[Batch]
     origin: Origin
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Batch]:
         return iter(self.batches)
 
 
@@ -50,6 +50,18 @@ class Recording:
                 self._look_at(batch)
                 self.taken += 1
             yield batch
+
+    @property
+    def batches(self) -> Batches:
+        """To look at without a trace."""
+        return self._batches
+
+    def checked(self, batches: Sequence[Batch]) -> None:
+        """Hand on ``batches``, the same in another form, from the same origin."""
+        drawn = self._batches
+        self._batches = batches
+        if isinstance(drawn, DrawnBatches):
+            self._batches = replace(drawn, batches=batches)
 
     def _look_at(self, batch: Batch) -> None:
         """Batches that are none are left to the pass, which says what is wrong with them."""
