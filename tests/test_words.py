@@ -137,4 +137,4 @@ def test_a_plain_trace_says_what_the_weights_were(monkeypatch: pytest.MonkeyPatc
     words = "dequantized from GGUF: 100.00% Q4_1"
     monkeypatch.setattr("fxquant.evaluation.models._weights", lambda *_: words)
     loaded = load_model(str(SMALL_OPT))
-    assert info(trace(loaded.model)).weights == loaded.weights == words
+    assert info(fxquant.trace(loaded.model)).weights == loaded.weights == words
