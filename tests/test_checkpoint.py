@@ -483,7 +483,7 @@ def test_evaluate_takes_a_saved_graph(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--schemes", "w8"], "is a saved graph, which has its scheme: omit --schemes"),
+        (["--schemes", "w8"], "quantized already (scheme w8a8-static, level"),
         (["--dtype", "float16"], "its dtype is part of it"),
     ],
 )

@@ -115,7 +115,7 @@ class _Rehearsal:
         if [value._version for value in kept] != versions:
             raise CheckpointError("a node writes into a stored tensor or an input")
         (result,) = nodes[-1].args
-        _check_logits(values[result], self.size)  # type: ignore[index]
+        _check_logits(values[result], self.size)
 
     def _value(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _check_value((args, tuple(kwargs.values())))

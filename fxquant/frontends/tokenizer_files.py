@@ -22,7 +22,7 @@ SPECIAL_TOKENS: Final = "special_tokens_map.json"
 # What save_pretrained of some versions leaves there, and nothing reads.
 _UNREAD: Final = frozenset({"special_tokens_map_file"})
 _OBJECTS: Final = frozenset({"tokenizer_object", "__slow_tokenizer", "init_inputs"})
-_EMPTY: Final = (None, False, [], {}, "")
+_EMPTY: Final[tuple[object, ...]] = (None, False, [], {}, "")
 _TEXTS: Final = frozenset({"tokenizer_class", "padding_side", "truncation_side"})
 _FLAGS: Final = frozenset(
     {
