@@ -26,8 +26,10 @@ from fxquant.evaluation.source import Source
 from fxquant.evaluation.statistics import Difference, WindowSums, paired_difference
 from fxquant.evaluation.token_windows import Windows
 from fxquant.frontends.tracing import trace
-from fxquant.ir.calibration import calibration_words
+from fxquant.ir.calibration import Spans, calibration_words
 from fxquant.ir.graph import GraphInfo, Level, device_of, float_dtype, info
+from fxquant.ir.seen import can_tell, seen_rows
+from fxquant.pipeline.recording import DrawnBatches
 from fxquant.run.batches import Batch, check_ids
 from fxquant.run.encodings import is_text
 from fxquant.schemes.scheme import brief
@@ -121,7 +123,8 @@ class Evaluation:
     ``loss`` nats a token over all scored tokens, ``error`` its standard error with windows as
     clusters (None for one window), ``share_clipped`` the fraction of quantized activation elements
     whose code was clipped (None: none are quantized), ``digest`` sha256 of the windows' token ids,
-    ``overlap`` the number of windows that the graph was calibrated on.
+    ``overlap`` the number of windows that the graph was calibrated on (None: that was not checked,
+    since nothing says what it read, or windows are too short to tell them by their tokens).
     """
 
     model: str
@@ -132,7 +135,7 @@ class Evaluation:
     text: str
     digest: str
     setting: str
-    overlap: int = 0
+    overlap: int | None = 0
 
     @property
     def loss(self) -> float:
@@ -173,6 +176,8 @@ class Evaluation:
     def __str__(self) -> str:
         error = "n/a" if self.error is None else f"{self.error:.4f}"
         seen = f", {self.overlap} of them calibrated on" if self.overlap else ""
+        if self.overlap is None:
+            seen = ", overlap with the calibration not checked"
         clipped = "" if self.share_clipped is None else f", clipped {self.share_clipped:.4%}"
         return (
             f"{brief(self.scheme)}: loss {self.loss:.4f} ± {error}, perplexity "
@@ -211,12 +216,13 @@ def evaluate(
     facts = info(graph)
     if facts.level == Level.OBSERVED:
         raise DataError("an observed graph counts all it sees: evaluate what convert returns")
+    scored, text = None, "token ids as given"
     if isinstance(cut, Windows):
         ids, scored, text = cut.evaluation, cut.scored, cut.protocol.line()
     else:
-        ids, scored, text = _stacked(as_windows(cut, graph)), None, "token ids as given"
+        ids = _stacked(as_windows(cut, graph))
     check_ids(ids, facts, "evaluation windows")
-    overlap = _overlap(facts, cut, allow_overlap)
+    overlap = _overlap(facts, cut, ids, allow_overlap)
     label = brief(facts.scheme)
     found = perplexity.evaluate(graph, ids, batch_size=batch_size, label=label, scored=scored)
     return Evaluation(
@@ -232,17 +238,23 @@ def evaluate(
     )
 
 
-def _overlap(facts: GraphInfo, cut: Any, allowed: bool) -> int:
-    """How many of the windows the graph was calibrated on, as far as both say where they lie."""
-    shared = calibrated_windows(facts.calibration, cut) if isinstance(cut, Windows) else ()
+def _overlap(facts: GraphInfo, cut: Any, ids: Tensor, allowed: bool) -> int | None:
+    """How many of the windows ``ids`` the graph was calibrated on; None where nothing tells."""
+    rows, made = tuple(ids), facts.calibration
+    places = cut.origin.spans if isinstance(cut, DrawnBatches) else Spans()
+    if isinstance(cut, Windows):
+        places, shared = cut.places, calibrated_windows(made, cut)
+    else:
+        shared = seen_rows(made, rows, places)
     if shared and not allowed:
+        where = f" of {cut.protocol.dataset}" if isinstance(cut, Windows) else ""
         raise DataError(
-            f"{len(shared)} of the {len(cut.evaluation)} windows of {cut.protocol.dataset} hold "
-            f"what the graph was calibrated on, {calibration_words(facts.calibration)}: their loss "
+            f"{len(shared)} of the {len(rows)} windows{where} hold "
+            f"what the graph was calibrated on, {calibration_words(made)}: their loss "
             "would not be of unseen text; cut one Windows and take its .batches to calibrate and "
             "itself to evaluate, or pass allow_overlap=True, which the result says"
         )
-    return len(shared)
+    return len(shared) if shared or can_tell(made, rows, places) else None
 
 
 def _cut(data: Any, tokenizer: Tokenizer | None) -> Any:

@@ -171,7 +171,7 @@ def static_toy(x: Tensor, peak: Tensor) -> Tensor:
 def test_a_new_grid_is_explained_printed_and_saved(toy: LevelGrid, tmp_path: Path) -> None:
     model = llama()
     ids = token_ids(2, 9)
-    why = fxquant.explain(model, "wtoy3-g16/a8-dynamic-token", data=[ids], calibration=[ids])
+    why = fxquant.explain(model, "wtoy3-g16/a8-dynamic-token", data=[ids])
     assert why.causes is not None
     assert abs(sum(why.causes.values()) - why.delta_loss) < 1e-5
     qmodel = fxquant.convert(model, "wtoy3-g16+gptq", calibration=[ids])

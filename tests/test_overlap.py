@@ -27,7 +27,8 @@ from fxquant.evaluation.source import Source, tokens
 from fxquant.evaluation.token_windows import Windows
 from fxquant.ir.calibration import CalibrationRecord
 from fxquant.ir.graph import info
-from fxquant.ir.token_runs import LENGTH, WINDOW, chosen_runs
+from fxquant.ir.seen import seen_rows
+from fxquant.ir.token_runs import LENGTH, SURE, WINDOW, chosen_runs
 from fxquant.pipeline.recording import record_of
 from tests.models import SMALL_OPT, small_opt
 
@@ -193,6 +194,47 @@ def test_runs_that_two_rows_share_are_chosen_in_both() -> None:
         chosen = [set(chosen_runs(torch.cat([row[0], common, row[1]]))) for row in rows]
         assert chosen[0] & chosen[1]
         assert not chosen[0] & set(chosen_runs(torch.cat(tuple(rows[1]))))
+
+
+@pytest.mark.parametrize("length", [9, 20, 30, 64])
+def test_rows_shorter_than_a_window_are_known_inside_it(length: int) -> None:
+    stream = tokens(prose(5, 500), TOKENIZER)
+    rows = [stream[start : start + length] for start in (3, 200, 400)]
+    made = fxquant.convert(small_opt()[0], "w8a8-static", calibration=rows)
+    windows = stream[: len(stream) // 128 * 128].view(-1, 128)
+    whole = [start // 128 for start in (3, 200) if start % 128 + length <= 128]
+    assert set(whole) <= set(seen_rows(info(made).calibration, tuple(windows)))
+    other = tokens(prose(55, 500), TOKENIZER)
+    assert fxquant.evaluate(made, other[:256].view(2, 128)).overlap == 0
+    with pytest.raises(DataError, match="of the 1 windows hold what the graph was calibrated on"):
+        fxquant.evaluate(made, windows[:1])
+
+
+def test_what_is_too_short_to_tell_is_not_called_unseen() -> None:
+    stream = tokens(prose(6, 300), TOKENIZER)
+    made = fxquant.convert(small_opt()[0], "w8a8-static", calibration=[stream[:64]])
+    found = fxquant.evaluate(made, stream[100 : 100 + SURE - 1])
+    assert found.overlap is None
+    assert "overlap with the calibration not checked" in str(found)
+    assert fxquant.evaluate(made, stream[100 : 100 + SURE]).overlap == 0
+
+
+def test_no_door_from_python_takes_what_is_calibrated_on() -> None:
+    model = small_opt()[0]
+    text = fxquant.windows(prose(7, 500), TOKENIZER, count=2, length=48, calibration=3)
+    assert text.batches is not None
+    for calibration in (text.batches, list(text.batches), text.calibration):
+        made = fxquant.convert(model, "w8a8-static", calibration=calibration)
+        assert fxquant.evaluate(made, text.evaluation).overlap == 0
+        for data in (text.calibration, text.batches, list(text.batches)):
+            with pytest.raises(DataError, match="3 of the 3 windows hold what the graph was"):
+                fxquant.evaluate(made, data)
+            assert fxquant.evaluate(made, data, allow_overlap=True).overlap == 3
+            asked: dict[str, Any] = {"calibration": calibration, "data": data}
+            with pytest.raises(DataError, match="3 of the 3 windows of data= hold"):
+                fxquant.explain(model, "w8a8-static", **asked)
+            with pytest.raises(DataError, match="3 of the 3 windows of data= hold"):
+                fxquant.plan(model, budget=1, **asked)
 
 
 # --- the commands ---------------------------------------------------------------------------------

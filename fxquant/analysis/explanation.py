@@ -19,6 +19,7 @@ from fxquant.analysis.inputs import (
     as_windows,
     baseline_notes,
     check_quantizes,
+    check_unseen,
     observed_graph,
     restricted,
     unpadded,
@@ -58,6 +59,7 @@ def explain(
     worst: int = 3,
     tokenizer: Tokenizer | None = None,
     output: Path | None = None,
+    allow_overlap: bool = False,
 ) -> Explanation:
     """Take the loss difference of a scheme apart: where it enters, why, and what would repair it.
 
@@ -81,6 +83,7 @@ def explain(
         tokenizer: to show tokens as text and tell delimiters apart.
         output: a folder where finished losses are kept; the same call goes on from them, and no
             other may at the same time.
+        allow_overlap: measure on windows that hold what is calibrated on; a note says so.
 
     Raises SchemeError (unknown method, nothing to quantize, ``sites`` covers nothing), DataError,
     CalibrationError and what ``convert`` raises, before any measurement.
@@ -92,11 +95,13 @@ def explain(
     notes: list[str] = []
     graph = model if isinstance(model, GraphModule) else trace(model)
     batches = as_batches(calibration, graph)
+    measured = data
     if data is None and batches is not None:
-        data = unpadded(batches)
+        measured = unpadded(batches)
         notes.append("the loss is measured on the calibration batches: no other data were given")
+    windows = as_windows(measured, graph)
+    notes += check_unseen(graph, windows, data, batches, calibration, allow_overlap)
     notes += baseline_notes(scheme)
-    windows = as_windows(data, graph)
     narrowed = restricted(scheme, sites, graph)
     check_quantizes(narrowed)
     recipe(narrowed, calibration=batches)  # raises where calibration is missing

@@ -13,8 +13,10 @@ from torch.fx import GraphModule
 
 from fxquant.analysis.sites import simulated_spec
 from fxquant.errors import CalibrationError, DataError, SchemeError
+from fxquant.ir.calibration import Spans, calibration_words
 from fxquant.ir.graph import device_of, info
-from fxquant.pipeline.recording import Recording
+from fxquant.ir.seen import seen_rows
+from fxquant.pipeline.recording import DrawnBatches, Recording, record_of
 from fxquant.recipes.conversion import convert
 from fxquant.recipes.repairs import REPAIRS
 from fxquant.run.batches import Batch, Batches, check_ids, model_inputs
@@ -79,6 +81,40 @@ def watched(
         return batches
     calibration.checked(batches)
     return cast("Iterable[dict[str, Tensor]]", calibration)
+
+
+def check_unseen(
+    graph: GraphModule,
+    windows: Sequence[Tensor],
+    data: Windows | None,
+    batches: Sequence[dict[str, Tensor]] | None,
+    calibration: Batches | None,
+    allowed: bool,
+) -> list[str]:
+    """Raise DataError where windows hold what the graph was or will be calibrated on.
+
+    ``windows`` and ``batches``: of ``data`` and ``calibration``, checked. Returns what has to be
+    said of it where it is ``allowed``. Without ``data`` nothing is claimed to be unseen.
+    """
+    if data is None:
+        return []
+    known = info(graph).calibration or ()
+    if batches:
+        read = calibration if isinstance(calibration, DrawnBatches) else batches
+        known = (*known, record_of(read, graph, "calibrate"))
+    rows = tuple(row for ids in windows for row in ids.cpu())
+    places = data.origin.spans if isinstance(data, DrawnBatches) else Spans()
+    seen = seen_rows(known, rows, places)
+    if not seen:
+        return []
+    found = f"{len(seen)} of the {len(rows)} windows of data= hold what is calibrated on"
+    if not allowed:
+        raise DataError(
+            f"{found}, {calibration_words(known)}: their loss would not be of unseen text; cut one "
+            "fxquant.windows and take its .batches to calibrate and its .evaluation as data, or "
+            "pass allow_overlap=True"
+        )
+    return [f"{found}: their loss is not of unseen text"]
 
 
 def unpadded(batches: Sequence[dict[str, Tensor]]) -> list[Tensor]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from fxquant.analysis.costs import COSTS, Cost, mean_cost
-from fxquant.analysis.inputs import Windows, as_batches, as_windows, watched
+from fxquant.analysis.inputs import Windows, as_batches, as_windows, check_unseen, watched
 from fxquant.analysis.interruption import kept
 from fxquant.analysis.lab import FLOAT_SETTING, Lab, setting
 from fxquant.analysis.search import candidates
@@ -70,6 +70,7 @@ def plan(
     cost: str = "bits",
     progress: bool | None = None,
     output: Path | None = None,
+    allow_overlap: bool = False,
 ) -> Scheme:
     """The cheapest per-site choices found whose measured loss stays within ``budget``.
 
@@ -84,6 +85,7 @@ def plan(
             float one) or "storage" (stored weight bits).
         progress: bars; None: where the output is a terminal.
         output: a folder where finished losses are kept; the same call goes on from them.
+        allow_overlap: measure on windows that hold what is calibrated on.
 
     Returns a Scheme with overrides, which round-trips as JSON and feeds ``convert``.
 
@@ -99,6 +101,7 @@ def plan(
         cost=cost,
         progress=progress,
         output=output,
+        allow_overlap=allow_overlap,
     ).scheme
 
 
@@ -112,6 +115,7 @@ def make_plan(
     cost: str = "bits",
     progress: bool | None = None,
     output: Path | None = None,
+    allow_overlap: bool = False,
 ) -> Plan:
     """``plan`` with the figures that led to it."""
     specs = parse_choices(choices, budget, cost)
@@ -120,6 +124,7 @@ def make_plan(
     graph = model if isinstance(model, GraphModule) else trace(model)
     windows = as_windows(data, graph)
     batches = as_batches(calibration, graph)
+    check_unseen(graph, windows, data, batches, calibration, allow_overlap)
     read = watched(calibration, batches)
     observed = _observed(graph, specs, read, progress is not False)
     tensors = [value for batch in batches or () for _, value in sorted(batch.items())]

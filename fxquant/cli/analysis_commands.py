@@ -121,6 +121,7 @@ def _explain(options: argparse.Namespace) -> int:
             worst=options.worst,
             tokenizer=material.loaded.tokenizer,
             output=options.output,
+            allow_overlap=True,  # cut keeps them apart, by position
         )
     except KeyboardInterrupt as stop:
         return _interrupted(options, stop)
@@ -155,6 +156,7 @@ def _plan(options: argparse.Namespace) -> int:
             choices=options.choices,
             cost=options.cost,
             output=options.output,
+            allow_overlap=True,  # cut keeps them apart, by position
         )
     except KeyboardInterrupt as stop:
         return _interrupted(options, stop)

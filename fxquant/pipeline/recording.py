@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from fxquant.errors import FxquantError
 from fxquant.ir.calibration import CalibrationRecord, Origin, Reading, joined, versions
 from fxquant.ir.graph import device_of, float_dtype, info, update_info
-from fxquant.ir.token_runs import chosen_runs
+from fxquant.ir.token_runs import written_runs
 from fxquant.pipeline.context import Context
 from fxquant.run.batches import Batch, Batches
 from fxquant.run.encodings import encoding
@@ -41,7 +41,7 @@ class Recording:
         self._batches = batches
         self._ids: list[Tensor] = []
         self._tokens = 0
-        self._runs: dict[str, None] = {}
+        self._runs: list[str] = []
         self.taken = 0
 
     def __iter__(self) -> Iterator[Batch]:
@@ -79,7 +79,7 @@ class Recording:
         self._ids.append(ids)
         self._tokens += int(kept.sum())
         for row, attended in zip(ids, kept, strict=True):
-            self._runs.update(dict.fromkeys(chosen_runs(row[attended])))
+            self._runs.append(written_runs(row[attended]))
 
     def record(self, gm: GraphModule, name: str) -> CalibrationRecord:
         """What the pass spelled ``name`` read to make ``gm``."""
@@ -116,7 +116,9 @@ class SizedRecording(Recording):
         return len(self._batches)
 
 
-def record_of(batches: DrawnBatches, gm: GraphModule, name: str) -> CalibrationRecord:
+def record_of(
+    batches: DrawnBatches | Sequence[Batch], gm: GraphModule, name: str
+) -> CalibrationRecord:
     """The record of all ``batches``, read by ``name`` for ``gm``."""
     recording = SizedRecording(batches)
     for _ in recording:
