@@ -105,9 +105,8 @@ def explain(
     narrowed = restricted(scheme, sites, graph)
     check_quantizes(narrowed)
     recipe(narrowed, calibration=batches)  # raises where calibration is missing
-    request = _Request(scheme, narrowed, methods, worst, sites, tokenizer, output)
-    read = watched(calibration, batches)
-    return _measured(request, graph, windows, batches, read, notes, progress)
+    asked = _Request(scheme, narrowed, methods, worst, sites, tokenizer, output)
+    return _measured(asked, graph, windows, batches, watched(calibration, batches), notes, progress)
 
 
 @dataclass(frozen=True)
