@@ -51,9 +51,11 @@ def check_values(gm: GraphModule) -> None:
             values = module.get_buffer("values")
             if not bool((values.isfinite() & (values != 0)).all()):
                 _fail(path, "values", "finite numbers other than 0")
+    ranges = _activation_ranges(gm)
     for node in gm.graph.nodes:
         if node.op == "call_function":
             _check_literals(gm, node, coded)
+            _check_recorded_range(node, ranges)
 
 
 def _fail(path: str, name: str, expected: str) -> NoReturn:
@@ -67,11 +69,17 @@ def _check_numbers(gm: GraphModule) -> None:
             if value is None or not value.is_floating_point() or not value.numel():
                 continue
             low, high = (float(end) for end in torch.aminmax(value.detach()))
-            # A mask may hold -inf; what a model has learned may not.
-            strict = name in module._parameters or isinstance(module, QuantizedParameters)
-            bad = not (math.isfinite(low) and math.isfinite(high)) if strict else math.isnan(low)
-            if bad:
-                _fail(path, name, "finite numbers" if strict else "numbers")
+            if math.isfinite(low) and math.isfinite(high):
+                continue
+            learned = name in module._parameters or isinstance(module, QuantizedParameters)
+            if learned or not _is_mask(value):
+                _fail(path, name, "finite numbers")
+
+
+def _is_mask(value: Tensor) -> bool:
+    """Whether it is what is added to scores: 0 where a position is seen, else -inf."""
+    seen = value == 0
+    return value.dim() > 1 and bool(seen.any() and (seen | (value == -math.inf)).all())
 
 
 @dataclass(frozen=True)
@@ -210,6 +218,31 @@ def _check_literals(gm: GraphModule, node: Node, coded: dict[str, _Coded]) -> No
             raise CheckpointError(
                 f"node {node.name}: groups of {size!r}, its site has {known.spec.group_size}"
             )
+
+
+def _activation_ranges(gm: GraphModule) -> set[tuple[int, int, bool]]:
+    """(qmin, qmax, symmetric) of every input that the graph records as quantized."""
+    # An operand's record spells an activation alone, which a scheme needs a weight before.
+    texts = {f"w8/{each.spec}" if each.operand else each.spec for each in info(gm).site_records}
+    specs = (Scheme.parse(text).spec.activation for text in texts)
+    grids = (spec.tensor.grid for spec in specs if spec is not None)
+    return {(*grid.codes, not grid.has_zero_point) for grid in grids}
+
+
+def _check_recorded_range(node: Node, recorded: set[tuple[int, int, bool]]) -> None:
+    if is_op(node, OPS.quantize.default):
+        call = operands(node)
+        known = (call.qmin, call.qmax) in {(low, high) for low, high, _ in recorded}
+    elif is_op(node, OPS.choose_qparams.default):
+        call = operands(node)
+        known = (call.qmin, call.qmax, call.symmetric) in recorded
+    else:
+        return
+    if not known:
+        raise CheckpointError(
+            f"node {node.name}: codes {call.qmin}..{call.qmax} are of no input's recorded spec; "
+            "the file was changed or is damaged"
+        )
 
 
 def _check_range(node: Node, low: object, high: object) -> None:

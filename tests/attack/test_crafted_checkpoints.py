@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -18,7 +19,8 @@ import fxquant
 from fxquant.checkpoint.manifest import is_checkpoint
 from fxquant.cli.main import main
 from fxquant.errors import CheckpointError
-from fxquant.ir.graph import info
+from fxquant.ir.graph import info, is_op
+from fxquant.ir.levels import OPS
 from tests.architectures import llama, token_ids
 from tests.attack.mutations import sign, write
 from tests.attack.watch import foreign_reads, watched
@@ -242,6 +244,31 @@ def test_codes_out_of_the_recorded_range_are_refused(scheme: str, tmp_path: Path
     changed(folder, "q_proj.weight", fill(0x88 if scheme == "w3" else -128))
     with pytest.raises(CheckpointError, match=r"q_proj\.weight: expected codes within"):
         fxquant.load(folder)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_a_rotation_has_finite_frequencies(value: float, tmp_path: Path) -> None:
+    fxquant.save(fxquant.trace(llama()), tmp_path / "saved")
+    changed(tmp_path / "saved", "inv_freq", lambda found: found * value)
+    with pytest.raises(CheckpointError, match=r"inv_freq: expected finite numbers"):
+        fxquant.load(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("scheme", ["w8a8-static", "w8a8-dynamic"])
+@pytest.mark.parametrize("ends", [(-8, 7), (-128, 127)])
+def test_a_range_of_another_spec_is_refused(
+    scheme: str, ends: tuple[int, int], tmp_path: Path
+) -> None:
+    batches = [token_ids(2, 8, seed) for seed in (1, 2)]
+    graph = fxquant.convert(llama(), scheme, calibration=batches)
+    for node in graph.graph.nodes:
+        if is_op(node, OPS.quantize.default):
+            low, high = node.args.index(-127), node.args.index(127)
+            node.update_arg(low, ends[0])
+            node.update_arg(high, ends[1])
+    fxquant.save(graph, tmp_path / "saved")
+    with pytest.raises(CheckpointError, match="of no input's recorded spec"):
+        fxquant.load(tmp_path / "saved")
 
 
 def linked(folder: Path, name: str) -> None:
