@@ -5,17 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from statistics import mean, median
-from typing import Any
 
-from tabulate import tabulate
-
+from benchmarks.study_trust import Data, costs, rescues, table_of, trust, validation
 from benchmarks.weight_grids import weights_past
-from fxquant.analysis.validation import shared_draw
 
 CAUSES = ("weights", "clipping", "rounding")
 STATIC, ABSMAX, DYNAMIC = "w8a8-static", "w8a8-static:absmax", "w8a8-dynamic"
 NOTICED = 0.05  # nats a token: a loss that a user would call an error
-Data = dict[str, Any]
 
 
 def page(data: Data) -> str:
@@ -66,12 +62,12 @@ def _parts(data: Data) -> Iterator[str]:
     for subject in data["subjects"]:
         for scheme, found in subject["schemes"].items():
             if "alone" in found["costs"]:
-                yield f"{subject['name']}, `{scheme}`:\n\n{_validation(found)}"
+                yield f"{subject['name']}, `{scheme}`:\n\n{validation(found)}"
                 if "rescue" in found["costs"]:
-                    yield _rescues(found)
-    yield _trust(data)
+                    yield rescues(found)
+    yield trust(data)
     yield "## What it cost"
-    yield _costs(data)
+    yield costs(data)
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     yield (
         f"Text: {data['text']} ({data['text_hash'][:23]}), windows drawn with seed 0; float32 on "
@@ -180,7 +176,7 @@ def _cause_table(subject: Data) -> str:
             ]
         )
     headers = ["scheme", "Δloss", *CAUSES, "clipped, mean of sites", "best range leaves"]
-    return f"{_table(rows, [*headers, 'path residual'])}\n\n{_CLIPPED}"
+    return f"{table_of(rows, [*headers, 'path residual'])}\n\n{_CLIPPED}"
 
 
 def effect(found: Data, site: Data) -> float:
@@ -230,7 +226,7 @@ def _places(subject: Data, scheme: str) -> Iterator[str]:
             ]
         )
     headers = ["site", ranking, "cause", "clipped", "channel most to blame"]
-    yield _table(rows, [*headers, "token most to blame", "error energy at first tokens"])
+    yield table_of(rows, [*headers, "token most to blame", "error energy at first tokens"])
     kinds = (
         f"{kind['name']} {kind['sums'][ranking]:+.4f} ({kind['sites']} sites)"
         for kind in found["kinds"]
@@ -254,7 +250,7 @@ def _repairs(subject: Data, scheme: str) -> str:
         if (other := best.get(name := site["site"])) is not None
     ]
     curve = ", ".join(f"{s['fixed']}: {s['delta_loss']:+.4f}" for s in found["recovery"])
-    table = _table(rows, ["site", "float recovers", "best other choice", "recovers"])
+    table = table_of(rows, ["site", "float recovers", "best other choice", "recovers"])
     worst, *_ = found["sites"]
     if found["recovery"][1]["delta_loss"] > found["delta_loss"] + NOTICED:
         curve += (
@@ -265,95 +261,3 @@ def _repairs(subject: Data, scheme: str) -> str:
         f"{subject['name']}, `{scheme}` ({found['delta_loss']:+.4f}): one site changed, the rest "
         f"quantized as it was:\n\n{table}\n\nΔloss with the worst n sites in float, {curve}."
     )
-
-
-def _validation(found: Data) -> str:
-    rows = [
-        [
-            each["figure"],
-            each["against"],
-            "-" if each["rank_correlation"] is None else f"{each['rank_correlation']:.2f}",
-            f"{each['top']:.0%}",
-            "" if each["error"] is None else f"{each['error']:.2f}",
-        ]
-        for each in found["validation"]
-        if each["against"] in ("alone", "rescue")
-    ]
-    large = sum(abs(site["alone"]) > 0.01 * abs(found["delta_loss"]) for site in found["sites"])
-    table = _table(rows, ["figure", "against", "rank correlation", "same worst 8", "error"])
-    return (
-        f"{table}\n\n{large} of {len(found['sites'])} sites have an `alone` above 1% of Δloss; "
-        "the rank correlation counts the order of all others too."
-    )
-
-
-def _rescues(found: Data) -> str:
-    rescues = {site["site"]: site["rescue"] for site in found["sites"]}
-    noisy = shared_draw(rescues, found["delta_loss"])
-    if noisy is not None:
-        return f"{noisy[0].upper()}{noisy[1:]}."
-    return f"The rescues sum to {sum(rescues.values()):+.4f}, Δloss is {found['delta_loss']:+.4f}."
-
-
-def _trust(data: Data) -> str:
-    """The mean rank correlation of each cheap figure over all tables above."""
-    values: dict[tuple[str, str], list[float]] = {}
-    for subject in data["subjects"]:
-        for found in subject["schemes"].values():
-            for each in found["validation"] if "alone" in found["costs"] else ():
-                cheap = each["figure"] in ("local SQNR", "local MSE", "first_order", "path")
-                if cheap and each["rank_correlation"] is not None:
-                    key = (each["figure"], each["against"])
-                    values.setdefault(key, []).append(each["rank_correlation"])
-    rows = [
-        [figure, against, len(found), f"{sum(found) / len(found):.2f}", f"{min(found):.2f}"]
-        for (figure, against), found in values.items()
-        if against in ("alone", "rescue")
-    ]
-    table = _table(rows, ["figure", "against", "runs", "mean rank correlation", "least"])
-    best = max(values, key=lambda key: mean(values[key]) if key[1] == "alone" else -1.0)
-    return (
-        f"Over all of these runs (path only where it was presented):\n\n{table}\n\nThe closest to "
-        f"`alone` is {best[0]}; no figure replaces a measurement at the sites that it names."
-    )
-
-
-def _costs(data: Data) -> str:
-    rows = []
-    for subject in data["subjects"]:
-        for scheme, found in subject["schemes"].items():
-            sites = len(found["sites"])
-            for name, goal in (("in_order", 0.6 * sites), ("path", 30.0)):
-                if name in found["costs"]:
-                    cost = found["costs"][name]
-                    rows.append(
-                        [
-                            subject["name"],
-                            scheme,
-                            f"{name} (resumed)" if cost.get("partial") else name,
-                            f"{cost['forwards']:.1f}",
-                            f"{cost['measured_forwards']:.1f}",
-                            f"{goal:.0f}",
-                            f"{cost['seconds']:.0f}",
-                        ]
-                    )
-    table = _table(
-        rows, ["model", "scheme", "method", "forwards, by nodes", "by time", "goal", "seconds"]
-    )
-    resumed = any(
-        cost.get("partial")
-        for subject in data["subjects"]
-        for found in subject["schemes"].values()
-        for cost in found["costs"].values()
-    )
-    if resumed:
-        table += "\n\nResumed: only what was run again is counted."
-    return (
-        "In forwards of the float model over the same windows; the goals are 0.6 forwards a site "
-        "for `in_order` and 30 for `path`. Times are of a machine that other work shared.\n\n"
-        f"{table}"
-    )
-
-
-def _table(rows: list[list[Any]], headers: list[str]) -> str:
-    return str(tabulate(rows, headers, tablefmt="github", disable_numparse=True))

@@ -288,3 +288,20 @@ def test_signals_are_left_alone_in_other_threads() -> None:
     thread.start()
     thread.join()
     assert seen == [(signal.SIG_DFL, 130)]
+
+
+def test_a_block_too_dear_does_not_hide_those_behind_it() -> None:
+    class Node:
+        def __init__(self, cost: float) -> None:
+            self.node = cost
+
+    class Costs:
+        def share_behind(self, node: float) -> float:
+            return node
+
+    dear = 0.75 * worst_first.ALLOWANCE
+    runs: Any = [[Node(dear), Node(0.0)], [Node(dear), Node(0.0)], [Node(0.2 * dear), Node(0.0)]]
+    added = [3.0, 2.0, 1.0]
+    lab: Any = Costs()
+    chosen = worst_first._worst(lab, runs, added)
+    assert chosen == [runs[0][0], runs[2][0]]

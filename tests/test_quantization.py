@@ -26,7 +26,6 @@ from fxquant.numerics.quantization import (
     group_count,
     group_ranges,
     quantize_affine,
-    quantize_symmetric,
 )
 from tests.reference import sqnr_db
 
@@ -147,7 +146,7 @@ def test_agrees_with_torch_quantize_per_channel() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_ties_go_to_even(dtype: torch.dtype) -> None:
     ties = torch.arange(-60, 60) + 0.5
-    codes, _ = quantize_symmetric(ties.to(dtype), torch.tensor(1.0), 127)
+    codes, _ = quantize_affine(ties.to(dtype), torch.tensor(1.0), None, -127, 127)
     assert codes.tolist() == [round(v) for v in ties.tolist()]
 
 
@@ -187,7 +186,7 @@ def test_an_empty_code_range_is_refused() -> None:
 
 
 def test_an_empty_tensor_clips_nothing() -> None:
-    codes, clipping = quantize_symmetric(torch.empty(0, 4), torch.tensor(1.0), 127)
+    codes, clipping = quantize_affine(torch.empty(0, 4), torch.tensor(1.0), None, -127, 127)
     assert codes.shape == (0, 4)
     assert (float(clipping.low), float(clipping.high)) == (0, 0)
 
@@ -198,8 +197,8 @@ def test_an_empty_tensor_clips_nothing() -> None:
 def test_groups_that_do_not_divide_need_a_group_size() -> None:
     x, scale = random(1, 4, 10), torch.full((4, 3), 0.1)
     with pytest.raises(ValueError, match="3 groups do not cover 10 columns"):
-        quantize_symmetric(x, scale, 127)
-    codes, _ = quantize_symmetric(x, scale, 127, group_size=4)
+        quantize_affine(x, scale, None, -127, 127)
+    codes, _ = quantize_affine(x, scale, None, -127, 127, group_size=4)
     assert codes.shape == x.shape
 
 
@@ -207,7 +206,8 @@ def test_groups_that_divide_need_none() -> None:
     x = random(2, 4, 12)
     scale = torch.rand(4, 3) + 0.1
     assert torch.equal(
-        quantize_symmetric(x, scale, 127)[0], quantize_symmetric(x, scale, 127, group_size=4)[0]
+        quantize_affine(x, scale, None, -127, 127)[0],
+        quantize_affine(x, scale, None, -127, 127, group_size=4)[0],
     )
 
 
@@ -307,7 +307,7 @@ def test_any_finite_value_has_a_usable_symmetric_scale(value: float, bits: int) 
     assert 0 < float(scale) < math.inf
     assert math.isfinite(float(1 / scale))
     x = torch.tensor([value])
-    codes, clipping = quantize_symmetric(x, scale, qmax)
+    codes, clipping = quantize_affine(x, scale, None, -qmax, qmax)
     assert (float(clipping.low), float(clipping.high)) == (0, 0)
     # One value alone is the range's end: two roundings of 2**-24. Subnormal ones are lost within
     # half a (smallest) step. The largest float32 may round up to infinity.
@@ -435,7 +435,7 @@ def test_quantizing_again_changes_nothing(seed: int) -> None:
 def test_inputs_are_not_modified() -> None:
     x, scale = random(4, 3, 8), torch.full((3, 1), 0.02)
     kept = x.clone(), scale.clone()
-    codes, _ = quantize_symmetric(x, scale, 127)
+    codes, _ = quantize_affine(x, scale, None, -127, 127)
     kept_codes = codes.clone()
     dequantize(codes, scale)
     assert torch.equal(x, kept[0])

@@ -6,10 +6,8 @@ import csv
 import io
 import json
 import math
-import multiprocessing
 import random
 import re
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,6 +32,7 @@ from fxquant.evaluation.sweep_file import read_sweep
 from fxquant.passes import Gptq
 from fxquant.schemes.scheme import Scheme
 from tests.hub_format import write_c4
+from tests.kills import killed
 from tests.models import SMALL_OPT, small_opt
 
 SCHEMES = ("w8", "w8a8-dynamic", "w8a8-static:p99")
@@ -470,17 +469,6 @@ def test_unwritable_results(tmp_path: Path) -> None:
 
 
 # --- kills ----------------------------------------------------------------------------------------
-
-
-def killed(work: Callable[[], object], after: float) -> bool:
-    """Run ``work`` in a forked process and SIGKILL it; whether it was still running."""
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    process.join(after)
-    process.kill()
-    process.join()
-    assert process.exitcode in (0, -signal.SIGKILL)
-    return process.exitcode != 0
 
 
 def same_table_after_kills(undisturbed: Undisturbed, path: Path, kills: int, seed: int) -> None:

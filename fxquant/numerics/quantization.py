@@ -228,18 +228,6 @@ def quantize_affine(
     return codes.clamp_(qmin, qmax).to(dtype), clipping
 
 
-def quantize_symmetric(
-    x: Tensor,
-    scale: Tensor,
-    qmax: int,
-    dtype: torch.dtype = torch.int8,
-    *,
-    group_size: int | None = None,
-) -> tuple[Tensor, Clipping]:
-    """Codes in [-qmax, qmax] without zero point, and the clipped fractions: see quantize_affine."""
-    return quantize_affine(x, scale, None, -qmax, qmax, dtype, group_size=group_size)
-
-
 def dequantize(
     codes: Tensor,
     scale: Tensor,

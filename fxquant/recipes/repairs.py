@@ -40,7 +40,6 @@ _KNOWN: tuple[type[Repair], ...] = (
     Smooth,
     SplitOutliers,
 )
-_TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
 REPAIRS: dict[str, type[Repair]] = {repair.name: repair for repair in _KNOWN}
 
 

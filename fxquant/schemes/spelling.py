@@ -170,9 +170,7 @@ def _scan_estimator(scanner: Scanner) -> Estimator:
     if not scanner.accept("p"):
         scanner.fail('expected an estimator: "absmax", "p99.9" (any percentile), "mse", "entropy"')
     start = scanner.position
-    percent = float(
-        scanner.match(re.compile(r"[0-9]+(\.[0-9]+)?(e-?[0-9]+)?"), "a percentile such as 99.9")
-    )
+    percent = float(scanner.match(_PERCENT, "a percentile such as 99.9"))
     try:
         return Estimator("percentile", percent)
     except SchemeError as error:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import resource
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +26,7 @@ from fxquant.files.locks import LOCK, hold, hold_folder
 from fxquant.files.whole_file import write_text
 from fxquant.ir.streamed import Workspace
 from tests.architectures import llama, opt, token_ids
+from tests.kills import killed
 from tests.models import SMALL_OPT
 
 ROOT = Path(__file__).parent.parent.parent
@@ -369,17 +368,6 @@ def test_two_processes_at_once(name: str, tmp_path: Path) -> None:
 
 
 # --- kills ----------------------------------------------------------------------------------------
-
-
-def killed(work: Callable[[], object], after: float) -> bool:
-    """Run ``work`` in a forked process and SIGKILL it; whether it was still running."""
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    process.join(after)
-    process.kill()
-    process.join()
-    assert process.exitcode in (0, -signal.SIGKILL)
-    return process.exitcode != 0
 
 
 def same_after_kills(folder: Path, kills: int, seed: int) -> None:
