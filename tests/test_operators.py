@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxquant.formats.packing import pack_int4
 from fxquant.ir import operators
-from fxquant.numerics import quantization
+from fxquant.numerics import cpu_int8, quantization
 from fxquant.numerics.gemm import CHUNK
 
 OPS = torch.ops.fxquant
@@ -97,7 +97,7 @@ def test_schema_promises_no_alias_and_no_mutation(name: str) -> None:
 def test_these_are_all_operators() -> None:
     registered = torch._C._dispatch_get_all_op_names()
     ours = {name.removeprefix("fxquant::") for name in registered if name.startswith("fxquant::")}
-    assert ours == {*NAMES, "int_gemm_cuda", "int_matmul", "store_kv"}
+    assert ours == {*NAMES, "int_gemm_cuda", "int_matmul", "int_matmul_cpu", "store_kv"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -371,7 +371,13 @@ def test_symbolic_trace_keeps_one_node_an_operator() -> None:
     assert {t.removesuffix(".default") for t in found} == {f"fxquant.{name}" for name in wanted}
 
 
-def test_compiles_without_breaks_and_without_our_operators() -> None:
+@pytest.mark.parametrize(("int8", "product"), [(True, "aten._int_mm"), (False, "aten.mm")])
+def test_compiles_without_breaks_and_without_our_operators(
+    int8: bool, product: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if int8 and not cpu_int8.exact_int_mm():
+        pytest.skip("this processor has no exact int8 GEMM")
+    monkeypatch.setattr(cpu_int8, "exact_int_mm", lambda: int8)
     graphs: list[GraphModule] = []
 
     def keep(gm: GraphModule, _inputs: list[Tensor]) -> Callable[..., Any]:
@@ -383,7 +389,7 @@ def test_compiles_without_breaks_and_without_our_operators() -> None:
     inputs = site_inputs()
     assert torch.equal(compiled(*inputs), site(*inputs))
     assert len(graphs) == 1
-    assert "aten.mm.default" in targets(graphs[0])
+    assert f"{product}.default" in targets(graphs[0])
     assert not any("fxquant" in target for target in targets(graphs[0]))
 
 

@@ -1,7 +1,8 @@
 """The operators that stand in quantized graphs: ``torch.ops.fxquant.*``.
 
-All but ``int_gemm_cuda`` are CompositeImplicitAutograd: one node in an fx graph, yet torch.compile
-and FakeTensor see through them. None returns or aliases an input. ``like`` operands only give the
+All but ``int_gemm_cuda`` and ``int_matmul_cpu``, which no graph names, are
+CompositeImplicitAutograd: one node in an fx graph, yet torch.compile and FakeTensor see through
+them. None returns or aliases an input. ``like`` operands only give the
 result's dtype, so that a converted model follows ``.half()`` and ``.to()``.
 """
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from fxquant.formats.integer import integer
 from fxquant.formats.packing import unpack_int4
 from fxquant.formats.table import grid_named
-from fxquant.numerics import gemm, quantization
+from fxquant.numerics import cpu_int8, gemm, quantization
 
 _LIBRARY = torch.library.Library("fxquant", "DEF")
 
@@ -67,6 +68,8 @@ def int_gemm(x_codes: Tensor, weight_codes: Tensor, chunk: int) -> Tensor:
     rows = x_codes.reshape(-1, x_codes.shape[-1])
     if x_codes.device.type == "cuda":
         sums = torch.ops.fxquant.int_gemm_cuda(rows, weight_codes, chunk)
+    elif _cpu_int8(rows):
+        sums = cpu_int8.int_mm(rows, weight_codes)
     else:
         sums = gemm.float_int_gemm(rows, weight_codes, chunk)
     result: Tensor = sums.view(*x_codes.shape[:-1], weight_codes.shape[0])
@@ -75,7 +78,15 @@ def int_gemm(x_codes: Tensor, weight_codes: Tensor, chunk: int) -> Tensor:
 
 def int_matmul(left_codes: Tensor, right_codes: Tensor) -> Tensor:
     """int32 [..., M, N] of int8 [..., M, K] by [..., K, N], both activations, exact."""
+    if _cpu_int8(left_codes):
+        sums: Tensor = torch.ops.fxquant.int_matmul_cpu(left_codes, right_codes)
+        return sums
     return gemm.batched_int_matmul(left_codes, right_codes)
+
+
+def _cpu_int8(codes: Tensor) -> bool:
+    """Whether the processor's int8 instructions take them; asked when a graph runs or compiles."""
+    return codes.device.type == "cpu" and cpu_int8.exact_int_mm()
 
 
 def store_kv(x: Tensor, bits: int) -> Tensor:
@@ -197,6 +208,17 @@ _COMPOSITE = {
 for _schema, _function in _COMPOSITE.items():
     _LIBRARY.define(_schema)
     _LIBRARY.impl(_schema.split("(")[0], _function, "CompositeImplicitAutograd")
+
+# Opaque: a loop over the batch, whose size a compiler keeps symbolic.
+_LIBRARY.define("int_matmul_cpu(Tensor left_codes, Tensor right_codes) -> Tensor")
+_LIBRARY.impl("int_matmul_cpu", cpu_int8.batched_int_mm, "CPU")
+
+
+def _fake_int_matmul_cpu(left_codes: Tensor, right_codes: Tensor) -> Tensor:
+    return torch.matmul(left_codes, right_codes).to(torch.int32)
+
+
+torch.library.register_fake("fxquant::int_matmul_cpu", _fake_int_matmul_cpu, lib=_LIBRARY)
 
 # Opaque: cuBLASLt's limits and the TF32 switch are questions for run time.
 _LIBRARY.define("int_gemm_cuda(Tensor x_codes, Tensor weight_codes, int chunk) -> Tensor")

@@ -3,7 +3,8 @@
 An fp32 sum of integers is exact while every partial sum stays within 2**24. A product of two
 int8 codes is at most 128 * 128 = 2**14, so 1024 of them always fit: K is cut into chunks of 1024
 whose fp32 products are summed in int32. Where the weights' row sums prove that the whole row fits
-(`certified_chunk`), one fp32 GEMM is exact.
+(`certified_chunk`), one fp32 GEMM is exact. Where the processor multiplies int8 itself, cpu_int8
+has the route that is taken instead, to the same sums.
 """
 
 from __future__ import annotations
