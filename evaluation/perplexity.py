@@ -13,11 +13,9 @@ from torch.fx import GraphModule, Node
 from tqdm import tqdm
 
 from fxquant.errors import NonFiniteError
+from fxquant.evaluation.clipping_counter import ClippingCounter, Quantizers
 from fxquant.evaluation.statistics import WindowSums
-from fxquant.ir.graph import device_of, is_op, source_of, tag
-from fxquant.ir.levels import OPS
-from fxquant.ir.operands import operands
-from fxquant.numerics.quantization import quantize_affine
+from fxquant.ir.graph import device_of, tag
 from fxquant.run.batched import is_streamed, run_batches
 from fxquant.run.distributed import complete, is_main, shard
 from fxquant.run.execution import Executor
@@ -61,42 +59,6 @@ class Perplexity:
         return from_loss(self.loss)
 
 
-class ClippingCounter:
-    """Sees a run's values and counts what its activation quantizers clip."""
-
-    def __init__(self, gm: GraphModule) -> None:
-        self.quantizers = [n for n in gm.graph.nodes if is_op(n, OPS.quantize.default)]
-        self._operands = {arg for node in self.quantizers for arg in node.all_input_nodes}
-        # Inputs are let go after their last quantizer; scales are small.
-        last = {source_of(node): node for node in self.quantizers}
-        self._last = {user: source for source, user in last.items()}
-        self._values: dict[Node, Tensor] = {}
-        self.clipped = 0.0
-        self.total = 0
-
-    def __call__(self, node: Node, value: Tensor) -> Tensor:
-        if node in self._operands:
-            self._values[node] = value
-        if node in self.quantizers:
-            call = operands(node)
-            x, scale, zero_point = (
-                self._values.get(arg, arg) for arg in (call.x, call.scale, call.zero_point)
-            )
-            if not bool(torch.isfinite(x).all()):
-                raise NonFiniteError(
-                    f"{tag(node).site}: its input holds NaN or infinite activations, which have no "
-                    "code; the model overflows its dtype here"
-                )
-            codes, clipping = quantize_affine(
-                x, scale, zero_point, call.qmin, call.qmax, call.dtype
-            )
-            self.clipped += float(clipping.low + clipping.high) * codes.numel()
-            self.total += codes.numel()
-            if node in self._last:
-                self._values.pop(self._last[node], None)
-        return value
-
-
 def _shared_out(
     gm: GraphModule, batches: Sequence[Tensor], label: str
 ) -> tuple[Tensor, float | None]:
@@ -109,9 +71,9 @@ def _shared_out(
         batch.new_zeros((len(batch), batch.shape[1] - 1), dtype=torch.float32) for batch in batches
     ]
     counts = batches[0].new_zeros((len(batches), 2), dtype=torch.float64)
-    for (index, _), (found, counter) in zip(mine, bar, strict=True):
+    for (index, _), (found, clipping) in zip(mine, bar, strict=True):
         losses[index] = found
-        counts[index] = counts.new_tensor([counter.clipped, counter.total])
+        counts[index] = counts.new_tensor(clipping)
     # Summed one after the other, so that the number of processes changes nothing.
     clipped, total = (sum(column) for column in complete(counts).t().tolist())
     return complete(torch.cat(losses)).cpu(), clipped / total if total else None
@@ -120,9 +82,11 @@ def _shared_out(
 @torch.no_grad()
 def _batch_results(
     gm: GraphModule, batches: Sequence[Tensor], label: str
-) -> Iterator[tuple[Tensor, ClippingCounter]]:
-    counters = [ClippingCounter(gm) for _ in batches]
-    watchers = [counter if counter.quantizers else None for counter in counters]
+) -> Iterator[tuple[Tensor, tuple[int, int]]]:
+    """Each batch's losses; how many activation elements were clipped and how many quantized."""
+    quantizers = Quantizers.of(gm)
+    counters = [ClippingCounter(quantizers) for _ in batches]
+    watchers = [counter if quantizers.calls else None for counter in counters]
     inputs = [{"input_ids": ids} for ids in batches]
     if is_streamed(gm):
         outputs = run_batches(gm, inputs, watchers, label=label if is_main() else "")
@@ -131,7 +95,7 @@ def _batch_results(
         pairs = zip(inputs, watchers, strict=True)
         outputs = (executor.run(watcher, **each) for each, watcher in pairs)
     for ids, counter, logits in zip(batches, counters, outputs, strict=True):
-        yield token_nll(logits, ids), counter
+        yield token_nll(logits, ids), counter.result()
 
 
 def evaluate(

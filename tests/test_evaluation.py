@@ -15,7 +15,7 @@ from torch import nn
 from transformers import OPTModel
 
 import fxquant
-from fxquant.errors import DataError, FxquantError, ModelError
+from fxquant.errors import DataError, FxquantError, ModelError, NonFiniteError
 from fxquant.evaluation import Job, cut_windows, load_text, run
 from fxquant.evaluation.converter import Converter
 from fxquant.evaluation.data import Source
@@ -109,29 +109,61 @@ def test_batch_size_does_not_change_a_float_loss() -> None:
     torch.testing.assert_close(one.losses, three.losses, rtol=0, atol=1e-4)
 
 
-def test_share_clipped_counts_saturated_elements() -> None:
+@pytest.mark.parametrize(
+    ("scheme", "clips"),
+    [
+        ("w8a8-static:p99", True),
+        ("w8a8-static-asym:p99", True),
+        ("w4a4-static:absmax", True),
+        ("w8a8-dynamic", False),
+        ("w4a4-dynamic-token", False),
+        ("w8a8-dynamic-token-asym", None),  # ties at its ends alone
+        ("w8a8-dynamic+attn8", False),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_share_clipped_counts_saturated_elements(
+    scheme: str, clips: bool | None, dtype: torch.dtype
+) -> None:
     model, tokenizer = small_opt()
+    model.to(dtype)
     windows = cut_windows(
         load_text("builtin"), tokenizer, count=2, length=LENGTH, calibration=2, seed=0
     )
-    graph = fxquant.convert(model, "w8a8-static:p99", calibration=[windows.calibration])
+    calibration = [windows.calibration] if "static" in scheme else None
+    graph = fxquant.convert(model, scheme, calibration=calibration)
     clipped = total = 0
 
     class Count(torch.fx.Interpreter):
         def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
             nonlocal clipped, total
             if target is OPS.quantize.default:
-                x, scale = args[0].double(), args[1].double()
-                clipped += int(((x / scale).float().round().abs() > 127).sum())
+                x, scale, zero_point, qmin, qmax = args[:5]
+                codes = (x.float() / scale).round() + (0 if zero_point is None else zero_point)
+                clipped += int(((codes < qmin) | (codes > qmax)).sum())
                 total += x.numel()
             return super().call_function(target, args, kwargs)
 
     for window in windows.evaluation.split(1):
         Count(graph).run(window, None)
     measured = evaluate(graph, windows.evaluation)
-    assert clipped > 0
-    # A quotient within rounding of a half step may fall on either side.
-    assert measured.share_clipped == pytest.approx(clipped / total, rel=1e-3)
+    assert clips is None or (clipped > 0) is clips
+    assert measured.share_clipped == clipped / total
+
+
+@pytest.mark.parametrize("scheme", ["w8a8-static:absmax", "w8a8-dynamic", "w8a8-dynamic-token"])
+def test_an_overflow_names_the_site_it_reaches_first(scheme: str) -> None:
+    model, tokenizer = small_opt()
+    windows = cut_windows(
+        load_text("builtin"), tokenizer, count=2, length=LENGTH, calibration=1, seed=0
+    )
+    graph = fxquant.convert(model, scheme, calibration=[windows.calibration])
+    site = "model.decoder.layers.1.fc2"
+    bias = graph.get_buffer("model.decoder.layers.1.fc1.bias")
+    with torch.no_grad():
+        bias[0] = torch.inf
+    with pytest.raises(NonFiniteError, match=rf"{site}: its input holds NaN or infinite"):
+        evaluate(graph, windows.evaluation)
 
 
 def test_calibrating_once_for_many_schemes_changes_nothing() -> None:

@@ -177,7 +177,9 @@ def _need_group_size(group_size: int | None) -> int:
     return group_size
 
 
-def _rounded(x: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int | None) -> Tensor:
+def rounded_codes(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int | None = None
+) -> Tensor:
     """Unclamped float32 codes in a fresh tensor."""
     length = x.shape[-1] if x.dim() else 1
     codes = torch.div(x.to(torch.float32), expand_groups(scale, length, group_size)).round_()
@@ -196,7 +198,7 @@ def encode(
     group_size: int | None = None,
 ) -> Tensor:
     """The codes alone, without statistics: what stands in a graph."""
-    return _rounded(x, scale, zero_point, group_size).clamp_(qmin, qmax).to(dtype)
+    return rounded_codes(x, scale, zero_point, group_size).clamp_(qmin, qmax).to(dtype)
 
 
 def quantize_affine(
@@ -222,7 +224,7 @@ def quantize_affine(
     info = torch.iinfo(dtype)
     if not info.min <= qmin < qmax <= info.max:
         raise ValueError(f"codes {qmin}..{qmax} do not fit {dtype}")
-    codes = _rounded(x, scale, zero_point, group_size)
+    codes = rounded_codes(x, scale, zero_point, group_size)
     count = max(codes.numel(), 1)
     clipping = Clipping((codes < qmin).sum() / count, (codes > qmax).sum() / count)
     return codes.clamp_(qmin, qmax).to(dtype), clipping

@@ -1,0 +1,112 @@
+"""What a graph's activation quantizers clip on a batch, counted beside the run on its device."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fxquant.errors import NonFiniteError
+from fxquant.ir.graph import is_op, source_of, tag
+from fxquant.ir.levels import OPS
+from fxquant.ir.operands import operands
+from fxquant.numerics.clipping import clipped_codes, count_clipped, unclipped_range
+
+
+@dataclass(frozen=True)
+class Quantizers:
+    """The quantize nodes of a graph with their operands, and which values to keep until when.
+
+    ``static_ends``: what each static one lets through, worked out when it is first met.
+    """
+
+    calls: Mapping[Node, Any]
+    kept_until: Mapping[Node, Node]
+    static_ends: dict[Node, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, gm: GraphModule) -> Quantizers:
+        calls = {n: operands(n) for n in gm.graph.nodes if is_op(n, OPS.quantize.default)}
+        return cls(calls, {used: node for node in calls for used in node.all_input_nodes})
+
+
+class ClippingCounter:
+    """Sees the values of one batch's run and counts the elements that are clipped.
+
+    Nothing is quantized twice, and the device is read once, by ``result``. A dynamic symmetric
+    range holds its input: there is nothing to count. A range that holds an element that is not
+    finite is not finite itself, so only static quantizers' inputs are looked through for those.
+    """
+
+    def __init__(self, quantizers: Quantizers) -> None:
+        self._quantizers = quantizers
+        self._values: dict[Node, Any] = {}
+        self._finite: list[Tensor] = []
+        self._clipped: list[Tensor] = []
+        self._total = 0
+
+    def __call__(self, node: Node, value: Any) -> Any:
+        if node in self._quantizers.kept_until:
+            self._values[node] = value
+        if node in self._quantizers.calls:
+            self._see(node)
+            for used in node.all_input_nodes:
+                if self._quantizers.kept_until[used] is node:
+                    del self._values[used]
+        return value
+
+    def _see(self, node: Node) -> None:
+        call = self._quantizers.calls[node]
+        x, scale, zero_point = (
+            self._values.get(each, each) for each in (call.x, call.scale, call.zero_point)
+        )
+        self._total += x.numel()
+        dynamic = _dynamic_range(call.scale)
+        if dynamic is None:
+            ends = self._quantizers.static_ends.get(node)
+            if ends is None:
+                ends = unclipped_range(scale, zero_point, call.qmin, call.qmax)
+                self._quantizers.static_ends[node] = ends
+            self._see_static(x, *ends)
+            return
+        self._finite.append(torch.isfinite(scale).all())
+        if not dynamic.symmetric:
+            self._clipped.append(clipped_codes(x, scale, zero_point, call.qmin, call.qmax))
+
+    def _see_static(self, x: Tensor, low: Tensor, high: Tensor) -> None:
+        lowest, highest = torch.aminmax(x)
+        self._finite.append(torch.isfinite(lowest) & torch.isfinite(highest))
+        # Reading a device waits for all that is queued there; the CPU has nothing queued.
+        if x.device.type != "cpu" or bool((lowest < low) | (highest > high)):
+            self._clipped.append(count_clipped(x, low, high))
+
+    def result(self) -> tuple[int, int]:
+        """Elements clipped and elements quantized.
+
+        Raises NonFiniteError that names the first site whose input holds NaN or infinity.
+        """
+        for node, finite in zip(self._quantizers.calls, _read(self._finite), strict=True):
+            if not finite:
+                raise NonFiniteError(
+                    f"{tag(node).site}: its input holds NaN or infinite activations, which have no "
+                    "code; the model overflows its dtype here"
+                )
+        return sum(_read(self._clipped)), self._total
+
+
+def _dynamic_range(scale: Node) -> Any:
+    """The operands of the choose_qparams that computes this scale; None for a static one."""
+    if not is_op(scale, operator.getitem):
+        return None
+    source = source_of(scale)
+    return operands(source) if is_op(source, OPS.choose_qparams.default) else None
+
+
+def _read(values: list[Tensor]) -> list[Any]:
+    """All of them at once: one wait for the device."""
+    return torch.stack(values).tolist() if values else []

@@ -1,0 +1,63 @@
+"""What a quantizer clips, told from its input alone: no second quantization."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxquant.numerics.quantization import rounded_codes
+
+# x / scale rounds by half an ulp and so does the guess below; one more for each, and the tie.
+_NEIGHBOURS = 4
+
+
+def unclipped_range(
+    scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int
+) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest float32 whose rounded code lies within [qmin, qmax].
+
+    ``round_half_even(x / scale) + zero_point`` does not decrease with x, so that everything
+    outside is clipped and nothing inside. Both have the shape of ``scale``.
+    """
+    shift = torch.zeros_like(scale) if zero_point is None else zero_point.to(torch.float32)
+    # Seen from the other side of 0, the lower end is an upper one.
+    low = -_last_unclipped(scale, -shift, -qmin)
+    return low, _last_unclipped(scale, shift, qmax)
+
+
+def _last_unclipped(scale: Tensor, shift: Tensor, qmax: int) -> Tensor:
+    """The largest float32 x with ``round(x / scale) + shift <= qmax``, found among neighbours."""
+    guess = (qmax - shift + 0.5) * scale
+    below, above = [guess], [guess]
+    for _ in range(_NEIGHBOURS):
+        below.append(torch.nextafter(below[-1], torch.full_like(guess, -torch.inf)))
+        above.append(torch.nextafter(above[-1], torch.full_like(guess, torch.inf)))
+    candidates = torch.stack((*reversed(below), *above[1:]))
+    fits = torch.div(candidates, scale).round() + shift <= qmax
+    return torch.where(fits, candidates, -torch.inf).amax(0)
+
+
+def count_clipped(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """How many elements of x lie outside [low, high], float32 that broadcast: int64, 0-dim."""
+    # One dimension, so that an fp16 x is compared in float32 and not the ends in fp16.
+    low, high = (end.reshape(1) if end.dim() == 0 else end for end in (low, high))
+    return torch.count_nonzero(x < low) + torch.count_nonzero(x > high)
+
+
+def clipped_codes(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int
+) -> Tensor:
+    """The same for a range of x's own (scale [..., 1] or 0-dim), by its codes: int64, 0-dim.
+
+    Such a range holds x but for roundings at its ends. On the CPU the ends are asked first.
+    """
+    if x.device.type == "cpu":
+        ends = torch.stack((x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)))
+        if not bool(_outside(ends, scale, zero_point, qmin, qmax).any()):
+            return torch.zeros((), dtype=torch.int64)
+    return torch.count_nonzero(_outside(x, scale, zero_point, qmin, qmax))
+
+
+def _outside(x: Tensor, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int) -> Tensor:
+    codes = rounded_codes(x, scale, zero_point)
+    return (codes < qmin) | (codes > qmax)
