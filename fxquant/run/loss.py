@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+ROWS = 32
+
 
 def token_nll(logits: Tensor, input_ids: Tensor) -> Tensor:
     """Negative log likelihood (nats) of each token given those before it: float32 [batch, L - 1].
@@ -14,11 +16,15 @@ def token_nll(logits: Tensor, input_ids: Tensor) -> Tensor:
     logits [batch, L, vocab] of any float dtype, input_ids int64 [batch, L]. The logits of the
     last position predict nothing here and are left out.
     """
-    predicted = logits[:, :-1].flatten(0, 1).to(torch.float32)
-    losses = torch.nn.functional.cross_entropy(
-        predicted, input_ids[:, 1:].flatten(), reduction="none"
-    )
-    return losses.view(input_ids.shape[0], -1)
+    predicted, wanted = logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()
+    # On the CPU rows in small parts: log-softmax's temporary stays in the cache.
+    rows = ROWS if logits.device.type == "cpu" else max(1, len(wanted))
+    parts = zip(predicted.split(rows), wanted.split(rows), strict=True)
+    losses = [
+        torch.nn.functional.cross_entropy(part.to(torch.float32), ids, reduction="none")
+        for part, ids in parts
+    ]
+    return torch.cat(losses).view(input_ids.shape[0], -1)
 
 
 def mean_loss(losses: Tensor) -> float:
