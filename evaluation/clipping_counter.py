@@ -79,10 +79,13 @@ class ClippingCounter:
             self._clipped.append(clipped_codes(x, scale, zero_point, call.qmin, call.qmax))
 
     def _see_static(self, x: Tensor, low: Tensor, high: Tensor) -> None:
-        lowest, highest = torch.aminmax(x)
-        self._finite.append(torch.isfinite(lowest) & torch.isfinite(highest))
-        # Reading a device waits for all that is queued there; the CPU has nothing queued.
-        if x.device.type != "cpu" or bool((lowest < low) | (highest > high)):
+        # Two vectorized reductions read twice, and are still faster than one aminmax.
+        lowest, highest = x.amin(-1), x.amax(-1)
+        self._finite.append((torch.isfinite(lowest) & torch.isfinite(highest)).all())
+        if x.device.type == "cpu":
+            # Reading a device waits for all that is queued there; the CPU has nothing queued.
+            x = x[(lowest < low) | (highest > high)]
+        if x.numel():
             self._clipped.append(count_clipped(x, low, high))
 
     def result(self) -> tuple[int, int]:

@@ -17,8 +17,10 @@ def unclipped_range(
     """The smallest and the largest float32 whose rounded code lies within [qmin, qmax].
 
     ``round_half_even(x / scale) + zero_point`` does not decrease with x, so that everything
-    outside is clipped and nothing inside. Both have the shape of ``scale``.
+    outside is clipped and nothing inside. Both have the shape of ``scale``, [1] for a 0-dim one,
+    with which an fp16 x is compared in float32 (a 0-dim operand would be rounded to fp16).
     """
+    scale = scale.reshape(1) if scale.dim() == 0 else scale
     shift = torch.zeros_like(scale) if zero_point is None else zero_point.to(torch.float32)
     # Seen from the other side of 0, the lower end is an upper one.
     low = -_last_unclipped(scale, -shift, -qmin)
@@ -38,9 +40,7 @@ def _last_unclipped(scale: Tensor, shift: Tensor, qmax: int) -> Tensor:
 
 
 def count_clipped(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """How many elements of x lie outside [low, high], float32 that broadcast: int64, 0-dim."""
-    # One dimension, so that an fp16 x is compared in float32 and not the ends in fp16.
-    low, high = (end.reshape(1) if end.dim() == 0 else end for end in (low, high))
+    """How many elements of x lie outside an ``unclipped_range``: int64, 0-dim."""
     return torch.count_nonzero(x < low) + torch.count_nonzero(x > high)
 
 
