@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +31,7 @@ from fxquant.ir.levels import OPS
 from fxquant.passes import Integerize, NameSites, Observe, Quantize
 from fxquant.pipeline.context import Context
 from fxquant.pipeline.pipeline import Pass, Pipeline
-from fxquant.run.probe import relative_difference
+from fxquant.run.probe import Probe, relative_difference
 from fxquant.schemes.scheme import Scheme
 from tests.architectures import llama, opt, token_ids
 
@@ -181,6 +183,33 @@ class NearlyScaleNorm(Pass):
 
     def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
         return scale_norm(gm, self.factor)
+
+
+def zero_where_nothing_is_seen(query: Tensor, key: Tensor, value: Tensor, **more: Any) -> Tensor:
+    """As fused kernels on CUDA have it; under OPT's additive mask the CPU gives an average."""
+    out = nn.functional.scaled_dot_product_attention(query, key, value, **more)
+    seen = more["attn_mask"] > torch.finfo(query.dtype).min / 2
+    return out * seen.any(-1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class OtherKernel(Pass):
+    """Another attention: queries of padding get 0, the others 1 + ``spoil`` of what they had."""
+
+    spoil: float = 0.0
+    name = "other_kernel"
+    requires = (Level.FLOAT,)
+    effect = "equivalent"
+
+    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
+        for node in gm.graph.nodes:
+            if node.target is nn.functional.scaled_dot_product_attention:
+                node.target = zero_where_nothing_is_seen
+                if self.spoil:
+                    with gm.graph.inserting_after(node):
+                        spoiled = gm.graph.call_function(operator.mul, (node, 1 + self.spoil))
+                    node.replace_all_uses_with(spoiled, lambda user, it=spoiled: user is not it)
+        return gm
 
 
 @dataclass(frozen=True)
@@ -461,3 +490,35 @@ def test_records_are_values() -> None:
     copy = graph()
     update_info(copy, scheme="fp")
     assert info(copy).scheme == "fp"
+
+
+def test_what_padding_gives_is_not_compared() -> None:
+    changed = Pipeline([OtherKernel()]).run(graph())
+    ids = token_ids(2, 9)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    before, after = (gm(input_ids=ids, attention_mask=mask) for gm in (graph(), changed))
+    assert relative_difference(before[0, :4], after[0, :4]) > 0.01, "the kernels differ there"
+    assert relative_difference(before[mask.bool()], after[mask.bool()]) < 1e-6
+
+
+def test_what_attended_positions_give_is_compared() -> None:
+    with pytest.raises(VerificationError, match=r"self_attn\.out_proj: relative difference 0\.00"):
+        Pipeline([OtherKernel(spoil=0.01)]).run(graph())
+
+
+def test_attended_parts_of_every_layout() -> None:
+    probe = Probe.random(50, torch.device("cpu"), batch=3, length=5)
+    mask = probe.attention_mask.bool()
+    tokens = torch.randn(3, 5, 7)
+    wanted = torch.stack([tokens[b, t] for b, t in mask.nonzero().tolist()])
+    assert len(wanted) < 15
+    assert torch.equal(probe.attended(tokens), wanted)
+    assert torch.equal(probe.attended(tokens.flatten(0, 1)), wanted)
+    heads = torch.randn(3, 2, 5, 4)
+    by_head = torch.stack([heads[b, :, t] for b, t in mask.nonzero().tolist()])
+    assert torch.equal(probe.attended(heads), by_head)
+    merged = probe.attended(heads.flatten(0, 1))
+    assert torch.equal(merged.sort(0).values, by_head.flatten(0, 1).sort(0).values)
+    other = torch.randn(7, 11)
+    assert torch.equal(probe.attended(other), other)

@@ -180,7 +180,7 @@ def _compare(
         outputs = {}
     new_logits, new_outputs = run_probe(gm, probe, {} if exact else outputs)
     differences = {
-        site: relative_difference(outputs[site], new_outputs[site])
+        site: relative_difference(probe.attended(outputs[site]), probe.attended(new_outputs[site]))
         for site, _ in ((s.path, n) for s, n in site_outputs(gm))
         if site in outputs
     }

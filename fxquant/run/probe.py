@@ -33,9 +33,22 @@ class Probe:
             mask[-1, length - length // 4 :] = 0
         return cls(ids.to(device), mask.to(device))
 
-    def attended(self, logits: Tensor) -> Tensor:
-        """Rows [tokens, vocab] of logits that are not padding."""
-        return logits[self.attention_mask.bool()]
+    def attended(self, x: Tensor) -> Tensor:
+        """What x, logits or a site's output, holds for tokens that are not padding: [rows, ...].
+
+        What a query of padding gives depends on kernel and device. x is [batch, L, ...],
+        [batch * L, ...], [batch, heads, L, ...] or [batch * heads, L, ...]; all of x where its
+        shape is none of these.
+        """
+        batch, length = self.attention_mask.shape
+        mask = self.attention_mask.bool()
+        if x.dim() == 2 and len(x) == batch * length:
+            return x[mask.flatten()]
+        if x.dim() == 4 and x.shape[0] == batch and x.shape[2] == length:
+            return x.transpose(1, 2)[mask]
+        if x.dim() < 3 or x.shape[1] != length or x.shape[0] % batch:
+            return x
+        return x[mask.repeat_interleave(x.shape[0] // batch, 0)]
 
 
 @torch.no_grad()
