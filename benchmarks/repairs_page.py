@@ -16,7 +16,8 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks.repairs_tried import Subject, spelled
+from benchmarks.repairs_tried import FAMILIES, spelled
+from benchmarks.subjects import Subject
 from benchmarks.weight_grids import weights_past
 
 TEMPLATE = Path(__file__).with_suffix(".template.md")
@@ -81,7 +82,7 @@ def table(subject: Subject, data: dict[str, Any]) -> str:
     rows = data["rows"].get(subject.name, {})
     lines: list[tuple[str, ...]] = []
     missing: list[str] = []
-    for family in subject.families:
+    for family in FAMILIES:
         schemes = [spelled(family.base, repair) for repair in ("", *family.repairs)]
         without = rows.get(family.base, {}).get("delta_loss", float("nan"))
         lines += [_line(scheme, rows, without) for scheme in schemes if scheme in rows]
