@@ -41,7 +41,7 @@ class Subject:
         """Load, plant, cut the windows with seed 0, and trace."""
         folder = ROOT / self.model
         loaded = load_model(str(folder) if folder.is_dir() else self.model)
-        model, planted = loaded.model, ()
+        model, planted = loaded.model, tuple[PlantedOutlier, ...]()
         if self.planted is not None:
             model, planted = plant_outliers(model, self.planted)
         windows = cut_windows(
