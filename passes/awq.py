@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxquant.errors import SchemeError
-from fxquant.ir.graph import Level, Site, coded_linears, install, linear_parameters, source_of
-from fxquant.ir.leaves import CodedLinear
+from fxquant.ir.graph import Level, Site, coded_linears, source_of
+from fxquant.ir.weights import choose_codes
 from fxquant.numerics.solvers.clip_search import clipped_codes
-from fxquant.numerics.weight_codes import min_max_codes
 from fxquant.pipeline.context import Context
 from fxquant.pipeline.options import Count
 from fxquant.pipeline.repair import Repair
@@ -126,7 +125,8 @@ class Awq(Repair):
                 run.visit(linears[-1][1], on_value)
             for site, node, spec in linears:
                 gram = grams[source_of(node), spec.group_size].sums()
-                changed = _clip(gm, site, spec, gram)
+                choose = partial(clipped_codes, spec=spec, gram=gram)
+                changed = choose_codes(gm, site.path, spec, choose, self.name)
                 yield site.path, Changed() if changed else Blocked("no narrower range is better")
 
 
@@ -142,20 +142,6 @@ def _spec(scheme: Scheme, site: Site) -> TensorSpec | None:
 
 def _at(group: ScaleGroup, done: Changed | Blocked) -> Iterator[Outcome]:
     return ((consumer.site.path, done) for consumer in group.consumers)
-
-
-def _clip(gm: GraphModule, site: Site, spec: TensorSpec, gram: Tensor) -> bool:
-    """Choose the site's codes; whether they differ from those that rounding to nearest gives."""
-    module = gm.get_submodule(site.path)
-    if isinstance(module, CodedLinear):
-        raise SchemeError(
-            f"awq: {site.path}: an earlier pass has chosen its codes; write +awq before it"
-        )
-    weight, bias = linear_parameters(module)
-    nearest = min_max_codes(weight, spec, site.path)
-    chosen = clipped_codes(weight, spec, gram)
-    install(gm, site.path, CodedLinear(weight, bias, spec, chosen.tensors()))
-    return not torch.equal(nearest.codes, chosen.codes)
 
 
 def awq_scales(group: ScaleGroup, means: list[Tensor], ratio: float) -> Tensor:
