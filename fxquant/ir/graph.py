@@ -149,6 +149,11 @@ def add_note(gm: GraphModule, origin: str, site: str, text: str) -> None:
     update_info(gm, notes=(*info(gm).notes, Note(origin, site, text)))
 
 
+def leave_in_float(gm: GraphModule, path: str, reason: str) -> None:
+    """Say that what multiplies or looks up weights at ``path`` stays float."""
+    update_info(gm, left_in_float=(*info(gm).left_in_float, LeftInFloat(path, reason)))
+
+
 def tag(node: Node) -> Tag:
     found = node.meta.get(KEY)
     return found if isinstance(found, Tag) else Tag()
