@@ -90,7 +90,7 @@ class Awq(Repair):
             if group.producer is None:
                 assert group.obstacle is not None
                 reason = f"not scaled: {group.obstacle.reason}"
-                yield from _at(group, Blocked(reason, group.obstacle.nodes))
+                yield from group.outcomes(Blocked(reason, group.obstacle.nodes))
                 continue
             inputs = search.enter(group)
             means = [inputs[source_of(c.node)].abs().float().mean(0) for c in group.consumers]
@@ -99,7 +99,7 @@ class Awq(Repair):
             best = errors.index(min(errors))
             share = min(errors) / errors[0] if errors[0] else 1.0
             text = f"scaled: r = {_RATIOS[best]:g}, error {share:.3g} of unscaled"
-            yield from _at(group, Changed(text) if best else Blocked(text))
+            yield from group.outcomes(Changed(text) if best else Blocked(text))
             if best:
                 rescale(gm, group, candidates[best], self.name)
 
@@ -138,10 +138,6 @@ def _show(grams: tuple[Gram, ...], node: Node, value: Tensor, mask: Tensor) -> T
 
 def _spec(scheme: Scheme, site: Site) -> TensorSpec | None:
     return scheme.spec_for(site.path, site.role).weight
-
-
-def _at(group: ScaleGroup, done: Changed | Blocked) -> Iterator[Outcome]:
-    return ((consumer.site.path, done) for consumer in group.consumers)
 
 
 def awq_scales(group: ScaleGroup, means: list[Tensor], ratio: float) -> Tensor:
