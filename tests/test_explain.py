@@ -427,8 +427,18 @@ def test_the_fingerprint_sees_what_losses_depend_on(monkeypatch: pytest.MonkeyPa
 def test_what_is_refused_before_work() -> None:
     _, graph = traced("opt")
     ids = token_ids(1, 8)
+    nothing: Any = None  # no model is looked at
     with pytest.raises(SchemeError, match="unknown method"):
         explain(graph, "w8", data=ids, methods=("in-order",))
+    for repairs, said in (
+        ("foo", "unknown pass in scheme w8.foo: foo"),
+        ("smooth+foo", "unknown pass in scheme .*: foo"),
+        ("smooth(beta=1)", "smooth has no option beta"),
+        ("clip+smooth(alpha=2)", "smooth: alpha must be"),
+    ):
+        for sites in (None, "*.fc1"):
+            with pytest.raises(SchemeError, match=said):
+                explain(nothing, f"w8+{repairs}", data=ids, sites=sites)
     with pytest.raises(SchemeError, match="covers no site"):
         explain(graph, "w8", data=ids, sites="*.fc9")
     with pytest.raises(SchemeError, match="quantizes nothing"):
