@@ -36,6 +36,7 @@ from fxquant.evaluation.journal import read_journal
 from fxquant.evaluation.published import LADDER, REFERENCE_LOSS, Published
 from fxquant.evaluation.results import read_results
 from fxquant.evaluation.tables import format_table, sentences
+from fxquant.ir.calibration import version_words
 
 ROOT = Path(__file__).parent.parent
 _MARKED = re.compile(r"(<!-- table: (?P<path>\S+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
@@ -124,7 +125,7 @@ def _three(value: float) -> str:
 
 
 def _speed_line(data: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    versions = version_words(data["versions"])
     return (
         f"{data['model']} ({data['revision'][:23]}), one window of {data['length']} tokens, "
         f"{data['rounds']} rounds; {data['threads']} threads on {data['processor']}; {versions}"
@@ -157,7 +158,7 @@ def _cost_row(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _setting(part: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in part["versions"].items())
+    versions = version_words(part["versions"])
     return (
         f"{part['model']}, computed in {part['compute_dtype']}; {part['windows']} windows of "
         f"{part['length']} random tokens, {part['calibration_windows']} to calibrate; "
@@ -173,8 +174,7 @@ def grids_table(path: Path) -> str:
         body = [_grid_row(row) for row in data["rows"]]
         made = (
             f"{data['model']} ({data['revision'][:23]}), {data['linears']} linears, "
-            f"{data['values']:,} weights {data['weights']}; "
-            + ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+            f"{data['values']:,} weights {data['weights']}; " + version_words(data["versions"])
         )
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{path} is no result of benchmarks/weight_grids.py: {error!r}") from error

@@ -16,8 +16,10 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks.repairs_tried import Subject, spelled
+from benchmarks.repairs_tried import FAMILIES, spelled
+from benchmarks.subjects import Subject
 from benchmarks.weight_grids import weights_past
+from fxquant.ir.calibration import version_words
 
 TEMPLATE = Path(__file__).with_suffix(".template.md")
 CAUSES = ("weights", "clipping", "rounding")
@@ -68,7 +70,7 @@ def _wrapped(block: str) -> str:
 
 
 def _setting(data: dict[str, Any]) -> str:
-    made = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    made = version_words(data["versions"])
     return (
         f"fp32, seed {data['seed']}, text {data['text_hash']}, {data['threads']} threads; {made}. "
         "Causes (exact Shapley values) and the worst kind of site (Δloss recovered when it alone "
@@ -81,7 +83,7 @@ def table(subject: Subject, data: dict[str, Any]) -> str:
     rows = data["rows"].get(subject.name, {})
     lines: list[tuple[str, ...]] = []
     missing: list[str] = []
-    for family in subject.families:
+    for family in FAMILIES:
         schemes = [spelled(family.base, repair) for repair in ("", *family.repairs)]
         without = rows.get(family.base, {}).get("delta_loss", float("nan"))
         lines += [_line(scheme, rows, without) for scheme in schemes if scheme in rows]

@@ -12,27 +12,24 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
-import fxquant
 from benchmarks.repairs_page import page
-from benchmarks.repairs_tried import SUBJECTS, Subject, spelled
+from benchmarks.repairs_tried import FAMILIES, SUBJECTS, spelled
+from benchmarks.subjects import ROOT, Subject
 from fxquant.analysis.explanation import explain
 from fxquant.errors import FxquantError
 from fxquant.evaluation.converter import Converter, measure
-from fxquant.evaluation.data import Source, cut_windows, load_text
-from fxquant.evaluation.models import load_model, versions
-from fxquant.evaluation.outliers import plant_outliers
+from fxquant.evaluation.data import Source, load_text
+from fxquant.evaluation.models import versions
 from fxquant.evaluation.statistics import WindowSums
 from fxquant.evaluation.token_windows import Windows
 from fxquant.files.whole_file import write_text
 from fxquant.schemes.scheme import Scheme
 
-ROOT = Path(__file__).parent.parent
 DATA = ROOT / "benchmarks" / "repairs_table.json"
 COST = ROOT / "benchmarks" / "gptq_cost.json"
 PAGE = ROOT / "docs" / "repairs_measured.md"
@@ -63,22 +60,11 @@ def measure_all(base: str | None) -> None:
     """Measure every row that DATA does not have; it is written after each."""
     text = load_text("builtin")
     for subject in SUBJECTS:
-        loaded = load_model(str(ROOT / subject.model) if subject.planted else subject.model)
-        model = loaded.model
-        if subject.planted is not None:
-            model, _ = plant_outliers(model, subject.planted)
-        windows = cut_windows(
-            text,
-            loaded.tokenizer,
-            count=subject.windows,
-            length=subject.length,
-            calibration=subject.calibration,
-            seed=0,
-        )
-        graph = fxquant.trace(model)
-        converter = Converter(graph, windows.batches)
+        prepared = subject.prepare(text)
+        windows = prepared.windows
+        converter = Converter(prepared.graph, windows.batches)
         reference = measure(converter, Scheme(), windows, 1, None).sums
-        for family in subject.families:
+        for family in FAMILIES:
             for repair in ("", *family.repairs) if base in (None, family.base) else ():
                 scheme = spelled(family.base, repair)
                 known = read_data()["rows"].get(subject.name, {}).get(scheme)

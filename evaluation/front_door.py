@@ -26,7 +26,7 @@ from fxquant.evaluation.source import Source
 from fxquant.evaluation.statistics import Difference, WindowSums, paired_difference
 from fxquant.evaluation.token_windows import Windows
 from fxquant.frontends.tracing import trace
-from fxquant.ir.calibration import Spans, calibration_words
+from fxquant.ir.calibration import Spans, calibration_words, version_words
 from fxquant.ir.graph import GraphInfo, Level, device_of, float_dtype, info
 from fxquant.ir.seen import can_tell, seen_rows
 from fxquant.pipeline.recording import DrawnBatches
@@ -283,7 +283,7 @@ def _digest(ids: Tensor, scored: tuple[int, ...]) -> str:
 
 def _setting(graph: GraphModule, batch_size: int) -> str:
     dtype = str(float_dtype(graph)).removeprefix("torch.")
-    used = ", ".join(f"{name} {version}" for name, version in versions().items())
+    used = version_words(versions())
     return (
         f"batch size {batch_size}, {dtype} on {device_of(graph)} ({torch.get_num_threads()} "
         f"threads); {used}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shutil
 import tempfile
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 
 from fxquant.errors import CacheWarning, WriteError
 from fxquant.files.locks import reason
+from fxquant.files.whole_file import file_hash
 
 SUMS: Final = "sha256.json"
 
@@ -73,6 +73,5 @@ def _sums(folder: Path) -> dict[str, str]:
         if path.is_symlink() or not path.is_file():
             raise ValueError(f"{path.name} is no regular file")
         if path.name != SUMS:
-            with path.open("rb") as file:
-                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            found[path.name] = file_hash(path)
     return found

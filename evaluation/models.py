@@ -22,6 +22,7 @@ from fxquant.errors import ModelError
 from fxquant.evaluation.gguf import read_weights, write_weights
 from fxquant.evaluation.kept_folder import is_intact, keep
 from fxquant.files.doors import printable
+from fxquant.files.whole_file import file_hash
 from fxquant.frontends.hub import hub_is_reachable
 from fxquant.frontends.pretrained import read_config, read_gguf, read_model, read_tokenizer
 from fxquant.frontends.streaming import stream
@@ -174,12 +175,6 @@ def resolve_dtype(dtype: str, device: str) -> torch.dtype | str:
     if dtype not in DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}: known are auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_hash(directory: Path) -> str:

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from fxquant.evaluation.decoding import decode
 from fxquant.evaluation.protocol import Protocol
-from fxquant.ir.calibration import NOTHING, CalibrationRecord, calibration_words
+from fxquant.ir.calibration import NOTHING, CalibrationRecord, calibration_words, version_words
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Provenance:
 
     def line(self) -> str:
         """One line for under a table."""
-        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        versions = version_words(self.versions)
         processes = f", {self.processes} processes" if self.processes > 1 else ""
         return (
             f"{self.model} ({self.identity()}), {self.protocol.line()} "

@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxquant.errors import SchemeError
-from fxquant.ir.graph import Level, Site, coded_linears, install, linear_parameters, source_of
-from fxquant.ir.leaves import CodedLinear
+from fxquant.ir.graph import Level, Site, coded_linears, source_of
+from fxquant.ir.weights import choose_codes
 from fxquant.numerics.solvers.clip_search import clipped_codes
-from fxquant.numerics.weight_codes import min_max_codes
 from fxquant.pipeline.context import Context
 from fxquant.pipeline.options import Count
 from fxquant.pipeline.repair import Repair
@@ -91,7 +90,7 @@ class Awq(Repair):
             if group.producer is None:
                 assert group.obstacle is not None
                 reason = f"not scaled: {group.obstacle.reason}"
-                yield from _at(group, Blocked(reason, group.obstacle.nodes))
+                yield from group.outcomes(Blocked(reason, group.obstacle.nodes))
                 continue
             inputs = search.enter(group)
             means = [inputs[source_of(c.node)].abs().float().mean(0) for c in group.consumers]
@@ -100,7 +99,7 @@ class Awq(Repair):
             best = errors.index(min(errors))
             share = min(errors) / errors[0] if errors[0] else 1.0
             text = f"scaled: r = {_RATIOS[best]:g}, error {share:.3g} of unscaled"
-            yield from _at(group, Changed(text) if best else Blocked(text))
+            yield from group.outcomes(Changed(text) if best else Blocked(text))
             if best:
                 rescale(gm, group, candidates[best], self.name)
 
@@ -126,7 +125,8 @@ class Awq(Repair):
                 run.visit(linears[-1][1], on_value)
             for site, node, spec in linears:
                 gram = grams[source_of(node), spec.group_size].sums()
-                changed = _clip(gm, site, spec, gram)
+                choose = partial(clipped_codes, spec=spec, gram=gram)
+                changed = choose_codes(gm, site.path, spec, choose, self.name)
                 yield site.path, Changed() if changed else Blocked("no narrower range is better")
 
 
@@ -138,24 +138,6 @@ def _show(grams: tuple[Gram, ...], node: Node, value: Tensor, mask: Tensor) -> T
 
 def _spec(scheme: Scheme, site: Site) -> TensorSpec | None:
     return scheme.spec_for(site.path, site.role).weight
-
-
-def _at(group: ScaleGroup, done: Changed | Blocked) -> Iterator[Outcome]:
-    return ((consumer.site.path, done) for consumer in group.consumers)
-
-
-def _clip(gm: GraphModule, site: Site, spec: TensorSpec, gram: Tensor) -> bool:
-    """Choose the site's codes; whether they differ from those that rounding to nearest gives."""
-    module = gm.get_submodule(site.path)
-    if isinstance(module, CodedLinear):
-        raise SchemeError(
-            f"awq: {site.path}: an earlier pass has chosen its codes; write +awq before it"
-        )
-    weight, bias = linear_parameters(module)
-    nearest = min_max_codes(weight, spec, site.path)
-    chosen = clipped_codes(weight, spec, gram)
-    install(gm, site.path, CodedLinear(weight, bias, spec, chosen.tensors()))
-    return not torch.equal(nearest.codes, chosen.codes)
 
 
 def awq_scales(group: ScaleGroup, means: list[Tensor], ratio: float) -> Tensor:

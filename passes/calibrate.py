@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from fxquant.errors import CalibrationError
 from fxquant.ir.graph import Level, device_of, info
-from fxquant.ir.levels import is_observer
+from fxquant.ir.levels import observer_nodes
 from fxquant.passes.observe import observers
 from fxquant.pipeline.context import Context
 from fxquant.pipeline.pipeline import Pass
@@ -40,10 +40,10 @@ class Calibrate(Pass):
     def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
         facts, device = info(gm), device_of(gm)
         executor = Executor(gm)
-        found = [i for i, node in enumerate(executor.nodes) if is_observer(gm, node)]
+        found = observer_nodes(gm)
         if not found:
             return gm
-        end = executor.nodes[found[-1] + 1]
+        end = found[-1].next
         if context.batches is None:
             raise CalibrationError("calibrate needs calibration data: give the context batches")
         inputs: list[dict[str, Tensor]] = []

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule
 
-from fxquant.errors import SchemeError
-from fxquant.ir.graph import Level, Site, coded_linears, install, linear_parameters
-from fxquant.ir.leaves import CodedLinear
-from fxquant.numerics.weight_codes import min_max_codes, round_to_nearest, search_scales
+from fxquant.ir.graph import Level, coded_linears
+from fxquant.ir.weights import choose_codes
+from fxquant.numerics.weight_codes import WeightCodes, searched_codes
 from fxquant.pipeline.context import Context
 from fxquant.pipeline.repair import Repair
 from fxquant.schemes.specs import TensorSpec
@@ -38,19 +39,10 @@ class Clip(Repair):
     def apply(self, gm: GraphModule, context: Context) -> Iterator[Outcome]:
         for site, _, spec in list(coded_linears(gm, context.scheme)):
             assert spec.weight is not None
-            changed = _clip(gm, site, spec.weight)
+            choose = partial(_searched, spec=spec.weight)
+            changed = choose_codes(gm, site.path, spec.weight, choose, self.name)
             yield site.path, Changed() if changed else Blocked("no narrower range rounds it better")
 
 
-def _clip(gm: GraphModule, site: Site, spec: TensorSpec) -> bool:
-    module = gm.get_submodule(site.path)
-    if isinstance(module, CodedLinear):
-        raise SchemeError(
-            f"clip: {site.path}: an earlier pass has chosen its codes; write +clip before it"
-        )
-    weight, bias = linear_parameters(module)
-    nearest = min_max_codes(weight, spec, site.path)
-    grid = search_scales(weight, spec, torch.ones(weight.shape[1], device=weight.device))
-    chosen = round_to_nearest(weight, spec, *grid)
-    install(gm, site.path, CodedLinear(weight, bias, spec, chosen.tensors()))
-    return not torch.equal(nearest.codes, chosen.codes)
+def _searched(weight: Tensor, spec: TensorSpec) -> WeightCodes:
+    return searched_codes(weight, spec, torch.ones(weight.shape[1], device=weight.device))

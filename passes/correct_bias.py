@@ -21,7 +21,7 @@ from fxquant.ir.graph import (
     site_outputs,
     update_info,
 )
-from fxquant.ir.levels import is_observer
+from fxquant.ir.levels import erase_observers
 from fxquant.ir.weights import with_parameters
 from fxquant.numerics.observers import attended
 from fxquant.passes.quantize import Quantize
@@ -121,9 +121,6 @@ class _Means:
 def without_observers(gm: GraphModule) -> GraphModule:
     """A copy of an observed graph that can be run without being observed again."""
     plain = clone_sharing_storage(gm)
-    for node in list(plain.graph.nodes):
-        if is_observer(plain, node):
-            plain.graph.erase_node(node)
-    plain.delete_all_unused_submodules()
+    erase_observers(plain)
     plain.recompile()
     return plain

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from torch.fx import GraphModule
 
 from fxquant.ir.graph import (
-    LeftInFloat,
     Level,
-    info,
     install,
+    leave_in_float,
     linear_parameters,
     site_outputs,
     update_info,
@@ -33,11 +32,10 @@ class Fp32Gemm(Pass):
     effect = "equivalent"
 
     def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
-        left = list(info(gm).left_in_float)
         for site, _ in site_outputs(gm):
             if site.role != "linear":
-                left.append(LeftInFloat(site.path, f"{site.role}: not a linear of the blocks"))
+                leave_in_float(gm, site.path, f"{site.role}: not a linear of the blocks")
                 continue
             install(gm, site.path, Fp32Linear(*linear_parameters(gm.get_submodule(site.path))))
-        update_info(gm, scheme="fp32-gemm", left_in_float=tuple(left))
+        update_info(gm, scheme="fp32-gemm")
         return gm

@@ -19,9 +19,7 @@ from fxquant.ir.graph import (
 from fxquant.numerics.observers import HistogramObserver
 from fxquant.pipeline.context import Context
 from fxquant.pipeline.pipeline import Pass
-from fxquant.structure.product_sites import observed, operand_spec
-
-CONTAINER = "fxquant_observers"
+from fxquant.structure.product_sites import observed, observer_path, operand_spec
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Observe(Pass):
             if activation is None or activation.dynamic or source in seen:
                 continue
             seen.add(source)
-            path = f"{CONTAINER}.{site.path.replace('.', '_')}"
+            path = observer_path(site)
             install(gm, path, HistogramObserver(site.path).to(device_of(gm)))
             with gm.graph.inserting_before(node):
                 Builder(gm, self.name, site.path).module(path, source, mask)

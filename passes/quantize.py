@@ -13,24 +13,24 @@ from fxquant.formats.grid import Grid
 from fxquant.formats.integer import IntegerGrid
 from fxquant.ir.builder import Builder
 from fxquant.ir.graph import (
-    LeftInFloat,
     Level,
     Site,
     SiteRecord,
     info,
     install,
+    leave_in_float,
     linear_parameters,
     site_outputs,
     source_of,
     update_info,
 )
 from fxquant.ir.leaves import QuantizedParameters
-from fxquant.ir.levels import OPS
+from fxquant.ir.levels import OPS, erase_observers
 from fxquant.ir.weights import site_codes
 from fxquant.numerics.observers import HistogramObserver
 from fxquant.numerics.static_input import StaticRange, static_input
 from fxquant.numerics.weight_codes import min_max_codes
-from fxquant.passes.observe import CONTAINER, observers
+from fxquant.passes.observe import observers
 from fxquant.pipeline.context import Context
 from fxquant.pipeline.pipeline import Pass
 from fxquant.schemes.scheme import Scheme, matches
@@ -61,32 +61,25 @@ class Quantize(Pass):
     def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
         context.scheme.check_overrides((site.path, site.role) for site in info(gm).sites)
         inputs = _Inputs(gm, observers(gm), {}, {})
-        left = list(info(gm).left_in_float)
         records: list[SiteRecord] = []
         for site, node in list(site_outputs(gm)):
             if site.role == "matmul":
                 operands = operand_spec(context.scheme, site)
                 if operands is None:
-                    left.append(LeftInFloat(site.path, _why_float(site, context.scheme)))
+                    leave_in_float(gm, site.path, _why_float(site, context.scheme))
                 else:
                     records += lower_product(gm, site, node, operands)
                 continue
             spec = context.scheme.spec_for(site.path, site.role)
             if spec.weight is None:
-                left.append(LeftInFloat(site.path, _why_float(site, context.scheme)))
+                leave_in_float(gm, site.path, _why_float(site, context.scheme))
                 continue
             if site.role == "embeddings":
                 records.append(_lower_embedding(gm, site, node, spec.weight, inputs))
             else:
                 records.append(_lower_linear(gm, site, node, spec, inputs))
-        for node in list(gm.graph.nodes):
-            if node.op == "call_module" and str(node.target).startswith(f"{CONTAINER}."):
-                gm.graph.erase_node(node)
-        gm.graph.eliminate_dead_code()
-        gm.delete_all_unused_submodules()
-        update_info(
-            gm, left_in_float=tuple(left), scheme=str(context.scheme), site_records=tuple(records)
-        )
+        erase_observers(gm)
+        update_info(gm, scheme=str(context.scheme), site_records=tuple(records))
         return gm
 
 

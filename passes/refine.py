@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fxquant.numerics.solvers.coordinate_descent import coordinate_descent
-from fxquant.numerics.weight_codes import WeightCodes, round_to_nearest, search_scales
+from fxquant.numerics.weight_codes import WeightCodes, searched_codes
 from fxquant.pipeline.layerwise import Layer, Layerwise, stacked_start
 from fxquant.pipeline.options import Rounds, Share
 
@@ -33,6 +33,5 @@ class Refine(Layerwise):
         spec = layers[0].spec
         start = stacked_start(layers)
         if start is None:
-            grid = search_scales(weight, spec, hessian.diagonal())
-            start = round_to_nearest(weight, spec, *grid)
+            start = searched_codes(weight, spec, hessian.diagonal())
         return coordinate_descent(weight, hessian, start, steps=self.steps, damping=self.damping)

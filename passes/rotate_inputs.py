@@ -6,8 +6,18 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
+from fxquant.ir.blocks import block_of
 from fxquant.ir.builder import Builder
-from fxquant.ir.graph import LINEAR, Level, info, install, linear_parameters, source_of, tag
+from fxquant.ir.graph import (
+    Level,
+    info,
+    install,
+    is_linear,
+    linear_parameters,
+    nodes_behind,
+    source_of,
+    tag,
+)
 from fxquant.ir.leaves import OnlineRotation
 from fxquant.numerics.hadamard import orthogonal_factors
 from fxquant.pipeline.context import Context
@@ -15,6 +25,7 @@ from fxquant.pipeline.options import Seed
 from fxquant.pipeline.pipeline import Pass
 from fxquant.structure.residual import residual_stream
 from fxquant.structure.rotations import put_linear
+from fxquant.structure.vocabulary import PRODUCTS, is_a
 
 CONTAINER = "fxquant_rotations"
 
@@ -41,30 +52,12 @@ class RotateInputs(Pass):
         return gm
 
 
-_PRODUCTS = ("scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "einsum")
-
-
-def _is_linear(gm: GraphModule, node: Node) -> bool:
-    return node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), LINEAR)
-
-
 def _ends_mlp(gm: GraphModule, node: Node) -> bool:
     """A linear of a block whose input comes from linears, but through no attention product."""
-    if not _is_linear(gm, node):
+    if not is_linear(gm, node) or block_of(str(node.target), info(gm).blocks) is None:
         return False
-    if not any(str(node.target).startswith(f"{block}.") for block in info(gm).blocks):
-        return False
-    seen, stack = set(), [source_of(node)]
-    while stack:
-        current = stack.pop()
-        if current in seen or _is_linear(gm, current):
-            continue
-        seen.add(current)
-        target = current.target
-        if (target if isinstance(target, str) else getattr(target, "__name__", "")) in _PRODUCTS:
-            return False
-        stack.extend(current.all_input_nodes)
-    return True
+    behind = nodes_behind([source_of(node)], lambda n: is_linear(gm, n) or is_a(n, *PRODUCTS))
+    return not any(is_a(found, *PRODUCTS) for found in behind)
 
 
 def _rotate_input(gm: GraphModule, node: Node, seed: int) -> None:

@@ -74,7 +74,7 @@ class Smooth(Repair):
             if obstacle is None:
                 chosen.append(group)
             else:
-                yield from _at(group, obstacle)
+                yield from group.outcomes(obstacle)
         if not chosen:
             return
         observers = {source: ChannelAbsmax(site) for source, site in _sources(chosen)}
@@ -87,9 +87,9 @@ class Smooth(Repair):
             inputs = [observers[source_of(c.node)].max_abs for c in group.consumers]
             scale, note = self._scale(gm, group, inputs, search)
             if bool((scale == 1).all()):
-                yield from _at(group, Blocked(note or "not smoothed: every scale is 1"))
+                yield from group.outcomes(Blocked(note or "not smoothed: every scale is 1"))
                 continue
-            yield from _at(group, Changed(note))
+            yield from group.outcomes(Changed(note))
             if group.producer is None:
                 inserted.append((group, scale))
             else:
@@ -127,10 +127,6 @@ class Smooth(Repair):
         if best == 0:
             return none, "no smoothing"
         return candidates[best - 1], f"alpha {_ALPHAS[best - 1]}"
-
-
-def _at(group: ScaleGroup, done: Changed | Blocked) -> Iterator[Outcome]:
-    return ((consumer.site.path, done) for consumer in group.consumers)
 
 
 def _wants(group: ScaleGroup, scheme: Scheme) -> bool:

@@ -12,15 +12,13 @@ from torch.fx import GraphModule, Node
 from fxquant.errors import SchemeError
 from fxquant.ir.builder import Builder
 from fxquant.ir.graph import (
-    LeftInFloat,
     Level,
     Site,
     coded_linears,
-    info,
     install,
+    leave_in_float,
     linear_parameters,
     source_of,
-    update_info,
 )
 from fxquant.ir.leaves import FloatColumns, OutlierIndex
 from fxquant.ir.weights import install_weight
@@ -123,5 +121,4 @@ def _add_float_part(gm: GraphModule, site: Site, node: Node, picked: Node, index
     for user in users:
         user.replace_input_with(node, total)
     what = f"{index.numel()} of {site.shape[1]} input columns, beside the codes: outliers"
-    left = LeftInFloat(site.path, what)
-    update_info(gm, left_in_float=(*info(gm).left_in_float, left))
+    leave_in_float(gm, site.path, what)

@@ -16,14 +16,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import fxquant
-from fxquant.analysis import explain, meter
+from fxquant.analysis import explain
 from fxquant.analysis.causes import causes_of, shapley
 from fxquant.analysis.effects import EFFECTS
 from fxquant.analysis.parts import CAUSES, Cause, subsets
 from fxquant.analysis.path import first_order, gauss_legendre, integrate
 from fxquant.analysis.report import Explanation
 from fxquant.analysis.sites import LinearSite
-from fxquant.analysis.store import Loss, Store, fingerprint
+from fxquant.analysis.store import Loss, fingerprint
 from fxquant.analysis.validation import agreement, shared_draw, spearman
 from fxquant.errors import CalibrationError, DataError, SchemeError
 from fxquant.evaluation import cut_windows, load_text
@@ -35,6 +35,7 @@ from fxquant.numerics.weight_codes import min_max_codes
 from fxquant.run.loss import token_nll
 from fxquant.schemes.specs import TensorSpec
 from tests.architectures import ARCHITECTURES, VOCABULARY, token_ids
+from tests.kills import interrupt_store
 from tests.models import small_opt
 from tests.test_analysis_parts import laboratory
 from tests.test_tracing import traced
@@ -366,35 +367,23 @@ def test_report_and_plain_data() -> None:
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tiny("opt", "w4", methods=("rescue", "causes"))
-    puts = Store.put
-    count = 0
-
-    def interrupted(self: Store, name: str, value: float, cost: meter.Cost) -> None:
-        nonlocal count
-        puts(self, name, value, cost)
-        count += 1
-        if count == 5:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Store, "put", interrupted)
+    kept_losses = interrupt_store(monkeypatch, after=5)
     with pytest.raises(KeyboardInterrupt):
         tiny("opt", "w4", methods=("rescue", "causes"), output=tmp_path)
     (kept,) = tmp_path.glob("losses-*.jsonl")
     assert len(kept.read_text().splitlines()) == 5
     with kept.open("a") as file:
         file.write('{"name": "rescue half')  # what a crash leaves
-    count = -1000
     resumed = tiny("opt", "w4", methods=("rescue", "causes"), output=tmp_path)
-    everything = count + 1000
+    before = len(kept_losses)
     assert resumed.sites == whole.sites
     assert resumed.causes == whole.causes
     # What the first run measured counts with its cost then.
     for name, cost in whole.costs.items():
         assert resumed.costs[name].forwards == pytest.approx(cost.forwards)
         assert not resumed.costs[name].partial
-    count = -1000
     tiny("opt", "w4", methods=("rescue", "causes"), output=tmp_path)
-    assert count + 1000 < everything / 2
+    assert len(kept_losses) - before < (before - 5) / 2
     # Losses whose cost was not kept: the report says that the sum is partial.
     lines = [json.loads(line) for line in kept.read_text().splitlines()]
     bare = (Loss(line["name"], line["value"], None).to_line(kept.name) for line in lines)
@@ -438,8 +427,18 @@ def test_the_fingerprint_sees_what_losses_depend_on(monkeypatch: pytest.MonkeyPa
 def test_what_is_refused_before_work() -> None:
     _, graph = traced("opt")
     ids = token_ids(1, 8)
+    nothing: Any = None  # no model is looked at
     with pytest.raises(SchemeError, match="unknown method"):
         explain(graph, "w8", data=ids, methods=("in-order",))
+    for repairs, said in (
+        ("foo", "unknown pass in scheme w8.foo: foo"),
+        ("smooth+foo", "unknown pass in scheme .*: foo"),
+        ("smooth(beta=1)", "smooth has no option beta"),
+        ("clip+smooth(alpha=2)", "smooth: alpha must be"),
+    ):
+        for sites in (None, "*.fc1"):
+            with pytest.raises(SchemeError, match=said):
+                explain(nothing, f"w8+{repairs}", data=ids, sites=sites)
     with pytest.raises(SchemeError, match="covers no site"):
         explain(graph, "w8", data=ids, sites="*.fc9")
     with pytest.raises(SchemeError, match="quantizes nothing"):

@@ -96,21 +96,12 @@ def check_two_commands(
     assert calibrated_windows(read(done), asked) == expected
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 3), SAMPLERS, SETTINGS, SETTINGS)
-def test_two_commands_share_no_token_unseen(
-    number: int, sampler: str, first: dict[str, Any], second: dict[str, Any]
-) -> None:
-    check_two_commands(number, sampler, first, second)
-
-
-@pytest.mark.slow
-@settings(max_examples=600, deadline=None)
-@given(st.integers(0, 20), SAMPLERS, SETTINGS, SETTINGS)
-def test_two_commands_share_no_token_unseen_more(
-    number: int, sampler: str, first: dict[str, Any], second: dict[str, Any]
-) -> None:
-    check_two_commands(number, sampler, first, second)
+@pytest.mark.parametrize(
+    ("texts", "examples"), [(4, 30), pytest.param(21, 600, marks=pytest.mark.slow)]
+)
+def test_two_commands_share_no_token_unseen(texts: int, examples: int) -> None:
+    drawn = given(st.integers(0, texts - 1), SAMPLERS, SETTINGS, SETTINGS)
+    settings(max_examples=examples, deadline=None)(drawn(check_two_commands))()
 
 
 @settings(max_examples=10, deadline=None)

@@ -30,7 +30,7 @@ from fxquant.ir.leaves import QuantizedParameters
 from fxquant.ir.levels import OPS
 from fxquant.passes import Integerize, NameSites, Observe, Quantize
 from fxquant.pipeline.context import Context
-from fxquant.pipeline.pipeline import Pass, Pipeline
+from fxquant.pipeline.pipeline import Effect, Pass, Pipeline
 from fxquant.run.probe import Probe, relative_difference
 from fxquant.schemes.scheme import Scheme
 from tests.architectures import llama, opt, token_ids
@@ -48,141 +48,95 @@ def site_node(gm: GraphModule, path: str) -> Node:
     return next(node for site, node in site_outputs(gm) if site.path == path)
 
 
-@dataclass(frozen=True)
-class WrongScaleShape(Pass):
+def of_levels(
+    *levels: Level, effect: Effect = "lossy", ensures: Level | None = None
+) -> Callable[[Callable[[GraphModule], None]], Pass]:
+    """Make a pass of what a function does to a graph; it is named like the function."""
+    wanted, promised, after = levels, effect, ensures
+
+    def made(change: Callable[[GraphModule], None]) -> Pass:
+        @dataclass(frozen=True)
+        class Change(Pass):
+            name = change.__name__
+            requires = wanted
+            effect = promised
+            ensures = after
+
+            def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
+                change(gm)
+                return gm
+
+        return Change()
+
+    return made
+
+
+def wrong_scale_shape(*shape: int) -> Pass:
     """A scale for another number of rows: broadcasting would fail, or worse, not fail."""
 
-    shape: tuple[int, ...]
-    name = "wrong_scale_shape"
-    requires = (Level.QDQ, Level.INTEGER)
-    effect = "lossy"
+    @of_levels(Level.QDQ, Level.INTEGER)
+    def wrong_scale_shape(gm: GraphModule) -> None:
+        gm.get_submodule(FC1).register_buffer("weight_scale", torch.ones(shape))
 
-    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
-        gm.get_submodule(FC1).register_buffer("weight_scale", torch.ones(self.shape))
-        return gm
+    return wrong_scale_shape
 
 
-@dataclass(frozen=True)
-class OrphanBuffer(Pass):
-    """The float weight beside its codes, forgotten."""
-
-    name = "orphan_buffer"
-    requires = (Level.QDQ,)
-    effect = "lossy"
-
-    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
-        gm.get_submodule(FC1).register_buffer("float_weight", torch.ones(64, 32))
-        return gm
-
-
-@dataclass(frozen=True)
-class OrphanModule(Pass):
-    """A linear that no node calls any more."""
-
-    name = "orphan_module"
-    requires = (Level.FLOAT,)
-    effect = "lossy"
-
-    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
-        gm.add_submodule("model.decoder.spare", nn.Linear(2, 2))
-        return gm
-
-
-@dataclass(frozen=True)
-class OutOfOrder(Pass):
-    """A value is used before it is computed."""
-
-    name = "out_of_order"
-    requires = (Level.FLOAT,)
-    effect = "lossy"
-
-    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
-        node = site_node(gm, FC1)
-        next(iter(node.users)).append(node)
-        return gm
-
-
-@dataclass(frozen=True)
-class MissingTarget(Pass):
-    """A module that nobody installed."""
-
-    name = "missing_target"
-    requires = (Level.FLOAT,)
-    effect = "lossy"
-
-    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
-        site_node(gm, FC1).target = "model.decoder.layers.1.fc3"
-        return gm
-
-
-@dataclass(frozen=True)
-class CodesAtFloat(Pass):
-    """A quantize node in a graph that claims to be float."""
-
-    name = "codes_at_float"
-    requires = (Level.FLOAT,)
-    effect = "lossy"
-
-    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
-        node = site_node(gm, FC1)
-        builder = Builder(gm, self.name, FC1)
-        with gm.graph.inserting_before(node):
-            chosen = builder.call(
-                OPS.choose_qparams.default, source_of(node), "tensor", True, -127, 127
-            )
-            builder.item(chosen, 0, "scale")
-        return gm
-
-
-@dataclass(frozen=True)
-class StaysAtQdq(Pass):
-    """Says that it leaves integers, but leaves activations dequantized."""
-
-    name = "stays_at_qdq"
-    requires = (Level.QDQ,)
-    ensures = Level.INTEGER
-    effect = "lossy"
-
-    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
-        return gm
-
-
-def scale_norm(gm: GraphModule, factor: float) -> GraphModule:
+def scale_norm(factor: float, effect: Effect) -> Pass:
     """A new norm, ``factor`` times the old one, before fc1 of the last layer."""
-    path = "model.decoder.layers.1.final_layer_norm"
-    old = gm.get_submodule(path)
-    assert isinstance(old, nn.LayerNorm)
-    new = nn.LayerNorm(32)
-    new.weight = nn.Parameter(old.weight.detach() * factor)
-    new.bias = nn.Parameter(old.bias.detach() * factor)
-    gm.add_submodule(path, new)
-    return gm
+
+    @of_levels(Level.FLOAT, effect=effect)
+    def scale_norm(gm: GraphModule) -> None:
+        path = "model.decoder.layers.1.final_layer_norm"
+        old = gm.get_submodule(path)
+        assert isinstance(old, nn.LayerNorm)
+        new = nn.LayerNorm(32)
+        new.weight = nn.Parameter(old.weight.detach() * factor)
+        new.bias = nn.Parameter(old.bias.detach() * factor)
+        gm.add_submodule(path, new)
+
+    return scale_norm
 
 
-@dataclass(frozen=True)
-class ScaleNorm(Pass):
-    """Claims to be exact."""
-
-    factor: float
-    name = "scale_norm"
-    requires = (Level.FLOAT,)
-    effect = "exact"
-
-    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
-        return scale_norm(gm, self.factor)
+@of_levels(Level.QDQ)
+def orphan_buffer(gm: GraphModule) -> None:
+    """The float weight beside its codes, forgotten."""
+    gm.get_submodule(FC1).register_buffer("float_weight", torch.ones(64, 32))
 
 
-@dataclass(frozen=True)
-class NearlyScaleNorm(Pass):
-    """Claims to be equivalent."""
+@of_levels(Level.FLOAT)
+def orphan_module(gm: GraphModule) -> None:
+    """A linear that no node calls any more."""
+    gm.add_submodule("model.decoder.spare", nn.Linear(2, 2))
 
-    factor: float
-    name = "nearly_scale_norm"
-    requires = (Level.FLOAT,)
-    effect = "equivalent"
 
-    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
-        return scale_norm(gm, self.factor)
+@of_levels(Level.FLOAT)
+def out_of_order(gm: GraphModule) -> None:
+    """A value is used before it is computed."""
+    node = site_node(gm, FC1)
+    next(iter(node.users)).append(node)
+
+
+@of_levels(Level.FLOAT)
+def missing_target(gm: GraphModule) -> None:
+    """A module that nobody installed."""
+    site_node(gm, FC1).target = "model.decoder.layers.1.fc3"
+
+
+@of_levels(Level.FLOAT)
+def codes_at_float(gm: GraphModule) -> None:
+    """A quantize node in a graph that claims to be float."""
+    node = site_node(gm, FC1)
+    builder = Builder(gm, "codes_at_float", FC1)
+    with gm.graph.inserting_before(node):
+        chosen = builder.call(
+            OPS.choose_qparams.default, source_of(node), "tensor", True, -127, 127
+        )
+        builder.item(chosen, 0, "scale")
+
+
+@of_levels(Level.QDQ, ensures=Level.INTEGER)
+def stays_at_qdq(gm: GraphModule) -> None:
+    """Says that it leaves integers, but leaves activations dequantized."""
 
 
 def zero_where_nothing_is_seen(query: Tensor, key: Tensor, value: Tensor, **more: Any) -> Tensor:
@@ -192,133 +146,90 @@ def zero_where_nothing_is_seen(query: Tensor, key: Tensor, value: Tensor, **more
     return out * seen.any(-1, keepdim=True)
 
 
-@dataclass(frozen=True)
-class OtherKernel(Pass):
+def other_kernel(spoil: float = 0.0) -> Pass:
     """Another attention: queries of padding get 0, the others 1 + ``spoil`` of what they had."""
 
-    spoil: float = 0.0
-    name = "other_kernel"
-    requires = (Level.FLOAT,)
-    effect = "equivalent"
-
-    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
+    @of_levels(Level.FLOAT, effect="equivalent")
+    def other_kernel(gm: GraphModule) -> None:
         for node in gm.graph.nodes:
             if node.target is nn.functional.scaled_dot_product_attention:
                 node.target = zero_where_nothing_is_seen
-                if self.spoil:
-                    with gm.graph.inserting_after(node):
-                        spoiled = gm.graph.call_function(operator.mul, (node, 1 + self.spoil))
-                    node.replace_all_uses_with(spoiled, lambda user, it=spoiled: user is not it)
-        return gm
+                with gm.graph.inserting_after(node):
+                    spoiled = gm.graph.call_function(operator.mul, (node, 1 + spoil))
+                node.replace_all_uses_with(spoiled, lambda user, it=spoiled: user is not it)
+
+    return other_kernel
 
 
-@dataclass(frozen=True)
-class DropBias(Pass):
+@of_levels(Level.FLOAT, effect="equivalent")
+def drop_bias(gm: GraphModule) -> None:
     """Only the very last layer changes, whose output no site follows."""
-
-    name = "drop_bias"
-    requires = (Level.FLOAT,)
-    effect = "equivalent"
-
-    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
-        path = "model.decoder.final_layer_norm"
-        old = gm.get_submodule(path)
-        assert isinstance(old, nn.LayerNorm)
-        new = nn.LayerNorm(32, bias=False)
-        new.weight = old.weight
-        gm.add_submodule(path, new)
-        return gm
+    path = "model.decoder.final_layer_norm"
+    old = gm.get_submodule(path)
+    assert isinstance(old, nn.LayerNorm)
+    new = nn.LayerNorm(32, bias=False)
+    new.weight = old.weight
+    gm.add_submodule(path, new)
 
 
-@dataclass(frozen=True)
-class ForgetBias(Pass):
+@of_levels(Level.FLOAT, Level.QDQ, Level.INTEGER)
+def forget_bias(gm: GraphModule) -> None:
     """A site's bias goes without a trace: nothing is left behind that could be found."""
-
-    name = "forget_bias"
-    requires = (Level.FLOAT, Level.QDQ, Level.INTEGER)
-    effect = "lossy"
-
-    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
-        node = site_node(gm, FC1)
-        if node.op == "call_module":
-            gm.get_submodule(FC1).bias = None  # type: ignore[assignment]
-        elif node.target is nn.functional.linear:
-            node.args = (*node.args[:2], None)
-        else:
-            rescaled = source_of(node)
-            set_tag(rescaled, tag(node))
-            node.replace_all_uses_with(rescaled)
-            gm.graph.erase_node(node)
-        gm.graph.eliminate_dead_code()
-        if node.op != "call_module":
-            del gm.get_submodule(FC1)._buffers["bias"]
-        return gm
+    node = site_node(gm, FC1)
+    if node.op == "call_module":
+        gm.get_submodule(FC1).bias = None  # type: ignore[assignment]
+    elif node.target is nn.functional.linear:
+        node.args = (*node.args[:2], None)
+    else:
+        rescaled = source_of(node)
+        set_tag(rescaled, tag(node))
+        node.replace_all_uses_with(rescaled)
+        gm.graph.erase_node(node)
+    gm.graph.eliminate_dead_code()
+    if node.op != "call_module":
+        del gm.get_submodule(FC1)._buffers["bias"]
 
 
-@dataclass(frozen=True)
-class Poison(Pass):
-    """NaN everywhere: no comparison of numbers may let it through."""
-
-    name = "poison"
-    requires = (Level.FLOAT,)
-    effect = "equivalent"
-
-    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
-        return scale_norm(gm, float("nan"))
-
-
-@dataclass(frozen=True)
-class ForgetSite(Pass):
+@of_levels(Level.FLOAT, effect="exact")
+def forget_site(gm: GraphModule) -> None:
     """Loses the tag of a site's output: the site could not be checked or found any more."""
-
-    name = "forget_site"
-    requires = (Level.FLOAT,)
-    effect = "exact"
-
-    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
-        node = site_node(gm, FC1)
-        set_tag(node, type(tag(node))())
-        return gm
+    node = site_node(gm, FC1)
+    set_tag(node, type(tag(node))())
 
 
-@dataclass(frozen=True)
-class Nothing(Pass):
+@of_levels(Level.FLOAT, Level.QDQ, Level.INTEGER, effect="exact")
+def nothing(gm: GraphModule) -> None:
     """Changes nothing, and says so."""
 
-    name = "nothing"
-    requires = (Level.FLOAT, Level.QDQ, Level.INTEGER)
-    effect = "exact"
 
-    def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
-        return gm
-
-
+DOUBLED = scale_norm(2.0, "exact")
 BROKEN: dict[str, tuple[Pass, str, str]] = {
-    "scale of other rows": (WrongScaleShape((32, 1)), "qdq", rf"{FC1}: node \S+: scale of shape"),
-    "scale of columns": (WrongScaleShape((1, 32)), "qdq", rf"{FC1}: node \S+: scale of shape"),
-    "scale at integer": (WrongScaleShape((32, 1)), "integer", rf"{FC1}"),
-    "orphan buffer": (OrphanBuffer(), "qdq", rf"{FC1}: {FC1}\.float_weight is left behind"),
-    "orphan module": (OrphanModule(), "float", r"model\.decoder\.spare\.weight is left behind"),
-    "out of order": (OutOfOrder(), "float", rf"{FC1}: node \S+: uses \S+ before it is computed"),
+    "scale of other rows": (wrong_scale_shape(32, 1), "qdq", rf"{FC1}: node \S+: scale of shape"),
+    "scale of columns": (wrong_scale_shape(1, 32), "qdq", rf"{FC1}: node \S+: scale of shape"),
+    "scale at integer": (wrong_scale_shape(32, 1), "integer", rf"{FC1}"),
+    "orphan buffer": (orphan_buffer, "qdq", rf"{FC1}: {FC1}\.float_weight is left behind"),
+    "orphan module": (orphan_module, "float", r"model\.decoder\.spare\.weight is left behind"),
+    "out of order": (out_of_order, "float", rf"{FC1}: node \S+: uses \S+ before it is computed"),
     "dropped bias at float": (
-        ForgetBias(),
+        forget_bias,
         "float",
         rf"{FC1}: node \S+: the site's bias is dropped",
     ),
-    "dropped bias at qdq": (ForgetBias(), "qdq", rf"{FC1}: node \S+y: the site's bias is dropped"),
+    "dropped bias at qdq": (forget_bias, "qdq", rf"{FC1}: node \S+y: the site's bias is dropped"),
     "dropped bias at integer": (
-        ForgetBias(),
+        forget_bias,
         "integer",
         rf"{FC1}: node \S+rescaled: the site's bias is dropped",
     ),
-    "missing target": (MissingTarget(), "float", r"not well-formed: .*fc3"),
-    "illegal at float": (CodesAtFloat(), "float", rf"{FC1}: node \S+: choose_qparams may not"),
-    "illegal at integer": (StaysAtQdq(), "qdq", "an activation is still dequantized"),
-    "not exact": (ScaleNorm(1 + 1e-6), "float", r"exact \(at most 0\)"),
-    "not equivalent": (NearlyScaleNorm(1.001), "float", rf"{FC1}.*equivalent \(at most"),
-    "not equivalent at the end": (DropBias(), "float", "(lm_head|logits).*equivalent"),
-    "NaN": (Poison(), "float", "relative difference inf"),
-    "forgotten site": (ForgetSite(), "float", FC1),
+    "missing target": (missing_target, "float", r"not well-formed: .*fc3"),
+    "illegal at float": (codes_at_float, "float", rf"{FC1}: node \S+: choose_qparams may not"),
+    "illegal at integer": (stays_at_qdq, "qdq", "an activation is still dequantized"),
+    "not exact": (scale_norm(1 + 1e-6, "exact"), "float", r"exact \(at most 0\)"),
+    "not equivalent": (scale_norm(1.001, "equivalent"), "float", rf"{FC1}.*equivalent \(at most"),
+    "not equivalent at the end": (drop_bias, "float", "(lm_head|logits).*equivalent"),
+    # No comparison of numbers may let it through.
+    "NaN": (scale_norm(float("nan"), "equivalent"), "float", "relative difference inf"),
+    "forgotten site": (forget_site, "float", FC1),
 }
 
 
@@ -332,7 +243,7 @@ def test_broken_passes_are_caught_by_name(what: str) -> None:
 
 def test_passes_within_their_tolerance_are_let_through() -> None:
     """A factor of 1.00001 is 1e-5 at the next site: equivalent (1e-4), not exact."""
-    result = NearlyScaleNorm(1 + 1e-5)(graph())
+    result = scale_norm(1 + 1e-5, "equivalent")(graph())
     difference = info(result).history[-1].difference
     assert difference is not None
     assert 1e-6 < difference < 1e-4
@@ -369,8 +280,8 @@ def snapshot(gm: GraphModule) -> tuple[object, ...]:
         (Observe(), "fp", "float"),
         (Quantize(), "fp", "float"),
         (Integerize(), "w8a8-dynamic-token", "qdq"),
-        (NearlyScaleNorm(1.00001), "fp", "float"),
-        (ScaleNorm(2.0), "fp", "float"),
+        (scale_norm(1.00001, "equivalent"), "fp", "float"),
+        (DOUBLED, "fp", "float"),
     ],
 )
 def test_a_pass_leaves_its_input(step: Pass, scheme: str, level: str) -> None:
@@ -380,7 +291,7 @@ def test_a_pass_leaves_its_input(step: Pass, scheme: str, level: str) -> None:
     )
     before, ids = graph(scheme, level), token_ids(2, 7)
     was, logits = snapshot(before), before(ids)
-    if step == ScaleNorm(2.0):
+    if step is DOUBLED:
         with pytest.raises(VerificationError):
             step(before, context)
     else:
@@ -420,7 +331,7 @@ def test_passes_run_in_order_and_the_callback_sees_each() -> None:
         seen.append((step.name, info(gm).level, len(info(gm).history)))
         gm(token_ids(1, 3))  # it runs
 
-    steps = (NameSites(), Quantize(), Nothing(), Integerize())
+    steps = (NameSites(), Quantize(), nothing, Integerize())
     Pipeline(steps, Context(Scheme.parse("w8a8-dynamic")), after).run(fxquant.trace(opt()))
     assert seen == [
         ("name_sites", Level.FLOAT, 1),
@@ -432,14 +343,14 @@ def test_passes_run_in_order_and_the_callback_sees_each() -> None:
 
 def test_after_a_failure_no_later_pass_runs() -> None:
     seen: list[str] = []
-    steps = (Nothing(), ScaleNorm(2.0), NearlyScaleNorm(1.0))
+    steps = (nothing, DOUBLED, nothing)
     with pytest.raises(VerificationError, match="after scale_norm"):
         Pipeline(steps, after_pass=lambda step, _: seen.append(step.name)).run(graph())
     assert seen == ["nothing"]
 
 
 def test_convert_takes_a_pipeline() -> None:
-    steps = Pipeline((NameSites(), Nothing(), Quantize()), Context(Scheme.parse("w4")))
+    steps = Pipeline((NameSites(), nothing, Quantize()), Context(Scheme.parse("w4")))
     gm = fxquant.convert(opt(), "w4", pipeline=steps)
     assert [record.name for record in info(gm).history] == ["name_sites", "nothing", "quantize"]
     assert info(gm).level == Level.QDQ
@@ -493,7 +404,7 @@ def test_records_are_values() -> None:
 
 
 def test_what_padding_gives_is_not_compared() -> None:
-    changed = Pipeline([OtherKernel()]).run(graph())
+    changed = Pipeline((other_kernel(),)).run(graph())
     ids = token_ids(2, 9)
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
@@ -504,7 +415,7 @@ def test_what_padding_gives_is_not_compared() -> None:
 
 def test_what_attended_positions_give_is_compared() -> None:
     with pytest.raises(VerificationError, match=r"self_attn\.out_proj: relative difference 0\.00"):
-        Pipeline([OtherKernel(spoil=0.01)]).run(graph())
+        Pipeline((other_kernel(spoil=0.01),)).run(graph())
 
 
 def test_attended_parts_of_every_layout() -> None:

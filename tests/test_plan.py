@@ -18,10 +18,8 @@ from torch import Tensor
 import fxquant
 from fxquant.analysis import plan
 from fxquant.analysis.costs import bits, mean_cost, storage
-from fxquant.analysis.meter import Cost
 from fxquant.analysis.planning import make_plan
 from fxquant.analysis.search import fewest
-from fxquant.analysis.store import Store
 from fxquant.analysis.upgrades import Rung, order_upgrades, rungs_of
 from fxquant.cli import analysis_commands
 from fxquant.cli.main import main
@@ -32,6 +30,7 @@ from fxquant.ir.graph import Site
 from fxquant.ir.size import bits_per_weight
 from fxquant.schemes.scheme import Scheme
 from tests.architectures import token_ids
+from tests.kills import interrupt_store
 from tests.models import SMALL_OPT, small_opt
 from tests.test_tracing import traced
 
@@ -142,25 +141,16 @@ def test_an_interrupted_plan_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     choices = ("w3-tensor", "w4", "w8")
     asked: dict[str, object] = {"data": token_ids(2, 20), "budget": 0.002, "choices": choices}
     whole = make_plan(graph, **asked)  # type: ignore[arg-type]
-    puts, count = Store.put, 0
-
-    def interrupted(self: Store, name: str, value: float, cost: Cost) -> None:
-        nonlocal count
-        puts(self, name, value, cost)
-        count += 1
-        if count == 20:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Store, "put", interrupted)
+    kept = interrupt_store(monkeypatch, after=20)
     with pytest.raises(KeyboardInterrupt):
         make_plan(graph, output=tmp_path, **asked)  # type: ignore[arg-type]
     resumed = make_plan(graph, output=tmp_path, **asked)  # type: ignore[arg-type]
-    first = count
+    first = len(kept)
     assert resumed.scheme == whole.scheme
     assert resumed.delta_loss == whole.delta_loss
     assert resumed.forwards == pytest.approx(whole.forwards, rel=0.05)
     make_plan(graph, output=tmp_path, **asked)  # type: ignore[arg-type]
-    assert count == first  # nothing was measured again
+    assert len(kept) == first  # nothing was measured again
 
 
 def test_bad_input() -> None:

@@ -14,6 +14,7 @@ from fxquant.evaluation.report.tables import flatten, text_of
 from fxquant.evaluation.result_notes import failures
 from fxquant.evaluation.results import Row
 from fxquant.inspection.folding import fold
+from fxquant.ir.calibration import version_words
 from fxquant.schemes.scheme import Scheme
 
 
@@ -155,7 +156,7 @@ def _facts(data: Mapping[str, Any]) -> dict[str, str]:
     flat = flatten({key: value for key, value in data.items() if key != "versions"})
     known = {key: value for key, value in flat.items() if value is not None and value != ""}
     facts = {key: text_of(value, "number") for key, value in known.items()}
-    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    versions = version_words(data["versions"])
     return {**facts, "versions": versions}
 
 

@@ -18,7 +18,6 @@ from fxquant.analysis.inputs import (
     as_batches,
     as_windows,
     baseline_notes,
-    check_quantizes,
     check_unseen,
     observed_graph,
     restricted,
@@ -37,6 +36,7 @@ from fxquant.errors import SchemeError
 from fxquant.files.locks import check_writable
 from fxquant.frontends.tracing import trace
 from fxquant.recipes.conversion import recipe
+from fxquant.recipes.repairs import resolve_repairs
 from fxquant.run.batches import Batches
 from fxquant.schemes.scheme import Scheme, SchemeLike, as_scheme
 
@@ -89,6 +89,7 @@ def explain(
     CalibrationError and what ``convert`` raises, before any measurement.
     """
     scheme = as_scheme(scheme)
+    repairs = resolve_repairs(scheme)
     methods = check_request(methods, worst)
     if output is not None:
         check_writable(output)
@@ -101,9 +102,8 @@ def explain(
         notes.append("the loss is measured on the calibration batches: no other data were given")
     windows = as_windows(measured, graph)
     notes += check_unseen(graph, windows, data, batches, calibration, allow_overlap)
-    notes += baseline_notes(scheme)
+    notes += baseline_notes(repairs)
     narrowed = restricted(scheme, sites, graph)
-    check_quantizes(narrowed)
     recipe(narrowed, calibration=batches)  # raises where calibration is missing
     asked = _Request(scheme, narrowed, methods, worst, sites, tokenizer, output)
     return _measured(asked, graph, windows, batches, watched(calibration, batches), notes, progress)

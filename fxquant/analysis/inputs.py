@@ -17,6 +17,7 @@ from fxquant.ir.calibration import Spans, calibration_words
 from fxquant.ir.graph import device_of, info
 from fxquant.ir.seen import seen_rows
 from fxquant.pipeline.recording import DrawnBatches, Recording, record_of
+from fxquant.pipeline.repair import Repair
 from fxquant.recipes.conversion import convert
 from fxquant.recipes.repairs import REPAIRS
 from fxquant.run.batches import Batch, Batches, check_ids, model_inputs
@@ -128,20 +129,22 @@ def unpadded(batches: Sequence[dict[str, Tensor]]) -> list[Tensor]:
     return [batch["input_ids"] for batch in batches]
 
 
-def baseline_notes(scheme: Scheme) -> list[str]:
-    """What of the scheme is not explained, since the float graph that it starts from has it."""
+def baseline_notes(repairs: Iterable[Repair]) -> list[str]:
+    """What of a scheme is not explained, since the float graph that it starts from has it."""
     return [
-        f"{name} changes the float graph itself: its error is in the float loss, not in Δloss"
-        for name, _ in scheme.repairs
-        if REPAIRS[name].effect == "lossy"
+        f"{repair.name} changes the float graph itself: its error is in the float loss, not in "
+        "Δloss"
+        for repair in repairs
+        if repair.effect == "lossy"
     ]
 
 
 def restricted(scheme: Scheme, pattern: str | None, graph: GraphModule) -> Scheme:
     """``scheme`` at the sites that the glob ``pattern`` covers, float elsewhere.
 
-    Raises SchemeError when the pattern covers no site that the scheme quantizes.
+    Raises SchemeError when it quantizes nothing, or the pattern covers no site that it quantizes.
     """
+    check_quantizes(scheme)
     if pattern is None:
         return scheme
     named = info(named_graph(graph, scheme)).sites
@@ -175,6 +178,5 @@ def observed_graph(
     progress: bool,
 ) -> GraphModule:
     """The float graph with the scheme's repairs applied and its observers calibrated."""
-    if scheme.fp32_gemm or not any(spec.weight for spec in scheme.specs):
-        raise SchemeError(f"scheme {scheme} quantizes nothing: there is no error to explain")
+    check_quantizes(scheme)
     return convert(graph, scheme, calibration=calibration, level="observed", progress=progress)

@@ -15,7 +15,7 @@ from fxquant.analysis.parts import EVERY_PART, Parts
 from fxquant.analysis.sites import SimulatedSite
 from fxquant.errors import NonFiniteError
 from fxquant.ir.graph import source_of
-from fxquant.ir.levels import is_observer
+from fxquant.ir.levels import observer_nodes
 from fxquant.run.execution import Cut, Executor
 from fxquant.run.loss import token_nll
 
@@ -46,7 +46,7 @@ class Lab:
 
     def __init__(self, gm: GraphModule, windows: tuple[Tensor, ...]) -> None:
         self.gm, self.windows = gm, windows
-        self.executor = Executor(gm, skip=[n for n in gm.graph.nodes if is_observer(gm, n)])
+        self.executor = Executor(gm, skip=observer_nodes(gm))
         self.meter = Meter()
         self._head = final_head(gm)
         self.tokens = sum(ids.shape[0] * (ids.shape[1] - 1) for ids in windows)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fxquant.errors import CheckpointError
+from fxquant.files.whole_file import file_hash
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "fxquant", 2
@@ -39,7 +40,7 @@ def write_manifest(directory: Path) -> None:
     files = {
         path.relative_to(directory).as_posix(): {
             "bytes": path.stat().st_size,
-            "sha256": _digest(path),
+            "sha256": file_hash(path),
         }
         for path in sorted(directory.rglob("*"))
         if path.is_file()
@@ -183,11 +184,6 @@ def _check_version(path: Path, body: dict[str, Any]) -> None:
 
 def _damaged(path: Path, what: str) -> CheckpointError:
     return CheckpointError(f"{path} is damaged or was changed: {what}; save or copy it again")
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _canonical(body: dict[str, Any]) -> bytes:

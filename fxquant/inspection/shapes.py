@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from fxquant.ir.graph import device_of, info
-from fxquant.ir.levels import is_observer
+from fxquant.ir.levels import observer_nodes
 from fxquant.ir.size import short_dtype
 from fxquant.run.execution import Executor
 
@@ -58,11 +58,10 @@ def _fake_run(gm: GraphModule, batch: int, length: int) -> dict[str, Any]:
         values[node.name] = value
         return value
 
-    observers = [node for node in gm.graph.nodes if is_observer(gm, node)]
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         ids = torch.zeros(batch, length, dtype=torch.int64, device=device_of(gm))
         mask = torch.ones_like(ids)
-        Executor(gm, skip=observers).run(keep, input_ids=ids, attention_mask=mask)
+        Executor(gm, skip=observer_nodes(gm)).run(keep, input_ids=ids, attention_mask=mask)
     return values
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 UNKNOWN, NOTHING = "unknown data", "nothing"
@@ -111,7 +112,7 @@ class CalibrationRecord:
         if origin is not None:
             drawn = f"text {origin.text_hash[:23]}, {origin.tokenizer}, seed {origin.seed}"
         passes = ", ".join(each.name for each in self.brief().readings)
-        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        versions = version_words(self.versions)
         command = f"; {origin.command}" if origin is not None and origin.command else ""
         return (
             f"{self.words()}, {drawn}, {self.tokens} tokens {self.ids_hash[:23]}, read by {passes} "
@@ -159,3 +160,8 @@ def versions() -> dict[str, str]:
     """Versions of what computes the numbers."""
     names = ("fxquant", "torch", "transformers", "datasets", "tokenizers")
     return {name: importlib.metadata.version(name) for name in names}
+
+
+def version_words(found: Mapping[str, str]) -> str:
+    """Such as "torch 2.13.0, transformers 4.57.6"."""
+    return ", ".join(f"{name} {version}" for name, version in found.items())

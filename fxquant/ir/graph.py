@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import enum
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard, TypeVar
 
@@ -149,6 +149,11 @@ def add_note(gm: GraphModule, origin: str, site: str, text: str) -> None:
     update_info(gm, notes=(*info(gm).notes, Note(origin, site, text)))
 
 
+def leave_in_float(gm: GraphModule, path: str, reason: str) -> None:
+    """Say that what multiplies or looks up weights at ``path`` stays float."""
+    update_info(gm, left_in_float=(*info(gm).left_in_float, LeftInFloat(path, reason)))
+
+
 def tag(node: Node) -> Tag:
     found = node.meta.get(KEY)
     return found if isinstance(found, Tag) else Tag()
@@ -202,6 +207,24 @@ def source_of(node: Node) -> Node:
     source = node.args[0]
     assert isinstance(source, Node)
     return source
+
+
+def is_linear(gm: GraphModule, node: Node) -> bool:
+    """Whether the node calls a module that multiplies by a weight."""
+    return node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), LINEAR)
+
+
+def nodes_behind(start: Iterable[Node], stop: Callable[[Node], bool]) -> Iterator[Node]:
+    """``start`` and what they are computed from, each node once, not past one that stops."""
+    todo, seen = list(start), set[Node]()
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        yield node
+        if not stop(node):
+            todo.extend(node.all_input_nodes)
 
 
 def linear_parameters(module: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -68,10 +68,18 @@ def verify(gm: GraphModule, after: str) -> None:
     _check_orphans(gm, after)
 
 
-def is_observer(gm: GraphModule, node: Node) -> bool:
-    """Whether the node calls an Observer."""
-    form = form_of(gm, node) if node.op == "call_module" else None
-    return form is not None and form.target is Observer
+def observer_nodes(gm: GraphModule) -> list[Node]:
+    """The nodes that call an Observer, in graph order."""
+    calls = (node for node in gm.graph.nodes if node.op == "call_module")
+    return [n for n in calls if isinstance(gm.get_submodule(str(n.target)), Observer)]
+
+
+def erase_observers(gm: GraphModule) -> None:
+    """Take out the observers, and whatever only they read."""
+    for node in observer_nodes(gm):
+        gm.graph.erase_node(node)
+    gm.graph.eliminate_dead_code()
+    gm.delete_all_unused_submodules()
 
 
 def form_of(gm: GraphModule, node: Node) -> Form | None:

@@ -6,7 +6,9 @@ A graph shares its storage with the user's model, so what is written into a tens
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -51,6 +53,29 @@ def install_weight(
             bias=None if bias is None else bias.to(dtype),
         ),
     )
+
+
+def choose_codes(
+    gm: GraphModule,
+    path: str,
+    spec: TensorSpec,
+    choose: Callable[[Tensor], WeightCodes],
+    origin: str,
+) -> bool:
+    """Give the linear at ``path`` the codes that ``choose`` makes of its weight [N, K].
+
+    Returns whether they differ from those that rounding to nearest gives. Raises SchemeError where
+    a repair has chosen the linear's codes: they would be lost.
+    """
+    module = gm.get_submodule(path)
+    if isinstance(module, CodedLinear):
+        raise SchemeError(
+            f"{origin}: {path}: an earlier pass has chosen its codes; write +{origin} before it"
+        )
+    weight, bias = linear_parameters(module)
+    nearest, chosen = min_max_codes(weight, spec, path), choose(weight)
+    install(gm, path, CodedLinear(weight, bias, spec, chosen.tensors()))
+    return not torch.equal(nearest.codes, chosen.codes)
 
 
 def site_codes(module: nn.Module, spec: TensorSpec, site: str) -> WeightCodes:

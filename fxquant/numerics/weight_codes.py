@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -104,6 +104,11 @@ def min_max_codes(weight: Tensor, spec: TensorSpec, site: str) -> WeightCodes:
     return round_to_nearest(weight, spec, *Quantizer(spec).qparams(weight))
 
 
+def searched_codes(weight: Tensor, spec: TensorSpec, importance: Tensor) -> WeightCodes:
+    """The nearest codes of ``weight`` [N, K] under the scales of ``search_scales``."""
+    return round_to_nearest(weight, spec, *search_scales(weight, spec, importance))
+
+
 def search_scales(
     weight: Tensor, spec: TensorSpec, importance: Tensor
 ) -> tuple[Tensor, Tensor | None]:
@@ -132,13 +137,22 @@ def search_scales(
 def _search(weights: Tensor, factors: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
     """Best scale and zero point [n, G] of weights [n, G, g] under factors [G, g]."""
     low, high = weights.amin(-1), weights.amax(-1)
-    scale, zero_point = range_qparams(low, high, grid)
-    least = _weighted_error(weights, factors, scale, zero_point, grid)
-    for shrink in SHRINKS[1:]:
-        s, z = range_qparams(low * shrink, high * shrink, grid)
-        error = _weighted_error(weights, factors, s, z, grid)
-        better = error < least
-        least, scale = torch.where(better, error, least), torch.where(better, s, scale)
+    grids = (range_qparams(low * shrink, high * shrink, grid) for shrink in SHRINKS)
+    return least_error(grids, lambda s, z: _weighted_error(weights, factors, s, z, grid))
+
+
+def least_error(
+    grids: Iterable[tuple[Tensor, Tensor | None]], error: Callable[[Tensor, Tensor | None], Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """Of several scales and zero points of one shape, at each place those that make the least
+    ``error`` (of the same shape); of equal ones the first."""
+    candidates = iter(grids)
+    scale, zero_point = next(candidates)
+    least = error(scale, zero_point)
+    for s, z in candidates:
+        found = error(s, z)
+        better = found < least
+        least, scale = torch.where(better, found, least), torch.where(better, s, scale)
         if zero_point is not None and z is not None:
             zero_point = torch.where(better, z, zero_point)
     return scale, zero_point

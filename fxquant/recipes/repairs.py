@@ -5,42 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from fxquant import passes
 from fxquant.errors import CalibrationError, SchemeError
 from fxquant.files.locks import check_writable
-from fxquant.passes import (
-    Attn8,
-    Awq,
-    Clip,
-    CorrectBias,
-    Equalize,
-    Gptq,
-    Kv4,
-    Kv8,
-    Refine,
-    Rotate,
-    Smooth,
-    SplitOutliers,
-)
 from fxquant.pipeline.repair import Repair
 from fxquant.run.batches import Batches
 from fxquant.schemes.scheme import Scheme
 from fxquant.schemes.spelling import Options
 
 _KNOWN: tuple[type[Repair], ...] = (
-    Attn8,
-    Awq,
-    Clip,
-    CorrectBias,
-    Equalize,
-    Gptq,
-    Kv4,
-    Kv8,
-    Refine,
-    Rotate,
-    Smooth,
-    SplitOutliers,
+    *(passes.Attn8, passes.Awq, passes.Clip, passes.CorrectBias, passes.Equalize, passes.Gptq),
+    *(passes.Kv4, passes.Kv8, passes.Refine, passes.Rotate, passes.Smooth, passes.SplitOutliers),
 )
-REPAIRS: dict[str, type[Repair]] = {repair.name: repair for repair in _KNOWN}
+REPAIRS = {repair.name: repair for repair in _KNOWN}
 
 
 def reads_calibration(scheme: Scheme) -> bool:

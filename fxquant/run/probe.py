@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxquant.ir.graph import device_of, info, tag
-from fxquant.ir.levels import is_observer
+from fxquant.ir.levels import observer_nodes
 from fxquant.run.execution import Executor
 
 
@@ -70,10 +70,9 @@ def run_probe(
         return forced.get(site, value)
 
     # An observer that saw the probe would calibrate on it.
-    observers = [node for node in gm.graph.nodes if is_observer(gm, node)]
     # The user's autocast would round the float side of a comparison only.
     with torch.autocast(probe.input_ids.device.type, enabled=False):
-        logits = Executor(gm, skip=observers).run(
+        logits = Executor(gm, skip=observer_nodes(gm)).run(
             on_node, input_ids=probe.input_ids, attention_mask=probe.attention_mask
         )
     return logits, outputs

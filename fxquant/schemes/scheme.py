@@ -207,17 +207,17 @@ def as_scheme(scheme: SchemeLike) -> Scheme:
     path of a JSON file (text that ends in ``.json``) read. Raises SchemeError for anything else."""
     if isinstance(scheme, Scheme):
         return scheme
+    if not isinstance(scheme, (str, Path, Mapping)):
+        raise _no_scheme(scheme)
     if isinstance(scheme, Path) or (isinstance(scheme, str) and scheme.strip().endswith(".json")):
         return _read_scheme(Path(scheme.strip() if isinstance(scheme, str) else scheme))
     if isinstance(scheme, str):
         return Scheme.parse(scheme)
-    if isinstance(scheme, Mapping):
-        try:
-            text = json.dumps(dict(scheme))
-        except (TypeError, ValueError, RecursionError) as error:
-            raise _bad_json(f"{type(error).__name__}: {error}") from error
-        return Scheme.from_json(text)
-    raise _no_scheme(scheme)
+    try:
+        text = json.dumps(dict(scheme))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise _bad_json(f"{type(error).__name__}: {error}") from error
+    return Scheme.from_json(text)
 
 
 def _no_scheme(given: object) -> SchemeError:

@@ -6,6 +6,7 @@ SmoothQuant, AWQ, cross-layer equalization.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from torch.fx import GraphModule, Node
 from fxquant.ir.graph import Site, linear_sites, source_of
 from fxquant.ir.operands import op_name
 from fxquant.structure.channels import channel_numbers, columns_of, leak
-from fxquant.structure.outcome import Blocked
+from fxquant.structure.outcome import Blocked, Changed, Outcome
 from fxquant.structure.scale_paths import Producer, ScalePath, find_path
 
 
@@ -54,6 +55,10 @@ class ScaleGroup:
     def source(self) -> Node:
         """The input of the first consumer."""
         return source_of(self.consumers[0].node)
+
+    def outcomes(self, done: Changed | Blocked) -> Iterator[Outcome]:
+        """What was done to the group, said of each of its linears."""
+        return ((consumer.site.path, done) for consumer in self.consumers)
 
     @property
     def start(self) -> Node:

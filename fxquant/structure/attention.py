@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from fxquant.errors import ModelError
 from fxquant.ir.blocks import block_of
-from fxquant.ir.graph import LINEAR, LeftInFloat, info, tag, update_info
+from fxquant.ir.graph import LeftInFloat, info, is_linear, tag, update_info
 from fxquant.ir.operands import op_name
 from fxquant.structure.vocabulary import PRODUCTS, Kind, is_a
 
@@ -69,7 +69,7 @@ def attention_path(gm: GraphModule, output: Node) -> str | None:
     queue = [output]
     while queue:
         node = queue.pop(0)
-        if node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), LINEAR):
+        if is_linear(gm, node):
             path = str(node.target).rpartition(".")[0]
             return None if block_of(path, info(gm).blocks) is None else path
         queue.extend(user for user in node.users if user not in seen)

@@ -54,8 +54,9 @@ def observed(builder: Builder, site: Site, node: Node, mask: Node) -> None:
         builder.module(path, tokens_first, mask)
 
 
-def observer_path(site: Site, side: str) -> str:
-    return f"fxquant_observers.{site.path.replace('.', '_')}_{side}"
+def observer_path(site: Site, side: str = "") -> str:
+    """Where the observer of a site's input, or of one of its two operands, is installed."""
+    return f"fxquant_observers.{site.path.replace('.', '_')}{f'_{side}' if side else ''}"
 
 
 def _sides(node: Node) -> Iterator[tuple[str, Node, int]]:

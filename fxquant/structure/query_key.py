@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch.fx import GraphModule, Node
 
-from fxquant.ir.graph import LINEAR
+from fxquant.ir.graph import is_linear, nodes_behind
 from fxquant.ir.operands import operands
 from fxquant.structure.vocabulary import Kind, is_a
 
@@ -32,31 +32,11 @@ def _score_operands(gm: GraphModule, node: Node) -> Iterator[Node]:
 
 def _nearest(gm: GraphModule, node: Node, kind: Kind) -> list[Node]:
     """The first nodes of this kind on every way back from ``node``, short of a linear."""
-    found, todo, seen = [], list(node.all_input_nodes), set()
-    while todo:
-        current = todo.pop()
-        if current in seen or _is_linear(gm, current):
-            continue
-        seen.add(current)
-        if is_a(current, kind):
-            found.append(current)
-        else:
-            todo.extend(current.all_input_nodes)
-    return found
+    behind = nodes_behind(node.all_input_nodes, lambda n: is_a(n, kind) or is_linear(gm, n))
+    return [found for found in behind if is_a(found, kind)]
 
 
 def _linears_behind(gm: GraphModule, node: Node) -> Iterator[str]:
-    todo, seen = [node], set()
-    while todo:
-        current = todo.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        if _is_linear(gm, current):
-            yield str(current.target)
-        elif not is_a(current, Kind.SHAPE):
-            todo.extend(current.all_input_nodes)
-
-
-def _is_linear(gm: GraphModule, node: Node) -> bool:
-    return node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), LINEAR)
+    for found in nodes_behind([node], lambda n: is_a(n, Kind.SHAPE) or is_linear(gm, n)):
+        if is_linear(gm, found):
+            yield str(found.target)

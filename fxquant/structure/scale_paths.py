@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fxquant.ir.graph import LINEAR, get_tensor, tag
+from fxquant.ir.graph import LINEAR, get_tensor, linear_parameters, tag
 from fxquant.ir.operands import op_name, operands
 from fxquant.structure.outcome import Blocked
 from fxquant.structure.vocabulary import MOVES, Kind, is_a
@@ -142,17 +141,11 @@ def _module(gm: GraphModule, node: Node) -> ScalePath | Blocked:
     if isinstance(module, LINEAR):
         if not tag(node).is_output:
             return Blocked(f"its input comes from {path}, which is no site", (node,))
-        rows = _rows(module)
+        rows = linear_parameters(module)[0].shape[0]
         return ScalePath(Producer("rows", node, path, rows), {})
     name = type(module).__name__
     what = "the embedding" if isinstance(module, nn.Embedding) else name
     return Blocked(f"its input comes from {what}", (node,))
-
-
-def _rows(module: nn.Module) -> int:
-    rows = getattr(module, "out_features", None) or module.nf
-    assert isinstance(rows, int)
-    return rows
 
 
 def _product(gm: GraphModule, node: Node) -> ScalePath | Blocked:
@@ -176,13 +169,8 @@ def _product(gm: GraphModule, node: Node) -> ScalePath | Blocked:
 def _is_scalar(gm: GraphModule, operand: Any) -> bool:
     if isinstance(operand, (int, float)):
         return True
-    return isinstance(operand, Node) and operand.op == "get_attr" and _size(gm, operand) == 1
-
-
-def _size(gm: GraphModule, node: Node) -> int:
-    owner, _, name = str(node.target).rpartition(".")
-    value = getattr(gm.get_submodule(owner), name)
-    return value.numel() if isinstance(value, torch.Tensor) else 0
+    is_leaf = isinstance(operand, Node) and operand.op == "get_attr"
+    return is_leaf and get_tensor(gm, operand).numel() == 1
 
 
 def _extend(gm: GraphModule, node: Node, operands: tuple[Any, ...]) -> ScalePath | Blocked:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fxquant.numerics.quantization import split_groups
 from fxquant.numerics.quantizer import range_qparams
-from fxquant.numerics.weight_codes import WeightCodes, round_to_nearest
+from fxquant.numerics.weight_codes import WeightCodes, least_error, round_to_nearest
 from fxquant.schemes.specs import TensorSpec
 
 # 1, 0.95, ... 0.55 of max|w|: auto_clip.py of AWQ (Lin et al. 2023) with n_grid 20, max_shrink 0.5.
@@ -26,17 +26,13 @@ def clipped_codes(weight: Tensor, spec: TensorSpec, gram: Tensor) -> WeightCodes
     largest = torch.maximum(-low, high)
     if spec.granularity == "tensor":
         low, high, largest = low.amin(), high.amax(), largest.amax()
-    scale, zero_point = range_qparams(low, high, spec.grid)
-    least = _output_error(grouped, scale, zero_point, spec, gram)
-    for shrink in SHRINKS[1:]:
-        limit = largest * shrink
-        s, z = range_qparams(torch.maximum(low, -limit), torch.minimum(high, limit), spec.grid)
-        error = _output_error(grouped, s, z, spec, gram)
-        better = error < least
-        least, scale = torch.where(better, error, least), torch.where(better, s, scale)
-        if zero_point is not None and z is not None:
-            zero_point = torch.where(better, z, zero_point)
-    return round_to_nearest(weight, spec, scale, zero_point)
+    limits = (largest * shrink for shrink in SHRINKS)
+    grids = (
+        range_qparams(torch.maximum(low, -limit), torch.minimum(high, limit), spec.grid)
+        for limit in limits
+    )
+    best = least_error(grids, lambda s, z: _output_error(grouped, s, z, spec, gram))
+    return round_to_nearest(weight, spec, *best)
 
 
 def _output_error(
