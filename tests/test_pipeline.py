@@ -143,7 +143,8 @@ def zero_where_nothing_is_seen(query: Tensor, key: Tensor, value: Tensor, **more
     """As fused kernels on CUDA have it; under OPT's additive mask the CPU gives an average."""
     out = nn.functional.scaled_dot_product_attention(query, key, value, **more)
     seen = more["attn_mask"] > torch.finfo(query.dtype).min / 2
-    return out * seen.any(-1, keepdim=True)
+    kept: Tensor = out * seen.any(-1, keepdim=True)
+    return kept
 
 
 def other_kernel(spoil: float = 0.0) -> Pass:
