@@ -1,9 +1,9 @@
-"""A loaded graph run on shapes alone, before any code is generated from it.
+"""A saved graph run on shapes alone, before any code is generated from it.
 
 Every node is executed on fake tensors (no memory, no data) under a guard, so that a file whose
 nodes do anything but compute tensors of a bounded size is refused with the node's name: arithmetic
 of Python's own numbers that grows without bound, methods of what is no tensor, operands that do
-not fit, a write into a stored tensor.
+not fit, a write into a stored tensor. ``size_rule`` takes the sizes that are tried for all others.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from fxquant.checkpoint.size_numbers import SEQUENCES, Bound, check_numbers
+from fxquant.checkpoint.size_numbers import IN_PLACE, SEQUENCES, Bound, check_numbers
+from fxquant.checkpoint.size_rule import Sizes, extents, sizes_up_to
 from fxquant.errors import CheckpointError
 from fxquant.ir.leaves import Conv1D
 from fxquant.ir.levels import OPS
 from fxquant.numerics.quantization import group_count
 
-_FIRST, _SECOND, _LONG = (2, 5), (3, 7), 2**11  # batch and length; a length where none is given
 _DEPTH = 6
 _ITEMS = 2**14  # in a tuple with all that it holds: splits, groups
 _LEAST = 2**22  # elements that any graph may make
@@ -65,18 +66,29 @@ def rehearse(
 ) -> None:
     """Run ``graph`` on fakes; CheckpointError names the first node that does more than compute.
 
-    Within a FakeTensorMode. Two small inputs and the longest one are tried: what a node makes may
-    grow with batch * length**2, as attention does, and no faster.
+    Within a FakeTensorMode. What a node makes may grow with batch * length**2, as attention does,
+    and no faster; each of its extents grows evenly, so that this holds at all sizes.
 
     Args:
         tensors, leaves: what get_attr and call_module nodes may reach, fake, by path.
         max_positions: the longest sequence, None if there is no limit.
     """
     stored = _Stored(tensors, leaves)
-    longest = max_positions or _LONG
+    sizes = sizes_up_to(max_positions)
     made: dict[Node, int] = {}
-    for batch, length in dict.fromkeys((_FIRST, _SECOND, (1, longest))):
-        _Rehearsal(graph, stored, (batch, min(length, longest)), made).run()
+    found = [_Rehearsal(graph, stored, size, made).run() for size in sizes.tried]
+    for node in graph.nodes:
+        if node.op not in ("placeholder", "output"):
+            _check_evenly(node, sizes, [each[node] for each in found])
+
+
+def _check_evenly(node: Node, sizes: Sizes, found: list[tuple[Any, ...]]) -> None:
+    reason = sizes.uneven(found)
+    if reason:
+        raise CheckpointError(
+            f"node {node.name}: {node.op} {node.target}: {reason}; the sizes of a saved graph grow "
+            "evenly with batch and length"
+        )
 
 
 class _Rehearsal:
@@ -88,8 +100,10 @@ class _Rehearsal:
         self.graph, self.stored, self.size, self.made = graph, stored, size, made
         self.first = not made
         self.bounds: dict[Node, Bound] = {}
+        self.known: dict[Any, Any] = {}
 
-    def run(self) -> None:
+    def run(self) -> dict[Node, tuple[Any, ...]]:
+        """The extents of what each node makes."""
         ids = torch.zeros(self.size, dtype=torch.int64)
         inputs = {"input_ids": ids, "attention_mask": ids.clone()}
         kept = (*self.stored.tensors.values(), *inputs.values())
@@ -98,6 +112,7 @@ class _Rehearsal:
         last = {used: node for node in nodes for used in node.all_input_nodes}
         values: dict[Node, Any] = dict(zip(nodes, inputs.values(), strict=False))
         elements: dict[Node, int] = {}
+        found: dict[Node, tuple[Any, ...]] = {}
         for node in nodes[len(inputs) : -1]:
             args, kwargs = map_arg((node.args, node.kwargs), lambda used: values[used])
             try:
@@ -109,6 +124,7 @@ class _Rehearsal:
                     f"node {node.name}: {node.op} {node.target} cannot be computed from its "
                     f"operands: {type(error).__name__}: {str(error)[:200]}"
                 ) from error
+            found[node] = extents(values[node])
             for used in (node, *node.all_input_nodes):
                 if last.get(used, node) is node:
                     elements.pop(used, None)
@@ -116,11 +132,19 @@ class _Rehearsal:
             raise CheckpointError("a node writes into a stored tensor or an input")
         (result,) = nodes[-1].args
         _check_logits(values[result], self.size)
+        return found
 
     def _value(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _check_value((args, tuple(kwargs.values())))
         self.bounds[node] = check_numbers(node, args, self.bounds)
-        return _run(node, args, kwargs, self.stored.tensors, self.stored.leaves)
+        key = _alike(node, args, kwargs)
+        if key is not None and key in self.known:
+            return self.known[key]
+        value = _run(node, args, kwargs, self.stored.tensors, self.stored.leaves)
+        _forget_data(value)
+        if key is not None:
+            self.known[key] = value
+        return value
 
     def _count(self, node: Node, value: Any, before: int) -> int:
         """Elements that ``node`` has made; raises where they are too many for the input."""
@@ -136,6 +160,40 @@ class _Rehearsal:
         if self.first and before + found > self.stored.together:
             raise OverflowError(f"{before + found} elements at a time, with those in use")
         return found
+
+
+def _alike(node: Node, args: Any, kwargs: Any) -> Any:
+    """What two nodes of one size have in common where they make tensors of one shape: blocks are
+    alike, so most are computed once. None for one that has to run."""
+    if node.op not in ("call_function", "call_method") or node.target in IN_PLACE:
+        return None
+    return (node.target, *_shapes((args, kwargs)))
+
+
+def _shapes(value: Any) -> Iterator[Any]:
+    if isinstance(value, Tensor):
+        yield (value.dtype, value.shape, value.stride())
+    elif isinstance(value, dict):
+        yield (dict, *value)
+        for each in value.values():
+            yield from _shapes(each)
+    elif isinstance(value, SEQUENCES):
+        yield (type(value), len(value))
+        for each in value:
+            yield from _shapes(each)
+    elif isinstance(value, slice):
+        yield from _shapes(("slice", value.start, value.stop, value.step))
+    else:
+        yield (type(value), repr(value))
+
+
+def _forget_data(value: Any) -> None:
+    """Fakes remember the number in ``torch.tensor(5)``; what a tensor holds may be no size."""
+    if isinstance(value, FakeTensor):
+        value.constant = None
+    elif isinstance(value, tuple | list):
+        for each in value:
+            _forget_data(each)
 
 
 @contextlib.contextmanager
@@ -174,6 +232,9 @@ def _run(
     function: Callable[..., Any] = node.target  # type: ignore[assignment]
     if function is OPS.grouped_gemm.default:
         return _grouped_gemm(*args)
+    if function is OPS.int_matmul.default:
+        _check_dtypes(args)
+        return torch.matmul(*args).to(torch.int32)  # without its loop over the length
     _guard(function, args, kwargs)
     return function(*args, **kwargs)
 
