@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from fxquant.checkpoint.size_numbers import SEQUENCES
-from fxquant.ir.leaves import Conv1D
+from fxquant.ir.leaves import Conv1D, OnlineRotation
 from fxquant.ir.levels import OPS
 from fxquant.numerics.quantization import group_count
 
@@ -21,6 +21,12 @@ _PRODUCTS = {
     *(operator.matmul, nn.functional.scaled_dot_product_attention),
 }
 _PIECES = {"unbind", "split", "chunk"}
+
+
+_OF_BITS = {
+    *(operator.and_, operator.or_, operator.xor, operator.invert, operator.lshift),
+    *(operator.rshift, torch.bitwise_and),
+}
 
 
 def run_call(
@@ -36,9 +42,10 @@ def run_call(
         return tensors[str(node.target)]
     if node.op == "call_module":
         leaf = leaves[str(node.target)]
-        if isinstance(leaf, nn.Linear | Conv1D | nn.LayerNorm):
+        if isinstance(leaf, nn.Linear | Conv1D | nn.LayerNorm | OnlineRotation):
             mixed = isinstance(leaf, nn.LayerNorm)
-            _check_dtypes((args[0], *leaf.parameters(recurse=False)), mixed)
+            own = (*leaf.parameters(recurse=False), *leaf.buffers(recurse=False))
+            _check_dtypes((args[0], *own), mixed)
         return leaf(*args, **kwargs)
     if node.op == "call_method":
         if not isinstance(args[0], Tensor):
@@ -84,6 +91,9 @@ def _guard(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     if function is getattr:
         if not isinstance(args[0], Tensor | torch.finfo):
             raise TypeError(f"an attribute of a {type(args[0]).__name__}, which is no tensor")
+    elif function in _OF_BITS:
+        if any(isinstance(each, Tensor) and each.is_floating_point() for each in args):
+            raise TypeError("the bits of a float")
     elif function in _PRODUCTS:
         _check_dtypes(args[:3])
     elif function in (torch.unbind, torch.split, torch.chunk):

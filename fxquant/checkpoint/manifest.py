@@ -25,6 +25,7 @@ MANIFEST = "manifest.json"
 FORMAT, VERSION = "fxquant", 2
 _FIELDS = {"format", "version", "written_by", "files", "sha256"}
 _SHA256 = re.compile("[0-9a-f]{64}")
+_LONGEST_NAME = 400
 READ_LIMIT = 2**28  # bytes of a file that is read as a whole: the graph of 400 layers is 10 MB
 
 
@@ -84,6 +85,8 @@ def check_manifest(directory: Path) -> dict[str, str]:
     if not isinstance(files, dict):
         raise _damaged(path, "it lists no files")
     for name, expected in files.items():
+        if len(name) > _LONGEST_NAME:
+            raise _damaged(path, f"it lists {name[:40]}..., which no file is called")
         sizes = expected if isinstance(expected, dict) and len(expected) == 2 else {}
         whole, digest = type(sizes.get("bytes")) is int, sizes.get("sha256")
         if not (whole and isinstance(digest, str) and _SHA256.fullmatch(digest)):

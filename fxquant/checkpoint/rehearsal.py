@@ -25,6 +25,7 @@ from fxquant.checkpoint.index_ranges import Range, check_lookup, range_of
 from fxquant.checkpoint.size_numbers import IN_PLACE, SEQUENCES, Bound, check_numbers
 from fxquant.checkpoint.size_rule import Sizes, extents, sizes_up_to
 from fxquant.errors import CheckpointError
+from fxquant.files.doors import printable
 from fxquant.ir.graph import GraphInfo
 
 _DEPTH = 6
@@ -117,9 +118,10 @@ class _Rehearsal:
                     values[node] = self._value(node, args, kwargs)
                 elements[node] = self._count(node, values[node], sum(elements.values()))
             except Exception as error:  # whatever the file's operands make torch raise
+                said = printable(" ".join(str(error).split())[:200])
                 raise CheckpointError(
                     f"node {node.name}: {node.op} {node.target} cannot be computed from its "
-                    f"operands: {type(error).__name__}: {str(error)[:200]}"
+                    f"operands: {type(error).__name__}: {said}"
                 ) from error
             found[node] = extents(values[node])
             for used in (node, *node.all_input_nodes):

@@ -23,7 +23,7 @@ from fxquant.errors import CheckpointError
 from fxquant.files.tensor_file import TensorFile, restore_order
 from fxquant.frontends.scoring import ScoringGraph
 from fxquant.ir.certificate import check_chunks
-from fxquant.ir.graph import GraphInfo, set_info
+from fxquant.ir.graph import GraphInfo, set_info, tag
 from fxquant.ir.levels import verify
 from fxquant.ir.streamed import Source, stream_leaf
 
@@ -137,12 +137,20 @@ def check_nodes(data: dict[str, Any], files: Files | Held) -> tuple[GraphInfo, G
     facts: GraphInfo = from_json(GraphInfo, data["info"])
     check_info(facts)
     graph = decode_nodes(data["nodes"])
+    _check_outputs(graph, facts)
     with FakeTensorMode(allow_fallback_kernels=False):
         shapes = _modules(data["modules"], files, shapes_only=True)
         _check_targets(shapes, graph)
         leaves = {path: module.eval() for path, module in shapes.named_modules() if path}
         rehearse(graph, _tensors(shapes), leaves, facts)
     return facts, graph
+
+
+def _check_outputs(graph: Graph, facts: GraphInfo) -> None:
+    sites = {site.path for site in facts.sites}
+    for node in graph.nodes:
+        if tag(node).is_output and tag(node).site not in sites:
+            raise CheckpointError(f"node {node.name}: the output of no site of the graph")
 
 
 def check_graph(gm: GraphModule, after: str) -> None:

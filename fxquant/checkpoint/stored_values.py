@@ -42,7 +42,8 @@ def check_values(gm: GraphModule) -> None:
         elif isinstance(module, OutlierIndex):
             index, keep = module.get_buffer("index"), module.get_buffer("keep")
             columns = keep.numel()
-            if index.dtype != torch.int64 or not _within(index, 0, columns - 1):
+            flat = index.dim() == keep.dim() == 1
+            if not flat or index.dtype != torch.int64 or not _within(index, 0, columns - 1):
                 _fail(path, "index", f"columns of {columns}")
             expected = torch.ones_like(keep).index_fill(0, index, 0)
             if index.unique().numel() < index.numel() or not torch.equal(keep, expected):
