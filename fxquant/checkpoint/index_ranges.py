@@ -49,8 +49,8 @@ def range_of(
     if name in _OF_TWO and other is not None:
         if name == "sub":
             return first[0] - other[1], first[1] - other[0]
-        ends = [_OF_TWO[name](one, two) for one in first for two in other]
-        return min(ends), max(ends)
+        found = [_OF_TWO[name](one, two) for one in first for two in other]
+        return min(found), max(found)
     return None
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxquant.checkpoint.saved_specs import expected_specs
@@ -99,9 +99,9 @@ class _Form:
 
     def check(self, node: Node, coded: bool) -> None:
         if self.site.role == "matmul":
-            spec = operand_spec(self.scheme, self.site) if coded else None
-            if spec is not None:
-                self._product(node, spec)
+            own = operand_spec(self.scheme, self.site) if coded else None
+            if own is not None:
+                self._product(node)
             return
         spec = self.scheme.spec_for(self.site.path, self.site.role)
         if not coded or spec.weight is None:
@@ -144,7 +144,8 @@ class _Form:
         if isinstance(module, QuantizedParameters) or isinstance(module, Fp32Linear) is not fp32:
             self.fail(f"its module is a {type(module).__name__}")
         weight = module.weight
-        shape = tuple(weight.t().shape if isinstance(module, Conv1D) else weight.shape)
+        assert isinstance(weight, Tensor)
+        shape = tuple(weight.shape)[:: -1 if isinstance(module, Conv1D) else 1]
         if shape != self.site.shape:
             self.fail(f"a weight of {list(shape)}, recorded as {list(self.site.shape)}")
 
@@ -210,7 +211,7 @@ class _Form:
                 self._same(found.x_sum, None)
         self._input(gemm.x_codes, found.scale, zero_point, spec)
 
-    def _product(self, node: Node, spec: ActivationSpec) -> None:
+    def _product(self, node: Node) -> None:
         integer = info(self.gm).level == Level.INTEGER
         if integer:
             found = operands(self._is(node, OPS.rescale.default))
