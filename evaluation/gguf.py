@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+from fxquant.files.doors import read_object
+
 # No .json: it says nothing of the model that the weights do not, and is no part of its identity.
 WEIGHTS = "gguf_types"
 # (bits of a code, values a scale) of llama.cpp's block formats, where one scale (and offset) rules.
@@ -47,7 +49,7 @@ def read_weights(folder: Path) -> str:
     file = folder / WEIGHTS
     if not file.is_file():
         return ""
-    return in_words(json.loads(file.read_text(encoding="utf-8")))
+    return in_words(read_object(file))
 
 
 def in_words(counts: Mapping[str, int]) -> str:

@@ -11,8 +11,8 @@ from fxquant.evaluation.decoding import decode
 from fxquant.evaluation.protocol import Protocol
 from fxquant.evaluation.provenance import Provenance
 from fxquant.evaluation.results import Row, check_scheme
-from fxquant.files.doors import read_bytes
-from fxquant.files.line_file import LineFile, LineKind, parse_lines, strict_json
+from fxquant.files.doors import parse_json, read_bytes
+from fxquant.files.line_file import LineFile, LineKind, parse_lines
 
 FORMAT: Final = 1
 
@@ -45,7 +45,7 @@ class Result:
     @classmethod
     def from_line(cls, line: str) -> Result:
         """The inverse of to_line. Raises ValueError for other text."""
-        data = strict_json(line)
+        data = parse_json(line, strict=True)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f"its format is not this version's {FORMAT}")
         parts: dict[str, Any] = dict.fromkeys(("protocol", "figures", "provenance"))

@@ -373,7 +373,7 @@ ATTACKS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "getattr": (_getattr, "__class__"),
     "chunk": (_chunk, "chunk 4096"),
     "missing module": (_missing, "nothing reads|lm_head"),
-    "level": (_info, "may not stand at level float"),
+    "level": (_info, "records of codes at level float"),
     "shape of the file": (lambda data: data.pop("nodes"), "does not hold exactly"),
     "node": (lambda data: data["nodes"].insert(3, []), "node 3 is not"),
 }
@@ -424,7 +424,7 @@ def test_manifest_outside_its_folder_is_refused(copy: Path) -> None:
     ("change", "message"),
     [
         (lambda body: body.update(files=[]), "lists no files"),
-        (lambda body: body.pop("files"), "lists no files"),
+        (lambda body: body.pop("files"), "does not hold exactly files"),
         (lambda body: body["files"]["graph.json"].pop("sha256"), "no size and checksum of graph"),
         (lambda body: body["files"].update({"graph.json": None}), "no size and checksum of graph"),
     ],

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxquant.analysis.meter import Cost, Meter
-from fxquant.files.line_file import LineFile, LineKind, strict_json
+from fxquant.files.doors import parse_json
+from fxquant.files.line_file import LineFile, LineKind
 from fxquant.ir.graph import info
 from fxquant.ir.leaves import CodedLinear
 
@@ -40,7 +41,7 @@ class Loss:
     @classmethod
     def from_line(cls, line: str, file: str) -> Loss:
         """The inverse of to_line. Raises ValueError for anything that it did not write."""
-        entry = strict_json(line)
+        entry = parse_json(line, strict=True)
         if not isinstance(entry, dict) or "check" not in entry:
             raise ValueError("it has no checksum")
         if entry.pop("check") != _checksum(entry, file):

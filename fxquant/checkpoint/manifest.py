@@ -11,26 +11,32 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import stat
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from fxquant.checkpoint.saved_names import check_texts
 from fxquant.errors import CheckpointError
+from fxquant.files.doors import parse_json, reason
 from fxquant.files.whole_file import file_hash
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "fxquant", 2
+_FIELDS = {"format", "version", "written_by", "files", "sha256"}
+_SHA256 = re.compile("[0-9a-f]{64}")
+_LONGEST_NAME = 400
 READ_LIMIT = 2**28  # bytes of a file that is read as a whole: the graph of 400 layers is 10 MB
 
 
 def is_checkpoint(directory: Path) -> bool:
     """Whether ``directory`` holds a manifest of fxquant.save, damaged or not."""
     try:
-        data = json.loads(read_regular(directory / MANIFEST))
+        data = parse_json(read_regular(directory / MANIFEST))
     except (OSError, CheckpointError):
         return False
-    except (ValueError, RecursionError):
+    except ValueError:
         return (directory / "graph.json").exists()
     return isinstance(data, dict) and data.get("format") == FORMAT
 
@@ -72,14 +78,20 @@ def check_manifest(directory: Path) -> dict[str, str]:
         ) from error
     body = _parse(path, raw)
     _check_version(path, body)
+    if set(body) != _FIELDS:
+        raise _damaged(path, f"it does not hold exactly {', '.join(sorted(_FIELDS))}")
     if _canonical({key: value for key, value in body.items() if key != "sha256"}) != raw:
         raise _damaged(path, "its checksum does not fit its content")
     files = body.get("files")
     if not isinstance(files, dict):
         raise _damaged(path, "it lists no files")
     for name, expected in files.items():
-        if not (isinstance(expected, dict) and set(expected) == {"bytes", "sha256"}):
-            raise _damaged(path, f"it has no size and checksum of {name}")
+        if len(name) > _LONGEST_NAME:
+            raise _damaged(path, f"it lists {name[:40]}..., which no file is called")
+        sizes = expected if isinstance(expected, dict) and len(expected) == 2 else {}
+        whole, digest = type(sizes.get("bytes")) is int, sizes.get("sha256")
+        if not (whole and isinstance(digest, str) and _SHA256.fullmatch(digest)):
+            raise _damaged(path, f"it has no size and checksum of {name[:80]}")
     try:
         found = _listing(directory, files)
     except OSError as error:
@@ -162,9 +174,10 @@ def _check_digest(path: Path, expected: dict[str, Any]) -> None:
 
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     try:
-        body = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"it is not JSON: {error}") from error
+        body = parse_json(raw, strict=True, unique=True)
+        check_texts(body)
+    except (ValueError, CheckpointError) as error:
+        raise _damaged(path, f"it is not JSON: {reason(error)}") from error
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a manifest of fxquant.save: another program's file")
     return body
@@ -173,12 +186,12 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
 def _check_version(path: Path, body: dict[str, Any]) -> None:
     version = body.get("version")
     if type(version) is not int or version < 1:
-        raise _damaged(path, f"its format version is {version!r}")
+        raise _damaged(path, f"its format version is {str(version)[:40]}")
     if version > VERSION:
         writer = body.get("written_by")
         raise CheckpointError(
-            f"{path.parent} has format version {version}, this fxquant reads up to {VERSION}: "
-            f"upgrade fxquant (it was written by {writer})"
+            f"{path.parent} has format version {str(version)[:40]}, this fxquant reads up to "
+            f"{VERSION}: upgrade fxquant (it was written by {str(writer)[:200]})"
         )
 
 

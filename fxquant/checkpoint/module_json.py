@@ -118,7 +118,7 @@ def decode_module(path: str, data: dict[str, Any], tensors: dict[str, Tensor]) -
     nn.Module.__init__(module)
     options = data.get("options", {})
     expected = dict(kind.attributes)
-    if set(options) != set(expected):
+    if not isinstance(options, dict) or set(options) != set(expected):
         raise CheckpointError(f"{path}: a {called} has options {', '.join(expected)}")
     for name, value in options.items():
         option = from_json(expected[name], _named_grid(value) if name == "spec" else value)
@@ -168,6 +168,8 @@ def register_tensors(module: nn.Module, roles: dict[str, str], tensors: dict[str
     for name, role in roles.items():
         if role.endswith(PARAMETER):
             value = tensors.get(name)
+            if value is not None and not value.is_floating_point():
+                raise CheckpointError(f"a parameter {name} of {value.dtype}, which floats are")
             parameter = value if isinstance(value, nn.Parameter | None) else nn.Parameter(value)
             module.register_parameter(name, parameter)
         elif role.endswith(BUFFER):

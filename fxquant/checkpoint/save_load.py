@@ -28,11 +28,19 @@ from fxquant.checkpoint.dataclass_json import from_json, to_json
 from fxquant.checkpoint.graph_json import encode_node
 from fxquant.checkpoint.manifest import check_manifest, is_checkpoint, read_regular, write_manifest
 from fxquant.checkpoint.module_json import encode_module
-from fxquant.checkpoint.saved_graph import Files, check_fields, decode_graph
+from fxquant.checkpoint.saved_graph import (
+    Files,
+    Held,
+    check_fields,
+    check_graph,
+    check_nodes,
+    decode_graph,
+)
 from fxquant.checkpoint.saved_info import check_info
 from fxquant.checkpoint.saved_names import check_path
 from fxquant.checkpoint.target import saving
 from fxquant.errors import CheckpointError, FxquantError
+from fxquant.files.doors import parse_json, reason
 from fxquant.files.tensor_file import storage_order
 from fxquant.ir.graph import GraphInfo, info
 from fxquant.ir.streamed import sources_of
@@ -62,6 +70,7 @@ def save(
 def _save(gm: GraphModule, target: Path, tokenizer: Tokenizer | None) -> None:
     tensors = _Tensors(gm)
     text = json.dumps(check_fields(_encode_graph(gm, tensors)), separators=(",", ":"))
+    _check_loadable(gm, text, tensors)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
         (partial / GRAPH).write_text(text, encoding="utf-8")
@@ -77,6 +86,22 @@ def _save(gm: GraphModule, target: Path, tokenizer: Tokenizer | None) -> None:
         raise CheckpointError(f"cannot write {target}: {error}") from error
     finally:  # Ctrl-C too must not leave half a checkpoint behind
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_loadable(gm: GraphModule, text: str, tensors: _Tensors) -> None:
+    """CheckpointError for what ``load`` would refuse, with its reason."""
+    try:
+        check_nodes(_parsed(text), Held(gm, tensors.ties, tensors.orders))
+        check_graph(gm, "save")
+    except FxquantError as error:
+        raise CheckpointError(f"the graph cannot be saved: {error}") from error
+
+
+def _parsed(text: str | bytes) -> dict[str, Any]:
+    try:
+        return check_fields(parse_json(text, unique=True))
+    except ValueError as error:
+        raise CheckpointError(f"it is no JSON of a graph: {reason(error)}") from error
 
 
 def check_target(directory: Path) -> None:
@@ -111,7 +136,7 @@ def load(
         raise CheckpointError(f"{source}: its manifest lists no {GRAPH}; save it again")
     with _describing(source):
         text = read_regular(source / GRAPH, listed[GRAPH])
-        data = check_fields(json.loads(text, object_pairs_hook=_unique))
+        data = _parsed(text)
         weights = [source / name for name in listed if name.endswith(".safetensors")]
         # Checked on the CPU, then moved as a whole; streamed tensors are read to the device.
         first = first if stream else torch.device("cpu")
@@ -125,7 +150,7 @@ def saved_facts(directory: Path) -> GraphInfo:
     Raises CheckpointError where that cannot be read.
     """
     with _describing(directory):
-        data = check_fields(json.loads(read_regular(directory / GRAPH)))
+        data = _parsed(read_regular(directory / GRAPH))
         facts = from_json(GraphInfo, data["info"])
         check_info(facts)
     assert isinstance(facts, GraphInfo)
@@ -139,18 +164,8 @@ def _describing(source: Path) -> Iterator[None]:
         yield
     except FxquantError as error:
         raise CheckpointError(f"{source / GRAPH}: {error}; save it again") from error
-    except _MALFORMED as error:
-        raise CheckpointError(
-            f"{source / GRAPH} does not describe a valid graph: {type(error).__name__}: {error}; "
-            "save it again"
-        ) from error
-
-
-# What well-typed code raises when the JSON has another shape than `save` writes.
-_MALFORMED = (
-    *(KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError),
-    *(RuntimeError, OSError, SyntaxError, AssertionError),
-)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {source}: {reason(error)}") from error
 
 
 def _check_device(device: str | torch.device, stream: bool) -> torch.device:
@@ -165,13 +180,6 @@ def _check_device(device: str | torch.device, stream: bool) -> torch.device:
         ) from error
     if stream and found.type == "meta":
         raise CheckpointError("stream=True reads tensors, which device 'meta' has none of")
-    return found
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise CheckpointError(f"{GRAPH} gives a key twice")
     return found
 
 

@@ -17,12 +17,13 @@ from fxquant.checkpoint.module_json import NONE, ROLES, decode_module, register_
 from fxquant.checkpoint.rehearsal import rehearse
 from fxquant.checkpoint.saved_info import check_info
 from fxquant.checkpoint.saved_names import check_name, check_path, check_texts
+from fxquant.checkpoint.site_forms import check_forms
 from fxquant.checkpoint.stored_values import check_values
 from fxquant.errors import CheckpointError
 from fxquant.files.tensor_file import TensorFile, restore_order
 from fxquant.frontends.scoring import ScoringGraph
 from fxquant.ir.certificate import check_chunks
-from fxquant.ir.graph import GraphInfo, set_info
+from fxquant.ir.graph import GraphInfo, set_info, tag
 from fxquant.ir.levels import verify
 from fxquant.ir.streamed import Source, stream_leaf
 
@@ -66,6 +67,12 @@ class Files:
                 raise CheckpointError(f"{key}: {str(order)[:80]} is no order of its dimensions")
         return Source(file, key, entry.dtype, self._device, None if order is None else tuple(order))
 
+    def shape(self, name: str) -> Tensor:
+        """A tensor laid out as the stored one will be: fake, within a FakeTensorMode."""
+        source = self.source(name)
+        stored = torch.empty(source.file.entries[source.key].shape, dtype=source.dtype)
+        return stored if source.order is None else restore_order(stored, source.order)
+
     def streams(self, source: Source) -> bool:
         return self._stream and len(source.shape) > 1
 
@@ -84,6 +91,21 @@ class Files:
             raise CheckpointError(f"nothing reads the tensors {', '.join(sorted(unused)[:4])}")
 
 
+class Held:
+    """The tensors of a graph in memory, as the shapes that their files will have."""
+
+    def __init__(self, gm: GraphModule, ties: dict[str, str], orders: dict[str, list[int]]) -> None:
+        self._tensors, self._ties, self._orders = _tensors(gm), ties, orders
+
+    def shape(self, name: str) -> Tensor:
+        """As ``Files.shape``."""
+        value, order = self._tensors[name], self._orders.get(self._ties.get(name, name))
+        if order is None:
+            return torch.empty(value.shape, dtype=value.dtype)
+        stored = torch.empty([value.shape[dim] for dim in order], dtype=value.dtype)
+        return restore_order(stored, order)
+
+
 def check_fields(data: object) -> dict[str, Any]:
     """``data`` if it has the fields of graph.json; CheckpointError if not."""
     if not isinstance(data, dict) or set(data) != _FIELDS:
@@ -96,32 +118,53 @@ def check_fields(data: object) -> dict[str, Any]:
 def decode_graph(data: dict[str, Any], files: Files) -> GraphModule:
     """The graph in eval mode. Its code is generated only when everything else has been checked.
 
-    Raises CheckpointError, VerificationError, SchemeError, and what well-typed code raises on
-    JSON of another shape.
+    Raises CheckpointError, VerificationError and SchemeError.
     """
-    facts: GraphInfo = from_json(GraphInfo, data["info"])
-    check_info(facts)
-    graph = decode_nodes(data["nodes"])
-    with FakeTensorMode(allow_fallback_kernels=False):
-        shapes = _modules(data["modules"], files, on_shapes=True)
-        _check_targets(shapes, graph)
-        leaves = {path: module.eval() for path, module in shapes.named_modules() if path}
-        rehearse(graph, _tensors(shapes), leaves, facts.max_positions)
-    _check_vocabulary(shapes, facts)
+    facts, graph = check_nodes(data, files)
     gm = _modules(data["modules"], files, data["class_name"])
     files.check_all_used()
     gm.graph = graph
     set_info(gm, facts)
-    verify(gm, "load")
-    check_values(gm)
-    check_chunks(gm)
+    check_graph(gm, "load")
     return gm.eval()
 
 
+def check_nodes(data: dict[str, Any], files: Files | Held) -> tuple[GraphInfo, Graph]:
+    """What graph.json says, its nodes tried on the shapes of the tensors; errors as decode_graph's.
+
+    The first half of what ``load`` refuses, of which no tensor's values are read.
+    """
+    facts: GraphInfo = from_json(GraphInfo, data["info"])
+    check_info(facts)
+    graph = decode_nodes(data["nodes"])
+    _check_outputs(graph, facts)
+    with FakeTensorMode(allow_fallback_kernels=False):
+        shapes = _modules(data["modules"], files, shapes_only=True)
+        _check_targets(shapes, graph)
+        leaves = {path: module.eval() for path, module in shapes.named_modules() if path}
+        rehearse(graph, _tensors(shapes), leaves, facts)
+    return facts, graph
+
+
+def _check_outputs(graph: Graph, facts: GraphInfo) -> None:
+    sites = {site.path for site in facts.sites}
+    for node in graph.nodes:
+        if tag(node).is_output and tag(node).site not in sites:
+            raise CheckpointError(f"node {node.name}: the output of no site of the graph")
+
+
+def check_graph(gm: GraphModule, after: str) -> None:
+    """The second half: what the nodes and tensors are is what the graph's GraphInfo says."""
+    verify(gm, after)
+    check_values(gm)
+    check_forms(gm)
+    check_chunks(gm)
+
+
 def _modules(
-    data: object, files: Files, name: str = "Shapes", on_shapes: bool = False
+    data: object, files: Files | Held, name: str = "Shapes", shapes_only: bool = False
 ) -> GraphModule:
-    """A GraphModule without nodes that holds the modules; ``on_shapes``: their tensors fake."""
+    """A GraphModule without nodes that holds the modules; ``shapes_only``: their tensors fake."""
     if not isinstance(data, dict):
         raise CheckpointError("the modules are not a table")
     gm = ScoringGraph(nn.Module(), Graph(), name)
@@ -134,7 +177,7 @@ def _modules(
         if path in seen - {""} or owner not in seen or not isinstance(module, dict):
             raise CheckpointError(f"{where} does not follow the module that holds it")
         seen.add(path)
-        _install(gm, path, module, files, on_shapes)
+        _install(gm, path, module, files, shapes_only)
     return gm
 
 
@@ -143,16 +186,6 @@ def _tensors(gm: GraphModule) -> Mapping[str, Tensor]:
         **dict(gm.named_parameters(remove_duplicate=False)),
         **dict(gm.named_buffers(remove_duplicate=False)),
     }
-
-
-def _check_vocabulary(gm: GraphModule, facts: GraphInfo) -> None:
-    """Every id below vocab_size has a row in the table that it is looked up in."""
-    table = _tensors(gm).get(f"{facts.embeddings}.weight")
-    if table is not None and table.shape[0] != facts.vocab_size:
-        raise CheckpointError(
-            f"info: a vocabulary of {facts.vocab_size}, but {facts.embeddings} has "
-            f"{table.shape[0]} rows"
-        )
 
 
 def _check_targets(gm: GraphModule, graph: Graph) -> None:
@@ -170,7 +203,7 @@ def _check_targets(gm: GraphModule, graph: Graph) -> None:
 
 
 def _install(
-    gm: GraphModule, path: str, data: dict[str, Any], files: Files, on_shapes: bool
+    gm: GraphModule, path: str, data: dict[str, Any], files: Files | Held, shapes_only: bool
 ) -> None:
     tensors: dict[str, Tensor] = {}
     streamed: dict[str, Source] = {}
@@ -181,10 +214,12 @@ def _install(
         full = check_path(f"{path}.{name}" if path else name, "a tensor")
         if "." in name or role.startswith(NONE):
             continue
+        if shapes_only:
+            tensors[name] = files.shape(full)
+            continue
+        assert isinstance(files, Files)
         source = files.source(full)
-        if on_shapes:
-            tensors[name] = _shape_of(source)
-        elif files.streams(source):
+        if files.streams(source):
             streamed[name] = source
             tensors[name] = torch.empty(source.shape, dtype=source.dtype, device="meta")
         else:
@@ -196,9 +231,3 @@ def _install(
     if streamed:
         stream_leaf(module, streamed)
     gm.add_submodule(path, module)
-
-
-def _shape_of(source: Source) -> Tensor:
-    """A tensor laid out as the source's will be: fake, within a FakeTensorMode."""
-    stored = torch.empty(source.file.entries[source.key].shape, dtype=source.dtype)
-    return stored if source.order is None else restore_order(stored, source.order)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
-
 from fxquant.checkpoint.saved_names import check_path
+from fxquant.checkpoint.saved_specs import check_specs
+from fxquant.checkpoint.size_rule import LONGEST
 from fxquant.errors import CheckpointError
+from fxquant.files.doors import parse_json, reason
 from fxquant.ir.calibration import CalibrationRecord, Spans
 from fxquant.ir.graph import GraphInfo
 from fxquant.ir.token_runs import LENGTH, KnownRuns
-from fxquant.schemes.scheme import ROLES, Scheme
+from fxquant.schemes.scheme import ROLES
 
 _LARGEST = 2**48  # of a count: more bytes than any model has
 
@@ -19,12 +20,14 @@ def check_info(facts: GraphInfo) -> None:
     calibration record that cannot be; SchemeError for a scheme that does not parse."""
     counts = [facts.vocab_size, facts.parameters, *(size for _, size in facts.float_bytes)]
     counts += [extent for site in facts.sites for extent in site.shape]
-    counts += [] if facts.max_positions is None else [facts.max_positions]
     if not all(0 <= count < _LARGEST for count in counts):
         raise CheckpointError("info: a count is negative or larger than any model's")
-    if facts.vocab_size < 1 or facts.max_positions == 0:
-        raise CheckpointError("info: no vocabulary or no positions")
-    Scheme.parse(facts.scheme)
+    positions = facts.max_positions
+    if facts.vocab_size < 1 or not (positions is None or 1 <= positions <= LONGEST):
+        raise CheckpointError(
+            f"info: a vocabulary of {facts.vocab_size}, {positions} positions: models have 1 to "
+            f"{LONGEST}, or no limit"
+        )
     named = [path for path in (facts.head, facts.embeddings) if path is not None]
     for path in (*facts.blocks, *named, *(site.path for site in facts.sites)):
         check_path(path, "info")
@@ -33,14 +36,24 @@ def check_info(facts: GraphInfo) -> None:
             raise CheckpointError("info: a block or site is listed twice")
     if not all(site.role in ROLES for site in facts.sites):
         raise CheckpointError(f"info: a site's role is not one of {', '.join(ROLES)}")
+    check_specs(facts)
     for record in facts.calibration or ():
         _check_record(record)
+    _check_config(facts)
+
+
+def _check_config(facts: GraphInfo) -> None:
     try:
-        whole = isinstance(json.loads(facts.config or "{}"), dict)
-    except (ValueError, RecursionError):
-        whole = False
-    if not whole:
+        config = parse_json(facts.config or "{}")
+    except ValueError as error:
+        raise CheckpointError(f"info: the model's config is no JSON: {reason(error)}") from error
+    if not isinstance(config, dict):
         raise CheckpointError("info: the model's config is not a JSON object")
+    positions = config.get("max_position_embeddings")
+    if type(positions) is int and positions != facts.max_positions:
+        raise CheckpointError(
+            f"info: {facts.max_positions} positions, but {positions} in the model's config"
+        )
 
 
 def _check_record(record: CalibrationRecord) -> None:

@@ -18,7 +18,7 @@ from torch.fx import Node
 
 SEQUENCES = (torch.Size, tuple, list)
 _LINEAR, _SQUARE = 2**17, 2**6  # the largest coefficients: a vocabulary's, and a few
-_IN_PLACE = (operator.setitem, operator.iadd)
+IN_PLACE = (operator.setitem, operator.iadd)
 # What always makes a tensor of its own, of any operands.
 _FRESH = {
     *(torch.clone, torch.zeros, torch.ones, torch.full, torch.empty, torch.arange, torch.tensor),
@@ -66,7 +66,7 @@ def check_numbers(node: Node, args: tuple[Any, ...], bounds: Mapping[Node, Bound
     function = node.target
     if node.op != "call_function" or getattr(function, "__module__", "") != "_operator":
         return _EXTENT
-    if function in _IN_PLACE:
+    if function in IN_PLACE:
         _check_target(node, args)
     if any(isinstance(operand, Tensor) for operand in args):
         _check_index(function, node.args)

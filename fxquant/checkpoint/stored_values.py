@@ -42,7 +42,8 @@ def check_values(gm: GraphModule) -> None:
         elif isinstance(module, OutlierIndex):
             index, keep = module.get_buffer("index"), module.get_buffer("keep")
             columns = keep.numel()
-            if index.dtype != torch.int64 or not _within(index, 0, columns - 1):
+            flat = index.dim() == keep.dim() == 1
+            if not flat or index.dtype != torch.int64 or not _within(index, 0, columns - 1):
                 _fail(path, "index", f"columns of {columns}")
             expected = torch.ones_like(keep).index_fill(0, index, 0)
             if index.unique().numel() < index.numel() or not torch.equal(keep, expected):
@@ -51,11 +52,9 @@ def check_values(gm: GraphModule) -> None:
             values = module.get_buffer("values")
             if not bool((values.isfinite() & (values != 0)).all()):
                 _fail(path, "values", "finite numbers other than 0")
-    ranges = _activation_ranges(gm)
     for node in gm.graph.nodes:
         if node.op == "call_function":
-            _check_literals(gm, node, coded)
-            _check_recorded_range(node, ranges)
+            _check_literals(gm, node)
 
 
 def _fail(path: str, name: str, expected: str) -> NoReturn:
@@ -189,8 +188,8 @@ def _within(values: Tensor, low: int, high: int) -> bool:
     return low <= least and most <= high
 
 
-def _check_literals(gm: GraphModule, node: Node, coded: dict[str, _Coded]) -> None:
-    """Ranges and group sizes that stand on a node as numbers."""
+def _check_literals(gm: GraphModule, node: Node) -> None:
+    """Ranges that stand on a node as numbers."""
     if is_op(node, OPS.quantize.default):
         call = operands(node)
         shift, low, high = call.zero_point, call.qmin, call.qmax
@@ -209,60 +208,9 @@ def _check_literals(gm: GraphModule, node: Node, coded: dict[str, _Coded]) -> No
         bits = operands(node).bits
         if type(bits) is not int or not 2 <= bits <= 8:
             raise CheckpointError(f"node {node.name}: a cache of {bits!r} bits instead of 2..8")
-    elif is_op(node, OPS.grouped_gemm.default) or is_op(node, OPS.dequantize.default):
-        call = operands(node)
-        codes = call.weight_codes if is_op(node, OPS.grouped_gemm.default) else call.codes
-        size = call.group_size
-        known = coded.get(_owner(codes))
-        if known is not None and size != (known.spec.group_size or 0):
-            raise CheckpointError(
-                f"node {node.name}: groups of {size!r}, its site has {known.spec.group_size}"
-            )
-
-
-def _activation_ranges(gm: GraphModule) -> set[tuple[int, int, bool]]:
-    """(qmin, qmax, symmetric) of every input that the graph records as quantized."""
-    # An operand's record spells an activation alone, which a scheme needs a weight before.
-    texts = {f"w8/{each.spec}" if each.operand else each.spec for each in info(gm).site_records}
-    specs = (Scheme.parse(text).spec.activation for text in texts)
-    grids = (spec.tensor.grid for spec in specs if spec is not None)
-    return {(*grid.codes, not grid.has_zero_point) for grid in grids}
-
-
-def _check_recorded_range(node: Node, recorded: set[tuple[int, int, bool]]) -> None:
-    if is_op(node, OPS.quantize.default):
-        call = operands(node)
-        known = (call.qmin, call.qmax) in {(low, high) for low, high, _ in recorded}
-    elif is_op(node, OPS.choose_qparams.default):
-        call = operands(node)
-        known = (call.qmin, call.qmax, call.symmetric) in recorded
-    else:
-        return
-    if not known:
-        raise CheckpointError(
-            f"node {node.name}: codes {call.qmin}..{call.qmax} are of no input's recorded spec; "
-            "the file was changed or is damaged"
-        )
 
 
 def _check_range(node: Node, low: object, high: object) -> None:
     whole = type(low) is int and type(high) is int
     if not (whole and (low, high) in _RANGES):
         raise CheckpointError(f"node {node.name}: {low!r}..{high!r} is no range of 2 to 8 bits")
-
-
-def _owner(codes: object) -> str:
-    """Path of the site whose weight's codes these are; "" for other codes."""
-    while isinstance(codes, Node) and codes.op == "call_function":
-        if is_op(codes, OPS.unpack_int4.default):
-            codes = operands(codes).packed
-        elif is_op(codes, OPS.decode.default):
-            codes = operands(codes).stored
-        elif is_op(codes, torch.nn.functional.embedding):
-            codes = operands(codes).weight
-        else:
-            return ""
-    if isinstance(codes, Node) and codes.op == "get_attr":
-        owner, _, name = str(codes.target).rpartition(".")
-        return owner if name == "weight" else ""
-    return ""

@@ -12,7 +12,7 @@ import json
 import math
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -113,13 +113,14 @@ def parse_json(
     content: bytes | str,
     *,
     strict: bool = False,
-    object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None,
+    unique: bool = False,
 ) -> Any:
     """JSON that can be worked with and written again.
 
-    ``strict``: NaN and Infinity, which Python writes but JSON has not, are refused too. Raises
-    ValueError: no JSON or no UTF-8, nested too deeply, a number beyond float64, half a character
-    (an unpaired surrogate), which no UTF-8 file can hold.
+    ``strict``: NaN and Infinity, which Python writes but JSON has not, are refused too.
+    ``unique``: so is an object that gives a key twice. Raises ValueError: no JSON or no UTF-8,
+    nested too deeply, a number beyond float64, half a character (an unpaired surrogate), which no
+    UTF-8 file can hold.
     """
     raw = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
     try:
@@ -128,7 +129,7 @@ def parse_json(
             parse_int=_integer,
             parse_float=_float,
             parse_constant=_no_constant if strict else None,
-            object_pairs_hook=object_pairs_hook,
+            object_pairs_hook=_unique if unique else None,
         )
     except RecursionError as error:
         raise ValueError(_TOO_DEEP) from error
@@ -147,6 +148,15 @@ def _float(text: str) -> float:
     if math.isinf(value):
         raise ValueError(f"the number {text[:40]} is beyond float64")
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {printable(twice[:40])!r} is given twice")
+    return found
 
 
 def _no_constant(text: str) -> float:

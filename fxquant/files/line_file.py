@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,7 +40,7 @@ def parse_lines(content: bytes, path: Path, kind: LineKind[T]) -> list[T]:
     for number, line in enumerate(content[: complete_length(content)].split(b"\n")[:-1], 1):
         try:
             found.append(kind.parse(line.decode("utf-8")))
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise _damaged(path, number, kind, error) from error
     return found
 
@@ -52,28 +50,6 @@ def _damaged(path: Path, number: int, kind: LineKind[Any], error: Exception) -> 
         f"{path}, line {number} is {kind.wrong} ({error}); move the file away, or delete the line "
         f"to have {kind.again} again"
     )
-
-
-def strict_json(line: str) -> Any:
-    """JSON without NaN, infinities and integers beyond a float; ValueError for anything else."""
-    return json.loads(line, parse_constant=_refused, parse_float=_finite, parse_int=_integer)
-
-
-def _refused(text: str) -> float:
-    raise ValueError(f"{text} is not JSON")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text[:20]} is beyond a float")
-    return value
-
-
-def _integer(text: str) -> int:
-    if len(text) > 300:
-        raise ValueError(f"{text[:20]}... is beyond a float")
-    return int(text)
 
 
 class LineFile(Generic[T]):

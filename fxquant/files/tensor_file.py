@@ -6,7 +6,6 @@ is a fresh, aligned copy (a GEMM may round differently on unaligned operands).
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import warnings
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fxquant.errors import CheckpointError
+from fxquant.files.doors import parse_json
 
 OWN_PAGES = 2**20
 DTYPES = {
@@ -65,7 +65,7 @@ class TensorFile:
                 pass
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length))
+                header = parse_json(file.read(length), unique=True)
                 mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, SafetensorError, ValueError) as error:
             raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error

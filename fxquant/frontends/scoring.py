@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.fx import GraphModule
 from transformers import GenerationMixin, PreTrainedModel
 
 from fxquant.errors import GraphAttributeError, GraphCallError
+from fxquant.ir.graph import info
 from fxquant.run.encodings import TAKEN as _INPUTS
 
 # What instances of transformers' models have besides their class's attributes.
@@ -40,8 +43,9 @@ class ScoringGraph(GraphModule):
     tokenizers return, is let go: causal models do not read it.
 
     Raises GraphAttributeError (an AttributeError, so ``hasattr`` is False) and GraphCallError (a
-    TypeError). ``copy.deepcopy`` and checkpoints keep the class; ``copy.copy`` and a pickle give a
-    plain GraphModule.
+    TypeError), also for ids that no table has and dtypes that torch has no kernel for.
+    ``copy.deepcopy`` and checkpoints keep the class; ``copy.copy`` and a pickle give a plain
+    GraphModule.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -69,7 +73,24 @@ class ScoringGraph(GraphModule):
                     f"a {type(value).__name__} as {name}: {_WHAT_IT_IS}; it takes what "
                     'tokenizer(text, return_tensors="pt") returns: graph(**that)'
                 )
-        return super().__call__(*args, **kwargs)
+        try:
+            return super().__call__(*args, **kwargs)
+        except IndexError as error:
+            raise self._beyond_its_tables(error, *args, **kwargs) from error
+        except NotImplementedError as error:  # of a kernel: the message names it and the dtype
+            raise GraphCallError(f"torch cannot compute the graph here: {error}") from error
+
+    def _beyond_its_tables(
+        self, error: IndexError, input_ids: Tensor, *_: Any, **__: Any
+    ) -> GraphCallError:
+        """What a table's raw error means."""
+        ids, facts = input_ids, info(self)
+        low, high = (int(end) for end in torch.aminmax(ids)) if ids.numel() else (0, 0)
+        return GraphCallError(
+            f"a row is read that its table does not have ({error}): ids {low} to {high} in rows of "
+            f"{ids.shape[-1]} tokens, the graph takes 0 to {facts.vocab_size - 1} and "
+            f"{facts.max_positions or 'any number of'} tokens a row"
+        )
 
 
 def _of_a_model(name: str) -> bool:

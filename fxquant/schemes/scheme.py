@@ -114,7 +114,7 @@ class Scheme:
     def from_json(cls, text: str) -> Scheme:
         """The inverse of to_json; raises SchemeError."""
         try:
-            data = parse_json(text, object_pairs_hook=_unique)
+            data = parse_json(text, unique=True)
             base, overrides = data["scheme"], data.get("overrides", {})
             pairs = tuple(overrides.items())
         except (ValueError, KeyError, AttributeError, TypeError) as error:
@@ -168,13 +168,6 @@ def _about_embeddings(pattern: str, sites: Iterable[tuple[str, Role]]) -> str:
         path for path, role in sites if role == "embeddings" and matches(pattern, path, "head")
     ]
     return f" ({meant[0]} is an embedding: write 'embeddings' or its path)" if meant else ""
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise KeyError("a key is given twice")
-    return found
 
 
 def _bad_json(reason: str) -> SchemeError:

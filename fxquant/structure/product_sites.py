@@ -68,8 +68,12 @@ def _sides(node: Node) -> Iterator[tuple[str, Node, int]]:
 
 def operand_specs(node: Node, spec: ActivationSpec) -> tuple[ActivationSpec, ActivationSpec]:
     """The product's left and right operand: V has one scale, since its tokens are summed over."""
-    whole = replace(spec, tensor=replace(spec.tensor, granularity="tensor"))
-    return spec, spec if is_transposed(node) else whole
+    return spec, spec if is_transposed(node) else whole_operand(spec)
+
+
+def whole_operand(spec: ActivationSpec) -> ActivationSpec:
+    """The same in one scale."""
+    return replace(spec, tensor=replace(spec.tensor, granularity="tensor"))
 
 
 def is_transposed(node: Node) -> bool:

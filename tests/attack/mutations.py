@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import os
@@ -338,26 +337,3 @@ def change_text(rng: random.Random, folder: Path) -> None:
             ]
         ),
     )
-
-
-def mutate(seed: int, folder: Path) -> str:
-    """Change the checkpoint at ``folder`` and sign it; the names of the changes."""
-    rng = random.Random(seed)
-    kind = rng.random()
-    if kind < 0.15:
-        change_tensor(rng, folder)
-        return "change_tensor"
-    if kind < 0.22:
-        change_files(rng, folder)
-        return "change_files"
-    if kind < 0.25:
-        change_text(rng, folder)
-        return "change_text"
-    data = json.loads((folder / "graph.json").read_text())
-    changes = [rng.choice(JSON_CHANGES) for _ in range(rng.choice([1, 1, 1, 2, 3]))]
-    for change in changes:
-        # An earlier change may have taken away what this one works on.
-        with contextlib.suppress(KeyError, IndexError, TypeError, AttributeError):
-            change(rng, data)
-    write(folder, data)
-    return " ".join(change.__name__ for change in changes)

@@ -7,24 +7,31 @@ import shutil
 import tarfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.fx import GraphModule
 
 import fxquant
-from fxquant.errors import CheckpointError, NonFiniteError
+from fxquant.errors import CheckpointError, FxquantError, NonFiniteError
 from fxquant.evaluation import evaluate
-from tests.attack.mutations import mutate
+from fxquant.schemes.scheme import Scheme
+from fxquant.schemes.spelling import spell_site
+from tests.architectures import llama, opt
+from tests.attack.printed_mutations import mutate
 from tests.attack.watch import foreign_reads, watched
 from tests.fixtures.make_saved import inputs
+from tests.hub_format import character_tokenizer
 
 SAVED = Path(__file__).parents[1] / "fixtures" / "saved-0.1.0" / "checkpoints.tar.xz"
 BASES = (
     *("llama-two-layers", "opt-head", "llama-gptq-float", "llama-attn8", "llama-rotate", "gpt2"),
-    *("llama-outliers", "llama-awq", "opt-insert", "llama-kv4"),
+    *("llama-outliers", "llama-awq", "opt-insert", "llama-kv4", "today", "llama-kv8", "opt-tensor"),
+    *("llama-attn8-qdq", "llama-fp32-gemm-half", "llama-refine", "opt-equalize", "drawn"),
 )
 SHORT, LONG = 100, 2000
+TEXT = " ".join(f"Sentence {index} is about the number {index * index}." for index in range(40))
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +40,44 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with tarfile.open(SAVED) as archive:
         archive.extractall(target, filter="data")
     fxquant.load(target / BASES[0])  # imports what is imported late
+    tokenizer = character_tokenizer()
+    ids = [inputs()["input_ids"] for _ in range(2)]
+    today = "w4-g8/a8-static:absmax+rotate+split_outliers(threshold=2)+attn8+kv4"
+    graph = fxquant.convert(llama(num_hidden_layers=1), today, calibration=ids)
+    fxquant.save(graph, target / "today", tokenizer)
+    text = fxquant.windows(TEXT, tokenizer, count=2, length=16, calibration=2)
+    scheme = {"scheme": "w8a8-static+smooth", "overrides": {"head": "w8", "*.fc2": "w4-g8"}}
+    graph = fxquant.convert(opt(num_hidden_layers=1), scheme, calibration=text.batches)
+    fxquant.save(graph, target / "drawn", tokenizer)
     return target
 
 
-def outcome(folder: Path, expected: torch.Tensor) -> str:
+Claims = tuple[dict[str, str], tuple[Any, ...], dict[tuple[str, str], tuple[Any, ...]]]
+
+
+def claims(gm: GraphModule) -> Claims:
+    """What printouts say is computed: each site's spec, the repairs, each input's scale."""
+    facts = gm.meta["fxquant"]
+    scheme = Scheme.parse(facts.scheme)
+    specs = {each.path: spell_site(scheme.spec_for(each.path, each.role)) for each in facts.sites}
+    records = {
+        (each.path, each.operand): (each.spec, each.scale, each.zero_point, each.estimator)
+        for each in facts.site_records
+    }
+    return specs, (scheme.fp32_gemm, *scheme.repairs), records
+
+
+def disagreement(found: Claims, true: Claims) -> str:
+    """How a printout differs from what the saved graph computes; a scheme may tell fewer repairs,
+    which its history lists."""
+    for mine, theirs in ((found[0], true[0]), (found[2], true[2])):
+        if mine != theirs:
+            return f"{set(mine.items()) ^ set(theirs.items())}"
+    rest = iter(true[1])
+    return "" if all(each in rest for each in found[1]) else f"repairs {found[1]}"
+
+
+def outcome(folder: Path, expected: torch.Tensor, true: Claims) -> str:
     """What became of the checkpoint; AssertionError if it did what it may not."""
     gm, refusal = None, str(folder)
     with watched(folder) as seen:
@@ -47,6 +88,10 @@ def outcome(folder: Path, expected: torch.Tensor) -> str:
         result = "refused" if gm is None else run(gm, expected)
     assert str(folder) in refusal, f"the error does not name the folder: {refusal}"
     assert not seen, f"forbidden: {seen[:4]}"
+    assert len(refusal) < 1200, f"a long error: {refusal}"
+    assert all(line.isprintable() for line in refusal.splitlines()), f"an odd error: {refusal!a}"
+    if gm is not None:
+        assert not disagreement(claims(gm), true), f"printed: {disagreement(claims(gm), true)}"
     return result
 
 
@@ -54,7 +99,10 @@ def outcome(folder: Path, expected: torch.Tensor) -> str:
 def run(gm: GraphModule, expected: torch.Tensor) -> str:
     assert not foreign_reads(gm), f"the code reads {foreign_reads(gm)[:4]}"
     state = {key: value.clone() for key, value in gm.state_dict().items()}
-    found = gm(**inputs())
+    try:
+        found = gm(**inputs())
+    except FxquantError:
+        return "one clear error when run"
     after = gm.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in state.items()), "state changed"
     if torch.equal(found, expected):
@@ -72,14 +120,15 @@ def check(seeds: range, bases: Path, tmp_path: Path) -> Counter[str]:
     expected = {}
     for base in BASES:
         with torch.no_grad():
-            expected[base] = fxquant.load(bases / base)(**inputs())
+            gm = fxquant.load(bases / base)
+            expected[base] = (gm(**inputs()), claims(gm))
     for seed in seeds:
         base = BASES[seed % len(BASES)]
         folder = tmp_path / "case" / base
         shutil.copytree(bases / base, folder)
         changes = mutate(seed, folder)
         try:
-            results[outcome(folder, expected[base])] += 1
+            results[outcome(folder, *expected[base])] += 1
         except Exception as error:
             wrong.append(f"seed {seed} ({base}, {changes}): {type(error).__name__}: {error}")
         shutil.rmtree(tmp_path / "case")

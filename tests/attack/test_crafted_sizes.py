@@ -42,6 +42,13 @@ def doubled(source: str, name: str, times: int) -> list[list[Any]]:
 
 
 BEHIND = [LENGTH, call("d", "operator.sub", node("s"), 5)]  # 0 at the first length
+ZEROS = [
+    LENGTH,
+    call("z", "torch.zeros", node("s")),
+    call("w", "torch.zeros", 600),
+    call("even", "torch.zeros", 64 * 5 * 7 * 9),
+]
+UNEVEN = "node .*sizes of a saved graph grow evenly"
 CRAFTED: dict[str, tuple[list[list[Any]], str]] = {
     "pow": ([*BEHIND, call("bomb", "operator.pow", 10, node("d"))], "bomb.*sizes are added"),
     "pow of products": (
@@ -105,7 +112,7 @@ CRAFTED: dict[str, tuple[list[list[Any]], str]] = {
             [METHOD, "f0", "flatten", [node("o0")]],
             call("o1", "torch.outer", node("f0"), node("f0")),
         ],
-        "node o1: .*elements for 1 x 64 tokens",
+        "node o1: .*elements for .* tokens",
     ),
     "write behind a view": (
         [
@@ -143,6 +150,53 @@ CRAFTED: dict[str, tuple[list[list[Any]], str]] = {
             ),
         ],
         "at a time",
+    ),
+    "subtracted": (
+        # 0 at 1, 5 and 7 tokens, and at the longest row: what is left of a cut is less than it.
+        [
+            *ZEROS,
+            call("cut", "operator.getitem", node("z"), {"slice": [None, 40, None]}),
+            [METHOD, "c", "size", [node("cut"), 0]],
+            call("d", "operator.sub", node("s"), node("c")),
+            call("k", "operator.mul", node("d"), 2**16),
+        ],
+        UNEVEN,
+    ),
+    "cut at the front": (
+        [
+            *ZEROS,
+            call("p", "operator.mul", node("s"), 15),
+            call("cut", "operator.getitem", node("w"), {"slice": [node("p"), None, None]}),
+        ],
+        f"{UNEVEN}|node cut: .*585 elements",
+    ),
+    "squares": ([LENGTH, call("k", "operator.mul", node("s"), node("s"))], UNEVEN),
+    "rounded": ([LENGTH, call("k", "operator.floordiv", node("s"), 30)], UNEVEN),
+    "divided": (
+        [*ZEROS, [METHOD, "v", "view", [node("even"), node("s"), -1]]],
+        f"{UNEVEN}|cannot be computed",
+    ),
+    "pieces of a row": (
+        [*ZEROS, call("c", "torch.chunk", node("z"), 4)],
+        UNEVEN,
+    ),
+    "of a batch": (
+        [
+            [METHOD, "b", "size", [IDS, 0]],
+            call("zb", "torch.zeros", node("b")),
+            call("cut", "operator.getitem", node("zb"), {"slice": [100, None, None]}),
+        ],
+        UNEVEN,
+    ),
+    "a number's data": (
+        [
+            LENGTH,
+            call("t", "torch.tensor", node("s")),
+            call("hit", "operator.eq", node("t"), 33),
+            call("far", "operator.mul", node("hit"), 10**9),
+            call("z", "torch.arange", node("far")),
+        ],
+        "node z: .*cannot be computed",
     ),
     "nodes": ([call(f"x{i}", "operator.mul", 2, 3) for i in range(100_001)], "no model has more"),
 }
