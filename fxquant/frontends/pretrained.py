@@ -76,7 +76,7 @@ def read_config(
         check_config_file(directory)
     if (directory / GENERATION).exists():  # it comes with a model that is read as a whole
         with _reading(str(source), GENERATION):
-            GenerationConfig.from_pretrained(str(source), local_files_only=True)
+            GenerationConfig.from_dict(read_object(directory / GENERATION, ModelError))
     with _reading(str(source), CONFIG):
         config = AutoConfig.from_pretrained(
             str(source), revision=revision, local_files_only=offline, trust_remote_code=False
