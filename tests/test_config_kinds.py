@@ -127,6 +127,7 @@ def test_0_and_1_mean_what_false_and_true_mean(tmp_path: Path) -> None:
     ids = token_ids(2, 7)
     for name in ("enable_bias", "do_layer_norm_before", "use_cache"):
         for number in (0, 1):
-            expected, found = (fxquant.trace(opt(**{name: v})) for v in (bool(number), number))
+            values: list[Any] = [bool(number), number]
+            expected, found = (fxquant.trace(opt(**{name: value})) for value in values)
             with torch.no_grad():
                 assert torch.equal(expected(ids), found(ids)), (name, number)

@@ -33,7 +33,8 @@ from fxquant.analysis.report import Explanation
 from fxquant.analysis.sites import simulated_sites
 from fxquant.analysis.store import Store, fingerprint
 from fxquant.analysis.study import WORST, Study
-from fxquant.errors import SchemeError
+from fxquant.errors import SchemeError, WriteError
+from fxquant.files.doors import Location, as_path
 from fxquant.files.locks import check_writable
 from fxquant.frontends.tracing import trace
 from fxquant.recipes.conversion import recipe
@@ -58,7 +59,7 @@ def explain(
     progress: bool | None = None,
     worst: int = 3,
     tokenizer: Tokenizer | None = None,
-    output: Path | None = None,
+    output: Location | None = None,
     allow_overlap: bool = False,
 ) -> Explanation:
     """Take the loss difference of a scheme apart: where it enters, why, and what would repair it.
@@ -90,8 +91,9 @@ def explain(
     """
     scheme = as_scheme(scheme)
     methods = check_request(methods, worst)
-    if output is not None:
-        check_writable(output)
+    folder = None if output is None else as_path(output, "output", WriteError)
+    if folder is not None:
+        check_writable(folder)
     notes: list[str] = []
     graph = model if isinstance(model, GraphModule) else trace(model)
     batches = as_batches(calibration, graph)
@@ -105,7 +107,7 @@ def explain(
     narrowed = restricted(scheme, sites, graph)
     check_quantizes(narrowed)
     recipe(narrowed, calibration=batches)  # raises where calibration is missing
-    asked = _Request(scheme, narrowed, methods, worst, sites, tokenizer, output)
+    asked = _Request(scheme, narrowed, methods, worst, sites, tokenizer, folder)
     return _measured(asked, graph, windows, batches, watched(calibration, batches), notes, progress)
 
 

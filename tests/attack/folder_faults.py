@@ -70,6 +70,11 @@ SHAPES: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda w: w.mT if w.dim() > 1 else w[:, None], lambda w: w.flatten()[0], lambda w: w[:0],
     lambda w: torch.cat([w, w]), lambda w: w.reshape(-1, 2),
 )  # fmt: skip
+RENAMED: tuple[Callable[[str], str], ...] = (
+    lambda n: n.removeprefix("model."), lambda n: n.removeprefix("transformer."),
+    lambda n: f"model.{n}", lambda n: n.replace("weight", "gamma"),
+    lambda n: n.replace("bias", "beta"), lambda n: n.upper(), lambda n: f"module.{n}",
+)  # fmt: skip
 BUFFERS = (
     "model.layers.0.self_attn.rotary_emb.inv_freq", "transformer.h.0.attn.bias",
     "transformer.h.0.attn.masked_bias", "model.rotary_emb.inv_freq", "model.decoder.version",
@@ -156,11 +161,7 @@ def add(found: Checkpoint, rng: random.Random) -> None:
 
 
 def rename(found: Checkpoint, rng: random.Random) -> None:
-    change = rng.choice(
-        [lambda n: n.removeprefix("model."), lambda n: n.removeprefix("transformer."),
-         lambda n: f"model.{n}", lambda n: n.replace("weight", "gamma"),
-         lambda n: n.replace("bias", "beta"), lambda n: n.upper(), lambda n: f"module.{n}"]
-    )  # fmt: skip
+    change = rng.choice(RENAMED)
     names = list(found.tensors) if rng.random() < 0.6 else [_chosen(found, rng)]
     for name in names:
         found.tensors[change(name)] = found.tensors.pop(name)
