@@ -33,9 +33,9 @@ from fxquant.analysis.report import Explanation
 from fxquant.analysis.sites import simulated_sites
 from fxquant.analysis.store import Store, fingerprint
 from fxquant.analysis.study import WORST, Study
-from fxquant.errors import SchemeError, WriteError
-from fxquant.files.doors import Location, as_path
-from fxquant.files.locks import check_writable
+from fxquant.errors import SchemeError
+from fxquant.files.doors import Location
+from fxquant.files.locks import writable
 from fxquant.frontends.tracing import trace
 from fxquant.recipes.conversion import recipe
 from fxquant.run.batches import Batches
@@ -91,9 +91,7 @@ def explain(
     """
     scheme = as_scheme(scheme)
     methods = check_request(methods, worst)
-    folder = None if output is None else as_path(output, "output", WriteError)
-    if folder is not None:
-        check_writable(folder)
+    folder = writable(output, "output")
     notes: list[str] = []
     graph = model if isinstance(model, GraphModule) else trace(model)
     batches = as_batches(calibration, graph)

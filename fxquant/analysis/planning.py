@@ -21,9 +21,9 @@ from fxquant.analysis.search import candidates
 from fxquant.analysis.sites import SimulatedSite, SiteMaker
 from fxquant.analysis.store import Store, fingerprint
 from fxquant.analysis.upgrades import States, climbs, order_upgrades
-from fxquant.errors import BudgetError, SchemeError, WriteError
-from fxquant.files.doors import Location, as_path
-from fxquant.files.locks import check_writable
+from fxquant.errors import BudgetError, SchemeError
+from fxquant.files.doors import Location
+from fxquant.files.locks import writable
 from fxquant.frontends.tracing import trace
 from fxquant.ir.graph import Site, info
 from fxquant.recipes.conversion import convert
@@ -119,9 +119,7 @@ def make_plan(
 ) -> Plan:
     """``plan`` with the figures that led to it."""
     specs = parse_choices(choices, budget, cost)
-    folder = None if output is None else as_path(output, "output", WriteError)
-    if folder is not None:
-        check_writable(folder)
+    folder = writable(output, "output")
     graph = model if isinstance(model, GraphModule) else trace(model)
     windows = as_windows(data, graph)
     batches = as_batches(calibration, graph)
