@@ -14,7 +14,7 @@ from typing import Any, Final, cast
 from fxquant.errors import DataError
 from fxquant.evaluation.protocol import Protocol, Recipe
 from fxquant.evaluation.source import Documents, Source, load_text
-from fxquant.files.doors import check_regular, reason
+from fxquant.files.doors import check_regular, location, reason
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ _AMBIGUOUS: Final = ("c4", "ptb")
 
 def check_dataset(name: str) -> None:
     """Raise DataError for what is neither ``builtin``, a named dataset nor an existing path."""
-    if name == "builtin" or name in NAMED or Path(name).exists():
+    if name == "builtin" or name in NAMED or Path(location(name, "dataset")).exists():
         return
     if name in _AMBIGUOUS:
         raise DataError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from fxquant.evaluation.protocol import Recipe
 from fxquant.evaluation.source import Source
 from fxquant.evaluation.statistics import Difference, WindowSums, paired_difference
 from fxquant.evaluation.token_windows import Windows
+from fxquant.files.doors import Location, as_path, location
 from fxquant.frontends.tracing import trace
 from fxquant.ir.calibration import Spans, calibration_words, version_words
 from fxquant.ir.graph import GraphInfo, Level, device_of, float_dtype, info
@@ -34,7 +36,7 @@ from fxquant.run.batches import Batch, check_ids
 from fxquant.run.encodings import is_text
 from fxquant.schemes.scheme import brief
 
-Text = str | Path | Iterable[str]
+Text = Location | Iterable[str]
 
 
 def windows(
@@ -47,7 +49,7 @@ def windows(
     seed: int = 0,
     stride: int | None = None,
     calibration_length: int | None = None,
-    data: Path | None = None,
+    data: Location | None = None,
 ) -> Windows:
     """Cut a text into token windows, as ``fxquant evaluate`` does with the same numbers.
 
@@ -74,7 +76,7 @@ def windows(
             "fxquant.load_model(name).tokenizer or what AutoTokenizer.from_pretrained returns"
         )
     return cut_windows(
-        _source(text, data),
+        _source(text, None if data is None else as_path(data, "data")),
         tokenizer,
         count=count,
         length=length,
@@ -86,8 +88,8 @@ def windows(
 
 
 def _source(text: Text, data: Path | None) -> Source:
-    if isinstance(text, Path):
-        return open_source(str(text), data)
+    if isinstance(text, os.PathLike):
+        return open_source(location(text, "text"), data)
     if isinstance(text, str):
         if not text.strip():
             raise DataError("the text is empty")
@@ -107,7 +109,7 @@ def _is_prose(text: str) -> bool:
         return False
     try:
         check_dataset(text)
-    except (DataError, OSError, ValueError):  # too long for a path, or a NUL in it
+    except DataError:
         return True
     return False
 
@@ -259,7 +261,7 @@ def _overlap(facts: GraphInfo, cut: Any, ids: Tensor, allowed: bool) -> int | No
 
 def _cut(data: Any, tokenizer: Tokenizer | None) -> Any:
     """Windows where ``data`` is a text or Windows; else as it is, for ``as_windows`` to check."""
-    if not (is_text(data) or isinstance(data, Path)):
+    if not (is_text(data) or isinstance(data, os.PathLike)):
         return data
     if tokenizer is None:
         raise DataError("a text needs the model's tokenizer: evaluate(model, text, tokenizer)")

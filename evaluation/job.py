@@ -31,6 +31,7 @@ from fxquant.evaluation.provenance import Provenance, architecture
 from fxquant.evaluation.results import Row, prepare_folder, write_results
 from fxquant.evaluation.tables import LEGEND, format_table
 from fxquant.evaluation.token_windows import Windows
+from fxquant.files.doors import as_path
 from fxquant.files.locks import check_writable, hold_folder
 from fxquant.ir.graph import Level, float_dtype, info, set_workspace
 from fxquant.ir.streamed import Workspace, workspace_folder
@@ -56,7 +57,7 @@ class Job:
     calibration_windows: int = 16
     calibration_length: int | None = None
     calibration_dataset: str | None = None
-    data: Path | None = None
+    data: Path | None = None  # text and whatever else is a path are made one
     device: str = "cpu"
     dtype: str = "auto"
     revision: str | None = None
@@ -67,6 +68,12 @@ class Job:
     cache: Path | None = None
     allow_overlap: bool = False
     command: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("data", "output", "cache"):
+            given = getattr(self, name)
+            if given is not None:
+                object.__setattr__(self, name, as_path(given, name))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from fxquant.checkpoint.save_load import load, saved_facts
 from fxquant.errors import ModelError
 from fxquant.evaluation.gguf import read_weights, write_weights
 from fxquant.evaluation.kept_folder import is_intact, keep
-from fxquant.files.doors import printable
+from fxquant.files.doors import Location, location, printable
 from fxquant.files.whole_file import file_hash
 from fxquant.frontends.hub import hub_is_reachable
 from fxquant.frontends.pretrained import read_config, read_gguf, read_model, read_tokenizer
@@ -82,7 +82,7 @@ def model_directory(name: str) -> Path:
 
 
 def load_model(
-    name: str | Path,
+    name: Location,
     *,
     dtype: str = "auto",
     device: str = "cpu",
@@ -95,9 +95,7 @@ def load_model(
     gives its graph, in the dtype that it has. ``streamed``: weights stay in their files. Raises
     ModelError that says what is missing, CheckpointError for a damaged saved graph.
     """
-    if not isinstance(name, str | Path):
-        raise ModelError(f"a model is asked for by name or path, not by a {type(name).__name__}")
-    name = str(name)
+    name = location(name, "name", ModelError)
     check_device(device)
     if is_checkpoint(Path(name)):
         return _load_saved(Path(name), dtype, device, streamed)

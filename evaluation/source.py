@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Protocol as Interface
 
 from torch import Tensor
@@ -15,7 +14,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from fxquant.errors import ModelError
 from fxquant.evaluation.builtin_text import builtin_text
 from fxquant.evaluation.protocol import PLAIN, Recipe
-from fxquant.files.doors import read_text
+from fxquant.files.doors import as_path, read_text
 from fxquant.frontends.pretrained import read_tokenizer, token_ids
 
 
@@ -98,7 +97,7 @@ def load_text(text: str) -> Source:
         recipe = Recipe(split="evaluation topics", calibration_split="calibration topics")
         parts = (builtin_text("evaluation"),), (builtin_text("calibration"),)
         return Source("builtin", *parts, recipe)
-    path = Path(text)
+    path = as_path(text, "text")
     return Source(path.name, (read_text(path),), None)
 
 

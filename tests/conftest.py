@@ -15,6 +15,7 @@ import difflib
 import itertools
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,9 +48,21 @@ CLOCKS: dict[str, Callable[[], float]] = {
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(config.getoption("--threads"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_compiled_here()))
     clock = config.getoption("--clock")
     if clock is not None:
         time.perf_counter = CLOCKS[clock]
+
+
+def _compiled_here() -> Path:
+    """Where torch.compile keeps what it made: one folder for each set of vector instructions.
+
+    torch keeps its C++ by what it computes, not by the instructions that it is written for: code of
+    a run with vectors does not compile in one without them.
+    """
+    chosen = os.environ.get("ATEN_CPU_CAPABILITY", "any")
+    name = f"torchinductor_{os.getuid()}_{chosen}_{torch.backends.cpu.get_cpu_capability()}"
+    return Path(tempfile.gettempdir()) / name
 
 
 @pytest.hookimpl(tryfirst=True)  # before fixtures of a module, which use the program

@@ -249,7 +249,7 @@ def test_models_and_saved_graphs_load_alike(
     packaged = fxquant.load_model("package:anything")
     by_path = fxquant.load_model(SMALL_OPT)
     assert (by_path.name, by_path.revision) == (str(SMALL_OPT), packaged.revision)
-    with pytest.raises(ModelError, match="by name or path, not by a OPTForCausalLM"):
+    with pytest.raises(ModelError, match=r"name must be a path, .*, not a OPTForCausalLM$"):
         fxquant.load_model(MODEL)
     assert (fxquant.evaluate(packaged.model, cut) - fxquant.evaluate(MODEL, cut)).delta == 0
 

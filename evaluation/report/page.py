@@ -19,6 +19,7 @@ from fxquant.evaluation.report.missing import Missing, missing_parts
 from fxquant.evaluation.report.summary import Fact, summary
 from fxquant.evaluation.report.tables import text_of
 from fxquant.evaluation.tables import LEGEND
+from fxquant.files.doors import Location, as_path
 from fxquant.files.whole_file import write_text
 
 if TYPE_CHECKING:
@@ -57,20 +58,22 @@ class Report:
     missing: tuple[Missing, ...]
 
 
-def write_report(results: Path, output: Path) -> Report:
+def write_report(results: Location, output: Location) -> Report:
     """Write the report of folder ``results`` to ``output``, in one step.
 
     Raises DataError where a part of the folder is damaged, where it holds none, where jinja2 is
     not installed, or where ``output`` cannot be written.
     """
+    target = as_path(output, "output")
     report = read_report(results)
     text = render(report)
-    write_text(output, text, what="the report to ")
+    write_text(target, text, what="the report to ")
     return report
 
 
-def read_report(results: Path) -> Report:
+def read_report(results: Location) -> Report:
     """Read every part of folder ``results``; DataError as in write_report."""
+    results = as_path(results, "results")
     folder: Folder = read_folder(results)
     try:
         found = tuple(ladders(folder))

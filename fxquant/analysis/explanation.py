@@ -33,7 +33,8 @@ from fxquant.analysis.sites import simulated_sites
 from fxquant.analysis.store import Store, fingerprint
 from fxquant.analysis.study import WORST, Study
 from fxquant.errors import SchemeError
-from fxquant.files.locks import check_writable
+from fxquant.files.doors import Location
+from fxquant.files.locks import writable
 from fxquant.frontends.tracing import trace
 from fxquant.recipes.conversion import recipe
 from fxquant.recipes.repairs import resolve_repairs
@@ -58,7 +59,7 @@ def explain(
     progress: bool | None = None,
     worst: int = 3,
     tokenizer: Tokenizer | None = None,
-    output: Path | None = None,
+    output: Location | None = None,
     allow_overlap: bool = False,
 ) -> Explanation:
     """Take the loss difference of a scheme apart: where it enters, why, and what would repair it.
@@ -91,8 +92,7 @@ def explain(
     scheme = as_scheme(scheme)
     repairs = resolve_repairs(scheme)
     methods = check_request(methods, worst)
-    if output is not None:
-        check_writable(output)
+    folder = writable(output, "output")
     notes: list[str] = []
     graph = model if isinstance(model, GraphModule) else trace(model)
     batches = as_batches(calibration, graph)
@@ -105,7 +105,7 @@ def explain(
     notes += baseline_notes(repairs)
     narrowed = restricted(scheme, sites, graph)
     recipe(narrowed, calibration=batches)  # raises where calibration is missing
-    asked = _Request(scheme, narrowed, methods, worst, sites, tokenizer, output)
+    asked = _Request(scheme, narrowed, methods, worst, sites, tokenizer, folder)
     return _measured(asked, graph, windows, batches, watched(calibration, batches), notes, progress)
 
 

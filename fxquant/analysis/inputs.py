@@ -20,7 +20,7 @@ from fxquant.pipeline.recording import DrawnBatches, Recording, record_of
 from fxquant.pipeline.repair import Repair
 from fxquant.recipes.conversion import convert
 from fxquant.recipes.repairs import REPAIRS
-from fxquant.run.batches import Batch, Batches, check_ids, model_inputs
+from fxquant.run.batches import Batch, Batches, check_ids, check_mask, model_inputs
 from fxquant.run.encodings import batches_of, encoding
 from fxquant.schemes.scheme import Scheme
 from fxquant.schemes.specs import FLOAT
@@ -53,6 +53,8 @@ def _window(part: Batch, where: str) -> Tensor:
     ids, mask = given["input_ids"], given.get("attention_mask")
     if ids.dim() != 2 or ids.dtype != torch.int64:
         raise DataError(f"{where}: expected integers [b, L], got {ids.dtype} {list(ids.shape)}")
+    if mask is not None:
+        check_mask(mask, ids, where, DataError)
     if mask is not None and not bool(mask.all()):
         raise DataError(f"{where} is padded: the loss is measured on windows without padding")
     if ids.shape[0] < 1 or ids.shape[1] < 2:

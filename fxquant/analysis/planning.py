@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch.fx import GraphModule
@@ -23,7 +22,8 @@ from fxquant.analysis.sites import SimulatedSite, SiteMaker
 from fxquant.analysis.store import Store, fingerprint
 from fxquant.analysis.upgrades import States, climbs, order_upgrades
 from fxquant.errors import BudgetError, SchemeError
-from fxquant.files.locks import check_writable
+from fxquant.files.doors import Location
+from fxquant.files.locks import writable
 from fxquant.frontends.tracing import trace
 from fxquant.ir.graph import Site, info
 from fxquant.recipes.conversion import convert
@@ -69,7 +69,7 @@ def plan(
     choices: Sequence[str] = DEFAULT_CHOICES,
     cost: str = "bits",
     progress: bool | None = None,
-    output: Path | None = None,
+    output: Location | None = None,
     allow_overlap: bool = False,
 ) -> Scheme:
     """The cheapest per-site choices found whose measured loss stays within ``budget``.
@@ -114,13 +114,12 @@ def make_plan(
     choices: Sequence[str] = DEFAULT_CHOICES,
     cost: str = "bits",
     progress: bool | None = None,
-    output: Path | None = None,
+    output: Location | None = None,
     allow_overlap: bool = False,
 ) -> Plan:
     """``plan`` with the figures that led to it."""
     specs = parse_choices(choices, budget, cost)
-    if output is not None:
-        check_writable(output)
+    folder = writable(output, "output")
     graph = model if isinstance(model, GraphModule) else trace(model)
     windows = as_windows(data, graph)
     batches = as_batches(calibration, graph)
@@ -134,7 +133,7 @@ def make_plan(
         """Loss difference of the converted model, integers and all, by one loss function."""
         return _loss(convert(graph, scheme, calibration=read), windows) - loss_float
 
-    with Store(output, fingerprint(observed, [*windows, *tensors], "plan")) as store:
+    with Store(folder, fingerprint(observed, [*windows, *tensors], "plan")) as store:
         planner = _Planner(
             lab=Lab(observed, windows),
             sites=[site for site in info(observed).sites if site.role == "linear"],

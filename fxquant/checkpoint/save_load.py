@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -40,7 +39,7 @@ from fxquant.checkpoint.saved_info import check_info
 from fxquant.checkpoint.saved_names import check_path
 from fxquant.checkpoint.target import saving
 from fxquant.errors import CheckpointError, FxquantError
-from fxquant.files.doors import parse_json, reason
+from fxquant.files.doors import Location, as_path, parse_json, reason
 from fxquant.files.tensor_file import storage_order
 from fxquant.ir.graph import GraphInfo, info
 from fxquant.ir.streamed import sources_of
@@ -48,9 +47,7 @@ from fxquant.ir.streamed import sources_of
 GRAPH, CONFIG = "graph.json", "config.json"
 
 
-def save(
-    gm: GraphModule, directory: str | os.PathLike[str], tokenizer: Tokenizer | None = None
-) -> None:
+def save(gm: GraphModule, directory: Location, tokenizer: Tokenizer | None = None) -> None:
     """Write ``gm`` (level float, qdq or integer) to ``directory``, whole or not at all.
 
     Tied tensors are written once. An earlier checkpoint there is replaced; any other folder with
@@ -61,7 +58,7 @@ def save(
     fails (a full disk), which leaves nothing behind.
     """
     info(gm)  # GraphError for what is no graph of ours
-    target = Path(directory)
+    target = as_path(directory, "directory", CheckpointError)
     check_target(target)
     with saving(target):
         _save(gm, target, tokenizer)
@@ -120,7 +117,7 @@ def check_target(directory: Path) -> None:
 
 
 def load(
-    directory: str | os.PathLike[str], device: str | torch.device = "cpu", *, stream: bool = False
+    directory: Location, device: str | torch.device = "cpu", *, stream: bool = False
 ) -> GraphModule:
     """The graph that ``save`` wrote, on ``device``, bit for bit; no float model is needed.
 
@@ -129,7 +126,7 @@ def load(
     Raises CheckpointError for a folder that is damaged, truncated, foreign or of a newer format
     version, and for a graph that contains anything but the listed operations.
     """
-    source = Path(directory)
+    source = as_path(directory, "directory", CheckpointError)
     first = _check_device(device, stream)
     listed = check_manifest(source)
     if GRAPH not in listed:

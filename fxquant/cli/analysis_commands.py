@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 from torch.fx import GraphModule
 
@@ -23,6 +22,7 @@ from fxquant.cli.arguments import (
     add_text_arguments,
     job_of,
     number,
+    place,
     whole,
     window_count,
 )
@@ -95,7 +95,7 @@ def _add_common(parser: argparse.ArgumentParser, windows: int) -> None:
         "--windows", type=window_count, default=windows, help=f"to measure on, or all ({windows})"
     )
     parser.add_argument(
-        "--output", type=Path, help="folder for results; a run that was interrupted goes on there"
+        "--output", type=place, help="folder for results; a run that was interrupted goes on there"
     )
 
 

@@ -9,13 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from fxquant.cli.signals import INTERRUPTED
+from fxquant.errors import DataError
 from fxquant.evaluation.datasets import NAMED, tokenizer_note
 from fxquant.evaluation.gguf import weights_note
 from fxquant.evaluation.job import Job, Outcome, run
 from fxquant.evaluation.models import DTYPES
 from fxquant.evaluation.results import row_notes
 from fxquant.evaluation.tables import LEGEND, format_table, sentences
-from fxquant.files.doors import printable
+from fxquant.files.doors import as_path, printable
 from fxquant.run.distributed import is_main, session
 
 
@@ -40,7 +41,7 @@ def add_text_arguments(parser: argparse.ArgumentParser, length: int = 512) -> No
     )
     text.add_argument("--text", default="builtin", help="a UTF-8 file, or builtin (default)")
     add = parser.add_argument
-    add("--data", type=Path, help="folder with clones of hub datasets: DATA/OWNER/NAME")
+    add("--data", type=place, help="folder with clones of hub datasets: DATA/OWNER/NAME")
     add("--length", type=whole, default=length, help=f"tokens a window ({length})")
     add("--calibration-windows", type=whole, default=16, help="for calibration (16)")
     add("--calibration-length", type=whole, help="tokens of a calibration window (length)")
@@ -51,7 +52,7 @@ def add_text_arguments(parser: argparse.ArgumentParser, length: int = 512) -> No
 def add_cache_argument(parser: argparse.ArgumentParser) -> None:
     """Where long repairs keep what is finished."""
     parser.add_argument(
-        "--cache", type=Path, help="folder where gptq and refine keep finished blocks, to go on"
+        "--cache", type=place, help="folder where gptq and refine keep finished blocks, to go on"
     )
 
 
@@ -99,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_text_arguments(parser)
     add_window_arguments(parser)
     add_cache_argument(parser)
-    parser.add_argument("--output", type=Path, help="folder for results.json and table.md")
+    parser.add_argument("--output", type=place, help="folder for results.json and table.md")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that is there")
 
 
@@ -108,6 +109,14 @@ def whole(text: str) -> int:
     if not re.fullmatch(r"[-+]?[0-9]{1,20}", text):
         raise argparse.ArgumentTypeError(f"{printable(text[:40])!r} is no whole number")
     return int(text)
+
+
+def place(text: str) -> Path:
+    """A path that can be looked at, whatever is there."""
+    try:
+        return as_path(text, "the path")
+    except DataError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def number(text: str) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 from torch.fx import GraphModule
 
@@ -15,6 +14,7 @@ from fxquant.cli.arguments import (
     add_held_out_arguments,
     add_model_arguments,
     add_text_arguments,
+    place,
 )
 from fxquant.cli.converting import convert_as_asked
 from fxquant.errors import CheckpointError
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_text_arguments(parser)
     add_held_out_arguments(parser)
     add_cache_argument(parser)
-    parser.add_argument("--output", type=Path, help="folder for fxquant.save")
+    parser.add_argument("--output", type=place, help="folder for fxquant.save")
     parser.add_argument(
         "--stream", action="store_true", help="leave weights in their files: larger than memory"
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from torch.fx import GraphModule
 
@@ -14,11 +13,13 @@ from fxquant.cli.arguments import (
     add_held_out_arguments,
     add_model_arguments,
     add_text_arguments,
+    place,
     whole,
 )
 from fxquant.cli.convert_command import check_names
 from fxquant.cli.converting import convert_as_asked
 from fxquant.errors import DataError
+from fxquant.files.doors import as_path
 from fxquant.inspection.inspection import Inspection, inspect
 from fxquant.recipes.conversion import LEVELS
 
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", default="text", choices=("text", "markdown", "json"))
     parser.add_argument(
         "--dot",
-        type=Path,
+        type=place,
         metavar="FILE",
         help="also write Graphviz of the block (of --layer, else 0); FILE.svg needs fxquant[graph]",
     )
@@ -60,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _saved(options: argparse.Namespace) -> GraphModule:
-    if not is_checkpoint(Path(options.model)):
+    if not is_checkpoint(as_path(options.model, "the model")):
         raise DataError(
             f"{options.model} is no saved graph: give --scheme, such as w8a8-static, to see what "
             "it becomes (fp: the traced model)"

@@ -18,7 +18,7 @@ from fxquant.cli.arguments import add_arguments, evaluate_command
 from fxquant.cli.signals import INTERRUPTED, signal_name, terminable
 from fxquant.cli.terminal import printing
 from fxquant.errors import FxquantError
-from fxquant.files.doors import printable
+from fxquant.files.doors import is_utf8, printable
 
 FAILED = 2
 
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         subparser.set_defaults(run=command.run)
     arguments = list(sys.argv[1:] if argv is None else argv)
     for argument in arguments:
-        if "\0" in argument or not _is_utf8(argument):
+        if "\0" in argument or not is_utf8(argument):
             parser.error(f"{argument!r} is no text: results could not name it")
         if argument.endswith("=--"):  # which argparse takes for no value at all
             parser.error(f"{argument} has no value")
@@ -139,12 +139,3 @@ def _run(options: argparse.Namespace) -> int:
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
         print(f"fxquant: error: {error}{notes}", file=sys.stderr)
         return FAILED
-
-
-def _is_utf8(text: str) -> bool:
-    """Whether it can be written down; bytes of another encoding are half characters here."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True

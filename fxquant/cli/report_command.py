@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from fxquant.cli.arguments import place
 from fxquant.evaluation.report.page import write_report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("results", type=Path, metavar="RESULTS_DIR", help="what --output named")
+    parser.add_argument("results", type=place, metavar="RESULTS_DIR", help="what --output named")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="the HTML file (RESULTS_DIR/report.html)"
+        "--output", type=place, metavar="FILE", help="the HTML file (RESULTS_DIR/report.html)"
     )
 
 

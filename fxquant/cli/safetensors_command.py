@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from fxquant.cli.arguments import place
 from fxquant.evaluation.to_safetensors import to_safetensors
 from fxquant.frontends.weight_files import INDEX
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", type=Path, metavar="DIR", help="holds pytorch_model*.bin")
+    parser.add_argument("directory", type=place, metavar="DIR", help="holds pytorch_model*.bin")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fxquant.cli.arguments import add_cache_argument, whole, window_count
+from fxquant.cli.arguments import add_cache_argument, place, whole, window_count
 from fxquant.cli.signals import INTERRUPTED
 from fxquant.errors import DataError
 from fxquant.evaluation.comparison import check_format, format_results
@@ -22,9 +22,9 @@ SOME_FAILED = 1
 
 
 def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, metavar="FILE.toml", help="docs/evaluation.md")
+    parser.add_argument("file", type=place, metavar="FILE.toml", help="docs/evaluation.md")
     parser.add_argument(
-        "--output", type=Path, help=f"folder of {JOURNAL} (results/NAME for NAME.toml)"
+        "--output", type=place, help=f"folder of {JOURNAL} (results/NAME for NAME.toml)"
     )
     _add_retry(parser)
 
@@ -60,7 +60,7 @@ def _finish(outcome: SweepOutcome, path: Path) -> int:
 
 
 def add_table_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("results", type=Path, nargs="+", metavar=JOURNAL)
+    parser.add_argument("results", type=place, nargs="+", metavar=JOURNAL)
     parser.add_argument(
         "--format", default="github", help="github (default), latex, csv, ...: tabulate's formats"
     )
@@ -85,7 +85,7 @@ def add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("preset", choices=tuple(PRESETS), help="the table to run again")
     add("--model", nargs="+", dest="models", help="directories or names, instead of the preset's")
-    add("--data", type=Path, help="folder with clones of hub datasets: DATA/OWNER/NAME")
+    add("--data", type=place, help="folder with clones of hub datasets: DATA/OWNER/NAME")
     add("--dataset", metavar="NAME_OR_PATH", help="another text; differences still compare")
     add("--calibration-dataset", metavar="NAME_OR_PATH", help="another text to calibrate on")
     add("--windows", type=window_count, default=argparse.SUPPRESS, help="a number, or all")
@@ -99,7 +99,7 @@ def add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
     add("--revision", help="of a hub model")
     add("--stream", action="store_true", help="leave weights in their files: larger than memory")
     add_cache_argument(parser)
-    add("--output", type=Path, help="folder to keep and resume results (results/PRESET)")
+    add("--output", type=place, help="folder to keep and resume results (results/PRESET)")
     _add_retry(parser)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import re
 import stat
 from collections.abc import Iterator
@@ -17,6 +18,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from fxquant.errors import DataError, FxquantError
+
+# What a user may name a file or a folder by.
+Location = str | os.PathLike[str]
 
 _LONGEST: Final = 240
 _DEEPEST: Final = 100
@@ -56,6 +60,62 @@ def door(
     except known as error:
         behind = f" ({advice})" if advice else ""
         raise kind(f"{doing}: {reason(error)}{behind}") from error
+
+
+def as_path(given: Location, what: str, error: type[FxquantError] = DataError) -> Path:
+    """``given``, a user's argument called ``what``, as a Path: the door of every path argument."""
+    return Path(location(given, what, error))
+
+
+def location(given: Location, what: str, error: type[FxquantError] = DataError) -> str:
+    """As ``as_path``, in the characters that were given, where a name may stand for a path.
+
+    Raises ``error``, naming ``what`` and the value, for what is no path, is empty, cannot be
+    written as UTF-8 or holds a NUL, and where the system cannot look at it (too long a name, no
+    permission, links in a circle); that nothing is there is no error here.
+    """
+    text = _fspath(given, what, error)
+    if not text:
+        raise error(f"{what} is empty: give the path of a file or folder")
+    if "\0" in text or not is_utf8(text):
+        raise error(f"{what} {_shown(text)} is no text: results could not name it")
+    try:
+        os.stat(text)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as looking:
+        raise error(f"{what} {_shown(text)} cannot be used: {looking.strerror}") from looking
+    return text
+
+
+def _fspath(given: object, what: str, error: type[FxquantError]) -> str:
+    if not isinstance(given, str | os.PathLike):
+        value = f" ({given})" if isinstance(given, int | float) else ""
+        raise error(
+            f"{what} must be a path, as text or a pathlib.Path, not a {type(given).__name__}{value}"
+        )
+    try:
+        found = os.fspath(given)
+    except Exception as raised:  # the user's own class
+        kind = type(given).__name__
+        raise error(f"{what} is a {kind} that gives no path: {reason(raised)}") from raised
+    if not isinstance(found, str):
+        raise error(f"{what} is a path in bytes, {_shown(found)}: os.fsdecode makes text of it")
+    return str(found)
+
+
+def _shown(value: object) -> str:
+    text = printable(repr(value))
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def is_utf8(text: str) -> bool:
+    """Whether it can be written down: bytes of another encoding are half characters in Python."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_regular(path: Path, error: type[FxquantError] = DataError) -> Path:
@@ -183,7 +243,5 @@ def _check_values(data: object, halves: bool) -> None:
 
 
 def _check_text(text: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{printable(text[:40])!r} holds half a character") from error
+    if not is_utf8(text):
+        raise ValueError(f"{printable(text[:40])!r} holds half a character")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fxquant.errors import FxquantError, WriteError
+from fxquant.files.doors import Location, as_path
 
 LOCK = ".lock"
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -114,6 +115,16 @@ def check_writable(folder: Path, what: str = "output folder") -> None:
             file.write(b"\n")
     except OSError as error:
         raise WriteError(f"cannot write to {what} {folder}: {reason(error)}") from error
+
+
+def writable(given: Location | None, what: str) -> Path | None:
+    """The folder that a user's argument called ``what`` names, made; None stays None. WriteError
+    for what is no path, and where no file can be written there."""
+    if given is None:
+        return None
+    folder = as_path(given, what, WriteError)
+    check_writable(folder, f"{what} folder")
+    return folder
 
 
 def _make(folder: Path, what: str) -> None:

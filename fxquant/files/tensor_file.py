@@ -47,12 +47,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """An open safetensors file: ``entries`` by name; ``read`` copies one tensor out of it."""
+    """An open safetensors file: ``entries`` by name; ``read`` copies one tensor out of it.
+
+    ``metadata``: what its writer noted, such as ``format``; None where it noted nothing.
+    """
 
     path: Path
     entries: dict[str, Entry]
     start: int
     mapping: mmap.mmap = field(repr=False, compare=False)
+    metadata: dict[str, str] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TensorFile:
         return self  # immutable: copies of a graph read one file
@@ -69,7 +73,7 @@ class TensorFile:
                 mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, SafetensorError, ValueError) as error:
             raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None)
         strangers = {entry["dtype"] for entry in header.values()} - set(DTYPES)
         if strangers:
             raise CheckpointError(f"{path} holds tensors of type {', '.join(sorted(strangers))}")
@@ -77,7 +81,7 @@ class TensorFile:
             name: Entry(DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"][0])
             for name, entry in header.items()
         }
-        return cls(path, entries, 8 + length, mapping)
+        return cls(path, entries, 8 + length, mapping, metadata)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A fresh CPU tensor of the stored shape, in ``dtype`` (None: the stored one)."""

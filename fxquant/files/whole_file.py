@@ -30,11 +30,14 @@ def write_bytes(
 ) -> None:
     """Let ``path`` hold ``data``, in one step; what it says when that fails: see ``replacing``.
 
-    A device (/dev/stdout) is written to as it is.
+    A device (/dev/stdout) or a pipe is written to as it is; nobody is waited for to read it.
     """
     if os.path.exists(path) and not os.path.isfile(path):
         try:
-            path.write_bytes(data)
+            handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+            os.set_blocking(handle, True)
+            with open(handle, "wb") as file:
+                file.write(data)
         except OSError as failure:
             raise error(f"cannot write {what}{path}: {reason(failure)}") from failure
         return

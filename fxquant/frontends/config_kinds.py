@@ -23,8 +23,10 @@ _ATTENTIONS: Final = (
     "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention",
 )  # fmt: skip
 _LARGEST: Final = 2**31 - 1
-_MOST_OF_A_KIND: Final = 1_000_000  # layers, heads, labels, experts: each becomes an object
-_KINDS: Final = ("num_", "n_")
+_KINDS: Final = ("num_", "n_")  # heads, say: each may become an object
+_MOST_OF_A_KIND: Final = 1_000_000
+# Those that become objects as soon as the config or the model is built: texts, modules.
+_BUILT: Final = {"labels": 100_000, "experts": 10_000, "layers": 10_000}
 _LONG: Final = ("n_positions", "n_ctx", "n_embd", "n_inner")
 # Fields that send transformers to other files, or to code.
 _REDIRECTING: Final = (
@@ -36,8 +38,9 @@ _REDIRECTING: Final = (
 def check_kinds(path: Path, data: Mapping[str, Any]) -> None:
     """Raise ModelError, naming file and field, for a value that cannot be of its field.
 
-    Truth values and fractions are known by the defaults of the config's class; whole numbers are
-    bounded whatever their field, since some become as many objects.
+    Truth values and fractions are known by the defaults of the config's class; 0 and 1 are taken
+    for truth values, as transformers does. Whole numbers are bounded whatever their field, since
+    some become as many objects.
     """
     _check(path, data, _defaults(data.get("model_type")), "")
 
@@ -98,7 +101,7 @@ def _check_named(place: str, name: str, value: object) -> None:
 
 def _check_default(place: str, name: str, value: object, default: object) -> None:
     if isinstance(default, bool):
-        if not isinstance(value, bool):
+        if not isinstance(value, bool) and not (isinstance(value, int) and value in (0, 1)):
             raise ModelError(f"{place} must be true or false, got {shown(value)}")
     elif isinstance(default, float):
         if not _is_finite(value):
@@ -116,9 +119,9 @@ def _check_numbers(place: str, name: str, value: object) -> None:
 
 
 def _most(name: str) -> int:
-    if name.startswith(_KINDS) and name not in _LONG:
-        return _MOST_OF_A_KIND
-    return _LARGEST
+    if not name.startswith(_KINDS) or name in _LONG:
+        return _LARGEST
+    return _BUILT.get(name.rpartition("_")[2], _MOST_OF_A_KIND)
 
 
 def _is_finite(value: object) -> bool:

@@ -8,18 +8,19 @@ ModelError of one sentence.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
 import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer as FastTokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -38,7 +39,7 @@ from fxquant.frontends.tokenizer_files import (
     check_tokenizer_config,
     check_tokenizer_files,
 )
-from fxquant.frontends.weight_files import stored_weights
+from fxquant.frontends.weight_files import Stored, stored_weights
 from fxquant.frontends.weight_names import check_names, match
 
 # What transformers raises on a file whose values it cannot use, besides reading errors.
@@ -47,8 +48,9 @@ _BAD_FILES: Final = (
     ImportError, RuntimeError, MemoryError, SafetensorError,
 )  # fmt: skip
 _CUSTOM: Final = "custom code"  # in transformers' error where it would have to run some
+GENERATION: Final = "generation_config.json"
 _JSON: Final = (
-    "generation_config.json",
+    GENERATION,
     TOKENIZER_CONFIG,
     SPECIAL_TOKENS,
     "added_tokens.json",
@@ -72,6 +74,9 @@ def read_config(
     if directory.is_dir():
         check_files(directory)
         check_config_file(directory)
+    if (directory / GENERATION).exists():  # it comes with a model that is read as a whole
+        with _reading(str(source), GENERATION):
+            GenerationConfig.from_dict(read_object(directory / GENERATION, ModelError))
     with _reading(str(source), CONFIG):
         config = AutoConfig.from_pretrained(
             str(source), revision=revision, local_files_only=offline, trust_remote_code=False
@@ -138,8 +143,9 @@ def read_model(
     """
     directory = Path(source)
     config = read_config(source, revision, offline=offline)
+    found: Mapping[str, Stored] = {}
     if directory.is_dir():
-        match(empty_model(config, str(source)), stored_weights(directory), directory)
+        found = match(empty_model(config, str(source)), stored_weights(directory), directory)
     with _reading(str(source), "weights"):
         model, loading = AutoModelForCausalLM.from_pretrained(
             str(source),
@@ -151,7 +157,22 @@ def read_model(
             weights_only=True,
         )
     check_names(str(source), list(loading["missing_keys"]), list(loading["unexpected_keys"]))
+    _read_left(model, found, str(source))
     return model
+
+
+def _read_left(model: PreTrainedModel, found: Mapping[str, Stored], name: str) -> None:
+    """What transformers leaves on meta: a tied weight that is stored as the head's alone."""
+    left = {
+        key: value for key, value in model.named_parameters(remove_duplicate=False) if value.is_meta
+    }
+    check_names(name, sorted(left.keys() - found.keys()), [])
+    for key, value in left.items():
+        path, _, own = key.rpartition(".")
+        read = nn.Parameter(found[key].read().to(value.dtype), value.requires_grad)
+        setattr(model.get_submodule(path), own, read)
+    if left:
+        model.tie_weights()
 
 
 @exclusive

@@ -8,12 +8,12 @@ block is read once for all of them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from fxquant.errors import ModelError
+from fxquant.files.doors import Location, as_path
 from fxquant.files.tensor_file import TensorFile
 from fxquant.frontends.pretrained import empty_model, read_config
 from fxquant.frontends.weight_files import Stored, safetensors_weights
@@ -22,7 +22,7 @@ from fxquant.ir.streamed import Source, restream
 
 
 def stream(
-    directory: str | Path,
+    directory: Location,
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
@@ -43,7 +43,7 @@ def stream(
     safetensors files there, an index that does not fit them, weights that are missing, left over,
     of another shape or kind, tied ones that differ.
     """
-    directory, device = Path(directory), torch.device(device)
+    directory, device = as_path(directory, "directory", ModelError), torch.device(device)
     if not directory.is_dir():
         raise ModelError(f"{directory} is no directory: streaming reads the files of one")
     stored = safetensors_weights(directory)

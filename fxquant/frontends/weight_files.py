@@ -25,6 +25,9 @@ WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 PICKLED: Final = "pytorch_model*.bin"
 PICKLED_INDEX: Final = "pytorch_model.bin.index.json"
+# Formats of safetensors files, as their metadata name them, whose weights are PyTorch's. Files of
+# TensorFlow and flax hold the same names with other layouts.
+_FORMATS: Final = ("pt", "mlx")
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,8 @@ def stored_weights(directory: Path) -> dict[str, Stored]:
 def safetensors_weights(directory: Path) -> dict[str, Stored]:
     """Every tensor of the safetensors files, which are mapped, not read.
 
-    Raises ModelError: no such files, one that is damaged, an index that names other files or
-    other tensors than are there.
+    Raises ModelError: no such files, one that is damaged or of another framework, an index that
+    names other files or other tensors than are there.
     """
     indexed = _indexed(directory)
     files = [_open(directory / name) for name in (indexed or (WEIGHTS,))]
@@ -94,9 +97,17 @@ def _compare(index: Path, file: str, named: set[str], held: set[str]) -> None:
 def _open(path: Path) -> TensorFile:
     check_regular(path, ModelError)
     try:
-        return TensorFile.open(path)
+        file = TensorFile.open(path)
     except CheckpointError as error:
         raise ModelError(f"{path.parent} cannot be read: {error}") from error
+    if file.metadata is not None and file.metadata.get("format") not in _FORMATS:
+        found = file.metadata.get("format")
+        is_now = "its metadata name no format" if found is None else f"its format is {found!r}"
+        raise ModelError(
+            f"{path} was not written for PyTorch: {is_now}, not {_FORMATS[0]!r}; load the model in "
+            "the framework that it is of, and write it with save_pretrained of a PyTorch model"
+        )
+    return file
 
 
 def _indexed(directory: Path) -> dict[str, set[str]]:
@@ -105,6 +116,8 @@ def _indexed(directory: Path) -> dict[str, set[str]]:
     if (directory / INDEX).exists():
         named = read_index(directory / INDEX)
         _nothing_left(directory, shards - set(named), INDEX)
+        if WEIGHTS in shards:  # transformers looks for it before the index
+            _nothing_left(directory, set(named) - {WEIGHTS}, WEIGHTS)
         return named
     if WEIGHTS not in shards:
         raise ModelError(f"{directory} holds no safetensors files to stream: {_way_out(directory)}")
@@ -133,27 +146,41 @@ def _way_out(directory: Path) -> str:
 def read_index(path: Path) -> dict[str, set[str]]:
     """Names of tensors by file name, from an index's weight_map.
 
-    Raises ModelError: no JSON object, no weight_map of texts, a file outside of the folder or one
-    that is not there.
+    Raises ModelError: no JSON object, no metadata (which transformers asks for), no weight_map of
+    texts, a file of another kind, outside of the folder or one that is not there.
     """
-    named = read_object(path, ModelError).get("weight_map")
+    index = read_object(path, ModelError)
+    named = index.get("weight_map")
     if not isinstance(named, Mapping) or not named:
         what = "is empty" if named == {} else f"is {kind_of(named)}, not an object"
         raise ModelError(f"{path}: weight_map {what if named is not None else 'is missing'}")
     files: defaultdict[str, set[str]] = defaultdict(set)
     for tensor, file in named.items():
         if not isinstance(file, str) or not file:
-            raise ModelError(f"{path}: weight_map.{tensor} is {kind_of(file)}, not a file's name")
+            raise ModelError(
+                f"{path}: weight_map.{printable(tensor)} is {kind_of(file)}, not a file's name"
+            )
         if file != Path(file).name or not file.isprintable():
             raise ModelError(
-                f"{path}: weight_map.{tensor} is {printable(file)!r}, which is no file of this "
-                "folder"
+                f"{path}: weight_map.{printable(tensor)} is {printable(file)!r}, which is no file "
+                "of this folder"
+            )
+        if not file.endswith(_ending(path)):  # transformers reads a file as what its name says
+            raise ModelError(
+                f"{path}: weight_map.{printable(tensor)} is {file!r}, whose name does not end in "
+                f"{_ending(path)}"
             )
         files[file].add(tensor)
     missing = sorted(name for name in files if not (path.parent / name).exists())
     if missing:
         raise ModelError(f"{path.parent} lacks {listed(missing)}, which {path.name} names")
+    if not isinstance(index.get("metadata"), Mapping):
+        raise ModelError(f"{path}: metadata must be an object, such as {{}}")
     return dict(sorted(files.items()))
+
+
+def _ending(index: Path) -> str:
+    return Path(index.name.removesuffix(".index.json")).suffix
 
 
 def pickled_files(directory: Path) -> list[Path]:

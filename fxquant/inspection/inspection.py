@@ -5,12 +5,12 @@ from __future__ import annotations
 import textwrap
 from dataclasses import asdict
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from torch.fx import GraphModule
 
 from fxquant.errors import InspectionError
+from fxquant.files.doors import Location, as_path
 from fxquant.inspection.dot import dot, write_dot
 from fxquant.inspection.history import History, diff
 from fxquant.inspection.printer import HEAD, WIDTH, Section, lay_out
@@ -91,9 +91,9 @@ class Inspection:
         section = self._block(index)
         return dot(section, self._history.names(section, self._values), self._values)
 
-    def write_dot(self, path: str | Path, index: int = 0) -> None:
+    def write_dot(self, path: Location, index: int = 0) -> None:
         """Write ``dot(index)``, or an SVG where ``path`` ends in ``.svg`` (extra ``graph``)."""
-        write_dot(self.dot(index), Path(path))
+        write_dot(self.dot(index), as_path(path, "path", InspectionError))
 
     def to_dict(self) -> dict[str, Any]:
         """The summary with every site and each pass's diff, as JSON has it: no NaN, no tuples."""

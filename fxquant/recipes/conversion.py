@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sized
-from pathlib import Path
 
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
-from fxquant.errors import CalibrationError, GraphError, SchemeError
+from fxquant.errors import CalibrationError, GraphError, SchemeError, WriteError
+from fxquant.files.doors import Location, as_path
 from fxquant.frontends.tracing import trace
 from fxquant.ir.graph import Level, info, lowered_already
 from fxquant.passes import Calibrate, Fp32Gemm, Integerize, NameSites, Observe, Quantize
@@ -32,7 +32,7 @@ def recipe(
     level: str = "integer",
     progress: bool = False,
     after_pass: AfterPass | None = None,
-    cache: Path | None = None,
+    cache: Location | None = None,
 ) -> Pipeline:
     """The passes that take a graph from ``start`` to ``level`` under ``scheme``.
 
@@ -45,14 +45,15 @@ def recipe(
     """
     scheme = as_scheme(scheme)
     stages = _stages(scheme, level)
-    check_cache(scheme, cache)
+    folder = None if cache is None else as_path(cache, "cache", WriteError)
+    check_cache(scheme, folder)
     passes = [step for each in _levels(start, level) for step in stages[each]]
     repairs = [step for step in passes if isinstance(step, Repair)]
     calibrates = any(isinstance(step, Calibrate) for step in passes)
     check_calibration(scheme, repairs, calibration, calibrates)
     if calibration is not None:
         calibration = _started(calibration)
-    context = Context(scheme, calibration, progress, cache)
+    context = Context(scheme, calibration, progress, folder)
     return Pipeline(tuple(passes), context, after_pass)
 
 
@@ -125,7 +126,7 @@ def convert(
     level: str = "integer",
     pipeline: Pipeline | None = None,
     progress: bool = False,
-    cache: Path | None = None,
+    cache: Location | None = None,
 ) -> GraphModule:
     """Quantize a causal LM: trace it, run the scheme's pipeline, return the lowered graph.
 

@@ -41,7 +41,7 @@ def check_cache(scheme: Scheme, cache: Path | None) -> None:
             "it out"
         )
     if cache is not None:
-        check_writable(Path(cache), "cache folder")
+        check_writable(cache, "cache folder")
 
 
 def check_calibration(

@@ -37,27 +37,29 @@ def model_inputs(batch: Batch, facts: GraphInfo, index: int) -> dict[str, Tensor
     mask = given.get("attention_mask")
     if mask is None:
         return {"input_ids": ids}
-    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
-        shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise CalibrationError(
-            f"{where}: attention_mask {shape} does not fit input_ids {list(ids.shape)}"
-        )
-    check_mask(mask, where)
+    check_mask(mask, ids, where)
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def check_mask(mask: Tensor, where: str) -> None:
-    """Raise CalibrationError for a mask [batch, length] of anything but 0 and 1 (or bools).
+def check_mask(
+    mask: Tensor, ids: Tensor, where: str, error: type[FxquantError] = CalibrationError
+) -> None:
+    """Raise ``error`` for a mask of another shape than ids [batch, length], or of anything but 0
+    and 1 (or bools).
 
     Other integers, token ids say, would count as attended, and NaN too.
     """
-    if mask.is_complex() or mask.is_quantized or mask.layout != torch.strided or mask.is_meta:
-        raise CalibrationError(f"{where}: attention_mask must be a dense tensor of 0 and 1")
+    if mask.shape != ids.shape:
+        raise error(
+            f"{where}: attention_mask {list(mask.shape)} does not fit input_ids {list(ids.shape)}"
+        )
+    if mask.is_complex():
+        raise error(f"{where}: attention_mask must be a dense tensor of 0 and 1")
     wrong = mask[(mask != 0) & (mask != 1)]
     if wrong.numel():
         first = wrong[0].item()
         ids = " (token ids?)" if not mask.is_floating_point() else ""
-        raise CalibrationError(
+        raise error(
             f"{where}: attention_mask must be 0 (padding) and 1, found {first} at {wrong.numel()} "
             f"of {mask.numel()} places{ids}"
         )

@@ -53,6 +53,8 @@ def batches_of(
         raise text_refused(what, error)
     if isinstance(given, Mapping):
         return [given]
+    if isinstance(given, Tensor):
+        given = _plain(given, what, error)
     if isinstance(given, Tensor | np.ndarray) and given.ndim:
         return [given] if given.ndim == 1 else list(given)
     if isinstance(given, list | tuple) and given and isinstance(given[0], Integral):
@@ -105,9 +107,20 @@ def _rows(value: Any, where: str, error: type[FxquantError]) -> Tensor:
     if is_text(value):
         raise text_refused(where, error)
     found = value if isinstance(value, Tensor) else _tensor(value, where, error)
-    if found.layout != torch.strided or found.is_meta or found.is_quantized:
-        raise error(f"{where} must be a dense tensor with values")
+    found = _plain(found, where, error)
     return found.unsqueeze(0) if found.dim() == 1 else found
+
+
+def _plain(value: Tensor, where: str, error: type[FxquantError]) -> Tensor:
+    """A tensor of a class that only adds names to torch's, as torch's; ``error`` for another."""
+    kind = type(value)
+    if value.is_nested:
+        raise error(f"{where} is a nested tensor: give a list of its rows, one batch each")
+    if value.layout != torch.strided or value.is_meta or value.is_quantized:
+        raise error(f"{where} must be a dense tensor with values")
+    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise error(f"{where} is a {kind.__name__}, which stands for other values: give a Tensor")
+    return value.detach().as_subclass(Tensor)
 
 
 def _tensor(value: Any, where: str, error: type[FxquantError]) -> Tensor:
@@ -121,7 +134,10 @@ def _tensor(value: Any, where: str, error: type[FxquantError]) -> Tensor:
             f"{where}: expected a LongTensor [batch, length], an array or a list of token ids, got "
             f"{type(value).__name__}"
         )
-    lengths = {len(row) for row in value if isinstance(row, list | tuple)}
+    if isinstance(value, np.ma.MaskedArray):
+        raise error(f"{where} is a masked array: give ids, and attention_mask beside them")
+    rows = value if isinstance(value, list | tuple) else ()
+    lengths = {len(row) for row in rows if isinstance(row, list | tuple) or np.ndim(row)}
     if len(lengths) > 1:
         raise error(
             f"{where} has rows of {min(lengths)} to {max(lengths)} tokens: tokenizer(texts, "
@@ -129,6 +145,8 @@ def _tensor(value: Any, where: str, error: type[FxquantError]) -> Tensor:
             "is a batch too"
         )
     try:
+        if isinstance(value, np.ndarray):  # torch takes no foreign order of bytes or elements
+            value = value.astype(value.dtype.newbyteorder("="), order="C")
         return torch.tensor(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as reason:
         raise error(f"{where} holds no numbers: {reason}") from reason

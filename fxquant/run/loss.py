@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from fxquant.errors import ModelError
+
 ROWS = 32
 
 
@@ -14,8 +16,10 @@ def token_nll(logits: Tensor, input_ids: Tensor) -> Tensor:
     """Negative log likelihood (nats) of each token given those before it: float32 [batch, L - 1].
 
     logits [batch, L, vocab] of any float dtype, input_ids int64 [batch, L]. The logits of the
-    last position predict nothing here and are left out.
+    last position predict nothing here and are left out. Raises ModelError for what are no logits
+    of these tokens, saying which.
     """
+    check_logits(logits, input_ids)
     predicted, wanted = logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()
     # On the CPU rows in small parts: log-softmax's temporary stays in the cache.
     rows = ROWS if logits.device.type == "cpu" else max(1, len(wanted))
@@ -25,6 +29,30 @@ def token_nll(logits: Tensor, input_ids: Tensor) -> Tensor:
         for part, ids in parts
     ]
     return torch.cat(losses).view(input_ids.shape[0], -1)
+
+
+def check_logits(found: object, input_ids: Tensor) -> None:
+    """Raise ModelError where ``found``, a model's result, is anything but dense floating-point
+    logits [batch, length, vocab] of ``input_ids`` int64 [batch, length]."""
+    if not isinstance(found, Tensor):
+        raise _no_logits(f"a {type(found).__name__}", input_ids)
+    if found.is_nested or found.layout != torch.strided or found.is_quantized or found.is_meta:
+        raise _no_logits("a tensor that is not dense or holds no values", input_ids)
+    if not found.is_floating_point():
+        raise _no_logits(f"a tensor of {found.dtype}", input_ids)
+    if found.dim() != 3 or found.shape[:2] != input_ids.shape:
+        raise _no_logits(f"a tensor {list(found.shape)}", input_ids)
+    highest = int(input_ids.max()) if input_ids.numel() else -1
+    if found.shape[2] <= highest:
+        raise _no_logits(f"logits of {found.shape[2]} tokens", input_ids, f" of over {highest}")
+
+
+def _no_logits(found: str, input_ids: Tensor, more: str = "") -> ModelError:
+    batch, length = input_ids.shape
+    return ModelError(
+        f"the model's result is {found}, where a loss needs floating-point logits [{batch}, "
+        f"{length}, vocabulary{more}], a row for each token: was its graph or its head changed?"
+    )
 
 
 def mean_loss(losses: Tensor) -> float:

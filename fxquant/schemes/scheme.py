@@ -10,13 +10,14 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from fxquant.errors import SchemeError
-from fxquant.files.doors import parse_json
+from fxquant.files.doors import Location, as_path, parse_json, read_text
 from fxquant.schemes.specs import FLOAT, SiteSpec
 from fxquant.schemes.spelling import (
     Options,
@@ -192,7 +193,7 @@ def brief(scheme: str) -> str:
     return f"{json.loads(scheme)['scheme']}, {len(parsed)} overrides (sha256:{known})"
 
 
-SchemeLike = str | Path | Mapping[str, Any] | Scheme
+SchemeLike = Location | Mapping[str, Any] | Scheme
 
 
 def as_scheme(scheme: SchemeLike) -> Scheme:
@@ -200,10 +201,12 @@ def as_scheme(scheme: SchemeLike) -> Scheme:
     path of a JSON file (text that ends in ``.json``) read. Raises SchemeError for anything else."""
     if isinstance(scheme, Scheme):
         return scheme
-    if not isinstance(scheme, (str, Path, Mapping)):
+    if not isinstance(scheme, (str, os.PathLike, Mapping)):
         raise _no_scheme(scheme)
-    if isinstance(scheme, Path) or (isinstance(scheme, str) and scheme.strip().endswith(".json")):
-        return _read_scheme(Path(scheme.strip() if isinstance(scheme, str) else scheme))
+    if isinstance(scheme, str) and scheme.strip().endswith(".json"):
+        return _read_scheme(as_path(scheme.strip(), "scheme", SchemeError))
+    if isinstance(scheme, os.PathLike):
+        return _read_scheme(as_path(scheme, "scheme", SchemeError))
     if isinstance(scheme, str):
         return Scheme.parse(scheme)
     try:
@@ -223,10 +226,6 @@ def _no_scheme(given: object) -> SchemeError:
 
 def _read_scheme(path: Path) -> Scheme:
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise SchemeError(f"cannot read scheme {path}: {error}") from error
-    try:
-        return Scheme.from_json(text)
+        return Scheme.from_json(read_text(path, SchemeError))
     except SchemeError as error:
         raise SchemeError(f"{path}: {error}") from error
