@@ -52,9 +52,9 @@ class Line:
 
     @property
     def overlap(self) -> str:
-        """What has to be said where a result was calibrated on windows that it evaluates."""
+        """What has to be said where a result was, or may have been, calibrated on its windows."""
         rows = [each.figures for each in self.results if each.figures is not None]
-        return next((overlap_words(row) for row in rows if row.overlap), "")
+        return next(filter(None, map(overlap_words, rows)), "")
 
     @property
     def off(self) -> float | None:
