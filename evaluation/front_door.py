@@ -18,7 +18,7 @@ from fxquant.analysis.inputs import as_windows
 from fxquant.errors import DataError
 from fxquant.evaluation import perplexity
 from fxquant.evaluation.data import cut_windows
-from fxquant.evaluation.datasets import check_dataset, open_source
+from fxquant.evaluation.datasets import check_dataset, looks_like_a_path, open_source
 from fxquant.evaluation.models import versions
 from fxquant.evaluation.overlap import calibrated_windows
 from fxquant.evaluation.protocol import Recipe
@@ -26,9 +26,11 @@ from fxquant.evaluation.source import Source
 from fxquant.evaluation.statistics import Difference, WindowSums, paired_difference
 from fxquant.evaluation.token_windows import Windows
 from fxquant.frontends.tracing import trace
-from fxquant.ir.calibration import Spans, calibration_words
+from fxquant.ir.calibration import UNKNOWN, Spans, calibration_words
+from fxquant.ir.counted import counted, part_of
 from fxquant.ir.graph import GraphInfo, Level, device_of, float_dtype, info
 from fxquant.ir.seen import can_tell, seen_rows
+from fxquant.pipeline.arguments import checked_call
 from fxquant.pipeline.recording import DrawnBatches
 from fxquant.run.batches import Batch, check_ids
 from fxquant.run.encodings import is_text
@@ -37,6 +39,15 @@ from fxquant.schemes.scheme import brief
 Text = str | Path | Iterable[str]
 
 
+@checked_call(
+    windows="count",
+    num_windows="count",
+    n="count",
+    calibration_windows="calibration",
+    seqlen="length",
+    max_length="length",
+    dataset="text",
+)
 def windows(
     text: Text,
     tokenizer: Tokenizer,
@@ -98,12 +109,12 @@ def _source(text: Text, data: Path | None) -> Source:
             f"a text is a string, a path or a list of strings, not a {type(text).__name__}"
             + (f" of {type(documents[0]).__name__}" if documents else "")
         )
-    return Source(f"{len(documents)} documents", documents, None, Recipe(join="\n\n"))
+    return Source(counted(len(documents), "document"), documents, None, Recipe(join="\n\n"))
 
 
 def _is_prose(text: str) -> bool:
     """Whether a string is a text itself, not the name of one."""
-    if len(text.split()) < 2:
+    if len(text.split()) < 2 or looks_like_a_path(text):
         return False
     try:
         check_dataset(text)
@@ -124,7 +135,9 @@ class Evaluation:
     clusters (None for one window), ``share_clipped`` the fraction of quantized activation elements
     whose code was clipped (None: none are quantized), ``digest`` sha256 of the windows' token ids,
     ``overlap`` the number of windows that the graph was calibrated on (None: that was not checked,
-    since nothing says what it read, or windows are too short to tell them by their tokens).
+    since nothing says what it read, or windows are too short to tell them by their tokens),
+    ``calibration``: what it was calibrated on, ``weights``: what the float weights were before,
+    where they have been coarser.
     """
 
     model: str
@@ -136,6 +149,8 @@ class Evaluation:
     digest: str
     setting: str
     overlap: int | None = 0
+    calibration: str = UNKNOWN
+    weights: str = ""
 
     @property
     def loss(self) -> float:
@@ -179,14 +194,17 @@ class Evaluation:
         if self.overlap is None:
             seen = ", overlap with the calibration not checked"
         clipped = "" if self.share_clipped is None else f", clipped {self.share_clipped:.4%}"
+        weights = f" (weights {self.weights})" if self.weights else ""
         return (
             f"{brief(self.scheme)}: loss {self.loss:.4f} ± {error}, perplexity "
             f"{self.perplexity:.5g}{clipped}; "
-            f"{self.tokens} tokens scored in {self.windows} windows{seen}\n"
-            f"{self.model}, {self.text} ({self.digest[:23]}), {self.setting}"
+            f"{counted(self.tokens, 'token')} scored in {counted(self.windows, 'window')}{seen}\n"
+            f"{self.model}{weights}, {self.text} ({self.digest[:23]}), calibrated on "
+            f"{self.calibration}, {self.setting}"
         )
 
 
+@checked_call(windows="data", text="data", dataset="data", calibration="data")
 def evaluate(
     model: PreTrainedModel | GraphModule,
     data: Windows | Text | Batch | Iterable[Batch],
@@ -235,6 +253,8 @@ def evaluate(
         digest=_digest(ids, found.sums.tokens),
         setting=_setting(graph, batch_size),
         overlap=overlap,
+        calibration=calibration_words(facts.calibration),
+        weights=facts.weights,
     )
 
 
@@ -249,7 +269,7 @@ def _overlap(facts: GraphInfo, cut: Any, ids: Tensor, allowed: bool) -> int | No
     if shared and not allowed:
         where = f" of {cut.protocol.dataset}" if isinstance(cut, Windows) else ""
         raise DataError(
-            f"{len(shared)} of the {len(rows)} windows{where} hold "
+            f"{part_of(len(shared), len(rows), f'window{where}', f'windows{where}')} "
             f"what the graph was calibrated on, {calibration_words(made)}: their loss "
             "would not be of unseen text; cut one Windows and take its .batches to calibrate and "
             "itself to evaluate, or pass allow_overlap=True, which the result says"
@@ -285,6 +305,6 @@ def _setting(graph: GraphModule, batch_size: int) -> str:
     dtype = str(float_dtype(graph)).removeprefix("torch.")
     used = ", ".join(f"{name} {version}" for name, version in versions().items())
     return (
-        f"batch size {batch_size}, {dtype} on {device_of(graph)} ({torch.get_num_threads()} "
-        f"threads); {used}"
+        f"batch size {batch_size}, {dtype} on {device_of(graph)} "
+        f"({counted(torch.get_num_threads(), 'thread')}); {used}"
     )

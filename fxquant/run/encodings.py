@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fxquant.errors import CalibrationError, FxquantError
+from fxquant.ir.counted import counted
 
 TAKEN = ("input_ids", "attention_mask")
 # What tokenizers and collators put beside them; none of it changes a causal LM's logits.
@@ -62,8 +63,10 @@ def batches_of(
     hint = ""
     if isinstance(given, PreTrainedTokenizerBase):
         hint = f"; what it makes of a text is: {what}=tokenizer(text, return_tensors='pt')"
-    elif hasattr(given, "calibration") and hasattr(given, "evaluation"):
-        hint = "; pass its .calibration or .evaluation"
+    elif hasattr(given, "batches") and hasattr(given, "evaluation"):
+        hint = f"; pass its .{'batches' if what == 'calibration' else 'evaluation'}"
+    elif hasattr(given, "tokenizer"):
+        hint = "; cut text with fxquant.windows(text, its .tokenizer)"
     raise error(
         f"{what} is a {type(given).__name__}, not an iterable of batches such as LongTensors "
         f"[batch, length]{hint}"
@@ -113,8 +116,9 @@ def _rows(value: Any, where: str, error: type[FxquantError]) -> Tensor:
 def _tensor(value: Any, where: str, error: type[FxquantError]) -> Tensor:
     if isinstance(value, list | tuple) and any(isinstance(each, Tensor) for each in value):
         raise error(
-            f"{where} is a list of {len(value)} tensors, whose axes nothing tells (a DataLoader "
-            "that collates lists gives them transposed): stack them to one tensor [batch, length]"
+            f"{where} is a list of {counted(len(value), 'tensor')}, whose axes nothing tells (a "
+            "DataLoader that collates lists gives them transposed): stack them to one tensor "
+            "[batch, length]"
         )
     if not isinstance(value, list | tuple | np.ndarray):
         raise error(
