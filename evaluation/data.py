@@ -25,6 +25,19 @@ from fxquant.ir.counted import counted
 MOST: Final = 2**30
 
 
+def check_whole(name: str, value: object) -> None:
+    """Raise DataError for what is no int."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise DataError(f"{name} must be a whole number, got {value!r}, a {type(value).__name__}")
+
+
+def check_seed(seed: int) -> None:
+    """Raise DataError for a seed that torch's generators do not take as it is."""
+    check_whole("seed", seed)
+    if not 0 <= seed < 2**64:
+        raise DataError(f"seed must be 0 to 2**64 - 1, got {seed}")
+
+
 def check_counts(
     count: int | None,
     length: int,
@@ -36,6 +49,9 @@ def check_counts(
 
     ``what``: which windows ``length`` is of.
     """
+    for name, value in (("count", count), ("length", length), ("calibration", calibration)):
+        check_whole(name, 0 if value is None else value)
+    check_whole("stride", 1 if stride is None else stride)
     windows = f"all {what}s" if count is None else counted(count, what)
     asked = f"{windows} of {counted(length, 'token')} and {calibration} to calibrate on"
     if (count is not None and count < 1) or length < 2 or calibration < 0:
@@ -79,6 +95,9 @@ def cut_windows(
     """
     stride = length if stride is None else stride
     check_counts(count, length, calibration, stride)
+    check_seed(seed)
+    if calibration_length is not None:
+        check_counts(1, calibration_length, calibration, what="calibration window")
     alone = calibration_source is None and source.calibration_documents is None
     if count is None and calibration and alone:
         raise DataError(

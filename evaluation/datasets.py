@@ -110,7 +110,7 @@ def check_dataset(name: str) -> None:
         "folder of save_to_disk"
     )
     if looks_like_a_path(name):
-        raise DataError(f"no such file {name!r}{_near_file(Path(name))}; {known}")
+        raise DataError(f"no such file {name!r}{near_file(Path(name))}; {known}")
     near = difflib.get_close_matches(name, ["builtin", *NAMED], 1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise DataError(f"unknown dataset {name!r}: {known}, and there is no such file{hint}")
@@ -124,7 +124,7 @@ def looks_like_a_path(text: str) -> bool:
     return bool(re.fullmatch(r"\S*[/\\]\S*|.*\S\.[A-Za-z]\w{0,7}", text))
 
 
-def _near_file(path: Path) -> str:
+def near_file(path: Path) -> str:
     """What else lies there under a like name, or that the folder is not there."""
     folder = path.parent
     if not folder.is_dir():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from fxquant.analysis.inputs import as_windows
 from fxquant.errors import DataError
 from fxquant.evaluation import perplexity
-from fxquant.evaluation.data import cut_windows
+from fxquant.evaluation.data import check_whole, cut_windows
 from fxquant.evaluation.datasets import check_dataset, looks_like_a_path, open_source
 from fxquant.evaluation.models import versions
 from fxquant.evaluation.overlap import calibrated_windows
@@ -58,7 +58,7 @@ def windows(
     seed: int = 0,
     stride: int | None = None,
     calibration_length: int | None = None,
-    data: Path | None = None,
+    data: str | Path | None = None,
 ) -> Windows:
     """Cut a text into token windows, as ``fxquant evaluate`` does with the same numbers.
 
@@ -85,7 +85,7 @@ def windows(
             "fxquant.load_model(name).tokenizer or what AutoTokenizer.from_pretrained returns"
         )
     return cut_windows(
-        _source(text, data),
+        _source(text, None if data is None else Path(data)),
         tokenizer,
         count=count,
         length=length,
@@ -103,7 +103,8 @@ def _source(text: Text, data: Path | None) -> Source:
         if not text.strip():
             raise DataError("the text is empty")
         return Source(_shown(text), (text,), None) if _is_prose(text) else open_source(text, data)
-    documents = tuple(text) if isinstance(text, Iterable) else ()
+    listed = isinstance(text, Iterable) and not isinstance(text, Mapping)
+    documents = tuple(text) if listed else ()
     if not documents or not all(isinstance(document, str) for document in documents):
         raise DataError(
             f"a text is a string, a path or a list of strings, not a {type(text).__name__}"
@@ -227,6 +228,7 @@ def evaluate(
     vocabulary, a text without a tokenizer, an observed graph, which would count what it is
     evaluated on) before any work, NonFiniteError where the model overflows, what ``trace`` raises.
     """
+    check_whole("batch_size", batch_size)
     if batch_size < 1:
         raise DataError(f"batch size must be at least 1, got {batch_size}")
     cut = _cut(data, tokenizer)

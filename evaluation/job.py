@@ -15,7 +15,15 @@ from tqdm import tqdm
 from fxquant.checkpoint.manifest import is_checkpoint
 from fxquant.errors import DataError, SchemeError
 from fxquant.evaluation.converter import Converter, measure
-from fxquant.evaluation.data import MOST, Source, check_counts, cut_windows, load_text
+from fxquant.evaluation.data import (
+    MOST,
+    Source,
+    check_counts,
+    check_seed,
+    check_whole,
+    cut_windows,
+    load_text,
+)
 from fxquant.evaluation.datasets import check_dataset, open_source
 from fxquant.evaluation.models import (
     LoadedModel,
@@ -121,6 +129,7 @@ def check_job(job: Job) -> list[Scheme]:
     Raises FxquantError: SchemeError, CalibrationError, DataError or ModelError.
     """
     check_seed(job.seed)
+    check_whole("batch size", job.batch_size)
     if not 1 <= job.batch_size <= MOST:
         raise DataError(f"batch size must be at least 1 and at most {MOST}, got {job.batch_size}")
     check_counts(job.windows, job.length, job.calibration_windows, job.stride)
@@ -143,12 +152,6 @@ def check_job(job: Job) -> list[Scheme]:
     if job.cache is not None:
         check_writable(job.cache, "cache folder")
     return schemes
-
-
-def check_seed(seed: int) -> None:
-    """Raise DataError for a seed that torch's generators do not take as it is."""
-    if not 0 <= seed < 2**64:
-        raise DataError(f"seed must be 0 to 2**64 - 1, got {seed}")
 
 
 def open_sources(job: Job) -> tuple[Source, Source | None]:

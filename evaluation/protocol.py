@@ -76,6 +76,8 @@ class Protocol:
             else f"{self.stride} apart, only new tokens scored"
         )
         count = f"{'all' if self.complete else 'the first'} {counted(self.windows, 'window')}"
+        if self.windows == 1:
+            count = "the only window" if self.complete else "the first window"
         return (
             f"{self.dataset} ({self.split}: {self.selection}{join}); {self.tokenizer} tokenizer, "
             f"BOS: {self.bos}; {count} of {self.length} tokens, {overlap}, tail {self.tail}"

@@ -36,6 +36,7 @@ from fxquant.analysis.study import WORST, Study
 from fxquant.errors import SchemeError
 from fxquant.files.locks import check_writable
 from fxquant.frontends.tracing import trace
+from fxquant.pipeline.arguments import checked_call
 from fxquant.recipes.conversion import recipe
 from fxquant.run.batches import Batches
 from fxquant.schemes.scheme import Scheme, SchemeLike, as_scheme
@@ -47,6 +48,7 @@ FULL_METHODS = ("in_order", "causes", "causes:kinds", "rescue", "path")
 FULL = "full"
 
 
+@checked_call(windows="data", text="data", dataset="data", calibration_data="calibration")
 def explain(
     model: PreTrainedModel | GraphModule,
     scheme: SchemeLike,

@@ -36,10 +36,12 @@ from fxquant.errors import CheckpointError, FxquantError
 from fxquant.files.tensor_file import storage_order
 from fxquant.ir.graph import GraphInfo, info
 from fxquant.ir.streamed import sources_of
+from fxquant.pipeline.arguments import checked_call
 
 GRAPH, CONFIG = "graph.json", "config.json"
 
 
+@checked_call(path="directory")
 def save(
     gm: GraphModule, directory: str | os.PathLike[str], tokenizer: Tokenizer | None = None
 ) -> None:
@@ -53,6 +55,10 @@ def save(
     fails (a full disk), which leaves nothing behind.
     """
     info(gm)  # GraphError for what is no graph of ours
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        raise CheckpointError(
+            f"a {type(tokenizer).__name__} is no tokenizer: pass fxquant.load_model(name).tokenizer"
+        )
     target = Path(directory)
     check_target(target)
     with saving(target):
@@ -94,6 +100,7 @@ def check_target(directory: Path) -> None:
         raise CheckpointError(f"cannot write {directory}: {error}; give another folder") from error
 
 
+@checked_call()
 def load(
     directory: str | os.PathLike[str], device: str | torch.device = "cpu", *, stream: bool = False
 ) -> GraphModule:

@@ -47,11 +47,13 @@ def _message(
 ) -> str:
     known = list(signature.parameters)
     said = [_unknown(each, known, meant) for each in unknown] or [str(error)]
-    listed = ", ".join(
-        each.name if each.default is each.empty else f"{each.name}="
-        for each in signature.parameters.values()
-    )
-    return f"{name}: {'; '.join(said)}. It takes {name}({listed})"
+    parameters = signature.parameters.values()
+    listed = [each.name if each.default is each.empty else f"{each.name}=" for each in parameters]
+    by_name = [each.kind is each.KEYWORD_ONLY for each in parameters]
+    if any(by_name):
+        listed.insert(by_name.index(True), "*")
+    behind = " (by name what stands behind the *)" if "*" in listed else ""
+    return f"{name}: {'; '.join(said)}. It takes {name}({', '.join(listed)}){behind}"
 
 
 def _unknown(name: str, known: list[str], meant: Mapping[str, str]) -> str:

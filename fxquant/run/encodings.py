@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,7 @@ def batches_of(
     One encoding, or one row of ids, is one batch; a tensor or array [N, L] is N windows, [N, b, L]
     N batches. Raises ``error`` for text, a tokenizer and whatever else is not iterable.
     """
-    if is_text(given):
+    if is_text(given) or isinstance(given, Path):
         raise text_refused(what, error)
     if isinstance(given, Mapping):
         return [given]
