@@ -18,7 +18,7 @@ from fxquant.evaluation.published import ALL, LENGTH, Published
 from fxquant.evaluation.result_notes import failed_lines, failures
 from fxquant.evaluation.results import Row, overlap_words
 from fxquant.evaluation.statistics import Difference, mean_sums, paired_difference, spread
-from fxquant.ir.calibration import NOTHING
+from fxquant.ir.calibration import NOTHING, UNKNOWN
 from fxquant.schemes.scheme import Scheme, brief
 
 FORMATS: Final = ("csv", *tabulate_formats)
@@ -113,8 +113,9 @@ def _by_calibration(results: list[Result]) -> list[list[Result]]:
 def _reads(result: Result) -> bool:
     """Whether the result's graph was, or may have been, calibrated: on windows that a seed drew, or
     on what is not known."""
-    made = result.provenance
-    return result.seed is not None or (made is not None and made.calibration != NOTHING)
+    made, row = result.provenance, result.figures
+    unknown = made is not None and made.calibration == UNKNOWN
+    return result.seed is not None or unknown or (row is not None and bool(row.calibration))
 
 
 def _calibration(result: Result) -> tuple[object, ...]:

@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import re
 import shlex
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -220,10 +220,8 @@ def test_inspect(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run([*command, "--scheme", "w8a8-static+smooth", "--format", "json"])
     (record,) = json.loads(capsys.readouterr().out)["calibration"]
     check_record(record, text, 2 * LENGTH, seed=9, length=LENGTH, sampler="grid")
-    assert [each["name"].partition("(")[0] for each in record["readings"]] == [
-        "smooth",
-        "calibrate",
-    ]
+    readers = [each["name"].partition("(")[0] for each in record["readings"]]
+    assert readers == ["smooth", "calibrate"]
 
 
 def test_sweep_table_report(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -245,16 +243,8 @@ def test_sweep_table_report(text: Path, tmp_path: Path, capsys: pytest.CaptureFi
     run(["table", str(out / "results.jsonl")])
     made = truth(text, command, **calibrated(2, 4))
     title = capsys.readouterr().out.splitlines()[0]
-    shown = (
-        "model",
-        "architecture",
-        "calibration",
-        "dtype",
-        "device",
-        "dataset",
-        *made["versions"],
-    )
-    for value in (str({**made, **made["versions"]}[name]) for name in shown):
+    names = ("model", "architecture", "calibration", "dtype", "device", "dataset")
+    for value in (*(made[name] for name in names), *made["versions"].values()):
         assert value in title
     assert made["text_hash"][:23] in title
     assert f"batch size 1, float32 on cpu; fxquant {made['versions']['fxquant']}" in title
@@ -311,9 +301,7 @@ def record(ids: str, seed: int | None) -> CalibrationRecord:
     cut = fxquant.windows("builtin", tokenizer, count=1, length=16, calibration=2, seed=seed or 0)
     given = cut.batches if seed is not None else cut.calibration
     (found,) = info(fxquant.convert(model, "w8a8-static", calibration=given)).calibration or ()
-    return CalibrationRecord(
-        **{**{f.name: getattr(found, f.name) for f in fields(found)}, "ids_hash": ids}
-    )
+    return replace(found, ids_hash=ids)
 
 
 def test_records_of_the_same_ids_are_said_once(
