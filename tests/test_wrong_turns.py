@@ -94,7 +94,7 @@ TURNS: dict[str, Turn] = {
         ArgumentError, r"did you mean dtype=\?",
     ),
     "by position": (
-        lambda: fxquant.convert(MODEL, STATIC, ids()),  # type: ignore[misc]
+        lambda: fxquant.convert(MODEL, STATIC, ids()),  # type: ignore[call-arg]
         ArgumentError, r"too many positional arguments\. It .*by name what stands behind",
     ),
     "nothing to cut with": (
@@ -125,7 +125,7 @@ TURNS: dict[str, Turn] = {
         DataError, "batch_size must be a whole number",
     ),
     "a dict of text": (
-        lambda: fxquant.windows({"text": "a b"}, TOKENIZER), DataError, "not a dict"  # type: ignore[arg-type]
+        lambda: fxquant.windows({"text": "a b"}, TOKENIZER), DataError, "not a dict"
     ),
     "a wrong path of a model": (
         lambda: fxquant.load_model(f"{SMALL_OPT.parent}/modle"),
@@ -140,7 +140,7 @@ TURNS: dict[str, Turn] = {
         ModelError, "unknown dtype 'fp16': known are auto, float32, float16, bfloat16",
     ),
     "a name as tokenizer to save": (
-        lambda: fxquant.save(fxquant.trace(MODEL), "never", "gpt2"),  # type: ignore[arg-type]
+        lambda: fxquant.save(fxquant.trace(MODEL), "never", "gpt2"),
         CheckpointError, "a str is no tokenizer",
     ),
 }  # fmt: skip
