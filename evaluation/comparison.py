@@ -18,7 +18,7 @@ from fxquant.evaluation.published import ALL, LENGTH, Published
 from fxquant.evaluation.result_notes import failed_lines, failures
 from fxquant.evaluation.results import Row, overlap_words
 from fxquant.evaluation.statistics import Difference, mean_sums, paired_difference, spread
-from fxquant.ir.calibration import version_words
+from fxquant.ir.calibration import NOTHING, UNKNOWN, version_words
 from fxquant.schemes.scheme import Scheme, brief
 
 FORMATS: Final = ("csv", *tabulate_formats)
@@ -53,9 +53,9 @@ class Line:
 
     @property
     def overlap(self) -> str:
-        """What has to be said where a result was calibrated on windows that it evaluates."""
+        """What has to be said where a result was, or may have been, calibrated on its windows."""
         rows = [each.figures for each in self.results if each.figures is not None]
-        return next((overlap_words(row) for row in rows if row.overlap), "")
+        return next(filter(None, map(overlap_words, rows)), "")
 
     @property
     def off(self) -> float | None:
@@ -82,8 +82,8 @@ def groups(
 ) -> list[Group]:
     """Successful results by model, windows and setting, in order of appearance.
 
-    Where calibrations differ there is a group for each; results that depend on none (seed None)
-    are in all of them. ``unmatched``: also the published figures of the group's model and text
+    Where calibrations differ there is a group for each; results that depend on none are in all of
+    them. ``unmatched``: also the published figures of the group's model and text
     that none of ours is.
     """
     settings: dict[str, list[Result]] = {}
@@ -104,10 +104,18 @@ def _setting(made: Provenance) -> str:
 
 def _by_calibration(results: list[Result]) -> list[list[Result]]:
     """The results of each calibration, those that depend on none in every list."""
-    kinds = dict.fromkeys(_calibration(each) for each in results if each.seed is not None)
+    kinds = dict.fromkeys(_calibration(each) for each in results if _reads(each))
     if not kinds:
         return [results]
-    return [[r for r in results if r.seed is None or _calibration(r) == kind] for kind in kinds]
+    return [[r for r in results if not _reads(r) or _calibration(r) == kind] for kind in kinds]
+
+
+def _reads(result: Result) -> bool:
+    """Whether the result's graph was, or may have been, calibrated: on windows that a seed drew, or
+    on what is not known."""
+    made, row = result.provenance, result.figures
+    unknown = made is not None and made.calibration == UNKNOWN
+    return result.seed is not None or unknown or (row is not None and bool(row.calibration))
 
 
 def _calibration(result: Result) -> tuple[object, ...]:
@@ -117,10 +125,10 @@ def _calibration(result: Result) -> tuple[object, ...]:
 def _shared_provenance(members: list[Result]) -> Provenance:
     """The first one's, with the calibration of those that have one."""
     made = [each.provenance for each in members if each.provenance is not None]
-    calibrated = (r.provenance for r in members if r.seed is not None and r.provenance is not None)
+    calibrated = (r.provenance for r in members if _reads(r) and r.provenance is not None)
     source = next(calibrated, None)
     if source is None:
-        return replace(made[0], calibration="nothing", calibration_windows=0)
+        return replace(made[0], calibration=NOTHING, calibration_windows=0)
     calibration = {name: getattr(source, name) for name in _OF_CALIBRATION}
     return replace(made[0], **calibration)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxquant.errors import FxquantError
-from fxquant.evaluation.overlap import calibrated_windows
+from fxquant.evaluation.overlap import overlap_of
 from fxquant.evaluation.perplexity import evaluate
 from fxquant.evaluation.results import Row
 from fxquant.evaluation.statistics import Difference, WindowSums, paired_difference
@@ -67,7 +67,7 @@ def measure(
         window_nll=sums.nll,
         window_tokens=sums.tokens,
         calibration=None if found is None else tuple(record.brief() for record in found),
-        overlap=calibrated_windows(found, windows),
+        overlap=overlap_of(found, windows),
     )
 
 

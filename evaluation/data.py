@@ -19,9 +19,23 @@ from fxquant.evaluation.source import tokenizer_for, tokens
 from fxquant.evaluation.stream import Cuts, Stream
 from fxquant.evaluation.token_windows import Windows
 from fxquant.ir.calibration import Origin
+from fxquant.ir.counted import counted
 
 # Tokens of calibration that are drawn at most, and the largest count that means anything.
 MOST: Final = 2**30
+
+
+def check_whole(name: str, value: object) -> None:
+    """Raise DataError for what is no int."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise DataError(f"{name} must be a whole number, got {value!r}, a {type(value).__name__}")
+
+
+def check_seed(seed: int) -> None:
+    """Raise DataError for a seed that torch's generators do not take as it is."""
+    check_whole("seed", seed)
+    if not 0 <= seed < 2**64:
+        raise DataError(f"seed must be 0 to 2**64 - 1, got {seed}")
 
 
 def check_counts(
@@ -29,22 +43,23 @@ def check_counts(
     length: int,
     calibration: int,
     stride: int | None = None,
-    what: str = "windows",
+    what: str = "window",
 ) -> None:
     """Raise DataError for numbers of windows or tokens that make no evaluation.
 
     ``what``: which windows ``length`` is of.
     """
+    for name, value in (("count", count), ("length", length), ("calibration", calibration)):
+        check_whole(name, 0 if value is None else value)
+    check_whole("stride", 1 if stride is None else stride)
+    windows = f"all {what}s" if count is None else counted(count, what)
+    asked = f"{windows} of {counted(length, 'token')} and {calibration} to calibrate on"
     if (count is not None and count < 1) or length < 2 or calibration < 0:
         raise DataError(
-            f"need at least 1 window of 2 tokens and 0 calibration windows, got {count} {what} "
-            f"of {length} tokens and {calibration} to calibrate on"
+            f"need at least 1 window of 2 tokens and 0 calibration windows, got {asked}"
         )
     if max(count or 0, length, calibration) > MOST or calibration * length > MOST:
-        raise DataError(
-            f"more than {MOST} tokens are asked for: {count} {what} of {length} tokens, "
-            f"{calibration} to calibrate on"
-        )
+        raise DataError(f"more than {MOST} tokens are asked for: {asked}")
     if stride is not None and not 1 <= stride <= length:
         raise DataError(
             f"stride {stride} is not within 1..{length}, the window's length: a larger one would "
@@ -80,6 +95,9 @@ def cut_windows(
     """
     stride = length if stride is None else stride
     check_counts(count, length, calibration, stride)
+    check_seed(seed)
+    if calibration_length is not None:
+        check_counts(1, calibration_length, calibration, what="calibration window")
     alone = calibration_source is None and source.calibration_documents is None
     if count is None and calibration and alone:
         raise DataError(
@@ -132,8 +150,8 @@ def _evaluation(
     wanted = max(available, 1) if count is None else count
     if wanted > available:
         raise DataError(
-            f"text {source.name} is too short: its {len(stream)} tokens are {available} windows of "
-            f"{length}, but {wanted} are asked for evaluation; ask for fewer or shorter windows"
+            f"text {source.name} is too short: {_held(len(stream), available, length)}, but "
+            f"{_asked(wanted)} for evaluation; ask for fewer or shorter windows"
         )
     found = stream.cut(range(0, wanted * stride, stride), length)
     rest = stream.behind((wanted - 1) * stride + length)
@@ -148,7 +166,9 @@ def _samples(
     if stride != length:
         raise DataError(f"{source.name} is {most} separate samples: it takes no stride")
     if wanted > most:
-        raise DataError(f"{source.name} has {most} windows, but {wanted} are asked for evaluation")
+        raise DataError(
+            f"{source.name} has {counted(most, 'window')}, but {_asked(wanted)} for evaluation"
+        )
     found = random_documents(source.documents, tokenizer, wanted, length, random.Random(0))
     first = int(tokens(source.documents[0], tokenizer)[0])
     return _Cut(found, wanted == most, first, None)
@@ -179,11 +199,20 @@ def _calibration(
     available = len(stream) // length
     if count > available:
         raise DataError(
-            f"the {what} of {source.name} has {available} windows of {length}, but {count} are "
-            "asked for; it is too short: ask for fewer or shorter windows"
+            f"the {what} of {source.name} has {counted(available, 'window')} of {length}, but "
+            f"{_asked(count)} for; it is too short: ask for fewer or shorter windows"
         )
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
     return stream.cut([index * length for index in order[:count].tolist()], length)
+
+
+def _held(tokens: int, windows: int, length: int) -> str:
+    is_ = "is" if tokens == 1 else "are"
+    return f"its {counted(tokens, 'token')} {is_} {counted(windows, 'window')} of {length}"
+
+
+def _asked(count: int) -> str:
+    return f"{count} {'is' if count == 1 else 'are'} asked"
 
 
 def _origin(

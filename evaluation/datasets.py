@@ -6,6 +6,8 @@ old and a new one whose perplexities differ by up to 20%: they have different na
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -103,10 +105,33 @@ def check_dataset(name: str) -> None:
             f"{name} has two protocols whose perplexities must not be mixed: say {name}-old "
             f"(GPTQ's get_{name}) or {name}-new (its --new-eval)"
         )
-    raise DataError(
-        f"unknown dataset {name!r}: known are builtin, {', '.join(NAMED)}, or the path of a text "
-        "file, a .parquet file or a folder of save_to_disk"
+    known = (
+        f"known are builtin, {', '.join(NAMED)}, or the path of a text file, a .parquet file or a "
+        "folder of save_to_disk"
     )
+    if looks_like_a_path(name):
+        raise DataError(f"no such file {name!r}{near_file(Path(name))}; {known}")
+    near = difflib.get_close_matches(name, ["builtin", *NAMED], 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise DataError(f"unknown dataset {name!r}: {known}, and there is no such file{hint}")
+
+
+def looks_like_a_path(text: str) -> bool:
+    """Whether a string is the path of a file or a folder, to look at it: one line of no great
+    length with a slash and no blank, or with a suffix."""
+    if len(text.splitlines()) != 1 or len(text) > 250:
+        return False
+    return bool(re.fullmatch(r"\S*[/\\]\S*|.*\S\.[A-Za-z]\w{0,7}", text))
+
+
+def near_file(path: Path) -> str:
+    """What else lies there under a like name, or that the folder is not there."""
+    folder = path.parent
+    if not folder.is_dir():
+        return f": there is no folder {str(folder)!r}"
+    near = difflib.get_close_matches(path.name, [each.name for each in folder.iterdir()], 1, 0.75)
+    where = f" in {str(folder.absolute())!r}"
+    return f"{where} (did you mean {str(folder / near[0])!r}?)" if near else where
 
 
 def open_source(name: str, data: Path | None = None) -> Source:

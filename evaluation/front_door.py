@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from fxquant.analysis.inputs import as_windows
 from fxquant.errors import DataError
 from fxquant.evaluation import perplexity
-from fxquant.evaluation.data import cut_windows
-from fxquant.evaluation.datasets import check_dataset, open_source
+from fxquant.evaluation.data import check_whole, cut_windows
+from fxquant.evaluation.datasets import check_dataset, looks_like_a_path, open_source
 from fxquant.evaluation.models import versions
 from fxquant.evaluation.overlap import calibrated_windows
 from fxquant.evaluation.protocol import Recipe
@@ -28,9 +28,11 @@ from fxquant.evaluation.statistics import Difference, WindowSums, paired_differe
 from fxquant.evaluation.token_windows import Windows
 from fxquant.files.doors import Location, as_path, location
 from fxquant.frontends.tracing import trace
-from fxquant.ir.calibration import Spans, calibration_words, version_words
+from fxquant.ir.calibration import UNKNOWN, Spans, calibration_words, version_words
+from fxquant.ir.counted import counted, part_of
 from fxquant.ir.graph import GraphInfo, Level, device_of, float_dtype, info
 from fxquant.ir.seen import can_tell, seen_rows
+from fxquant.pipeline.arguments import checked_call
 from fxquant.pipeline.recording import DrawnBatches
 from fxquant.run.batches import Batch, check_ids
 from fxquant.run.encodings import is_text
@@ -39,6 +41,15 @@ from fxquant.schemes.scheme import brief
 Text = Location | Iterable[str]
 
 
+@checked_call(
+    windows="count",
+    num_windows="count",
+    n="count",
+    calibration_windows="calibration",
+    seqlen="length",
+    max_length="length",
+    dataset="text",
+)
 def windows(
     text: Text,
     tokenizer: Tokenizer,
@@ -94,18 +105,19 @@ def _source(text: Text, data: Path | None) -> Source:
         if not text.strip():
             raise DataError("the text is empty")
         return Source(_shown(text), (text,), None) if _is_prose(text) else open_source(text, data)
-    documents = tuple(text) if isinstance(text, Iterable) else ()
+    listed = isinstance(text, Iterable) and not isinstance(text, Mapping)
+    documents = tuple(text) if listed else ()
     if not documents or not all(isinstance(document, str) for document in documents):
         raise DataError(
             f"a text is a string, a path or a list of strings, not a {type(text).__name__}"
             + (f" of {type(documents[0]).__name__}" if documents else "")
         )
-    return Source(f"{len(documents)} documents", documents, None, Recipe(join="\n\n"))
+    return Source(counted(len(documents), "document"), documents, None, Recipe(join="\n\n"))
 
 
 def _is_prose(text: str) -> bool:
     """Whether a string is a text itself, not the name of one."""
-    if len(text.split()) < 2:
+    if len(text.split()) < 2 or looks_like_a_path(text):
         return False
     try:
         check_dataset(text)
@@ -126,7 +138,9 @@ class Evaluation:
     clusters (None for one window), ``share_clipped`` the fraction of quantized activation elements
     whose code was clipped (None: none are quantized), ``digest`` sha256 of the windows' token ids,
     ``overlap`` the number of windows that the graph was calibrated on (None: that was not checked,
-    since nothing says what it read, or windows are too short to tell them by their tokens).
+    since nothing says what it read, or windows are too short to tell them by their tokens),
+    ``calibration``: what it was calibrated on, ``weights``: what the float weights were before,
+    where they have been coarser.
     """
 
     model: str
@@ -138,6 +152,8 @@ class Evaluation:
     digest: str
     setting: str
     overlap: int | None = 0
+    calibration: str = UNKNOWN
+    weights: str = ""
 
     @property
     def loss(self) -> float:
@@ -181,14 +197,17 @@ class Evaluation:
         if self.overlap is None:
             seen = ", overlap with the calibration not checked"
         clipped = "" if self.share_clipped is None else f", clipped {self.share_clipped:.4%}"
+        weights = f" (weights {self.weights})" if self.weights else ""
         return (
             f"{brief(self.scheme)}: loss {self.loss:.4f} ± {error}, perplexity "
             f"{self.perplexity:.5g}{clipped}; "
-            f"{self.tokens} tokens scored in {self.windows} windows{seen}\n"
-            f"{self.model}, {self.text} ({self.digest[:23]}), {self.setting}"
+            f"{counted(self.tokens, 'token')} scored in {counted(self.windows, 'window')}{seen}\n"
+            f"{self.model}{weights}, {self.text} ({self.digest[:23]}), calibrated on "
+            f"{self.calibration}, {self.setting}"
         )
 
 
+@checked_call(windows="data", text="data", dataset="data", calibration="data")
 def evaluate(
     model: PreTrainedModel | GraphModule,
     data: Windows | Text | Batch | Iterable[Batch],
@@ -211,6 +230,7 @@ def evaluate(
     vocabulary, a text without a tokenizer, an observed graph, which would count what it is
     evaluated on) before any work, NonFiniteError where the model overflows, what ``trace`` raises.
     """
+    check_whole("batch_size", batch_size)
     if batch_size < 1:
         raise DataError(f"batch size must be at least 1, got {batch_size}")
     cut = _cut(data, tokenizer)
@@ -237,6 +257,8 @@ def evaluate(
         digest=_digest(ids, found.sums.tokens),
         setting=_setting(graph, batch_size),
         overlap=overlap,
+        calibration=calibration_words(facts.calibration),
+        weights=facts.weights,
     )
 
 
@@ -251,7 +273,7 @@ def _overlap(facts: GraphInfo, cut: Any, ids: Tensor, allowed: bool) -> int | No
     if shared and not allowed:
         where = f" of {cut.protocol.dataset}" if isinstance(cut, Windows) else ""
         raise DataError(
-            f"{len(shared)} of the {len(rows)} windows{where} hold "
+            f"{part_of(len(shared), len(rows), f'window{where}', f'windows{where}')} "
             f"what the graph was calibrated on, {calibration_words(made)}: their loss "
             "would not be of unseen text; cut one Windows and take its .batches to calibrate and "
             "itself to evaluate, or pass allow_overlap=True, which the result says"
@@ -287,6 +309,6 @@ def _setting(graph: GraphModule, batch_size: int) -> str:
     dtype = str(float_dtype(graph)).removeprefix("torch.")
     used = version_words(versions())
     return (
-        f"batch size {batch_size}, {dtype} on {device_of(graph)} ({torch.get_num_threads()} "
-        f"threads); {used}"
+        f"batch size {batch_size}, {dtype} on {device_of(graph)} "
+        f"({counted(torch.get_num_threads(), 'thread')}); {used}"
     )

@@ -15,7 +15,15 @@ from tqdm import tqdm
 from fxquant.checkpoint.manifest import is_checkpoint
 from fxquant.errors import DataError, SchemeError
 from fxquant.evaluation.converter import Converter, measure
-from fxquant.evaluation.data import MOST, Source, check_counts, cut_windows, load_text
+from fxquant.evaluation.data import (
+    MOST,
+    Source,
+    check_counts,
+    check_seed,
+    check_whole,
+    cut_windows,
+    load_text,
+)
 from fxquant.evaluation.datasets import check_dataset, open_source
 from fxquant.evaluation.models import (
     LoadedModel,
@@ -33,6 +41,7 @@ from fxquant.evaluation.tables import LEGEND, format_table
 from fxquant.evaluation.token_windows import Windows
 from fxquant.files.doors import as_path
 from fxquant.files.locks import check_writable, hold_folder
+from fxquant.ir.counted import counted
 from fxquant.ir.graph import Level, float_dtype, info, set_workspace
 from fxquant.ir.streamed import Workspace, workspace_folder
 from fxquant.recipes import conversion
@@ -127,11 +136,12 @@ def check_job(job: Job) -> list[Scheme]:
     Raises FxquantError: SchemeError, CalibrationError, DataError or ModelError.
     """
     check_seed(job.seed)
+    check_whole("batch size", job.batch_size)
     if not 1 <= job.batch_size <= MOST:
         raise DataError(f"batch size must be at least 1 and at most {MOST}, got {job.batch_size}")
     check_counts(job.windows, job.length, job.calibration_windows, job.stride)
     length = job.length if job.calibration_length is None else job.calibration_length
-    check_counts(1, length, job.calibration_windows, what="calibration windows")
+    check_counts(1, length, job.calibration_windows, what="calibration window")
     check_device(job.device)
     resolve_dtype(job.dtype, job.device)
     for name in (job.dataset, job.calibration_dataset):
@@ -149,12 +159,6 @@ def check_job(job: Job) -> list[Scheme]:
     if job.cache is not None:
         check_writable(job.cache, "cache folder")
     return schemes
-
-
-def check_seed(seed: int) -> None:
-    """Raise DataError for a seed that torch's generators do not take as it is."""
-    if not 0 <= seed < 2**64:
-        raise DataError(f"seed must be 0 to 2**64 - 1, got {seed}")
 
 
 def open_sources(job: Job) -> tuple[Source, Source | None]:
@@ -258,14 +262,19 @@ def _rows(
             say_finished(str(scheme), rows[-1])
     except KeyboardInterrupt:
         where = f" in {job.output}" if job.output is not None and rows else ""
-        say(f"interrupted: {len(rows)} of {len(schemes)} rows are finished and kept{where}")
+        say(f"interrupted: {_finished(rows, schemes)} and kept{where}")
         return Outcome(rows, calibrated(provenance, rows), complete=False)
     except Exception:
         if rows and is_main():
             say(f"{format_table(rows)}\n\n{calibrated(provenance, rows).line()}")
-            say(f"stopped: {len(rows)} of {len(schemes)} rows are finished")
+            say(f"stopped: {_finished(rows, schemes)}")
         raise
     return Outcome(rows, calibrated(provenance, rows), complete=True)
+
+
+def _finished(rows: list[Row], schemes: list[Scheme]) -> str:
+    done = "is" if len(rows) == 1 else "are"
+    return f"{len(rows)} of {counted(len(schemes), 'row')} {done} finished"
 
 
 def calibrated(provenance: Provenance, rows: list[Row]) -> Provenance:
@@ -287,9 +296,6 @@ def make_provenance(
 ) -> Provenance:
     """What made the job's numbers, with what the graph it starts from was calibrated on."""
     facts = info(graph)
-    origins = [each.origin for each in facts.calibration or ()]
-    saved = facts.level != Level.FLOAT
-    seeds = {None if origin is None else origin.seed for origin in origins}
     made = Provenance(
         model=loaded.name,
         revision=loaded.revision,
@@ -305,7 +311,7 @@ def make_provenance(
         batch_size=job.batch_size,
         dtype=str(float_dtype(graph)).removeprefix("torch."),
         device=job.device,
-        seed=seeds.pop() if saved and len(seeds) == 1 else None if saved else job.seed,
+        seed=None,
         threads=torch.get_num_threads(),
         versions=versions(),
         command=job.command,

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from fxquant.checkpoint.manifest import is_checkpoint
 from fxquant.checkpoint.save_load import load, saved_facts
 from fxquant.errors import ModelError
+from fxquant.evaluation.datasets import near_file
 from fxquant.evaluation.gguf import read_weights, write_weights
 from fxquant.evaluation.kept_folder import is_intact, keep
 from fxquant.files.doors import Location, location, printable
@@ -29,6 +30,7 @@ from fxquant.frontends.streaming import stream
 from fxquant.frontends.tracing import WEIGHTS_WERE, trace
 from fxquant.ir.calibration import versions as versions
 from fxquant.ir.graph import info, lowered_already
+from fxquant.pipeline.arguments import checked_call
 
 PACKAGE_PREFIX = "package:"
 # What save_pretrained of any tokenizer writes: one of these.
@@ -76,15 +78,19 @@ def model_directory(name: str) -> Path:
     if name.startswith(PACKAGE_PREFIX):
         return package_model(name.removeprefix(PACKAGE_PREFIX))
     directory = Path(name)
-    if not directory.exists() and name.startswith((".", "/", "~")):
-        raise ModelError(f"no model directory {name}")
+    if directory.is_file():
+        raise ModelError(f"{name} is a file: give the directory {directory.parent}")
+    # A hub name is NAME or OWNER/NAME.
+    if not directory.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ModelError(f"no model directory {name}{near_file(directory)}")
     return directory
 
 
+@checked_call(torch_dtype="dtype", device_map="device", stream="streamed")
 def load_model(
     name: Location,
     *,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     device: str = "cpu",
     revision: str | None = None,
     streamed: bool = False,
@@ -96,6 +102,8 @@ def load_model(
     ModelError that says what is missing, CheckpointError for a damaged saved graph.
     """
     name = location(name, "name", ModelError)
+    if isinstance(dtype, torch.dtype):
+        dtype = str(dtype).removeprefix("torch.")
     check_device(device)
     if is_checkpoint(Path(name)):
         return _load_saved(Path(name), dtype, device, streamed)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from fxquant.errors import DataError
 from fxquant.evaluation.datasets import NAMED
 from fxquant.ir.calibration import Calibration, calibration_words
-from fxquant.ir.seen import seen_rows, shared_rows
+from fxquant.ir.counted import part_of
+from fxquant.ir.seen import can_tell, seen_rows, shared_rows
 from fxquant.ir.token_runs import written_runs
 
 if TYPE_CHECKING:
@@ -23,6 +24,15 @@ def calibrated_windows(calibration: Calibration, windows: Windows) -> tuple[int,
     return seen_rows(
         calibration, tuple(windows.evaluation), windows.places, _decided_by_place(windows)
     )
+
+
+def overlap_of(calibration: Calibration, windows: Windows) -> tuple[int, ...] | None:
+    """``calibrated_windows``; None for none where not all of them could be told."""
+    found = calibrated_windows(calibration, windows)
+    told = can_tell(
+        calibration, tuple(windows.evaluation), windows.places, _decided_by_place(windows)
+    )
+    return found if found or told else None
 
 
 def _decided_by_place(windows: Windows) -> Collection[str]:
@@ -66,8 +76,10 @@ def check_saved_apart(calibration: Calibration, windows: Windows, model: str) ->
 def _overlap(found: tuple[int, ...], windows: Windows, what: str, instead: str) -> DataError:
     listed = ", ".join(str(index + 1) for index in found[:8])
     more = f", ... {found[-1] + 1}" if len(found) > 8 else ""
+    where = f"of {windows.protocol.dataset} to evaluate (number {listed}{more})"
+    nouns = f"window {where}", f"windows {where}"
     return DataError(
-        f"{len(found)} of the {len(windows.evaluation)} windows of {windows.protocol.dataset} to "
-        f"evaluate (number {listed}{more}) hold {what}: their loss would not be of unseen text; "
+        f"{part_of(len(found), len(windows.evaluation), *nouns)} {what}: "
+        f"{'its' if len(found) == 1 else 'their'} loss would not be of unseen text; "
         f"{instead}, or give --allow-overlap to score them, which is said beside the figures"
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from fxquant.ir.counted import counted
+
 Selection = Literal["all", "head", "samples"]
 Sampler = Literal["grid", "offsets", "documents"]
 
@@ -73,8 +75,10 @@ class Protocol:
             if self.stride == self.length
             else f"{self.stride} apart, only new tokens scored"
         )
-        count = f"all {self.windows}" if self.complete else f"the first {self.windows}"
+        count = f"{'all' if self.complete else 'the first'} {counted(self.windows, 'window')}"
+        if self.windows == 1:
+            count = "the only window" if self.complete else "the first window"
         return (
             f"{self.dataset} ({self.split}: {self.selection}{join}); {self.tokenizer} tokenizer, "
-            f"BOS: {self.bos}; {count} windows of {self.length} tokens, {overlap}, tail {self.tail}"
+            f"BOS: {self.bos}; {count} of {self.length} tokens, {overlap}, tail {self.tail}"
         )

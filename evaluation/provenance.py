@@ -9,7 +9,14 @@ from transformers import PretrainedConfig
 
 from fxquant.evaluation.decoding import decode
 from fxquant.evaluation.protocol import Protocol
-from fxquant.ir.calibration import NOTHING, CalibrationRecord, calibration_words, version_words
+from fxquant.ir.calibration import (
+    NOTHING,
+    CalibrationRecord,
+    calibration_words,
+    folded,
+    version_words,
+)
+from fxquant.ir.counted import counted
 
 
 @dataclass(frozen=True)
@@ -18,8 +25,9 @@ class Provenance:
 
     ``architecture``: kind and shape, such as "opt 24x2048". ``calibration``: how its windows were
     drawn, for all rows together, each of which has its own record. ``windows_hash``: of the
-    evaluated token ids themselves. ``seed`` draws the calibration windows; None where that is not
-    known. ``weights``: what the float weights were before, where they have been coarser.
+    evaluated token ids themselves. ``seed`` drew the calibration windows; None where none was, or
+    several, or it is not known. ``weights``: what the float weights were before, where they have
+    been coarser.
     """
 
     model: str
@@ -46,13 +54,19 @@ class Provenance:
     def calibrated(
         self, found: Sequence[CalibrationRecord] | None, only: Sequence[str] = ()
     ) -> Provenance:
-        """With what graphs were calibrated on; ``only``: the schemes of which that is said."""
+        """With what graphs were calibrated on, and the seed that drew it, if it is one for all;
+        ``only``: the schemes of which that is said."""
         words = calibration_words(None if found is None else tuple(found))
-        windows = None
-        if found is not None:
-            windows = sum({each.ids_hash: each.windows for each in found}.values())
+        records = folded(found or ())
+        windows = None if found is None else sum(each.windows for each in records)
+        seeds = {None if each.origin is None else each.origin.seed for each in records}
         said = f"{words} for {', '.join(only)}" if only else words
-        return replace(self, calibration=said, calibration_windows=windows)
+        return replace(
+            self,
+            calibration=said,
+            calibration_windows=windows,
+            seed=seeds.pop() if len(seeds) == 1 else None,
+        )
 
     def identity(self) -> str:
         """The model's revision, and its weights where they have been coarser."""
@@ -62,7 +76,9 @@ class Provenance:
     def seed_words(self) -> str:
         if self.seed is not None:
             return f"seed {self.seed}"
-        return "no seed" if self.calibration == NOTHING else "seed unknown"
+        if self.calibration == NOTHING:
+            return "no seed"
+        return "seed unknown" if "unknown" in self.calibration else "several seeds"
 
     def line(self) -> str:
         """One line for under a table."""
@@ -72,7 +88,7 @@ class Provenance:
             f"{self.model} ({self.identity()}), {self.protocol.line()} "
             f"({self.text_hash[:23]}), calibrated on {self.calibration}, "
             f"batch size {self.batch_size}, {self.dtype} on {self.device} "
-            f"({self.threads} threads{processes}), {self.seed_words()}; {versions}"
+            f"({counted(self.threads, 'thread')}{processes}), {self.seed_words()}; {versions}"
         )
 
     @classmethod

@@ -16,7 +16,8 @@ from fxquant.evaluation.statistics import WindowSums
 from fxquant.files.doors import parse_json, printable, read_bytes, reason
 from fxquant.files.locks import check_writable
 from fxquant.files.whole_file import write_text
-from fxquant.ir.calibration import Calibration
+from fxquant.ir.calibration import Calibration, folded
+from fxquant.ir.counted import counted
 from fxquant.schemes.scheme import Scheme
 
 RESULTS, TABLE = "results.json", "table.md"
@@ -44,7 +45,7 @@ class Row:
     float model and for a single window. ``window_nll`` and ``window_tokens``: each window's summed
     nats (float64) and number of scored tokens, from which the others can be computed again.
     ``calibration``: what the graph was calibrated on, None where that is not known. ``overlap``:
-    indices of evaluated windows that hold some of it.
+    indices of evaluated windows that hold some of it, None where that could not be told.
     """
 
     scheme: str
@@ -60,7 +61,7 @@ class Row:
     window_nll: tuple[float, ...]
     window_tokens: tuple[int, ...]
     calibration: Calibration = None
-    overlap: tuple[int, ...] = ()
+    overlap: tuple[int, ...] | None = ()
 
     @property
     def sums(self) -> WindowSums:
@@ -120,8 +121,8 @@ def prepare_folder(folder: Path, overwrite: bool) -> None:
         ) from error
     state = "a finished" if finished else "an unfinished"
     raise DataError(
-        f"{existing} holds {state} run with {rows} row(s); move it away to keep them or give "
-        "--overwrite"
+        f"{existing} holds {state} run with {counted(rows, 'row')}; move it away to keep them "
+        "or give --overwrite"
     )
 
 
@@ -142,24 +143,31 @@ def write_results(
 
 def row_notes(rows: Sequence[Row], provenance: Provenance) -> list[str]:
     """What has to be said of single rows: windows that they were calibrated on, and calibrations
-    that another command made."""
-    said = [
-        f"{row.scheme}: {overlap_words(row)} (number "
-        f"{', '.join(str(index + 1) for index in row.overlap)}), so that its loss is not of unseen "
-        "text"
-        for row in rows
-        if row.overlap
-    ]
+    that another command made, each once."""
+    said = [f"{row.scheme}: {_overlap_note(row)}" for row in rows if overlap_words(row)]
+    schemes: dict[str, list[str]] = {}
     for row in rows:
-        for record in row.calibration or ():
+        for record in folded(row.calibration or ()):
             if record.origin is None or record.origin.command != provenance.command:
-                said.append(f"{row.scheme} was calibrated on {record.line()}")
-    return said
+                there = record.words() == provenance.calibration  # in the line above
+                what = record.details() if there else f"on {record.line()}"
+                schemes.setdefault(what, []).append(row.scheme)
+    return said + [f"calibration of {', '.join(of)}: {what}" for what, of in schemes.items()]
+
+
+def _overlap_note(row: Row) -> str:
+    if row.overlap is None:
+        return f"{overlap_words(row)}: nothing tells which of these windows it was calibrated on"
+    listed = ", ".join(str(index + 1) for index in row.overlap)
+    return f"{overlap_words(row)} (number {listed}), so that its loss is not of unseen text"
 
 
 def overlap_words(row: Row) -> str:
-    """How many of its windows the row was calibrated on."""
-    return f"calibrated on {len(row.overlap)} of the {len(row.window_nll)} evaluated windows"
+    """How many of its windows the row was calibrated on; "" for none."""
+    if row.overlap is None:
+        return "overlap with the calibration not checked"
+    windows = counted(len(row.window_nll), "evaluated window")
+    return f"calibrated on {len(row.overlap)} of the {windows}" if row.overlap else ""
 
 
 def read_results(path: Path) -> tuple[list[Row], Provenance]:

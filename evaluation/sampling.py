@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from fxquant.errors import DataError
 from fxquant.evaluation.source import Documents, tokens
 from fxquant.evaluation.stream import Cuts, Stream
+from fxquant.ir.counted import counted
 
 # A text whose documents are all short would be searched for ever.
 _MISSES = 100_000
@@ -20,7 +21,9 @@ def random_offsets(stream: Stream, count: int, length: int, draw: random.Random)
     Raises DataError when the stream has no more than ``length`` tokens.
     """
     if len(stream) <= length:
-        raise DataError(f"a stream of {len(stream)} tokens has no random windows of {length}")
+        raise DataError(
+            f"a stream of {counted(len(stream), 'token')} has no random windows of {length}"
+        )
     return stream.cut([draw.randint(0, len(stream) - length - 1) for _ in range(count)], length)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fxquant.errors import DataError
+from fxquant.ir.counted import counted
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ def paired_difference(ours: WindowSums, reference: WindowSums) -> Difference:
     """
     if ours.tokens != reference.tokens:
         raise DataError(
-            f"paired differences need the same windows: {len(ours.tokens)} windows of "
-            f"{sum(ours.tokens)} scored tokens against {len(reference.tokens)} of "
+            f"paired differences need the same windows: {counted(len(ours.tokens), 'window')} of "
+            f"{counted(sum(ours.tokens), 'scored token')} against {len(reference.tokens)} of "
             f"{sum(reference.tokens)}"
         )
     differences = [a - b for a, b in zip(ours.nll, reference.nll, strict=True)]

@@ -40,6 +40,7 @@ from fxquant.evaluation.journal import Journal, Result
 from fxquant.evaluation.models import LoadedModel, load_model
 from fxquant.evaluation.progress import say_finished
 from fxquant.evaluation.statistics import WindowSums
+from fxquant.ir.counted import counted
 from fxquant.schemes.scheme import Scheme
 
 
@@ -131,7 +132,7 @@ def run_sweep(
         }
         missing = [cell for cell in cells if cell.fingerprint not in done]
         before = len(cells) - len(missing)
-        say(f"{len(cells)} cells, {before} already in {path}")
+        say(f"{counted(len(cells), 'cell')}, {before} already in {path}")
         bar = tqdm(total=len(missing), desc="cells", unit="cell", disable=None)
         run = _Run(journal, cells, sources, bar.update)
         try:

@@ -39,8 +39,8 @@ def format_table(rows: Sequence[Row], style: str = "github") -> str:
 
 
 def _scheme(row: Row) -> str:
-    scheme = brief(row.scheme)
-    return f"{scheme} [{overlap_words(row)}]" if row.overlap else scheme
+    scheme, overlap = brief(row.scheme), overlap_words(row)
+    return f"{scheme} [{overlap}]" if overlap else scheme
 
 
 def _delta(row: Row, reference: Row) -> str:

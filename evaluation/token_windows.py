@@ -27,6 +27,21 @@ class Windows:
     places: Spans = field(default_factory=Spans)
     origin: Origin | None = None
 
+    def __str__(self) -> str:
+        """How much there is, from where and how it was cut, and what to do with it."""
+        lines = [
+            f"evaluation: {self.protocol.line()}; token ids int64 {list(self.evaluation.shape)}",
+            "calibration: none",
+            "evaluate(model, windows) evaluates",
+        ]
+        if self.origin is not None:
+            words = f"{self.origin.words(len(self.calibration))}, seed {self.origin.seed}"
+            lines[1] = f"calibration: {words}; token ids int64 {list(self.calibration.shape)}"
+            lines[2] = f"convert(model, scheme, calibration=windows.batches), then {lines[2]}"
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
     @property
     def batches(self) -> DrawnBatches | None:
         """The calibration windows, a batch each, for ``convert``; None where there are none."""

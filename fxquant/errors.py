@@ -65,6 +65,10 @@ class DistributedError(FxquantError, RuntimeError):
     """The processes of a run do not find each other, or one of them has ended."""
 
 
+class ArgumentError(FxquantError, TypeError):
+    """A public function was called with arguments that it does not take."""
+
+
 class GraphError(ModelError, TypeError):
     """What was given is no graph that fxquant made, or is one where a model is needed."""
 

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from fxquant.errors import SchemeError
 from fxquant.ir.builder import Builder
+from fxquant.ir.counted import counted
 from fxquant.ir.graph import (
     Level,
     Site,
@@ -79,7 +80,8 @@ class SplitOutliers(Repair):
                 )
             if index.numel():
                 _split(gm, source, members, index)
-            text = f"{index.numel()} of {largest.numel()} columns exceed {self.threshold:g}"
+            exceeding = f"exceed{'s' if index.numel() == 1 else ''} {self.threshold:g}"
+            text = f"{index.numel()} of {counted(largest.numel(), 'column')} {exceeding}"
             text = f"{text}; the largest is {largest.max():.3g}"
             for site, _ in members:
                 yield site.path, Changed(text) if index.numel() else Blocked(text)
@@ -120,5 +122,6 @@ def _add_float_part(gm: GraphModule, site: Site, node: Node, picked: Node, index
         total = builder.call(torch.add, node, part, name="with_outliers")
     for user in users:
         user.replace_input_with(node, total)
-    what = f"{index.numel()} of {site.shape[1]} input columns, beside the codes: outliers"
+    columns_of = counted(site.shape[1], "input column")
+    what = f"{index.numel()} of {columns_of}, beside the codes: outliers"
     leave_in_float(gm, site.path, what)

@@ -415,4 +415,4 @@ def test_a_tokenizer_without_bos(tmp_path: Path) -> None:
     plain = character_tokenizer(bos=False)
     found = cut_windows(load_text(str(text)), plain, count=1, length=8, calibration=0, seed=0)
     assert found.protocol.bos == "none"
-    assert "BOS: none; the first 1 windows of 8 tokens, side by side" in found.protocol.line()
+    assert "BOS: none; the first window of 8 tokens, side by side" in found.protocol.line()

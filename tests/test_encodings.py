@@ -129,7 +129,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "windows": (
         fxquant.windows("builtin", TOKENIZER, count=1, length=9, calibration=1),
-        r"calibration is a Windows, .*; pass its \.calibration or \.evaluation",
+        r"calibration is a Windows, .*; pass its \.batches",
     ),
     "a model": (MODEL, "calibration is a OPTForCausalLM, not an iterable"),
     "a number": (7, "calibration is a int, not an iterable"),

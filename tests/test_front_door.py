@@ -71,7 +71,7 @@ def test_an_evaluation_says_what_made_it() -> None:
     assert printed.startswith("fp: loss ")
     for words in (
         "62 tokens scored in 2 windows", "builtin (evaluation topics", "the first 2 windows of 32",
-        "batch size 2, float32 on cpu (1 threads)", f"torch {torch.__version__}", "sha256:",
+        "batch size 2, float32 on cpu (1 thread)", f"torch {torch.__version__}", "sha256:",
     ):  # fmt: skip
         assert words in printed
     assert "clipped" not in printed  # nothing is quantized
@@ -179,8 +179,8 @@ def test_calibration_and_evaluation_share_no_token(
 BAD_TEXTS: dict[str, tuple[Any, str]] = {
     "a name": ("wikitext", "unknown dataset 'wikitext': known are builtin, wikitext2"),
     "two protocols": ("c4", "c4 has two protocols"),
-    "no such file": ("no/such/file.txt", "unknown dataset 'no/such/file.txt'.*path of a text"),
-    "no such path": (Path("no/such.txt"), "unknown dataset"),
+    "no such file": ("no/such/file.txt", "no such file 'no/such/file.txt': there is no folder"),
+    "no such path": (Path("no/such.txt"), "no such file .*known are builtin, .*path of a text"),
     "a short text": (
         "only a few words",
         "the text 'only a few words' is too short",

@@ -219,7 +219,7 @@ def test_command_line(
     assert main([*command, "--choices", *CHOICES, "--output", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "verified" in printed
-    assert "1 windows of 48 tokens" in printed
+    assert "the first window of 48 tokens" in printed
     scheme = Scheme.parse((out / "scheme.json").read_text())
     assert scheme.overrides
     assert json.loads((out / "plan.json").read_text())["delta_loss"] <= 0.05

@@ -90,7 +90,7 @@ def test_one_window_has_no_error() -> None:
 
 
 def test_other_windows_are_refused() -> None:
-    with pytest.raises(DataError, match="same windows: 1 windows of 3 scored tokens against 2"):
+    with pytest.raises(DataError, match="same windows: 1 window of 3 scored tokens against 2"):
         paired_difference(WindowSums((1.0,), (3,)), WindowSums((1.0, 2.0), (3, 3)))
 
 

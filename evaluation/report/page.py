@@ -21,6 +21,7 @@ from fxquant.evaluation.report.tables import text_of
 from fxquant.evaluation.tables import LEGEND
 from fxquant.files.doors import Location, as_path
 from fxquant.files.whole_file import write_text
+from fxquant.ir.counted import counted
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -109,7 +110,8 @@ def _subtitle(found: tuple[Ladder, ...]) -> str:
     facts = dict(found[0].provenance) if found else {}
     words = [facts.get("dataset"), facts.get("protocol")]
     if "windows" in facts and "length" in facts:
-        words.append(f"{facts['windows']} windows of {facts['length']} tokens")
+        windows = counted(int(facts["windows"]), "window")
+        words.append(f"{windows} of {counted(int(facts['length']), 'token')}")
     if "dtype" in facts and "device" in facts:
         words.append(f"{facts['dtype']} on {facts['device']}")
     return ", ".join(word for word in words if word)

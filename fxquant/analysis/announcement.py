@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fxquant.analysis.prediction import Step
 from fxquant.analysis.progress import Progress, clock
+from fxquant.ir.counted import counted
 from fxquant.recipes.repairs import REPAIRS
 from fxquant.schemes.scheme import Scheme
 
@@ -40,7 +41,7 @@ def announce(
     length = max(ids.shape[1] for ids in windows)
     forwards = sum(step.forwards for step in steps)
     seconds = sum(step.seconds(forward_seconds) for step in steps)
-    where = f"{count} window{'' if count == 1 else 's'} of {length} tokens"
+    where = f"{counted(count, 'window')} of {length} tokens"
     progress.say(f"{scheme} on {where}: {run_text(methods)}")
     own = [name for name, _ in scheme.repairs if REPAIRS[name].needs_calibration]
     beside = f", and what {', '.join(own)} takes" if own else ""

@@ -36,6 +36,7 @@ from fxquant.errors import SchemeError
 from fxquant.files.doors import Location
 from fxquant.files.locks import writable
 from fxquant.frontends.tracing import trace
+from fxquant.pipeline.arguments import checked_call
 from fxquant.recipes.conversion import recipe
 from fxquant.recipes.repairs import resolve_repairs
 from fxquant.run.batches import Batches
@@ -48,6 +49,7 @@ FULL_METHODS = ("in_order", "causes", "causes:kinds", "rescue", "path")
 FULL = "full"
 
 
+@checked_call(windows="data", text="data", dataset="data", calibration_data="calibration")
 def explain(
     model: PreTrainedModel | GraphModule,
     scheme: SchemeLike,

@@ -26,6 +26,7 @@ from fxquant.files.doors import Location
 from fxquant.files.locks import writable
 from fxquant.frontends.tracing import trace
 from fxquant.ir.graph import Site, info
+from fxquant.pipeline.arguments import checked_call
 from fxquant.recipes.conversion import convert
 from fxquant.run.batches import Batches
 from fxquant.run.loss import mean_loss, window_losses
@@ -60,6 +61,7 @@ class Plan:
         )
 
 
+@checked_call(windows="data", text="data", dataset="data", calibration_data="calibration")
 def plan(
     model: PreTrainedModel | GraphModule,
     *,

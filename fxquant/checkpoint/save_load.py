@@ -43,10 +43,12 @@ from fxquant.files.doors import Location, as_path, parse_json, reason
 from fxquant.files.tensor_file import storage_order
 from fxquant.ir.graph import GraphInfo, info
 from fxquant.ir.streamed import sources_of
+from fxquant.pipeline.arguments import checked_call
 
 GRAPH, CONFIG = "graph.json", "config.json"
 
 
+@checked_call(path="directory")
 def save(gm: GraphModule, directory: Location, tokenizer: Tokenizer | None = None) -> None:
     """Write ``gm`` (level float, qdq or integer) to ``directory``, whole or not at all.
 
@@ -59,6 +61,10 @@ def save(gm: GraphModule, directory: Location, tokenizer: Tokenizer | None = Non
     """
     info(gm)  # GraphError for what is no graph of ours
     target = as_path(directory, "directory", CheckpointError)
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        raise CheckpointError(
+            f"a {type(tokenizer).__name__} is no tokenizer: pass fxquant.load_model(name).tokenizer"
+        )
     check_target(target)
     with saving(target):
         _save(gm, target, tokenizer)
@@ -116,6 +122,7 @@ def check_target(directory: Path) -> None:
         raise CheckpointError(f"cannot write {directory}: {error}; give another folder") from error
 
 
+@checked_call()
 def load(
     directory: Location, device: str | torch.device = "cpu", *, stream: bool = False
 ) -> GraphModule:

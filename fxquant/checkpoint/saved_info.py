@@ -9,7 +9,7 @@ from fxquant.errors import CheckpointError
 from fxquant.files.doors import parse_json, reason
 from fxquant.ir.calibration import CalibrationRecord, Spans
 from fxquant.ir.graph import GraphInfo
-from fxquant.ir.token_runs import LENGTH, KnownRuns
+from fxquant.ir.token_runs import KnownRuns
 from fxquant.schemes.scheme import ROLES
 
 _LARGEST = 2**48  # of a count: more bytes than any model has
@@ -62,8 +62,6 @@ def _check_record(record: CalibrationRecord) -> None:
     if not all(text in known and 0 <= first < end for text, first, end in drawn.spans):
         raise CheckpointError("info: a calibration window lies in no listed text, or ends first")
     try:
-        short = KnownRuns.read(record.runs).short
+        KnownRuns.read(record.runs)
     except ValueError as error:
         raise CheckpointError("info: the runs of a calibration are no hashes") from error
-    if not all(0 < length < LENGTH for length in short):
-        raise CheckpointError(f"info: a row kept whole has no 1 to {LENGTH - 1} tokens")

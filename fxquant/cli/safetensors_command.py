@@ -7,6 +7,7 @@ import argparse
 from fxquant.cli.arguments import place
 from fxquant.evaluation.to_safetensors import to_safetensors
 from fxquant.frontends.weight_files import INDEX
+from fxquant.ir.counted import counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,5 +16,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     written = to_safetensors(options.directory)
-    print(f"{len(written)} safetensors files and {INDEX} written to {options.directory}")
+    print(f"{counted(len(written), 'safetensors file')} and {INDEX} written to {options.directory}")
     return 0

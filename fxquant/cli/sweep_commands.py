@@ -16,6 +16,7 @@ from fxquant.evaluation.result_notes import tokenizer_notes
 from fxquant.evaluation.sweep import SweepOutcome, run_sweep
 from fxquant.evaluation.sweep_file import read_sweep
 from fxquant.evaluation.tables import LEGEND
+from fxquant.ir.counted import counted
 
 JOURNAL = "results.jsonl"
 SOME_FAILED = 1
@@ -55,7 +56,8 @@ def _interrupted(path: Path) -> int:
 def _finish(outcome: SweepOutcome, path: Path) -> int:
     print(f"\nwritten to {path}")
     if outcome.failed:
-        print(f"{outcome.failed} of {len(outcome.results)} cells failed; --retry-failed: again")
+        cells = counted(len(outcome.results), "cell")
+        print(f"{outcome.failed} of {cells} failed; --retry-failed: again")
     return SOME_FAILED if outcome.failed else 0
 
 

@@ -19,8 +19,10 @@ from fxquant.frontends.pretrained import empty_model, read_config
 from fxquant.frontends.weight_files import Stored, safetensors_weights
 from fxquant.frontends.weight_names import match
 from fxquant.ir.streamed import Source, restream
+from fxquant.pipeline.arguments import checked_call
 
 
+@checked_call()
 def stream(
     directory: Location,
     *,

@@ -40,6 +40,7 @@ from fxquant.ir.graph import (
 from fxquant.ir.levels import verify
 from fxquant.ir.size import bytes_by_dtype
 from fxquant.ir.streamed import restream, streamed_tensors, unstreamed
+from fxquant.pipeline.arguments import checked_call
 
 # 4.52 scales OPT's attention twice (transformers issue 38277): perplexity 26 became 388418.
 BROKEN_TRANSFORMERS = ("4.52",)
@@ -92,6 +93,7 @@ class _Tracer(HFTracer):  # type: ignore[misc]
             raise
 
 
+@checked_call()
 def trace(model: PreTrainedModel) -> GraphModule:
     """The model's function of (input_ids, attention_mask=None) to logits, as a graph.
 

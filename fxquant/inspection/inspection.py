@@ -20,6 +20,7 @@ from fxquant.inspection.suggest import unknown
 from fxquant.inspection.summary import summarize
 from fxquant.inspection.summary_text import render
 from fxquant.ir.graph import info
+from fxquant.pipeline.arguments import checked_call
 
 LEGEND = (
     "B batch, L length in tokens; scales, sizes, indexing stand in operands; fc1.y: y of site fc1"
@@ -137,6 +138,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
+@checked_call()
 def inspect(gm: GraphModule) -> Inspection:
     """The printouts of a graph that ``trace`` or ``convert`` made; TypeError for any other."""
     return Inspection(gm)

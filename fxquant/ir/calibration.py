@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+
+from fxquant.ir.counted import counted
 
 UNKNOWN, NOTHING = "unknown data", "nothing"
 
@@ -55,6 +58,11 @@ class Origin:
     spans: Spans
     command: str = ""
 
+    def words(self, windows: int) -> str:
+        """Such as "16 windows of 512 from builtin (calibration topics, grid)"."""
+        place = f"{self.source} ({self.split}, {self.sampler})"
+        return f"{counted(windows, 'window')} of {self.length} from {place}"
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -97,16 +105,17 @@ class CalibrationRecord:
 
     def words(self) -> str:
         """What was read, such as "16 windows of 512 from builtin (calibration topics, grid)"."""
-        origin = self.origin
-        if origin is not None:
-            place = f"{origin.source} ({origin.split}, {origin.sampler})"
-            return f"{self.windows} windows of {origin.length} from {place}"
+        if self.origin is not None:
+            return self.origin.words(self.windows)
         lengths = sorted({length for _, _, length in self.shapes})
-        length = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
-        return f"{self.windows} rows of {length} tokens of unknown text ({self.ids_hash[:23]})"
+        length = counted(lengths[-1], "token")
+        if len(lengths) > 1:
+            length = f"{lengths[0]} to {length}"
+        rows = counted(self.windows, "row")
+        return f"{rows} of {length} of unknown text ({self.ids_hash[:23]})"
 
-    def line(self) -> str:
-        """All of it but the hashes of single batches and runs, for under a table."""
+    def details(self) -> str:
+        """What ``words`` leaves out, but the hashes of single batches and runs."""
         origin = self.origin
         drawn = "seed and command unknown"
         if origin is not None:
@@ -115,9 +124,13 @@ class CalibrationRecord:
         versions = version_words(self.versions)
         command = f"; {origin.command}" if origin is not None and origin.command else ""
         return (
-            f"{self.words()}, {drawn}, {self.tokens} tokens {self.ids_hash[:23]}, read by {passes} "
-            f"in {self.dtype} on {self.device}; {versions}{command}"
+            f"{drawn}, {counted(self.tokens, 'token')} {self.ids_hash[:23]}, read by {passes} in "
+            f"{self.dtype} on {self.device}; {versions}{command}"
         )
+
+    def line(self) -> str:
+        """``words`` and ``details``, for under a table."""
+        return f"{self.words()}, {self.details()}"
 
     def brief(self) -> CalibrationRecord:
         """Without the hashes of single batches and runs: as results have it."""
@@ -125,7 +138,9 @@ class CalibrationRecord:
         named = (
             each
             if each.batches == count or not count
-            else replace(each, name=f"{each.name} (the first {each.batches} batches)")
+            else replace(
+                each, name=f"{each.name} (the first {counted(each.batches, 'batch', 'batches')})"
+            )
             for each in self.readings
         )
         return replace(self, readings=tuple(named), batch_hashes=(), runs="")
@@ -139,7 +154,28 @@ def calibration_words(found: Calibration) -> str:
     """What stands behind "calibrated on"."""
     if found is None:
         return UNKNOWN
-    return " and ".join(dict.fromkeys(record.words() for record in found)) or NOTHING
+    records = folded(found)
+    alike = Counter(record.words() for record in records)
+    return " and ".join(_told_apart(record, alike) for record in records) or NOTHING
+
+
+def folded(records: Iterable[CalibrationRecord]) -> tuple[CalibrationRecord, ...]:
+    """The records of the same token ids as one, with where they are from if any of them says it."""
+    found: dict[str, CalibrationRecord] = {}
+    for record in records:
+        old = found.setdefault(record.ids_hash, record)
+        known = record if old.origin is None else old
+        readings = dict.fromkeys((*old.readings, *record.readings))
+        found[record.ids_hash] = replace(known, readings=tuple(readings))
+    return tuple(found.values())
+
+
+def _told_apart(record: CalibrationRecord, alike: Counter[str]) -> str:
+    """Its words, with what tells it from other ids that have the same words."""
+    words = record.words()
+    if alike[words] == 1 or record.origin is None:
+        return words
+    return f"{words[:-1]}, seed {record.origin.seed}, {record.ids_hash[:23]})"
 
 
 def joined(found: Calibration, new: CalibrationRecord) -> Calibration:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from torch import Tensor
 
 from fxquant.ir.calibration import Calibration, Origin, Spans
-from fxquant.ir.token_runs import SURE, KnownRuns
+from fxquant.ir.token_runs import KnownRuns
 
 NOWHERE = Spans()
 
@@ -22,8 +22,8 @@ def seen_rows(
 
     ``places``: where the rows lie in a text, if that is known. In the same text, whatever it is
     called, by position: one token is enough, and where two tokenizers do not agree on it the whole
-    text counts. A copy inside another text, and rows or batches that came without a text, are told
-    by their runs (``KnownRuns.hold``), but for calibration texts named in ``by_place``.
+    text counts. Copies, and rows or batches that came without a text, are told by runs of tokens
+    (``KnownRuns.hold``), but for calibration texts named in ``by_place``.
     """
     found = (
         shared_rows(each.origin, each.runs, rows, places, by_place) for each in calibration or ()
@@ -46,9 +46,14 @@ def shared_rows(
     return found
 
 
-def can_tell(calibration: Calibration, rows: Iterable[Tensor], places: Spans = NOWHERE) -> bool:
+def can_tell(
+    calibration: Calibration,
+    rows: Sequence[Tensor],
+    places: Spans = NOWHERE,
+    by_place: Collection[str] = (),
+) -> bool:
     """Whether all that the rows share with the calibration is found: not where nothing says what it
-    read, nor, without a common text, in rows shorter than its own and than ``SURE`` tokens."""
+    read, nor, without a common text, where runs cannot tell (``KnownRuns.tell``)."""
     if calibration is None:
         return False
     texts = {text.text_hash for text in places.texts}
@@ -56,8 +61,9 @@ def can_tell(calibration: Calibration, rows: Iterable[Tensor], places: Spans = N
         drawn = NOWHERE if each.origin is None else each.origin.spans
         if texts and texts <= {text.text_hash for text in drawn.texts}:
             continue
-        longest = max((length for _, _, length in each.shapes), default=0)
-        if not each.runs or any(len(row) < min(SURE, longest) for row in rows):
+        if each.origin is not None and each.origin.source in by_place:
+            continue
+        if not KnownRuns.read(each.runs).tell(rows):
             return False
     return True
 
@@ -76,9 +82,9 @@ def _same_text(drawn: Spans, places: Spans) -> Iterator[int]:
 
 
 def _copied(drawn: Spans, known: KnownRuns, rows: Sequence[Tensor], places: Spans) -> Iterator[int]:
-    """``drawn``: texts in which positions decide."""
+    """``drawn``: texts in which positions decide first."""
     decided = {text.text_hash for text in drawn.texts}
     for index, row in enumerate(rows):
         hashes = {places.texts[text].text_hash for text, _, _ in places.spans[index:][:1]}
-        if not hashes & decided and known.hold(row):
+        if known.hold(row, same_text=bool(hashes & decided)):
             yield index

@@ -1,96 +1,123 @@
-"""Copied text told by its tokens: hashes of a few runs of each row, chosen by what they hold.
+"""Copied text told by its tokens: a run of them in common, compared by one byte a token.
 
-Schleimer et al. 2003, "Winnowing": of every WINDOW runs in a row the one with the least hash is
-kept, so that two rows that share SURE tokens in a row keep at least one in common, wherever it
-stands in either. A row too short for a run is kept whole, as one hash with its length.
+A record keeps, of each row that was read, a byte of the hash of every GRAM tokens in a row (its
+marks). n tokens in common are n - 3 marks in common: such a run is always found, wherever it stands
+in either row, and a run of n - 1 is taken for one of n with a chance of 2 in 256.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-LENGTH, WINDOW = 24, 16
-SURE = LENGTH + WINDOW - 1
-DIGITS = 12
-# Fewer tokens than these stand in many a text: they tell only a window that has little else.
+GRAM = 4
+# Honest texts share runs of up to 45 tokens (benchmarked texts and tokenizers: docs/evaluation.md).
+SURE = 64
+# Of rows shorter than twice as long, half counts, but no run below this unless it is all there is.
+LEAST = 32
+# Fewer tokens than these stand in many a text: nothing is said of them.
 FEWEST = 8
-# Of a window's runs, those that are known, or of a calibrated row's runs, those in one window.
-COPIED = 0.5
 _BASE = 6364136223846793005
 _MIX = -7046029254386353131
 
 
-def chosen_runs(row: Tensor) -> list[str]:
-    """Hashes (12 hexadecimal digits) of the chosen runs of a row int64 [T]; none below 24."""
-    hashes = _hashes(row, LENGTH)
-    if not len(hashes):
-        return []
-    least = hashes.unfold(0, min(WINDOW, len(hashes)), 1).amin(1)
-    return [f"{value:0{DIGITS}x}" for value in dict.fromkeys(least.tolist())]
+def run_needed(row: int, window: int, same_text: bool = False) -> int:
+    """Tokens in a row that make a window of ``window`` tokens a copy of a row of ``row`` tokens.
+
+    64; half of the shorter one where that has fewer than 128, but at least 32, or all of it. In one
+    text, where positions are compared first, half of the shorter one: what a text says twice by
+    itself is shorter, and of a row that is cut in two, one window has half.
+    """
+    shorter = min(row, window)
+    half = max(LEAST, (shorter + 1) // 2)
+    return min(shorter, half if same_text else min(SURE, half))
 
 
 def written_runs(row: Tensor) -> str:
-    """The row's chosen runs as a record keeps them, closed by a full stop; of a row of fewer than
-    24 tokens its length, a colon and the hash of all of it."""
-    if 0 < len(row) < LENGTH:
-        return f"{len(row)}:{int(_hashes(row, len(row))):0{DIGITS}x}."
-    return "".join(chosen_runs(row)) + "."
+    """The marks of a row int64 [T] as a record keeps them: two hexadecimal digits each, closed by a
+    full stop."""
+    return bytes(_marks(row).tolist()).hex() + "."
 
 
 @dataclass(frozen=True)
 class KnownRuns:
-    """What was calibrated on: ``rows`` of each run, ``sizes``: runs of each row; ``short``: hashes
-    of whole rows by their length. Records of fxquant 0.1.0 do not tell rows apart: no sizes."""
+    """The marks int64 [T - 3] of each row that was calibrated on; None where a record has none that
+    can be compared (fxquant 0.1.0)."""
 
-    rows: dict[int, list[int]]
-    sizes: tuple[int, ...]
-    short: dict[int, set[int]]
+    rows: tuple[Tensor, ...] | None
+    _hashed: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def read(cls, written: str) -> KnownRuns:
-        """Of the text of ``written_runs`` of each row, one behind the other."""
-        apart = "." in written
-        rows: dict[int, list[int]] = defaultdict(list)
-        short: dict[int, set[int]] = defaultdict(set)
-        sizes = []
-        for index, row in enumerate(written.removesuffix(".").split(".")):
-            length, whole, value = row.partition(":")
-            if whole:
-                short[int(length)].add(int(value, 16))
-            runs = [] if whole else [row[at : at + DIGITS] for at in range(0, len(row), DIGITS)]
-            for run in runs:
-                rows[int(run, 16)].append(index)
-            sizes.append(len(runs))
-        return cls(rows, tuple(sizes) if apart else (), short)
+        """Of the text of ``written_runs`` of each row, one behind the other.
 
-    def hold(self, row: Tensor) -> bool:
-        """Whether a row int64 [T] is a copy: more than half of its chosen runs are known, or it has
-        more than half of those of one calibrated row, or one that was kept whole."""
-        mine = chosen_runs(row)
-        if sum(int(run, 16) in self.rows for run in mine) > COPIED * len(mine):
-            return True
-        within = set(_hashes(row, LENGTH).tolist()) if self.sizes else set()
-        found = Counter(index for run in within & self.rows.keys() for index in self.rows[run])
-        if any(count > COPIED * self.sizes[index] for index, count in found.items()):
-            return True
-        return any(
-            not values.isdisjoint(_hashes(row, length).tolist())
-            for length, values in self.short.items()
-            if length >= FEWEST or length > COPIED * len(row)
+        Raises ValueError for what is none.
+        """
+        if not written.endswith("."):
+            bytes.fromhex(written)
+            return cls(None)
+        rows = (bytes.fromhex(each) for each in written[:-1].split("."))
+        return cls(tuple(torch.tensor(list(row), dtype=torch.int64) for row in rows))
+
+    def tell(self, rows: Sequence[Tensor]) -> bool:
+        """Whether all that rows int64 [T] have in common with these is found: not where one of
+        either is too short, or one of these repeats itself."""
+        if self.rows is None or any(len(row) < FEWEST for row in rows):
+            return False
+        return all(
+            len(marks) + GRAM > FEWEST
+            and 2 * len(marks.unique()) >= min(len(marks), SURE - GRAM + 1)
+            for marks in self.rows
         )
+
+    def hold(self, row: Tensor, same_text: bool = False) -> bool:
+        """Whether a row int64 [T] is a copy: it has ``run_needed`` tokens in a row in common with
+        one of these rows, at least half of whose grams differ (rulers and tables do not count).
+
+        ``same_text``: both are of one text, in which positions were compared.
+        """
+        if self.rows is None or len(row) < FEWEST:
+            return False
+        grams = _hashes(row, GRAM)
+        marks = grams & 255
+        lengths = {len(each) for each in self.rows if len(each) + GRAM > FEWEST}
+        return any(
+            self._found(grams, marks, length, needed - GRAM + 1)
+            for length in lengths
+            for needed in [run_needed(length + GRAM - 1, len(row), same_text)]
+            if not same_text or needed >= LEAST
+        )
+
+    def _found(self, grams: Tensor, marks: Tensor, length: int, needed: int) -> bool:
+        """Whether ``needed`` marks in a row are those of a row of ``length`` marks."""
+        mine = _hashes(marks, needed)
+        starts = torch.isin(mine, self._runs(length, needed)).nonzero()[:, 0]
+        if not len(starts):
+            return False
+        runs = grams.unfold(0, needed, 1)[starts].sort(1).values
+        different = (runs[:, 1:] != runs[:, :-1]).sum(1) + 1
+        return bool((2 * different >= needed).any())
+
+    def _runs(self, length: int, needed: int) -> Tensor:
+        """Hashes of all runs of ``needed`` marks in the rows of ``length`` marks."""
+        key = (length, needed)
+        if key not in self._hashed:
+            rows = [each for each in self.rows or () if len(each) == length]
+            self._hashed[key] = torch.cat([_hashes(each, needed) for each in rows]).unique()
+        return self._hashed[key]
+
+
+def _marks(row: Tensor) -> Tensor:
+    return _hashes(row, GRAM) & 255
 
 
 def _hashes(row: Tensor, length: int) -> Tensor:
-    """Of all runs of ``length`` tokens, int64 [T - length + 1], none of a shorter row."""
+    """Of all runs of ``length`` values, int64 [T - length + 1], none of a shorter row."""
     if len(row) < length:
         return row.new_empty(0)
-    powers = torch.empty(length, dtype=torch.int64)
-    powers[0] = 1
-    for index in range(1, length):
-        powers[index] = powers[index - 1] * _BASE  # int64 wraps around
+    powers = torch.full((length,), _BASE).cumprod(0)  # int64 wraps around
     hashes = ((row.unfold(0, length, 1) + 1) * powers).sum(1) * _MIX
-    return (hashes >> 16) & ((1 << 4 * DIGITS) - 1)
+    return (hashes >> 16) & ((1 << 48) - 1)

@@ -10,6 +10,7 @@ from typing import ClassVar
 from torch.fx import GraphModule
 
 from fxquant.errors import NoEffectError
+from fxquant.ir.counted import counted
 from fxquant.ir.graph import add_note
 from fxquant.pipeline.context import Context
 from fxquant.pipeline.pipeline import Pass
@@ -75,4 +76,4 @@ def _reasons(blocked: Mapping[str, list[str]]) -> str:
         for reason, places in list(blocked.items())[:_SHOWN]
     ]
     more = len(blocked) - len(shown)
-    return "; ".join(shown) + (f"; and {more} more reasons" if more else "")
+    return "; ".join(shown) + (f"; and {counted(more, 'more reason')}" if more else "")

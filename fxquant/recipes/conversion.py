@@ -13,6 +13,7 @@ from fxquant.files.doors import Location, as_path
 from fxquant.frontends.tracing import trace
 from fxquant.ir.graph import Level, info, lowered_already
 from fxquant.passes import Calibrate, Fp32Gemm, Integerize, NameSites, Observe, Quantize
+from fxquant.pipeline.arguments import checked_call
 from fxquant.pipeline.context import Context
 from fxquant.pipeline.pipeline import AfterPass, Pass, Pipeline
 from fxquant.pipeline.repair import Repair
@@ -24,6 +25,7 @@ from fxquant.schemes.scheme import Scheme, SchemeLike, as_scheme
 LEVELS = tuple(str(level) for level in Level)
 
 
+@checked_call(data="calibration", windows="calibration")
 def recipe(
     scheme: SchemeLike,
     *,
@@ -118,6 +120,9 @@ def _no_batches() -> CalibrationError:
     )
 
 
+@checked_call(
+    data="calibration", windows="calibration", dataset="calibration", calibration_data="calibration"
+)
 def convert(
     model: PreTrainedModel | GraphModule,
     scheme: SchemeLike,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import CalibrationError, DataError, FxquantError
+from fxquant.ir.counted import counted
 from fxquant.ir.graph import GraphInfo
 from fxquant.run.encodings import encoding
 
@@ -78,6 +79,6 @@ def check_ids(
             )
     if facts.max_positions is not None and ids.shape[1] > facts.max_positions:
         raise error(
-            f"{where}: rows of {ids.shape[1]} tokens, but the model has {facts.max_positions} "
-            "positions; cut shorter windows"
+            f"{where}: rows of {counted(ids.shape[1], 'token')}, but the model has "
+            f"{counted(facts.max_positions, 'position')}; cut shorter windows"
         )

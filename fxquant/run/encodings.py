@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fxquant.errors import CalibrationError, FxquantError
+from fxquant.ir.counted import counted
 
 TAKEN = ("input_ids", "attention_mask")
 # What tokenizers and collators put beside them; none of it changes a causal LM's logits.
@@ -49,7 +51,7 @@ def batches_of(
     One encoding, or one row of ids, is one batch; a tensor or array [N, L] is N windows, [N, b, L]
     N batches. Raises ``error`` for text, a tokenizer and whatever else is not iterable.
     """
-    if is_text(given):
+    if is_text(given) or isinstance(given, Path):
         raise text_refused(what, error)
     if isinstance(given, Mapping):
         return [given]
@@ -64,8 +66,10 @@ def batches_of(
     hint = ""
     if isinstance(given, PreTrainedTokenizerBase):
         hint = f"; what it makes of a text is: {what}=tokenizer(text, return_tensors='pt')"
-    elif hasattr(given, "calibration") and hasattr(given, "evaluation"):
-        hint = "; pass its .calibration or .evaluation"
+    elif hasattr(given, "batches") and hasattr(given, "evaluation"):
+        hint = f"; pass its .{'batches' if what == 'calibration' else 'evaluation'}"
+    elif hasattr(given, "tokenizer"):
+        hint = "; cut text with fxquant.windows(text, its .tokenizer)"
     raise error(
         f"{what} is a {type(given).__name__}, not an iterable of batches such as LongTensors "
         f"[batch, length]{hint}"
@@ -126,8 +130,9 @@ def _plain(value: Tensor, where: str, error: type[FxquantError]) -> Tensor:
 def _tensor(value: Any, where: str, error: type[FxquantError]) -> Tensor:
     if isinstance(value, list | tuple) and any(isinstance(each, Tensor) for each in value):
         raise error(
-            f"{where} is a list of {len(value)} tensors, whose axes nothing tells (a DataLoader "
-            "that collates lists gives them transposed): stack them to one tensor [batch, length]"
+            f"{where} is a list of {counted(len(value), 'tensor')}, whose axes nothing tells (a "
+            "DataLoader that collates lists gives them transposed): stack them to one tensor "
+            "[batch, length]"
         )
     if not isinstance(value, list | tuple | np.ndarray):
         raise error(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fxquant.errors import SchemeError
-from fxquant.files.doors import Location, as_path, parse_json, read_text
+from fxquant.files.doors import Location, as_path, kind_of, parse_json, read_text
 from fxquant.schemes.specs import FLOAT, SiteSpec
 from fxquant.schemes.spelling import (
     Options,
@@ -116,13 +116,19 @@ class Scheme:
         """The inverse of to_json; raises SchemeError."""
         try:
             data = parse_json(text, unique=True)
-            base, overrides = data["scheme"], data.get("overrides", {})
-            pairs = tuple(overrides.items())
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, TypeError) as error:
             raise _bad_json(f"{type(error).__name__}: {error}") from error
-        unknown = set(data) - {"scheme", "overrides"}
-        if unknown:
-            raise _bad_json(f"unknown keys {sorted(unknown)}")
+        if not isinstance(data, dict):
+            raise _bad_json(f"it is {kind_of(data)}, not an object")
+        unknown = sorted(set(data) - {"scheme", "overrides"})
+        if "scheme" not in data or unknown:
+            missing = [] if "scheme" in data else ["no key 'scheme'"]
+            strange = [f"unknown keys {unknown}"] if unknown else []
+            raise _bad_json(", ".join(missing + strange))
+        base, overrides = data["scheme"], data.get("overrides", {})
+        if not isinstance(overrides, dict):
+            raise _bad_json(f"overrides is {kind_of(overrides)}, not an object")
+        pairs = tuple(overrides.items())
         texts = (base, *(spec for _, spec in pairs))
         if not all(isinstance(each, str) and not each.lstrip().startswith("{") for each in texts):
             raise _bad_json("a scheme inside JSON is text such as 'w8'")
