@@ -59,10 +59,10 @@ def check_mask(
     wrong = mask[(mask != 0) & (mask != 1)]
     if wrong.numel():
         first = wrong[0].item()
-        ids = " (token ids?)" if not mask.is_floating_point() else ""
+        guess = " (token ids?)" if not mask.is_floating_point() else ""
         raise error(
             f"{where}: attention_mask must be 0 (padding) and 1, found {first} at {wrong.numel()} "
-            f"of {mask.numel()} places{ids}"
+            f"of {mask.numel()} places{guess}"
         )
 
 

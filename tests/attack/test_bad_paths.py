@@ -191,8 +191,8 @@ def test_no_file_where_one_is_needed(door: str, place: str, tmp_path: Path) -> N
 
 
 def test_paths_of_any_class_are_paths(tmp_path: Path) -> None:
-    for number, make in enumerate((str, Path, lambda path: Given(str(path)))):
-        place = make(tmp_path / str(number))
+    text, path, other = (str(tmp_path / name) for name in ("text", "path", "other"))
+    for place in (text, Path(path), Given(other)):
         fxquant.save(graph(), place)
         with torch.no_grad():
             assert torch.equal(fxquant.load(place)(IDS), graph()(IDS))

@@ -99,7 +99,7 @@ RIGHT: dict[str, Callable[[], Any]] = {
     "foreign bytes": lambda: IDS.numpy().astype(">i8"),
     "parameter": lambda: torch.nn.Parameter(IDS, requires_grad=False),
     "transposed": lambda: token_ids(8, 2).T, "one stored": lambda: torch.tensor([[3]]).expand(2, 8),
-    **{str(d): lambda d=d: IDS.to(d) for d in (torch.uint8, torch.uint16, torch.uint64)},
+    **{str(d): functools.partial(IDS.to, d) for d in (torch.uint8, torch.uint16, torch.uint64)},
 }  # fmt: skip
 
 
