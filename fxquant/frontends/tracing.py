@@ -18,7 +18,11 @@ from torch.fx import GraphModule
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
-from transformers.utils.fx import HFTracer
+
+try:
+    from transformers.utils.fx import HFTracer
+except ImportError:
+    HFTracer = object
 
 from fxquant.errors import GraphError, ModelError, NonFiniteError, TracingError
 from fxquant.frontends.attention import registered
