@@ -6,7 +6,9 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
+import httpx
 from huggingface_hub import constants, get_session
+from transformers.utils import logging as hf_logging
 
 TIMEOUT = 3.0  # seconds for a connection; a download that has begun may take any time
 
@@ -22,7 +24,7 @@ def hub_is_reachable() -> bool:
     """
     try:
         get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
-    except OSError:  # what requests raises
+    except (OSError, httpx.HTTPError, httpx.InvalidURL):  # of huggingface_hub 0 and 1
         return False
     return True
 
@@ -43,3 +45,17 @@ def without_legacy_notice() -> Iterator[None]:
         yield
     finally:
         _FAST_LLAMA.removeFilter(applies)
+
+
+@contextlib.contextmanager
+def without_bars(applies: bool) -> Iterator[None]:
+    """Where it ``applies``, transformers shows no progress bar within the block: transformers 5
+    has one for weights that are read in a moment, on terminals and elsewhere."""
+    shown = hf_logging.is_progress_bar_enabled()
+    if applies:
+        hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if applies and shown:
+            hf_logging.enable_progress_bar()

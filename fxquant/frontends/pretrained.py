@@ -22,13 +22,14 @@ from transformers import (
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import cached_file
 
 from fxquant.errors import ModelError
 from fxquant.files.doors import check_regular, door, read_object, reason
-from fxquant.frontends.hub import without_legacy_notice
+from fxquant.frontends.hub import without_bars, without_legacy_notice
 from fxquant.frontends.model_config import CONFIG, check_config, check_config_file
 from fxquant.frontends.patching import exclusive, parameters_on_meta
 from fxquant.frontends.tokenizer_files import (
@@ -40,6 +41,7 @@ from fxquant.frontends.tokenizer_files import (
 )
 from fxquant.frontends.weight_files import stored_weights
 from fxquant.frontends.weight_names import check_names, match
+from fxquant.frontends.written_by_5 import restore_rope, tokenizer_arguments
 
 # What transformers raises on a file whose values it cannot use, besides reading errors.
 _BAD_FILES: Final = (
@@ -77,6 +79,7 @@ def read_config(
             str(source), revision=revision, local_files_only=offline, trust_remote_code=False
         )
     check_config(config, str(source))
+    restore_rope(config, str(source))
     return config
 
 
@@ -88,6 +91,7 @@ def read_tokenizer(
     Raises ModelError naming the file: damaged, or one that names files of elsewhere.
     """
     directory = Path(source)
+    own: Path | None = directory / TOKENIZER_CONFIG
     if directory.is_dir():
         check_files(directory)
         _check_there(directory)
@@ -97,14 +101,17 @@ def read_tokenizer(
         if fast and (directory / FULL).exists():
             _check_fast(directory / FULL)
     else:
-        _check_of_hub(str(source), revision, offline)
+        own = _check_of_hub(str(source), revision, offline)
+    arguments = tokenizer_arguments(own)
+    reader = AutoTokenizer if arguments is None else PreTrainedTokenizerFast
     with _reading(str(source), "tokenizer"), without_legacy_notice():
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer: Tokenizer = reader.from_pretrained(
             str(source),
             use_fast=fast,
             revision=revision,
             local_files_only=offline,
             trust_remote_code=False,
+            **(arguments or {}),
         )
         token_ids(tokenizer, "a")
     return tokenizer
@@ -140,9 +147,10 @@ def read_model(
     config = read_config(source, revision, offline=offline)
     if directory.is_dir():
         match(empty_model(config, str(source)), stored_weights(directory), directory)
-    with _reading(str(source), "weights"):
+    with _reading(str(source), "weights"), without_bars(directory.is_dir()):
         model, loading = AutoModelForCausalLM.from_pretrained(
             str(source),
+            config=config,
             revision=revision,
             dtype=dtype,
             output_loading_info=True,
@@ -196,8 +204,12 @@ def check_files(directory: Path) -> None:
             read_object(directory / name, ModelError)
 
 
-def _check_of_hub(name: str, revision: str | None, offline: bool) -> None:
-    """What ``check_tokenizer_files`` does, of the files of a hub model, which come to the cache."""
+def _check_of_hub(name: str, revision: str | None, offline: bool) -> Path | None:
+    """What ``check_tokenizer_files`` does, of the files of a hub model, which come to the cache.
+
+    The path of its tokenizer_config.json, if it has one.
+    """
+    read: dict[str, Path] = {}
     for file in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
         with _reading(name, "tokenizer"):
             found = cached_file(
@@ -208,7 +220,9 @@ def _check_of_hub(name: str, revision: str | None, offline: bool) -> None:
                 _raise_exceptions_for_missing_entries=False,
             )
         if found is not None:
-            check_tokenizer_config(Path(found))
+            read[file] = Path(found)
+            check_tokenizer_config(read[file])
+    return read.get(TOKENIZER_CONFIG)
 
 
 def _check_there(directory: Path) -> None:

@@ -30,6 +30,10 @@ _FLAGS: Final = frozenset(
         *("split_special_tokens", "legacy", "do_lower_case"),
     }
 )
+# The last are what transformers 5 calls those without a class of their own.
+_CLASSES: Final = (
+    "Tokenizer", "TokenizerFast", "TokenizersBackend", "PythonBackend", "SentencePieceBackend",
+)  # fmt: skip
 _TOKENS: Final = frozenset(
     f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 )
@@ -73,7 +77,7 @@ def check_tokenizer_class(path: Path, name: object) -> None:
     if not isinstance(name, str) or not name:
         raise ModelError(f"{path}: tokenizer_class must be a class's name, got {kind_of(name)}")
     known = name in dir(transformers) or f"{name}Fast" in dir(transformers)
-    if known and not name.endswith(("Tokenizer", "TokenizerFast")):
+    if known and not name.endswith(_CLASSES):
         raise ModelError(f"{path}: tokenizer_class {printable(name)[:60]!r} is no tokenizer")
 
 
