@@ -13,7 +13,11 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.utils.fx import HFTracer
+
+try:
+    from transformers.utils.fx import HFTracer
+except ImportError:
+    HFTracer = None
 
 import fxquant
 from fxquant.errors import ModelError, NonFiniteError, TracingError
