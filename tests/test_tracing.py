@@ -222,7 +222,7 @@ def test_failures_name_the_module_and_change_nothing(
     model = build()
     mixed_modes(model)
     with unchanged(model), pytest.raises(error, match=message):
-        fxquant.trace(model)
+        fxquant.trace(model, frontend="hf")
 
 
 @pytest.mark.parametrize("build", [opt, llama])
