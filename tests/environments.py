@@ -7,9 +7,10 @@ the two can do is marked with a name of this file.
 
 from __future__ import annotations
 
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import pytest
+import torch
 import transformers
 
 TRANSFORMERS_5: Final = int(transformers.__version__.partition(".")[0]) >= 5
@@ -20,6 +21,19 @@ T = TypeVar("T")
 def by_version(four: T, five: T) -> T:
     """What is expected under transformers 4.57 and under 5, where they differ."""
     return five if TRANSFORMERS_5 else four
+
+
+def patched_by_hf_tracer() -> dict[str, Any]:
+    """What the Hugging Face fx tracer replaces while it traces, by name; nothing under 5."""
+    if TRANSFORMERS_5:
+        return {}
+    from transformers.utils import fx
+
+    names = fx.HFTracer._TORCH_METHODS_TO_PATCH
+    return {
+        **{f"torch.{name}": getattr(torch, name) for name in names},
+        "tracer": fx._CURRENT_TRACER,
+    }
 
 
 # Numerics, spelling, pages and figures: nothing here reads, traces, converts or runs a model.

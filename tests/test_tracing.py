@@ -14,11 +14,6 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-try:
-    from transformers.utils.fx import HFTracer
-except ImportError:
-    HFTracer = None
-
 import fxquant
 from fxquant.errors import ModelError, NonFiniteError, TracingError
 from fxquant.ir.graph import info
@@ -34,6 +29,7 @@ from tests.architectures import (
     padding_mask,
     token_ids,
 )
+from tests.environments import patched_by_hf_tracer
 
 # Our attention sums in another order than eager attention or sdpa with grouped heads do: about
 # ten roundings of 2^-24 on the way to logits of size 10. A wrong mask changes them by half.
@@ -150,7 +146,7 @@ def state(model: PreTrainedModel) -> dict[str, Any]:
             for name, t in tensors.items()
         },
         "bytes": {name: t.detach().clone() for name, t in model.state_dict().items()},
-        "torch": {name: getattr(torch, name) for name in HFTracer._TORCH_METHODS_TO_PATCH},
+        "torch": patched_by_hf_tracer(),
         "registries": [
             dict(r._global_mapping) for r in (AttentionInterface, AttentionMaskInterface)
         ],

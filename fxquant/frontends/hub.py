@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator
 
@@ -12,8 +13,21 @@ from transformers.utils import logging as hf_logging
 
 TIMEOUT = 3.0  # seconds for a connection; a download that has begun may take any time
 
-_LEGACY = "You are using the default legacy behaviour of the "
-_FAST_LLAMA = logging.getLogger("transformers.models.llama.tokenization_llama_fast")
+# (logger, beginning): notices that do not apply. ``legacy`` is a choice of slow Llama tokenizers,
+# which have their own logger: a tokenizer.json or a GGUF file says by itself what the fast one
+# does. The class is one of transformers 5, which 4.57 has under another name.
+_NOTICES = (
+    (
+        "transformers.models.llama.tokenization_llama_fast",
+        "You are using the default legacy behaviour of the ",
+    ),
+    (
+        "transformers.tokenization_utils_base",
+        "The tokenizer class you load from this checkpoint is not the same type as the class this "
+        "function is called from. It may result in unexpected tokenization. \n"
+        "The tokenizer class you load from this checkpoint is 'TokenizersBackend'. ",
+    ),
+)
 
 
 def hub_is_reachable() -> bool:
@@ -30,21 +44,19 @@ def hub_is_reachable() -> bool:
 
 
 @contextlib.contextmanager
-def without_legacy_notice() -> Iterator[None]:
-    """Within the block, fast Llama tokenizers do not speak of ``legacy``.
-
-    It is a choice of the slow ones, which have their own logger: a tokenizer.json or a GGUF file
-    says by itself what the fast one does.
-    """
-
-    def applies(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(_LEGACY)
-
-    _FAST_LLAMA.addFilter(applies)
-    try:
+def without_notices() -> Iterator[None]:
+    """Within the block, transformers does not say of tokenizers what does not apply."""
+    with contextlib.ExitStack() as stack:
+        for name, beginning in _NOTICES:
+            logger = logging.getLogger(name)
+            applies = functools.partial(_applies, beginning)
+            logger.addFilter(applies)
+            stack.callback(logger.removeFilter, applies)
         yield
-    finally:
-        _FAST_LLAMA.removeFilter(applies)
+
+
+def _applies(beginning: str, record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(beginning)
 
 
 @contextlib.contextmanager

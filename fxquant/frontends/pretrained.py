@@ -8,11 +8,13 @@ ModelError of one sentence.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from tokenizers import Tokenizer as FastTokenizer
 from torch import Tensor
@@ -29,7 +31,7 @@ from transformers.utils import cached_file
 
 from fxquant.errors import ModelError
 from fxquant.files.doors import check_regular, door, read_object, reason
-from fxquant.frontends.hub import without_bars, without_legacy_notice
+from fxquant.frontends.hub import without_bars, without_notices
 from fxquant.frontends.model_config import CONFIG, check_config, check_config_file
 from fxquant.frontends.patching import exclusive, parameters_on_meta
 from fxquant.frontends.tokenizer_files import (
@@ -48,6 +50,7 @@ _BAD_FILES: Final = (
     OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError,
     ImportError, RuntimeError, MemoryError, SafetensorError,
 )  # fmt: skip
+_GGUF: Final = getattr(transformers, "GgufConfig", None)
 _CUSTOM: Final = "custom code"  # in transformers' error where it would have to run some
 _JSON: Final = (
     "generation_config.json",
@@ -104,7 +107,7 @@ def read_tokenizer(
         own = _check_of_hub(str(source), revision, offline)
     arguments = tokenizer_arguments(own)
     reader = AutoTokenizer if arguments is None else PreTrainedTokenizerFast
-    with _reading(str(source), "tokenizer"), without_legacy_notice():
+    with _reading(str(source), "tokenizer"), without_notices():
         tokenizer: Tokenizer = reader.from_pretrained(
             str(source),
             use_fast=fast,
@@ -185,12 +188,27 @@ def read_gguf(file: Path) -> tuple[PreTrainedModel, Tokenizer]:
     """Model (float32) and tokenizer of a GGUF file. Raises ModelError naming it."""
     check_regular(file, ModelError)
     folder, name = str(file.parent), file.name
-    with _reading(str(file), "GGUF"), without_legacy_notice():
+    # transformers 5 may leave the weights packed, for kernels that it takes from the hub.
+    options = {"quantization_config": _GGUF(dequantize=True)} if _GGUF is not None else {}
+    with _reading(str(file), "GGUF"), without_notices():
         model = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=name, dtype=torch.float32, trust_remote_code=False
+            folder, gguf_file=name, dtype=torch.float32, trust_remote_code=False, **options
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
-    return model, tokenizer
+    return _plain(model, str(file)), tokenizer
+
+
+def _plain(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """The model without the mark of what it was read from, which forbids to save it."""
+    if getattr(model, "hf_quantizer", None) is None:
+        return model
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    plain = empty_model(config, name, torch.float32)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    return plain.eval()
 
 
 def check_files(directory: Path) -> None:
