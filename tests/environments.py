@@ -52,10 +52,16 @@ NO_MODEL: Final = (
     "test_study.py",
 )
 
+# Pages that print graphs with the nodes of the Hugging Face tracer; run in both, compared in one.
+PRINT_HF_GRAPHS: Final = ("saving.md", "writing_a_pass.md")
+
 needs_hf_tracer = pytest.mark.skipif(
     TRANSFORMERS_5, reason="of the Hugging Face fx tracer, which ended with transformers 4.57"
 )
-
+# The two front ends name nodes differently, and the recorder has fewer of them.
+prints_hf_graph = pytest.mark.skipif(
+    TRANSFORMERS_5, reason="its golden shows the nodes of the Hugging Face tracer's graph"
+)
 reads_its_own = pytest.mark.skipif(
     TRANSFORMERS_5, reason="transformers 5 reads what it writes; 4.57 has to be helped"
 )
