@@ -65,7 +65,7 @@ def randomize(model: nn.Module, seed: int) -> None:
             if parameter.dim() < 2:
                 parameter.add_(0.3 * normal(parameter))
             else:
-                inputs = parameter.shape[0 if isinstance(module, Conv1D) else 1]
+                inputs = parameter.shape[0 if isinstance(module, Conv1D) else -1]
                 scale = 1.0 if isinstance(module, nn.Embedding) else 1 / math.sqrt(inputs)
                 parameter.copy_(scale * normal(parameter))
 
