@@ -68,7 +68,7 @@ def _check_complete(
         and (name in learned or not _any(optional, name))
     ]
     buffers = {name for name, _ in model.named_buffers()}
-    ignored = [_NO_WEIGHT, *_patterns(model._keys_to_ignore_on_load_unexpected)]
+    ignored = _patterns(model._keys_to_ignore_on_load_unexpected)
     ignored += [each for each in _COMPUTED if any(re.search(each, name) for name in buffers)]
     targets = {**{key: (name,) for key, name in names.items()}, **made}
     unexpected = [
@@ -89,6 +89,7 @@ def _any(patterns: list[str], name: str) -> bool:
 
 def check_names(where: str, missing: list[str], unexpected: list[str]) -> None:
     """Raise ModelError for weights that a checkpoint lacks, or holds beyond the model's."""
+    unexpected = [name for name in unexpected if not re.search(_NO_WEIGHT, name)]
     if missing:
         raise ModelError(
             f"{where} lacks weights of its model, which would stay random: {listed(missing)}"
