@@ -32,7 +32,7 @@ from tests.models import small_opt
 # transformers 5 scales Gemma 2's embedding in its own class, 4.57 behind it.
 _GEMMA2 = by_version("neither a linear nor an embedding", "otherwise than by an embedding module")
 # What stands between the blocks and the stream, and where the error must point.
-REASONS = {
+REASONS: dict[str, str] = {
     "opt-post-layernorm": "does not read the stream that the token embedding starts",
     **{name: _GEMMA2 for name in ("gemma2-sdpa", "gemma2-eager") if name in ARCHITECTURES},
     "gemma3": "otherwise than by an embedding module",

@@ -37,7 +37,7 @@ def write(folder: Path, model_type: str, name: str, rope: Any, **more: Any) -> P
 
 def frequencies(theta: float, width: int) -> torch.Tensor:
     """What rotary embeddings are by definition: theta^(-2i / width)."""
-    return theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    return torch.tensor(theta).double() ** (-torch.arange(0, width, 2).double() / width)
 
 
 def found_frequencies(folder: Path, buffer: str) -> torch.Tensor:
@@ -87,7 +87,7 @@ def test_layers_of_two_kinds_have_each_its_own(tmp_path: Path) -> None:
 
 def test_a_scaled_model_computes_the_same_either_way(tmp_path: Path) -> None:
     """Fields of 4.57 against those of 5, through files, in memory and streamed."""
-    old = {"rope_theta": 77.0, "rope_scaling": LLAMA3}
+    old: dict[str, Any] = {"rope_theta": 77.0, "rope_scaling": LLAMA3}
     model = llama(**old)
     model.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
