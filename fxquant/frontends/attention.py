@@ -1,7 +1,7 @@
-"""An attention and a mask function that the HF fx tracer can follow, registered while tracing.
+"""An attention and a mask function that both front ends can follow, registered while tracing.
 
-transformers builds masks with torch.vmap over tensors, which Proxies cannot pass. The official
-registries take other functions; ours evaluate the same mask by broadcasting index tensors.
+transformers builds masks with torch.vmap over tensors, which no front end can see through. The
+official registries take other functions; ours evaluate the same mask by broadcasting index tensors.
 """
 
 from __future__ import annotations
@@ -18,24 +18,30 @@ NAME = "fxquant"
 
 
 def traceable_mask(
+    *,
     batch_size: Any,
-    cache_position: Tensor,
     kv_length: Any,
+    mask_function: Callable[..., Tensor],
+    attention_mask: Tensor,
+    cache_position: Tensor | None = None,
+    q_length: Any = None,
+    q_offset: Any = 0,
     kv_offset: Any = 0,
-    mask_function: Callable[..., Tensor] | None = None,
-    attention_mask: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
-    """Boolean [batch, 1, queries, keys], True where a query attends."""
-    assert mask_function is not None
-    device = cache_position.device
+    """Boolean [batch, 1, queries, keys], True where a query attends.
+
+    Queries stand at ``cache_position`` (transformers 4) or at ``q_length`` places from ``q_offset``
+    on (5).
+    """
+    device = attention_mask.device
     batch = torch.arange(batch_size, device=device)[:, None, None, None]
     head = torch.arange(1, device=device)[None, :, None, None]
+    if cache_position is None:
+        cache_position = torch.arange(q_length, device=device) + q_offset
     keys = (torch.arange(kv_length, device=device) + kv_offset)[None, None, None, :]
     mask = mask_function(batch, head, cache_position[None, None, :, None], keys)
-    if attention_mask is not None:
-        mask = mask & attention_mask[:, None, None, :].to(torch.bool)
-    return mask
+    return mask & attention_mask[:, None, None, :].to(torch.bool)
 
 
 def _repeat_heads(x: Tensor, groups: int) -> Tensor:
@@ -49,6 +55,7 @@ def attention_like(implementation: str | None) -> Callable[..., tuple[Tensor, No
     """An attention function equal to transformers' ``implementation`` in what it computes.
 
     "sdpa" ignores ``softcap`` (Gemma 2), the others apply it; so does the returned function.
+    ``s_aux`` (GPT-OSS): a score for each head that takes part in the softmax and weighs nothing.
     """
 
     def attention(
@@ -60,6 +67,7 @@ def attention_like(implementation: str | None) -> Callable[..., tuple[Tensor, No
         dropout: float = 0.0,
         scaling: float | None = None,
         softcap: float | None = None,
+        s_aux: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         groups = getattr(module, "num_key_value_groups", 1)
@@ -67,8 +75,10 @@ def attention_like(implementation: str | None) -> Callable[..., tuple[Tensor, No
             key, value = _repeat_heads(key, groups), _repeat_heads(value, groups)
         # OPT's own mask is one column too long under a tracer.
         attention_mask = attention_mask[:, :, :, : key.shape[-2]]
-        if softcap is not None and implementation != "sdpa":
-            out = _softcapped(query, key, value, attention_mask, scaling, softcap)
+        softcap = None if implementation == "sdpa" else softcap
+        if softcap is not None or s_aux is not None:
+            scores = _scores(query, key, attention_mask, scaling, softcap)
+            out = torch.matmul(_shares(scores, s_aux).to(query.dtype), value)
         else:
             out = nn.functional.scaled_dot_product_attention(
                 query, key, value, attn_mask=attention_mask, scale=scaling
@@ -78,14 +88,25 @@ def attention_like(implementation: str | None) -> Callable[..., tuple[Tensor, No
     return attention
 
 
-def _softcapped(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, softcap: float
+def _scores(
+    query: Tensor, key: Tensor, mask: Tensor, scaling: float | None, softcap: float | None
 ) -> Tensor:
+    """float32 [batch, heads, queries, keys]."""
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    scores = torch.tanh(torch.matmul(query, key.transpose(2, 3)) * scale / softcap) * softcap
+    scores = torch.matmul(query, key.transpose(2, 3)) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     # The lowest finite number, not -inf: a row of padding must not become NaN.
-    scores = scores.float().masked_fill(torch.logical_not(mask), torch.finfo(torch.float32).min)
-    return torch.matmul(torch.softmax(scores, dim=-1).to(query.dtype), value)
+    return scores.float().masked_fill(torch.logical_not(mask), torch.finfo(torch.float32).min)
+
+
+def _shares(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax over the keys, and over the head's sink [heads], which is left out."""
+    if sinks is None:
+        return torch.softmax(scores, dim=-1)
+    column = sinks.reshape(1, -1, 1, 1).to(scores.dtype)
+    column = column.expand(scores.shape[0], scores.shape[1], scores.shape[2], 1)
+    return torch.softmax(torch.cat((scores, column), dim=-1), dim=-1)[..., :-1]
 
 
 @contextlib.contextmanager

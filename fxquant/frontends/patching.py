@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 import os
 import threading
@@ -18,11 +19,14 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.fx._symbolic_trace as symbolic
-import transformers.modeling_utils
-import transformers.utils.fx
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.utils.fx import HFTracer
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+try:
+    import transformers.utils.fx as hf_fx
+    from transformers.modeling_attn_mask_utils import AttentionMaskConverter
+except ImportError:  # transformers 5 has no tracer, and all its masks come from the registry
+    hf_fx = None
 
 LOCK = threading.RLock()
 # A child forked in the middle of a trace would keep the patches and wait for ever.
@@ -32,13 +36,17 @@ _PATCHED: tuple[tuple[Any, str], ...] = (
     (nn.Module, "__call__"),
     (nn.Module, "__getattr__"),
     (nn.Module, "register_parameter"),
-    *((torch, name) for name in HFTracer._TORCH_METHODS_TO_PATCH),
     (symbolic, "_is_fx_tracing_flag"),
     (symbolic, "_new_patcher"),
     (symbolic, "CURRENT_PATCHER"),
-    (transformers.utils.fx, "_CURRENT_TRACER"),
-    (transformers.modeling_utils, "_init_weights"),
+    (PreTrainedModel, "init_weights"),
 )
+if hf_fx is not None:
+    _PATCHED += (
+        *((torch, name) for name in hf_fx.HFTracer._TORCH_METHODS_TO_PATCH),
+        (hf_fx, "_CURRENT_TRACER"),
+        (AttentionMaskConverter, "_ignore_causal_mask_sdpa"),
+    )
 
 
 _REGISTRIES = (AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping)
@@ -48,17 +56,17 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class _Flag:
-    """A flag that is ``here`` in the thread that made it and the opposite in all others."""
+class _HereOnly:
+    """A flag that is true in the thread that made it and false in all others."""
 
-    def __init__(self, here: bool) -> None:
-        self._here, self._thread = here, threading.get_ident()
+    def __init__(self) -> None:
+        self._thread = threading.get_ident()
 
     def __bool__(self) -> bool:
-        return self._here == (threading.get_ident() == self._thread)
+        return threading.get_ident() == self._thread
 
 
-def _for_this_thread(new: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+def for_this_thread(new: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
     """``new`` in the calling thread, ``original`` in all others, even after it is put back."""
     thread = threading.get_ident()
 
@@ -76,7 +84,7 @@ class _Patcher(symbolic._Patcher):
     def patch_method(
         self, cls: type, name: str, new_fn: Callable[..., Any], deduplicate: bool = True
     ) -> None:
-        ours = _for_this_thread(new_fn, getattr(cls, name))
+        ours = for_this_thread(new_fn, getattr(cls, name))
         super().patch_method(cls, name, ours, deduplicate)
 
     def revert(self) -> None:
@@ -87,7 +95,7 @@ class _Patcher(symbolic._Patcher):
 
 
 def _putting_back() -> Callable[[], None]:
-    before = [(owner, name, getattr(owner, name)) for owner, name in _PATCHED]
+    before = [(owner, name, inspect.getattr_static(owner, name)) for owner, name in _PATCHED]
     registered = [(registry, set(registry)) for registry in _REGISTRIES]
     level = _LOGGER.level
 
@@ -133,13 +141,13 @@ def tracing() -> Iterator[None]:
         patcher = _Patcher()
         made.append(patcher)
         symbolic.CURRENT_PATCHER = patcher
-        symbolic._is_fx_tracing_flag = _Flag(True)  # type: ignore[assignment]
+        symbolic._is_fx_tracing_flag = _HereOnly()  # type: ignore[assignment]
         try:
             yield patcher
         finally:
             patcher.revert()
 
-    symbolic._new_patcher = _for_this_thread(new_patcher, symbolic._new_patcher)
+    symbolic._new_patcher = for_this_thread(new_patcher, symbolic._new_patcher)
     _LOGGER.setLevel(logging.ERROR)  # it warns of what transformers' tracer does
     try:
         yield
@@ -149,9 +157,27 @@ def tracing() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def no_mask_left_out() -> Iterator[None]:
+    """In an ``exclusive`` function: models of this thread make their masks whatever these hold.
+
+    transformers 4 leaves a mask out where no token is padding, which only values tell.
+    """
+    if hf_fx is None:
+        yield
+        return
+    original = inspect.getattr_static(AttentionMaskConverter, "_ignore_causal_mask_sdpa")
+    ours = for_this_thread(lambda *_, **__: False, original.__func__)
+    AttentionMaskConverter._ignore_causal_mask_sdpa = staticmethod(ours)
+    try:
+        yield
+    finally:
+        AttentionMaskConverter._ignore_causal_mask_sdpa = original
+
+
+@contextlib.contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """In an ``exclusive`` function: modules that this thread builds have their parameters on meta,
-    unset, and real buffers."""
+    unset, and real buffers; models are not tied yet."""
 
     def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         original(module, name, parameter)
@@ -159,10 +185,14 @@ def parameters_on_meta() -> Iterator[None]:
             stand_in = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
             module._parameters[name] = stand_in
 
-    original = nn.Module.register_parameter
-    nn.Module.register_parameter = _for_this_thread(register, original)  # type: ignore[method-assign]
-    transformers.modeling_utils._init_weights = _Flag(False)
+    def leave(model: PreTrainedModel) -> None:
+        """Nothing to start with: the weights come from files."""
+
+    original, init = nn.Module.register_parameter, PreTrainedModel.init_weights
+    nn.Module.register_parameter = for_this_thread(register, original)  # type: ignore[method-assign]
+    PreTrainedModel.init_weights = for_this_thread(leave, init)
     try:
         yield
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
+        PreTrainedModel.init_weights = init
