@@ -1,9 +1,10 @@
-"""The traced graph beside the model it was traced from, and where they part."""
+"""The user's own model, run on probes of several shapes, and the traced graph beside it."""
 
 from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,46 +14,123 @@ from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
 from fxquant.errors import ModelError, NonFiniteError, TracingError
-from fxquant.ir.graph import device_of, float_dtype
-from fxquant.run.probe import Probe, relative_difference
+from fxquant.ir.graph import GraphInfo
+from fxquant.run.batched import run_batches
+from fxquant.run.probe import relative_difference
 
 TESTED_TRANSFORMERS = "4.57.6"
+_LONG = 67  # tokens: beyond the chunks of 64 that some architectures loop over
 
 
-def compare_with_eager(gm: GraphModule, eager: PreTrainedModel) -> None:
-    """Logits on a batch of another shape than the traced one, padded left and right."""
-    facts = gm.meta["fxquant"]
-    length = min(13, facts.max_positions or 13)
-    probe = Probe.random(facts.vocab_size, device_of(gm), batch=3, length=length)
-    inputs = {"input_ids": probe.input_ids, "attention_mask": probe.attention_mask}
-    with torch.no_grad():
-        expected = probe.attended(eager(**inputs, use_cache=False, return_dict=True).logits)
-        found = probe.attended(gm(**inputs))
-    if not bool(torch.isfinite(expected).all()):
-        raise NonFiniteError(
-            f"{_first_bad_leaf(eager, inputs)}: the float model itself computes NaN or infinity "
-            "here on a probe batch; it overflows its dtype or its weights are damaged"
+@dataclass(frozen=True)
+class OracleProbe:
+    """Token ids int64 [B, L] and a mask of 0 and 1, None for a call without one."""
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        given = {"input_ids": self.input_ids}
+        if self.attention_mask is not None:
+            given["attention_mask"] = self.attention_mask
+        return given
+
+    def attended(self, values: Tensor) -> Tensor:
+        """Rows [tokens, ...] of [B, L, ...] that are not padding."""
+        if self.attention_mask is None:
+            return values.flatten(0, 1)
+        return values[self.attention_mask.bool()]
+
+    def __str__(self) -> str:
+        shape = list(self.input_ids.shape)
+        if self.attention_mask is None:
+            return f"token ids {shape} without a mask"
+        padded = "a padded" if bool((self.attention_mask == 0).any()) else "an"
+        return f"token ids {shape} with {padded} attention mask"
+
+
+def oracle_probes(facts: GraphInfo, device: torch.device) -> tuple[OracleProbe, ...]:
+    """Four rows padded left, not (twice, alike but for the last token) and right; one row padded
+    left; one token; one long row without a mask: 127 tokens, 4 forwards of the model."""
+    most = facts.max_positions or _LONG
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(batch: int, length: int) -> Tensor:
+        length = min(length, most)
+        return torch.randint(
+            facts.vocab_size, (batch, length), generator=generator, dtype=torch.int64
         )
-    difference = relative_difference(expected, found)
-    allowed = max(1e-5, 4 * torch.finfo(float_dtype(gm)).eps)
-    if difference > allowed:
-        raise TracingError(
-            f"the traced graph of {type(eager).__name__} disagrees with the eager model: relative "
-            f"logit difference {difference:.3g} (at most {allowed:.3g}), first at module "
-            f"{_first_difference(gm, eager, inputs, allowed)}. Versions: transformers "
-            f"{transformers.__version__} (tested {TESTED_TRANSFORMERS}), torch "
-            f"{importlib.metadata.version('torch')}"
-        )
-    _check_causal(gm, inputs, type(eager).__name__)
+
+    def masked(tokens: Tensor, left: int, right: int) -> OracleProbe:
+        mask = torch.ones_like(tokens)
+        if tokens.shape[1] > left + right:
+            mask[0, :left] = 0
+            mask[-1, tokens.shape[1] - right :] = 0
+        return OracleProbe(tokens.to(device), mask.to(device))
+
+    several = ids(4, 13)
+    several[2] = several[1]
+    several[2, -1] = (several[1, -1] + 1) % facts.vocab_size
+    return (
+        masked(several, 4, 3),
+        masked(ids(1, 7), 2, 0),
+        masked(ids(1, 1), 0, 0),
+        OracleProbe(ids(1, _LONG).to(device), None),
+    )
 
 
-def _check_causal(gm: GraphModule, inputs: dict[str, Tensor], name: str) -> None:
+@dataclass(frozen=True)
+class Oracle:
+    """What the user's model computes on each probe: logits of the attended tokens, [T, vocab]."""
+
+    model: PreTrainedModel
+    probes: tuple[OracleProbe, ...]
+    logits: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, facts: GraphInfo, device: torch.device) -> Oracle:
+        """Run ``model``, a copy in eval mode of the user's with all that acts on its function.
+
+        Raises ModelError (it does not run, or is not causal), NonFiniteError (NaN or infinity).
+        """
+        found = []
+        probes = oracle_probes(facts, device)
+        with torch.autocast(device.type, enabled=False), torch.no_grad():
+            for probe in probes:
+                found.append(probe.attended(_logits(model, probe)))
+                if not bool(torch.isfinite(found[-1]).all()):
+                    raise NonFiniteError(
+                        f"{_first_bad_leaf(model, probe)}: the float model itself computes NaN or "
+                        "infinity here on a probe batch; it overflows its dtype or its weights are "
+                        "damaged"
+                    )
+                if probe is probes[0]:
+                    _check_causal(found[0], probe, type(model).__name__)
+        return cls(model, probes, tuple(found))
+
+
+def _logits(model: PreTrainedModel, probe: OracleProbe) -> Tensor:
+    name, shape = type(model).__name__, tuple(probe.input_ids.shape)
+    try:
+        logits = model(**probe.inputs, use_cache=False, return_dict=True).logits
+    except Exception as error:
+        said = str(error).strip().splitlines() or [""]
+        raise ModelError(
+            f"{name} itself fails on {probe}, before anything is traced: {type(error).__name__}: "
+            f"{said[0]}; fxquant takes a model for which model(input_ids=..., attention_mask=..., "
+            "use_cache=False, return_dict=True).logits works"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.dim() != 3 or tuple(logits.shape[:2]) != shape:
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ModelError(f"{name}: logits [batch, length, vocab] expected for {probe}, got {got}")
+    return logits
+
+
+def _check_causal(logits: Tensor, probe: OracleProbe, name: str) -> None:
     """Another last token must not change what is predicted before it (BERT sees both sides)."""
-    ids, mask = inputs["input_ids"][:1], torch.ones_like(inputs["attention_mask"][:1])
-    changed = ids.clone()
-    changed[:, -1] = (changed[:, -1] + 1) % gm.meta["fxquant"].vocab_size
-    with torch.no_grad():
-        before, after = (gm(input_ids=i, attention_mask=mask)[:, :-1] for i in (ids, changed))
+    assert probe.attention_mask is not None
+    before, after = (rows[:-1] for rows in logits.split(probe.attention_mask.sum(1).tolist())[1:3])
     if before.numel() and relative_difference(before, after) > 1e-3:
         raise ModelError(
             f"{name} is not causal: a token changes the logits before it, so its loss would be no "
@@ -60,11 +138,44 @@ def _check_causal(gm: GraphModule, inputs: dict[str, Tensor], name: str) -> None
         )
 
 
+@torch.no_grad()
+def compare(gm: GraphModule, oracle: Oracle) -> None:
+    """Raise TracingError where the graph does not compute the model's logits at attended tokens,
+    naming the probe and the first module that differs."""
+    allowed = max(1e-5, 4 * torch.finfo(oracle.logits[0].dtype).eps)
+    name = type(oracle.model).__name__
+    with torch.autocast(oracle.probes[0].input_ids.device.type, enabled=False):
+        try:
+            results = list(run_batches(gm, [probe.inputs for probe in oracle.probes]))
+        except Exception as error:
+            said = str(error).strip().splitlines() or [""]
+            raise TracingError(
+                f"the traced graph of {name} does not run on other shapes than the traced one: "
+                f"{type(error).__name__}: {said[0]}. {_versions()}"
+            ) from error
+        for probe, expected, result in zip(oracle.probes, oracle.logits, results, strict=True):
+            difference = relative_difference(expected, probe.attended(result))
+            if difference > allowed:
+                where = _first_difference(gm, oracle.model, probe, allowed)
+                raise TracingError(
+                    f"the traced graph of {name} disagrees with the eager model: relative logit "
+                    f"difference {difference:.3g} (at most {allowed:.3g}) on {probe}, first at "
+                    f"module {where}. {_versions()}"
+                )
+
+
+def _versions() -> str:
+    return (
+        f"Versions: transformers {transformers.__version__} (tested {TESTED_TRANSFORMERS}), torch "
+        f"{importlib.metadata.version('torch')}"
+    )
+
+
 Outputs = dict[str, Tensor]
 
 
 @torch.no_grad()
-def _leaf_outputs(module: nn.Module, inputs: dict[str, Tensor]) -> Outputs:
+def _leaf_outputs(module: nn.Module, probe: OracleProbe, **more: Any) -> Outputs:
     """Output of each leaf module, in the order of their calls."""
     outputs: Outputs = {}
 
@@ -81,30 +192,29 @@ def _leaf_outputs(module: nn.Module, inputs: dict[str, Tensor]) -> Outputs:
         if not any(True for _ in leaf.children())
     ]
     try:
-        module(**inputs)
+        module(**probe.inputs, **more)
     finally:
         for handle in handles:
             handle.remove()
     return outputs
 
 
-def _first_bad_leaf(eager: nn.Module, inputs: dict[str, Tensor]) -> str:
-    outputs = _leaf_outputs(eager, {**inputs, "use_cache": False})  # type: ignore[dict-item]
+def _first_bad_leaf(eager: nn.Module, probe: OracleProbe) -> str:
+    outputs = _leaf_outputs(eager, probe, use_cache=False)
     bad = (name for name, value in outputs.items() if not bool(torch.isfinite(value).all()))
     return next(bad, "logits")
 
 
-def _first_difference(
-    gm: GraphModule, eager: nn.Module, inputs: dict[str, Tensor], allowed: float
-) -> str:
-    ours = _leaf_outputs(gm, inputs)
-    theirs = _leaf_outputs(eager, {**inputs, "use_cache": False})  # type: ignore[dict-item]
-    keep = inputs["attention_mask"].bool().reshape(-1)
+def _first_difference(gm: GraphModule, eager: nn.Module, probe: OracleProbe, allowed: float) -> str:
+    ours = _leaf_outputs(gm, probe)
+    theirs = _leaf_outputs(eager, probe, use_cache=False)
+    tokens = probe.input_ids.numel()
     for name, value in ours.items():
         if name in theirs and value.shape == theirs[name].shape:
             both = (theirs[name], value)
-            if value.shape[:-1].numel() == keep.numel():
-                both = tuple(v.reshape(keep.numel(), -1)[keep] for v in both)  # type: ignore[assignment]
+            if value.shape[:-1].numel() == tokens:
+                shape = (*probe.input_ids.shape, -1)
+                both = tuple(probe.attended(v.reshape(shape)) for v in both)  # type: ignore[assignment]
             if relative_difference(*both) > allowed:
                 return name
     return "the model's output (every leaf module agrees)"

@@ -22,16 +22,16 @@ from transformers.utils.fx import HFTracer
 
 from fxquant.errors import GraphError, ModelError, NonFiniteError, TracingError
 from fxquant.frontends.attention import registered
-from fxquant.frontends.comparison import TESTED_TRANSFORMERS, compare_with_eager
+from fxquant.frontends.comparison import TESTED_TRANSFORMERS, Oracle, compare
+from fxquant.frontends.handed_over import check_handed_over, own_copy
 from fxquant.frontends.patching import exclusive, tracing
 from fxquant.frontends.scoring import ScoringGraph
+from fxquant.frontends.settled import settle
 from fxquant.ir import leaves as own
 from fxquant.ir.functions import default_mask
 from fxquant.ir.graph import (
     GraphInfo,
     Tag,
-    clone_sharing_storage,
-    device_of,
     info,
     lowered_already,
     set_info,
@@ -39,7 +39,7 @@ from fxquant.ir.graph import (
 )
 from fxquant.ir.levels import verify
 from fxquant.ir.size import bytes_by_dtype
-from fxquant.ir.streamed import restream, streamed_tensors, unstreamed
+from fxquant.ir.streamed import restream, streamed_device, streamed_tensors, unstreamed
 
 # 4.52 scales OPT's attention twice (transformers issue 38277): perplexity 26 became 388418.
 BROKEN_TRANSFORMERS = ("4.52",)
@@ -116,10 +116,15 @@ def trace(model: PreTrainedModel) -> GraphModule:
     """
     _check_versions()
     _check_model(model)
-    copy = clone_sharing_storage(model).eval()
+    check_handed_over(model)
+    facts = _describe(model)
+    device = streamed_device(model) or model.device
+    oracle = Oracle.of(own_copy(model), facts, device)
+    copy = own_copy(model)
     sources = unstreamed(copy)  # a streamed model is traced on meta
+    settle(copy)
     gm = _symbolic(copy)
-    set_info(gm, _describe(model))
+    set_info(gm, facts)
     _drop_dropout(gm)
     _default_mask(gm)
     gm.graph.eliminate_dead_code()
@@ -127,8 +132,7 @@ def trace(model: PreTrainedModel) -> GraphModule:
     gm.recompile()
     restream(gm, sources)
     verify(gm, "trace")
-    with torch.autocast(device_of(gm).type, enabled=False):
-        compare_with_eager(gm, clone_sharing_storage(model).eval())
+    compare(gm, oracle)
     return gm
 
 
@@ -186,8 +190,7 @@ def _symbolic(copy: PreTrainedModel) -> GraphModule:
             where = tracer.failed_in or type(copy).__name__
             raise TracingError(
                 f"{type(copy).__name__} cannot be traced: module {where or 'the model itself'}: "
-                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}. "
-                "Data-dependent control flow (mixture-of-experts routing, say) has no static graph"
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             ) from error
     return _stripped(root, graph, type(copy).__name__)
 
@@ -247,7 +250,7 @@ def _describe(model: PreTrainedModel) -> GraphInfo:
     return GraphInfo(
         model=str(model.config._name_or_path or type(model).__name__),
         vocab_size=int(getattr(embedding, "num_embeddings", config.vocab_size)),
-        max_positions=getattr(config, "max_position_embeddings", None),
+        max_positions=_positive(getattr(config, "max_position_embeddings", None)),
         blocks=_decoder_blocks(model),
         head=_path_of(model, model.get_output_embeddings()),
         embeddings=_path_of(model, embedding),
@@ -257,6 +260,11 @@ def _describe(model: PreTrainedModel) -> GraphInfo:
         calibration=(),
         weights=getattr(model, WEIGHTS_WERE, ""),
     )
+
+
+def _positive(count: int | None) -> int | None:
+    """XLNet, which has no limit, says -1."""
+    return None if count is None or count < 1 else count
 
 
 def _decoder_blocks(model: nn.Module) -> tuple[str, ...]:
