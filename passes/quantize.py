@@ -75,7 +75,7 @@ class Quantize(Pass):
                 left.append(LeftInFloat(site.path, _why_float(site, context.scheme)))
                 continue
             if site.role == "embeddings":
-                records.append(_lower_embedding(gm, site, node, spec.weight, inputs))
+                records.append(_lower_embedding(gm, site, node, spec.weight))
             else:
                 records.append(_lower_linear(gm, site, node, spec, inputs))
         for node in list(gm.graph.nodes):
@@ -211,9 +211,7 @@ def _lower_linear(
     return SiteRecord(site.path, spell_site(spec), sqnr, **({} if static is None else vars(static)))
 
 
-def _lower_embedding(
-    gm: GraphModule, site: Site, node: Node, spec: TensorSpec, inputs: _Inputs
-) -> SiteRecord:
+def _lower_embedding(gm: GraphModule, site: Site, node: Node, spec: TensorSpec) -> SiteRecord:
     """Look up codes and their scales, then dequantize only the rows found."""
     weight, _ = linear_parameters(gm.get_submodule(site.path))
     codes = min_max_codes(weight, spec, site.path)
@@ -242,7 +240,5 @@ def _lower_embedding(
             name="y",
             is_output=True,
         )
-    if node in inputs.observers:  # a block without a first norm reads the embedding directly
-        inputs.observers[y] = inputs.observers.pop(node)
     builder.replace(node, y)
     return SiteRecord(site.path, spell_site(SiteSpec(spec)), sqnr)
