@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from fxquant.errors import ModelError, NonFiniteError, TracingError
 from fxquant.ir.graph import GraphInfo
 from fxquant.run.batched import run_batches
-from fxquant.run.probe import relative_difference
+from fxquant.run.probe import Probe, relative_difference
 
 TESTED_TRANSFORMERS = "4.57.6"
 _LONG = 67  # tokens: beyond the chunks of 64 that some architectures loop over
@@ -52,31 +52,30 @@ class OracleProbe:
 
 def oracle_probes(facts: GraphInfo, device: torch.device) -> tuple[OracleProbe, ...]:
     """Four rows padded left, not (twice, alike but for the last token) and right; one row padded
-    left; one token; one long row without a mask: 127 tokens, 4 forwards of the model."""
+    left; one token; one long row without a mask: 127 tokens in 4 forwards.
+
+    All are made of the same few tokens, at most 39.
+    """
     most = facts.max_positions or _LONG
-    generator = torch.Generator().manual_seed(0)
-
-    def ids(batch: int, length: int) -> Tensor:
-        length = min(length, most)
-        return torch.randint(
-            facts.vocab_size, (batch, length), generator=generator, dtype=torch.int64
-        )
-
-    def masked(tokens: Tensor, left: int, right: int) -> OracleProbe:
-        mask = torch.ones_like(tokens)
-        if tokens.shape[1] > left + right:
-            mask[0, :left] = 0
-            mask[-1, tokens.shape[1] - right :] = 0
-        return OracleProbe(tokens.to(device), mask.to(device))
-
-    several = ids(4, 13)
-    several[2] = several[1]
-    several[2, -1] = (several[1, -1] + 1) % facts.vocab_size
+    drawn = Probe.random(facts.vocab_size, device, batch=3, length=min(13, most))
+    left, middle, right = drawn.input_ids
+    other = middle.clone()
+    other[-1] = next((t for t in drawn.input_ids.flatten() if t != middle[-1]), 0)
+    order = torch.tensor([0, 1, 1, 2], device=device)
+    several = OracleProbe(
+        torch.stack([left, middle, other, right]), drawn.attention_mask.index_select(0, order)
+    )
+    stock = drawn.input_ids.flatten().repeat(2).flip(0)
+    short = stock[None, : min(7, most)]
+    mask = torch.ones_like(short)
+    if short.shape[1] > 2:
+        mask[0, :2] = 0
+    single = stock[None, :1]
     return (
-        masked(several, 4, 3),
-        masked(ids(1, 7), 2, 0),
-        masked(ids(1, 1), 0, 0),
-        OracleProbe(ids(1, _LONG).to(device), None),
+        several,
+        OracleProbe(short, mask),
+        OracleProbe(single, torch.ones_like(single)),
+        OracleProbe(stock[None, : min(_LONG, most)], None),
     )
 
 
@@ -131,7 +130,7 @@ def _check_causal(logits: Tensor, probe: OracleProbe, name: str) -> None:
     """Another last token must not change what is predicted before it (BERT sees both sides)."""
     assert probe.attention_mask is not None
     before, after = (rows[:-1] for rows in logits.split(probe.attention_mask.sum(1).tolist())[1:3])
-    if before.numel() and relative_difference(before, after) > 1e-3:
+    if before.numel() and relative_difference(before, after) > _allowed(logits):
         raise ModelError(
             f"{name} is not causal: a token changes the logits before it, so its loss would be no "
             "perplexity (an encoder loaded as a decoder?)"
@@ -142,7 +141,7 @@ def _check_causal(logits: Tensor, probe: OracleProbe, name: str) -> None:
 def compare(gm: GraphModule, oracle: Oracle) -> None:
     """Raise TracingError where the graph does not compute the model's logits at attended tokens,
     naming the probe and the first module that differs."""
-    allowed = max(1e-5, 4 * torch.finfo(oracle.logits[0].dtype).eps)
+    allowed = _allowed(oracle.logits[0])
     name = type(oracle.model).__name__
     with torch.autocast(oracle.probes[0].input_ids.device.type, enabled=False):
         try:
@@ -162,6 +161,11 @@ def compare(gm: GraphModule, oracle: Oracle) -> None:
                     f"difference {difference:.3g} (at most {allowed:.3g}) on {probe}, first at "
                     f"module {where}. {_versions()}"
                 )
+
+
+def _allowed(logits: Tensor) -> float:
+    """Relative difference of logits that were summed in another order."""
+    return max(1e-5, 4 * torch.finfo(logits.dtype).eps)
 
 
 def _versions() -> str:
