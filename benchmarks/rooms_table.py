@@ -16,7 +16,16 @@ PAGE = ROOT / "docs" / "README.md"
 # From the ground up: a room may import those above it in this list.
 ROOMS = (
     *("files", "formats", "schemes", "numerics", "numerics/solvers", "ir", "run", "structure"),
-    *("pipeline", "frontends", "../passes", "recipes", "inspection", "analysis", "checkpoint"),
+    *(
+        "pipeline",
+        "frontends",
+        "frontends/recorder",
+        "../passes",
+        "recipes",
+        "inspection",
+        "analysis",
+        "checkpoint",
+    ),
     *("../evaluation", "../evaluation/report", "cli"),
 )
 _BLOCK = re.compile(r"(<!-- rooms -->\n).*?(<!-- /rooms -->\n)", re.DOTALL)

@@ -21,7 +21,7 @@ class ModelError(FxquantError, ValueError):
     """The model is not one that can be traced or quantized."""
 
 
-class TracingError(FxquantError, RuntimeError):
+class TracingError(ModelError, RuntimeError):
     """The model could not be traced, or the traced graph disagrees with the model."""
 
 

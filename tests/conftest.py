@@ -24,6 +24,10 @@ import hypothesis
 import pytest
 import torch
 
+from tests.environments import NO_MODEL, TRANSFORMERS_5
+
+collect_ignore = NO_MODEL if TRANSFORMERS_5 else ()
+
 # Its deadline and its "too slow" measure the machine.
 hypothesis.settings.register_profile(
     "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]

@@ -21,6 +21,7 @@ import torch.fx._symbolic_trace as symbolic
 import transformers.modeling_utils
 import transformers.utils.fx
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.utils.fx import HFTracer
@@ -194,14 +195,14 @@ def test_streams_opened_while_others_build_models(tmp_path: Path) -> None:
 
 
 class Stops(nn.Module):
-    """An activation that calls ``act`` when it is traced."""
+    """An activation that calls ``act`` when it is traced, by either front end."""
 
     def __init__(self, act: Callable[[], None]) -> None:
         super().__init__()
         self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, torch.fx.Proxy):
+        if isinstance(x, torch.fx.Proxy | FakeTensor):
             self.act()
         return torch.relu(x)
 

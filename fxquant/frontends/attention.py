@@ -1,7 +1,7 @@
-"""An attention and a mask function that the HF fx tracer can follow, registered while tracing.
+"""An attention and a mask function that both front ends can follow, registered while tracing.
 
-transformers builds masks with torch.vmap over tensors, which Proxies cannot pass. The official
-registries take other functions; ours evaluate the same mask by broadcasting index tensors.
+transformers builds masks with torch.vmap over tensors, which no front end can see through. The
+official registries take other functions; ours evaluate the same mask by broadcasting index tensors.
 """
 
 from __future__ import annotations
@@ -18,24 +18,30 @@ NAME = "fxquant"
 
 
 def traceable_mask(
+    *,
     batch_size: Any,
-    cache_position: Tensor,
     kv_length: Any,
+    mask_function: Callable[..., Tensor],
+    attention_mask: Tensor,
+    cache_position: Tensor | None = None,
+    q_length: Any = None,
+    q_offset: Any = 0,
     kv_offset: Any = 0,
-    mask_function: Callable[..., Tensor] | None = None,
-    attention_mask: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
-    """Boolean [batch, 1, queries, keys], True where a query attends."""
-    assert mask_function is not None
-    device = cache_position.device
+    """Boolean [batch, 1, queries, keys], True where a query attends.
+
+    Queries stand at ``cache_position`` (transformers 4) or at ``q_length`` places from ``q_offset``
+    on (5).
+    """
+    device = attention_mask.device
     batch = torch.arange(batch_size, device=device)[:, None, None, None]
     head = torch.arange(1, device=device)[None, :, None, None]
+    if cache_position is None:
+        cache_position = torch.arange(q_length, device=device) + q_offset
     keys = (torch.arange(kv_length, device=device) + kv_offset)[None, None, None, :]
     mask = mask_function(batch, head, cache_position[None, None, :, None], keys)
-    if attention_mask is not None:
-        mask = mask & attention_mask[:, None, None, :].to(torch.bool)
-    return mask
+    return mask & attention_mask[:, None, None, :].to(torch.bool)
 
 
 def _repeat_heads(x: Tensor, groups: int) -> Tensor:

@@ -18,11 +18,13 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.fx._symbolic_trace as symbolic
-import transformers.modeling_utils
-import transformers.utils.fx
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.utils.fx import HFTracer
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+try:
+    import transformers.utils.fx as hf_fx
+except ImportError:  # transformers 5 has no tracer
+    hf_fx = None
 
 LOCK = threading.RLock()
 # A child forked in the middle of a trace would keep the patches and wait for ever.
@@ -32,13 +34,16 @@ _PATCHED: tuple[tuple[Any, str], ...] = (
     (nn.Module, "__call__"),
     (nn.Module, "__getattr__"),
     (nn.Module, "register_parameter"),
-    *((torch, name) for name in HFTracer._TORCH_METHODS_TO_PATCH),
     (symbolic, "_is_fx_tracing_flag"),
     (symbolic, "_new_patcher"),
     (symbolic, "CURRENT_PATCHER"),
-    (transformers.utils.fx, "_CURRENT_TRACER"),
-    (transformers.modeling_utils, "_init_weights"),
+    (PreTrainedModel, "init_weights"),
 )
+if hf_fx is not None:
+    _PATCHED += (
+        *((torch, name) for name in hf_fx.HFTracer._TORCH_METHODS_TO_PATCH),
+        (hf_fx, "_CURRENT_TRACER"),
+    )
 
 
 _REGISTRIES = (AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping)
@@ -48,14 +53,14 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class _Flag:
-    """A flag that is ``here`` in the thread that made it and the opposite in all others."""
+class _HereOnly:
+    """A flag that is true in the thread that made it and false in all others."""
 
-    def __init__(self, here: bool) -> None:
-        self._here, self._thread = here, threading.get_ident()
+    def __init__(self) -> None:
+        self._thread = threading.get_ident()
 
     def __bool__(self) -> bool:
-        return self._here == (threading.get_ident() == self._thread)
+        return threading.get_ident() == self._thread
 
 
 def _for_this_thread(new: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
@@ -133,7 +138,7 @@ def tracing() -> Iterator[None]:
         patcher = _Patcher()
         made.append(patcher)
         symbolic.CURRENT_PATCHER = patcher
-        symbolic._is_fx_tracing_flag = _Flag(True)  # type: ignore[assignment]
+        symbolic._is_fx_tracing_flag = _HereOnly()  # type: ignore[assignment]
         try:
             yield patcher
         finally:
@@ -151,7 +156,7 @@ def tracing() -> Iterator[None]:
 @contextlib.contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """In an ``exclusive`` function: modules that this thread builds have their parameters on meta,
-    unset, and real buffers."""
+    unset, and real buffers; models are not tied yet."""
 
     def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         original(module, name, parameter)
@@ -159,10 +164,14 @@ def parameters_on_meta() -> Iterator[None]:
             stand_in = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
             module._parameters[name] = stand_in
 
-    original = nn.Module.register_parameter
+    def leave(model: PreTrainedModel) -> None:
+        """Nothing to start with: the weights come from files."""
+
+    original, init = nn.Module.register_parameter, PreTrainedModel.init_weights
     nn.Module.register_parameter = _for_this_thread(register, original)  # type: ignore[method-assign]
-    transformers.modeling_utils._init_weights = _Flag(False)
+    PreTrainedModel.init_weights = _for_this_thread(leave, init)
     try:
         yield
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
+        PreTrainedModel.init_weights = init

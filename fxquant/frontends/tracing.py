@@ -6,99 +6,57 @@ is compared with a second copy, run eagerly, before anything else.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Final
 
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
-from transformers.utils.fx import HFTracer
 
 from fxquant.errors import GraphError, ModelError, NonFiniteError, TracingError
 from fxquant.frontends.attention import registered
 from fxquant.frontends.comparison import TESTED_TRANSFORMERS, Oracle, compare
 from fxquant.frontends.handed_over import check_handed_over, own_copy
+from fxquant.frontends.leaves import as_leaf
 from fxquant.frontends.patching import exclusive, tracing
+from fxquant.frontends.recorder.record import record
 from fxquant.frontends.scoring import ScoringGraph
 from fxquant.frontends.settled import settle
-from fxquant.ir import leaves as own
 from fxquant.ir.functions import default_mask
 from fxquant.ir.graph import (
     GraphInfo,
-    Tag,
     info,
     lowered_already,
     set_info,
-    set_tag,
 )
 from fxquant.ir.levels import verify
 from fxquant.ir.size import bytes_by_dtype
 from fxquant.ir.streamed import restream, streamed_device, streamed_tensors, unstreamed
 
 # 4.52 scales OPT's attention twice (transformers issue 38277): perplexity 26 became 388418.
-BROKEN_TRANSFORMERS = ("4.52",)
+BROKEN_TRANSFORMERS: Final = ("4.52",)
+FRONT_ENDS: Final = ("auto", "hf", "recorder")
+HAS_TRACER: Final = importlib.util.find_spec("transformers.utils.fx") is not None
 
 
-class _Logits(nn.Module):
-    """The model as a function of two tensors."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        output = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True
-        )
-        logits = output.logits
-        assert isinstance(logits, Tensor | torch.fx.Proxy)
-        return logits  # type: ignore[return-value]
-
-
-class _Tracer(HFTracer):  # type: ignore[misc]
-    """HFTracer that iterates Proxies, keeps Conv1D whole, and knows where it failed."""
-
-    failed_in: str | None = None
-
-    def iter(self, obj: Any) -> Iterator[Any]:
-        return iter([obj[index] for index in range(len(obj._metadata))])
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, Conv1D) or bool(super().is_leaf_module(m, module_qualified_name))
-
-    def create_proxy(self, kind: str, target: Any, args: Any, *rest: Any, **more: Any) -> Any:
-        proxy = super().create_proxy(kind, target, args, *rest, **more)
-        if kind == "call_module" and not hasattr(proxy, "_metadata"):
-            module = self.root.get_submodule(target)
-            if isinstance(module, Conv1D):
-                # HFTracer cannot run it on meta; attribute access would give a Proxy here.
-                weight = module._parameters["weight"]
-                shape = (*args[0]._metadata.shape[:-1], module.nf)
-                proxy.install_metadata(weight.new_empty(shape, device="meta"))
-        return proxy
-
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        try:
-            return super().call_module(m, forward, args, kwargs)
-        except Exception:
-            if self.failed_in is None:
-                self.failed_in = str(self.path_of_module(m)).removeprefix("model.")
-            raise
-
-
-def trace(model: PreTrainedModel) -> GraphModule:
+def trace(model: PreTrainedModel, frontend: str = "auto") -> GraphModule:
     """The model's function of (input_ids, attention_mask=None) to logits, as a graph.
 
     Args:
         model: a Hugging Face causal LM on one device, any float dtype, in any state; it is left
             exactly as it is. A model of ``streaming.stream`` is traced on meta, and its leaves
             are read from their files when they are used.
+        frontend: "hf", transformers' tracer (it has one up to 4.57); "recorder", ours, for every
+            version; "auto": the first where there is one, the second where there is none and for
+            what the first cannot trace. The graph's GraphInfo says which.
 
     Returns a GraphModule in eval mode: ``input_ids`` int64 [batch, length], ``attention_mask``
     [batch, length] of 0 and 1 (None: all 1), result float [batch, length, vocab]. Batch and
@@ -110,20 +68,47 @@ def trace(model: PreTrainedModel) -> GraphModule:
     must wait in another thread: tracing by other means, and torch.compile's first call, which
     would read the patched functions.
 
-    Raises ModelError (not a causal LM, unsupported transformers), NonFiniteError (a parameter
-    holds NaN or infinity), TracingError (names the module that cannot be traced, or the first
-    module whose output differs from the eager model's).
+    Raises ModelError (not a causal LM, unsupported transformers, no such front end),
+    NonFiniteError (a parameter holds NaN or infinity), TracingError, a ModelError (names the module
+    that cannot be traced, or the first module whose output differs from the eager model's).
     """
     _check_versions()
+    chosen = _front_ends(frontend)
     _check_model(model)
     check_handed_over(model)
     facts = _describe(model)
-    device = streamed_device(model) or model.device
-    oracle = Oracle.of(own_copy(model), facts, device)
+    oracle = Oracle.of(own_copy(model), facts, streamed_device(model) or model.device)
+    failure = ""
+    for name in chosen[:-1]:
+        try:
+            return _traced(model, oracle, replace(facts, frontend=_words(name, "")), name)
+        except TracingError as error:
+            failure = str(error)
+    name = chosen[-1]
+    return _traced(model, oracle, replace(facts, frontend=_words(name, failure)), name)
+
+
+def _front_ends(frontend: str) -> tuple[str, ...]:
+    """Those to try, one after the other."""
+    if frontend not in FRONT_ENDS:
+        raise ModelError(
+            f"unknown front end {frontend!r}: known are {', '.join(map(repr, FRONT_ENDS))}"
+        )
+    if frontend == "hf" and not HAS_TRACER:
+        raise ModelError(
+            f"front end 'hf': transformers {transformers.__version__} has no tracer of its own "
+            "(4.57 was the last with one); use 'recorder' or 'auto'"
+        )
+    every = ("hf", "recorder") if HAS_TRACER else ("recorder",)
+    return every if frontend == "auto" else (frontend,)
+
+
+def _traced(model: PreTrainedModel, oracle: Oracle, facts: GraphInfo, frontend: str) -> GraphModule:
+    """By one front end, and compared with the model."""
     copy = own_copy(model)
     sources = unstreamed(copy)  # a streamed model is traced on meta
     settle(copy)
-    gm = _symbolic(copy)
+    gm = _graph_by(frontend, copy)
     set_info(gm, facts)
     _drop_dropout(gm)
     _default_mask(gm)
@@ -134,6 +119,13 @@ def trace(model: PreTrainedModel) -> GraphModule:
     verify(gm, "trace")
     compare(gm, oracle)
     return gm
+
+
+def _words(frontend: str, failure: str) -> str:
+    name = f"HFTracer of transformers {transformers.__version__}"
+    if frontend == "recorder":
+        name = f"recorder, transformers {transformers.__version__}"
+    return f"{name} (HFTracer: {failure})" if failure else name
 
 
 def _check_versions() -> None:
@@ -174,47 +166,33 @@ def _check_model(model: object) -> None:
 
 
 @exclusive
-def _symbolic(copy: PreTrainedModel) -> GraphModule:
-    root = _Logits(copy)
-    ids = torch.zeros(2, 9, dtype=torch.int64, device=copy.device)
-    tracer = _Tracer()
-    implementation = copy.config._attn_implementation
-    with tracing(), registered(implementation) as name:
+def _graph_by(frontend: str, copy: PreTrainedModel) -> GraphModule:
+    """A GraphModule over the parts of ``copy``, whose targets are paths in the user's model."""
+    make = record if frontend == "recorder" else _hf_record()
+    with tracing(), registered(copy.config._attn_implementation) as name:
         if copy._can_set_attn_implementation():
             copy.set_attn_implementation(name)
-        try:
-            graph = tracer.trace(
-                root, dummy_inputs={"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            )
-        except Exception as error:
-            where = tracer.failed_in or type(copy).__name__
-            raise TracingError(
-                f"{type(copy).__name__} cannot be traced: module {where or 'the model itself'}: "
-                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            ) from error
-    return _stripped(root, graph, type(copy).__name__)
-
-
-def _stripped(root: nn.Module, graph: torch.fx.Graph, class_name: str) -> GraphModule:
-    """A GraphModule whose targets are paths in the user's model, without the wrapper's prefix."""
-    leaves: dict[str, Any] = {}
+        graph, leaves = make(copy, _logits)
+    parts: dict[str, Any] = dict(leaves)
     for node in graph.nodes:
-        if node.op in ("call_module", "get_attr"):
-            path = str(node.target)
+        path = str(node.target)
+        if node.op in ("call_module", "get_attr") and path not in parts:
             owner, _, name = path.rpartition(".")
-            leaf = _own(getattr(root.get_submodule(owner), name))
-            node.target = path.removeprefix("model.")
-            leaves[node.target] = leaf
-        scopes = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-        set_tag(node, Tag(scope=scopes[-1].removeprefix("model.") if scopes else ""))
-    return ScoringGraph(leaves, graph, class_name).eval()
+            parts[path] = as_leaf(getattr(copy.get_submodule(owner), name))
+    return ScoringGraph(parts, graph, type(copy).__name__).eval()
 
 
-def _own(leaf: Any) -> Any:
-    """The leaf as graphs have it: nothing below the front end knows transformers' classes."""
-    if type(leaf) is not Conv1D:
-        return leaf
-    return own.Conv1D(leaf.weight, leaf.bias).train(leaf.training)
+def _hf_record() -> Callable[..., tuple[Graph, dict[str, Tensor]]]:
+    from fxquant.frontends import hf_fx  # only where transformers has its tracer
+
+    return hf_fx.record
+
+
+def _logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Any:
+    output = model(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True
+    )
+    return output.logits
 
 
 def _drop_dropout(gm: GraphModule) -> None:

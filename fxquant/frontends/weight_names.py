@@ -6,16 +6,20 @@ kind would be cast: each makes another model than the files hold.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_utils import _find_missing_and_unexpected_keys
 
 from fxquant.errors import ModelError
 from fxquant.frontends.weight_files import Stored, listed
+from fxquant.frontends.weight_renaming import renamed
+
+# Once stored for each layer, now computed; transformers ignores them where there is such a buffer.
+_COMPUTED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
 
 
 def match(
@@ -25,30 +29,61 @@ def match(
 
     Names are renamed as transformers does (a base model's prefix, gamma and beta); tied parameters
     share what is stored for one of them; leftovers that the architecture says to ignore, such as
-    ``inv_freq``, are ignored. Raises ModelError naming what is missing, left over, misshapen or of
-    another kind, and tied weights that differ.
+    ``inv_freq``, are ignored; a weight that transformers makes of several stored ones is left out.
+    Raises ModelError naming what is missing, left over, misshapen or of another kind, and tied
+    weights that differ.
     """
-    adds_prefix, renamed = _renamed(model, list(stored), directory)
-    checkpoint_keys = list(renamed.values())
-    missing, unexpected = _find_missing_and_unexpected_keys(
-        model, list(stored), checkpoint_keys, _drops_prefix(model, list(stored)), None
-    )
-    # Only a buffer may be missing where the architecture says so: it is computed, not learned.
-    learned = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    needed = [name for name in missing if name in learned]
-    missing, unexpected = model._adjust_missing_and_unexpected_keys(
-        [name for name in missing if name not in learned], unexpected, adds_prefix
-    )
-    check_names(str(directory), [*missing, *needed], unexpected)
+    names = renamed(model, stored, directory)
     state = model.state_dict(keep_vars=True)
+    _check_complete(model, names.names, names.made, directory)
     found: dict[str, Stored] = {}
-    for key, name in renamed.items():
+    for key, name in names.names.items():
         if name in found:
             raise ModelError(f"{stored[key].path}: {found[name].name} and {key} are both {name}")
         if name in state:
             _check_kind(name, stored[key], state[name])
             found[name] = stored[key]
     return _with_ties(model, found)
+
+
+def _check_complete(
+    model: PreTrainedModel,
+    names: Mapping[str, str],
+    made: Mapping[str, tuple[str, ...]],
+    directory: Path,
+) -> None:
+    """Raise ModelError where stored tensors and weights of the model are not the same ones."""
+    state = model.state_dict(keep_vars=True)
+    held = {*names.values(), *(name for targets in made.values() for name in targets)}
+    tied = {id(state[name]) for name in held & state.keys()}
+    learned = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    optional = _patterns(model._keys_to_ignore_on_load_missing)
+    # Only a buffer may be missing where the architecture says so: it is computed, not learned.
+    missing = [
+        name
+        for name, value in state.items()
+        if name not in held
+        and id(value) not in tied
+        and (name in learned or not _any(optional, name))
+    ]
+    buffers = {name for name, _ in model.named_buffers()}
+    ignored = _patterns(model._keys_to_ignore_on_load_unexpected)
+    ignored += [each for each in _COMPUTED if any(re.search(each, name) for name in buffers)]
+    targets = {**{key: (name,) for key, name in names.items()}, **made}
+    unexpected = [
+        key
+        for key, each in targets.items()
+        if not any(name in state or name in buffers or _any(ignored, name) for name in each)
+    ]
+    check_names(str(directory), missing, unexpected)
+
+
+def _patterns(found: Iterable[str] | None) -> list[str]:
+    return list(found or ())
+
+
+def _any(patterns: list[str], name: str) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns)
 
 
 def check_names(where: str, missing: list[str], unexpected: list[str]) -> None:
@@ -62,31 +97,6 @@ def check_names(where: str, missing: list[str], unexpected: list[str]) -> None:
             f"{where} holds weights that the model of its config.json does not have: "
             f"{listed(unexpected)}; is config.json another model's (fewer layers)?"
         )
-
-
-def _has_prefix(model: PreTrainedModel, keys: list[str]) -> bool:
-    prefix = model.base_model_prefix
-    return bool(prefix) and any(key.startswith(prefix) for key in keys)
-
-
-def _drops_prefix(model: PreTrainedModel, keys: list[str]) -> bool:
-    return _has_prefix(model, keys) and not hasattr(model, model.base_model_prefix)
-
-
-def _renamed(
-    model: PreTrainedModel, keys: list[str], directory: Path
-) -> tuple[bool, dict[str, str]]:
-    """Whether a prefix is added, and the model's names by stored ones."""
-    prefix = model.base_model_prefix
-    adds = bool(prefix) and hasattr(model, prefix) and not _has_prefix(model, keys)
-    try:
-        names = model._get_key_renaming_mapping(keys, None, _drops_prefix(model, keys), adds)
-    except ValueError as error:
-        raise ModelError(
-            f"{directory} mixes weights of a headless model, whose names lack {prefix!r}, with a "
-            "head's: it was not written by save_pretrained"
-        ) from error
-    return adds, names
 
 
 def _kind(dtype: torch.dtype) -> str:

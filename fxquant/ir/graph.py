@@ -77,7 +77,8 @@ class GraphInfo:
 
     ``parameters`` and ``float_bytes`` (by dtype, largest first) are those of the user's model.
     ``calibration``: the data that passes read, None where that is not known. ``weights``: where the
-    float weights come from, if it is known that they were coarser before.
+    float weights come from, if it is known that they were coarser before. ``frontend``: what traced
+    the model, and why not another.
     """
 
     model: str
@@ -98,6 +99,7 @@ class GraphInfo:
     float_bytes: tuple[tuple[str, int], ...] = ()
     calibration: Calibration = None
     weights: str = ""
+    frontend: str = ""
 
 
 def info(gm: GraphModule) -> GraphInfo:

@@ -1,0 +1,86 @@
+"""Recording a model: run its shadow once, and let the nodes be what it did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch.fx import Graph
+
+from fxquant.errors import TracingError
+from fxquant.frontends.recorder.guards import Guards
+from fxquant.frontends.recorder.mode import Recorder
+from fxquant.frontends.recorder.modules import FailedIn, watch
+from fxquant.frontends.recorder.recording import Recording
+from fxquant.frontends.recorder.shadow import markers, shadow_of
+
+Run = Callable[[nn.Module, Tensor, Tensor], Any]
+
+
+def record(model: nn.Module, run: Run) -> tuple[Graph, dict[str, Tensor]]:
+    """The graph of what ``run(model, input_ids, attention_mask)`` computes.
+
+    Args:
+        model: left as it is; its weights may be on meta.
+        run: gives the logits.
+
+    Returns the graph, its targets paths in ``model``, and tensors that it reads beside the model's
+    own, by the name that they have in it. Raises TracingError naming the module whose code has no
+    graph: it decides by values or by sizes, or hides what it computes.
+    """
+    *early, last = markers(model)
+    for marker in early:
+        try:
+            return _recorded(model, run, marker)
+        except TracingError:  # its code may not allow that dtype
+            continue
+    return _recorded(model, run, last)
+
+
+@torch.no_grad()
+def _recorded(
+    model: nn.Module, run: Run, marker: torch.dtype | None
+) -> tuple[Graph, dict[str, Tensor]]:
+    shadow = shadow_of(model, marker)
+    recording = Recording(shadow, model)
+    watch(shadow.model, model, recording, Guards(shadow.env, shadow.input_ids))
+    try:
+        with enable_python_dispatcher(), shadow.mode, Recorder(recording):
+            logits = run(shadow.model, shadow.input_ids, shadow.attention_mask)
+        recording.output(logits)
+    except FailedIn as failure:
+        error = failure.__cause__
+        assert error is not None
+        raise _untraceable(model, failure.path, error) from error
+    except TracingError as error:
+        raise _untraceable(model, "", error) from error
+    constants = {name: tensor.detach() for name, tensor in recording.values.constants.items()}
+    return recording.graph, constants
+
+
+# What torch raises where Python asks a tensor without data for its values.
+_VALUES = ("DataDependentOutputException", "GuardOnDataDependentSymNode")
+
+
+def _untraceable(model: nn.Module, path: str, error: BaseException) -> TracingError:
+    where = f"module {path}" if path else "the model itself"
+    kinds = {type(each).__name__ for each in _chain(error)}
+    if kinds & {*_VALUES}:
+        what = "it decides by values, not only by sizes, and a graph holds one way only"
+    elif isinstance(error, TracingError):
+        what = str(error)
+    else:
+        text = str(error).strip()
+        what = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
+    return TracingError(f"{type(model).__name__} cannot be traced: {where}: {what}")
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    found = []
+    while error is not None:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
