@@ -356,6 +356,31 @@ def test_a_model_that_fails_by_itself_says_so() -> None:
         fxquant.trace(model)
 
 
+class Counting(nn.Module):
+    def __init__(self, buffer: bool) -> None:
+        super().__init__()
+        calls = torch.zeros(3)
+        if buffer:
+            self.register_buffer("calls", calls)
+        else:
+            self.calls = nn.Parameter(calls)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.calls[1:].add_(1)
+        return x * self.calls[-1]
+
+
+@pytest.mark.parametrize("buffer", [False, True])
+def test_a_model_that_writes_into_itself_is_stopped_before(buffer: bool) -> None:
+    """RWKV divides its own weights at the first call in eval mode."""
+    model = llama()
+    model.get_submodule(MLP).register_module("act_fn", Counting(buffer))
+    message = rf"writes into its own {MLP}\.act_fn\.calls when it is called \(aten\.add_"
+    with unchanged(model), pytest.raises(ModelError, match=message):
+        fxquant.trace(model)
+
+
 def test_an_overflow_is_named_before_the_trace() -> None:
     model = llama()
     with torch.no_grad():

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
-from fxquant.errors import ModelError, NonFiniteError, TracingError
+from fxquant.errors import FxquantError, ModelError, NonFiniteError, TracingError
+from fxquant.frontends.write_guard import NoWrites
 from fxquant.ir.graph import GraphInfo
 from fxquant.run.batched import run_batches
 from fxquant.run.probe import Probe, relative_difference
@@ -91,11 +92,12 @@ class Oracle:
     def of(cls, model: PreTrainedModel, facts: GraphInfo, device: torch.device) -> Oracle:
         """Run ``model``, a copy in eval mode of the user's with all that acts on its function.
 
-        Raises ModelError (it does not run, or is not causal), NonFiniteError (NaN or infinity).
+        Raises ModelError (it does not run, writes into its own tensors, or is not causal) and
+        NonFiniteError (NaN or infinity).
         """
         found = []
         probes = oracle_probes(facts, device)
-        with torch.autocast(device.type, enabled=False), torch.no_grad():
+        with torch.autocast(device.type, enabled=False), torch.no_grad(), NoWrites(model):
             for probe in probes:
                 found.append(probe.attended(_logits(model, probe)))
                 if not bool(torch.isfinite(found[-1]).all()):
@@ -113,6 +115,8 @@ def _logits(model: PreTrainedModel, probe: OracleProbe) -> Tensor:
     name, shape = type(model).__name__, tuple(probe.input_ids.shape)
     try:
         logits = model(**probe.inputs, use_cache=False, return_dict=True).logits
+    except FxquantError:
+        raise
     except Exception as error:
         said = str(error).strip().splitlines() or [""]
         raise ModelError(
