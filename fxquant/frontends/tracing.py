@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.pytorch_utils import Conv1D
 
 from fxquant.errors import GraphError, ModelError, NonFiniteError, TracingError
 from fxquant.frontends.attention import registered
@@ -246,13 +245,21 @@ def _positive(count: int | None) -> int | None:
 
 
 def _decoder_blocks(model: nn.Module) -> tuple[str, ...]:
-    """Paths of the repeated blocks: children of the outermost ModuleLists that hold linears."""
+    """Paths of the repeated blocks: children of the outermost ModuleLists that hold matrices."""
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in lists)
-        has_linear = any(isinstance(part, nn.Linear | Conv1D) for part in module.modules())
-        if isinstance(module, nn.ModuleList) and has_linear and not inside:
+        if isinstance(module, nn.ModuleList) and _holds_matrix(module) and not inside:
             lists[name] = module
     return tuple(
         f"{name}.{index}" for name, blocks in lists.items() for index in range(len(blocks))
+    )
+
+
+def _holds_matrix(module: nn.Module) -> bool:
+    return any(
+        parameter.dim() > 1
+        for part in module.modules()
+        if not isinstance(part, nn.Embedding)
+        for parameter in part.parameters(recurse=False)
     )
