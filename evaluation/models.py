@@ -12,6 +12,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import torch
+import transformers
 from torch.fx import GraphModule
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -199,9 +200,9 @@ def cache_root() -> Path:
 def package_model(distribution: str) -> Path:
     """The model that an installed package ships as one GGUF file, converted to safetensors.
 
-    The conversion (dequantized to float32) is kept in a cache, keyed by the file's hash, and made
-    again where it is damaged. The package itself is not imported. Raises ModelError when it is
-    not installed or ships no GGUF.
+    The conversion (dequantized to float32) is kept in a cache, keyed by the file's hash and the
+    version of transformers that converts it, and made again where it is damaged. The package
+    itself is not imported. Raises ModelError when it is not installed or ships no GGUF.
     """
     if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", distribution):
         raise ModelError(
@@ -217,7 +218,8 @@ def package_model(distribution: str) -> Path:
     files = sorted(folder.glob("*.gguf"))
     if len(files) != 1:
         raise ModelError(f"package {distribution} ships {len(files)} GGUF files, expected one")
-    target = cache_root() / f"{files[0].stem}-{file_hash(files[0])[:16]}"
+    by = f"transformers{transformers.__version__.partition('.')[0]}"
+    target = cache_root() / f"{files[0].stem}-{file_hash(files[0])[:16]}-{by}"
     if not is_intact(target):
         _convert_gguf(files[0], target)
     return target

@@ -7,12 +7,34 @@ the two can do is marked with a name of this file.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final, TypeVar
 
 import pytest
+import torch
 import transformers
 
 TRANSFORMERS_5: Final = int(transformers.__version__.partition(".")[0]) >= 5
+
+T = TypeVar("T")
+
+
+def by_version(four: T, five: T) -> T:
+    """What is expected under transformers 4.57 and under 5, where they differ."""
+    return five if TRANSFORMERS_5 else four
+
+
+def patched_by_hf_tracer() -> dict[str, Any]:
+    """What the Hugging Face fx tracer replaces while it traces, by name; nothing under 5."""
+    if TRANSFORMERS_5:
+        return {}
+    from transformers.utils import fx
+
+    names = fx.HFTracer._TORCH_METHODS_TO_PATCH
+    return {
+        **{f"torch.{name}": getattr(torch, name) for name in names},
+        "tracer": fx._CURRENT_TRACER,
+    }
+
 
 # Numerics, spelling, pages and figures: nothing here reads, traces, converts or runs a model.
 NO_MODEL: Final = (
@@ -30,6 +52,16 @@ NO_MODEL: Final = (
     "test_study.py",
 )
 
+# Pages that print graphs with the nodes of the Hugging Face tracer; run in both, compared in one.
+PRINT_HF_GRAPHS: Final = ("saving.md", "writing_a_pass.md")
+
 needs_hf_tracer = pytest.mark.skipif(
     TRANSFORMERS_5, reason="of the Hugging Face fx tracer, which ended with transformers 4.57"
+)
+# The two front ends name nodes differently, and the recorder has fewer of them.
+prints_hf_graph = pytest.mark.skipif(
+    TRANSFORMERS_5, reason="its golden shows the nodes of the Hugging Face tracer's graph"
+)
+reads_its_own = pytest.mark.skipif(
+    TRANSFORMERS_5, reason="transformers 5 reads what it writes; 4.57 has to be helped"
 )

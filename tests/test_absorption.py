@@ -111,7 +111,7 @@ def test_producers_members_and_reasons(name: str) -> None:
     assert found == EXPECTED[name]
 
 
-@pytest.mark.parametrize("name", ["gemma2-sdpa", "gemma2-eager", "gemma3"])
+@pytest.mark.parametrize("name", ["gemma2-eager", "gemma3"])
 def test_gains_of_one_plus_w(name: str) -> None:
     gains = [g for g in scale_groups(named(name)) if g.producer and g.producer.kind == "vector"]
     assert gains

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fxquant.evaluation import models
+from tests.environments import PRINT_HF_GRAPHS, TRANSFORMERS_5
 from tests.models import SMALL_OPT
 
 ROOT = Path(__file__).parent.parent
@@ -43,7 +44,7 @@ def test_blocks_run(
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(compile(block["code"], page.name, "exec", dont_inherit=True), namespace)
-        if block["printed"] is None:
+        if block["printed"] is None or (TRANSFORMERS_5 and page.name in PRINT_HF_GRAPHS):
             continue
         if update and "..." not in block["printed"]:
             real = block[0].removesuffix(f"{block['printed']}```\n") + _stripped(printed.getvalue())

@@ -12,7 +12,7 @@ import pytest
 
 from fxquant.cli.main import main
 from fxquant.evaluation import models
-from fxquant.frontends.hub import without_legacy_notice
+from fxquant.frontends.hub import without_notices
 from tests.models import SMALL_OPT
 
 FAST = logging.getLogger("transformers.models.llama.tokenization_llama_fast")
@@ -53,7 +53,7 @@ def test_only_the_legacy_notice_is_silenced() -> None:
     for logger in (FAST, slow):
         logger.addHandler(ear)
     try:
-        with without_legacy_notice():
+        with without_notices():
             FAST.warning(notice)
             FAST.warning("something else")
             slow.warning(notice)

@@ -32,6 +32,7 @@ from fxquant.run.execution import Executor
 from fxquant.schemes.scheme import Scheme
 from tests.architectures import ARCHITECTURES, llama, opt, token_ids
 from tests.conftest import CLOCKS, GOLDEN, Golden, check_goldens
+from tests.environments import prints_hf_graph
 from tests.masking import masked
 from tests.reference import sqnr_db
 
@@ -56,6 +57,7 @@ def two_layers(scheme: str = "w8a8-static") -> Inspection:
 PASSES = ("name_sites", "observe", "calibrate", "quantize", "integerize")
 
 
+@prints_hf_graph
 @pytest.mark.parametrize("kind", BUILD)
 @pytest.mark.parametrize("name", PASSES)
 def test_what_each_pass_changes(name: str, kind: str, golden: Golden) -> None:
@@ -80,6 +82,7 @@ REPAIRED = {
 }
 
 
+@prints_hf_graph
 @pytest.mark.parametrize("kind", BUILD)
 @pytest.mark.parametrize("name", REPAIRED)
 def test_what_each_repair_changes(name: str, kind: str, golden: Golden) -> None:
@@ -93,16 +96,19 @@ def test_the_class_of_a_layer_is_part_of_its_past() -> None:
     assert "CodedLinear" in found.diff("quantize")
 
 
+@prints_hf_graph
 def test_what_fp32_gemm_changes(golden: Golden) -> None:
     assert fxquant.inspect(converted("opt", "fp32-gemm")).diff("fp32_gemm") == golden
 
 
+@prints_hf_graph
 @pytest.mark.parametrize("kind", BUILD)
 @pytest.mark.parametrize("scheme", ["w8a8-static", "w4-g8-asym/a8-dynamic-asym", "w8"])
 def test_a_layer(scheme: str, kind: str, golden: Golden) -> None:
     assert fxquant.inspect(converted(kind, scheme)).layer(0) == golden
 
 
+@prints_hf_graph
 def test_a_whole_graph(golden: Golden) -> None:
     assert fxquant.inspect(converted("opt", "w8a8-static")).graph() == golden
 
@@ -119,6 +125,7 @@ def test_no_golden_depends_on_the_machines_speed(
     assert ours == (masked(theirs.summary(markdown=True, fold=False)), masked(theirs.summary()))
 
 
+@prints_hf_graph
 @pytest.mark.parametrize("kind", BUILD)
 def test_the_summary(kind: str, golden: Golden) -> None:
     assert masked(str(fxquant.inspect(converted(kind, "w8a8-static")))) == golden

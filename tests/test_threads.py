@@ -18,18 +18,16 @@ from typing import Any
 import pytest
 import torch
 import torch.fx._symbolic_trace as symbolic
-import transformers.modeling_utils
-import transformers.utils.fx
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.utils.fx import HFTracer
 
 import fxquant
 from fxquant.errors import TracingError
 from fxquant.frontends.streaming import stream
 from tests.architectures import ARCHITECTURES, gpt2, llama, opt, padding_mask, token_ids
+from tests.environments import patched_by_hf_tracer
 
 IDS, MASK = token_ids(3, 11), padding_mask(3, 11, "both")
 CALIBRATION = [token_ids(2, 9, seed=seed) for seed in range(10, 13)]
@@ -54,7 +52,7 @@ def process() -> dict[str, Any]:
     registries = (AttentionInterface, AttentionMaskInterface)
     return {
         **{f"nn.Module.{name}": nn.Module.__dict__[name] for name in methods},
-        **{f"torch.{name}": getattr(torch, name) for name in HFTracer._TORCH_METHODS_TO_PATCH},
+        **patched_by_hf_tracer(),
         **{f"math.{name}": value for name, value in vars(math).items() if callable(value)},
         **{f"init.{name}": value for name, value in vars(nn.init).items() if callable(value)},
         **{f"registry {i}": dict(r._global_mapping) for i, r in enumerate(registries)},
@@ -62,8 +60,7 @@ def process() -> dict[str, Any]:
         "flag": symbolic._is_fx_tracing_flag,
         "new patcher": symbolic._new_patcher,
         "patcher": symbolic.CURRENT_PATCHER,
-        "tracer": transformers.utils.fx._CURRENT_TRACER,
-        "init": transformers.modeling_utils._init_weights,
+        "init": PreTrainedModel.init_weights,
         "dtype": torch.get_default_dtype(),
         "grad": torch.is_grad_enabled(),
         "level": logging.getLogger("torch.fx._symbolic_trace").level,

@@ -55,6 +55,7 @@ def attention_like(implementation: str | None) -> Callable[..., tuple[Tensor, No
     """An attention function equal to transformers' ``implementation`` in what it computes.
 
     "sdpa" ignores ``softcap`` (Gemma 2), the others apply it; so does the returned function.
+    ``s_aux`` (GPT-OSS): a score for each head that takes part in the softmax and weighs nothing.
     """
 
     def attention(
@@ -66,6 +67,7 @@ def attention_like(implementation: str | None) -> Callable[..., tuple[Tensor, No
         dropout: float = 0.0,
         scaling: float | None = None,
         softcap: float | None = None,
+        s_aux: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         groups = getattr(module, "num_key_value_groups", 1)
@@ -73,8 +75,10 @@ def attention_like(implementation: str | None) -> Callable[..., tuple[Tensor, No
             key, value = _repeat_heads(key, groups), _repeat_heads(value, groups)
         # OPT's own mask is one column too long under a tracer.
         attention_mask = attention_mask[:, :, :, : key.shape[-2]]
-        if softcap is not None and implementation != "sdpa":
-            out = _softcapped(query, key, value, attention_mask, scaling, softcap)
+        softcap = None if implementation == "sdpa" else softcap
+        if softcap is not None or s_aux is not None:
+            scores = _scores(query, key, attention_mask, scaling, softcap)
+            out = torch.matmul(_shares(scores, s_aux).to(query.dtype), value)
         else:
             out = nn.functional.scaled_dot_product_attention(
                 query, key, value, attn_mask=attention_mask, scale=scaling
@@ -84,14 +88,25 @@ def attention_like(implementation: str | None) -> Callable[..., tuple[Tensor, No
     return attention
 
 
-def _softcapped(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, softcap: float
+def _scores(
+    query: Tensor, key: Tensor, mask: Tensor, scaling: float | None, softcap: float | None
 ) -> Tensor:
+    """float32 [batch, heads, queries, keys]."""
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    scores = torch.tanh(torch.matmul(query, key.transpose(2, 3)) * scale / softcap) * softcap
+    scores = torch.matmul(query, key.transpose(2, 3)) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     # The lowest finite number, not -inf: a row of padding must not become NaN.
-    scores = scores.float().masked_fill(torch.logical_not(mask), torch.finfo(torch.float32).min)
-    return torch.matmul(torch.softmax(scores, dim=-1).to(query.dtype), value)
+    return scores.float().masked_fill(torch.logical_not(mask), torch.finfo(torch.float32).min)
+
+
+def _shares(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax over the keys, and over the head's sink [heads], which is left out."""
+    if sinks is None:
+        return torch.softmax(scores, dim=-1)
+    column = sinks.reshape(1, -1, 1, 1).to(scores.dtype)
+    column = column.expand(scores.shape[0], scores.shape[1], scores.shape[2], 1)
+    return torch.softmax(torch.cat((scores, column), dim=-1), dim=-1)[..., :-1]
 
 
 @contextlib.contextmanager

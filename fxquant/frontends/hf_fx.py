@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.fx import HFTracer
 
 from fxquant.errors import TracingError
 from fxquant.frontends.leaves import is_leaf
+from fxquant.frontends.recorder.record import Recorded
 from fxquant.ir.graph import Tag, set_tag
 
 
@@ -65,7 +65,7 @@ class _Logits(nn.Module):
         return self._run(self.model, input_ids, attention_mask)
 
 
-def record(model: PreTrainedModel, run: Callable[..., Any]) -> tuple[Graph, dict[str, Any]]:
+def record(model: PreTrainedModel, run: Callable[..., Any]) -> Recorded:
     """As the recorder's ``record``. The caller holds the lock and has patched for tracing."""
     root = _Logits(model, run)
     tracer = _Tracer(root)
@@ -89,4 +89,4 @@ def record(model: PreTrainedModel, run: Callable[..., Any]) -> tuple[Graph, dict
             if not name.startswith("model."):  # made while tracing
                 constants[name] = getattr(root, name)
             node.target = name.removeprefix("model.")
-    return graph, constants
+    return Recorded(graph, constants)

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator
 
+import httpx
 from huggingface_hub import constants, get_session
+from transformers.utils import logging as hf_logging
 
 TIMEOUT = 3.0  # seconds for a connection; a download that has begun may take any time
 
-_LEGACY = "You are using the default legacy behaviour of the "
-_FAST_LLAMA = logging.getLogger("transformers.models.llama.tokenization_llama_fast")
+# (logger, beginning): notices that do not apply. ``legacy`` is a choice of slow Llama tokenizers,
+# which have their own logger: a tokenizer.json or a GGUF file says by itself what the fast one
+# does. The class is one of transformers 5, which 4.57 has under another name.
+_NOTICES = (
+    (
+        "transformers.models.llama.tokenization_llama_fast",
+        "You are using the default legacy behaviour of the ",
+    ),
+    (
+        "transformers.tokenization_utils_base",
+        "The tokenizer class you load from this checkpoint is not the same type as the class this "
+        "function is called from. It may result in unexpected tokenization. \n"
+        "The tokenizer class you load from this checkpoint is 'TokenizersBackend'. ",
+    ),
+)
 
 
 def hub_is_reachable() -> bool:
@@ -22,24 +38,36 @@ def hub_is_reachable() -> bool:
     """
     try:
         get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
-    except OSError:  # what requests raises
+    except (OSError, httpx.HTTPError, httpx.InvalidURL):  # of huggingface_hub 0 and 1
         return False
     return True
 
 
 @contextlib.contextmanager
-def without_legacy_notice() -> Iterator[None]:
-    """Within the block, fast Llama tokenizers do not speak of ``legacy``.
+def without_notices() -> Iterator[None]:
+    """Within the block, transformers does not say of tokenizers what does not apply."""
+    with contextlib.ExitStack() as stack:
+        for name, beginning in _NOTICES:
+            logger = logging.getLogger(name)
+            applies = functools.partial(_applies, beginning)
+            logger.addFilter(applies)
+            stack.callback(logger.removeFilter, applies)
+        yield
 
-    It is a choice of the slow ones, which have their own logger: a tokenizer.json or a GGUF file
-    says by itself what the fast one does.
-    """
 
-    def applies(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(_LEGACY)
+def _applies(beginning: str, record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(beginning)
 
-    _FAST_LLAMA.addFilter(applies)
+
+@contextlib.contextmanager
+def without_bars(applies: bool) -> Iterator[None]:
+    """Where it ``applies``, transformers shows no progress bar within the block: transformers 5
+    has one for weights that are read in a moment, on terminals and elsewhere."""
+    shown = hf_logging.is_progress_bar_enabled()
+    if applies:
+        hf_logging.disable_progress_bar()
     try:
         yield
     finally:
-        _FAST_LLAMA.removeFilter(applies)
+        if applies and shown:
+            hf_logging.enable_progress_bar()

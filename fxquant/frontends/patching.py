@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 import os
 import threading
@@ -23,7 +24,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 try:
     import transformers.utils.fx as hf_fx
-except ImportError:  # transformers 5 has no tracer
+    from transformers.modeling_attn_mask_utils import AttentionMaskConverter
+except ImportError:  # transformers 5 has no tracer, and all its masks come from the registry
     hf_fx = None
 
 LOCK = threading.RLock()
@@ -43,6 +45,7 @@ if hf_fx is not None:
     _PATCHED += (
         *((torch, name) for name in hf_fx.HFTracer._TORCH_METHODS_TO_PATCH),
         (hf_fx, "_CURRENT_TRACER"),
+        (AttentionMaskConverter, "_ignore_causal_mask_sdpa"),
     )
 
 
@@ -63,7 +66,7 @@ class _HereOnly:
         return threading.get_ident() == self._thread
 
 
-def _for_this_thread(new: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+def for_this_thread(new: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
     """``new`` in the calling thread, ``original`` in all others, even after it is put back."""
     thread = threading.get_ident()
 
@@ -81,7 +84,7 @@ class _Patcher(symbolic._Patcher):
     def patch_method(
         self, cls: type, name: str, new_fn: Callable[..., Any], deduplicate: bool = True
     ) -> None:
-        ours = _for_this_thread(new_fn, getattr(cls, name))
+        ours = for_this_thread(new_fn, getattr(cls, name))
         super().patch_method(cls, name, ours, deduplicate)
 
     def revert(self) -> None:
@@ -92,7 +95,7 @@ class _Patcher(symbolic._Patcher):
 
 
 def _putting_back() -> Callable[[], None]:
-    before = [(owner, name, getattr(owner, name)) for owner, name in _PATCHED]
+    before = [(owner, name, inspect.getattr_static(owner, name)) for owner, name in _PATCHED]
     registered = [(registry, set(registry)) for registry in _REGISTRIES]
     level = _LOGGER.level
 
@@ -144,13 +147,31 @@ def tracing() -> Iterator[None]:
         finally:
             patcher.revert()
 
-    symbolic._new_patcher = _for_this_thread(new_patcher, symbolic._new_patcher)
+    symbolic._new_patcher = for_this_thread(new_patcher, symbolic._new_patcher)
     _LOGGER.setLevel(logging.ERROR)  # it warns of what transformers' tracer does
     try:
         yield
     finally:
         for patcher in made:
             patcher.revert()
+
+
+@contextlib.contextmanager
+def no_mask_left_out() -> Iterator[None]:
+    """In an ``exclusive`` function: models of this thread make their masks whatever these hold.
+
+    transformers 4 leaves a mask out where no token is padding, which only values tell.
+    """
+    if hf_fx is None:
+        yield
+        return
+    original = inspect.getattr_static(AttentionMaskConverter, "_ignore_causal_mask_sdpa")
+    ours = for_this_thread(lambda *_, **__: False, original.__func__)
+    AttentionMaskConverter._ignore_causal_mask_sdpa = staticmethod(ours)
+    try:
+        yield
+    finally:
+        AttentionMaskConverter._ignore_causal_mask_sdpa = original
 
 
 @contextlib.contextmanager
@@ -168,8 +189,8 @@ def parameters_on_meta() -> Iterator[None]:
         """Nothing to start with: the weights come from files."""
 
     original, init = nn.Module.register_parameter, PreTrainedModel.init_weights
-    nn.Module.register_parameter = _for_this_thread(register, original)  # type: ignore[method-assign]
-    PreTrainedModel.init_weights = _for_this_thread(leave, init)
+    nn.Module.register_parameter = for_this_thread(register, original)  # type: ignore[method-assign]
+    PreTrainedModel.init_weights = for_this_thread(leave, init)
     try:
         yield
     finally:

@@ -52,9 +52,23 @@ def stream(
     model = empty_model(config, str(directory), dtype, attention)
     config._name_or_path = str(directory)
     found = match(model, stored, directory)
+    _check_as_they_lie(model, found, directory)
     _read_buffers(model, found, device)
     restream(model, _sources(model, found, dtype, device))
     return model.eval().requires_grad_(False)
+
+
+def _check_as_they_lie(
+    model: PreTrainedModel, stored: Mapping[str, Stored], directory: Path
+) -> None:
+    """Raise ModelError for a weight that no stored tensor is by itself."""
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        if name not in stored:
+            raise ModelError(
+                f"{directory}: {name} is made of several stored tensors when a model is loaded "
+                "(transformers 5 fuses a mixture's experts), and streaming reads each as it lies: "
+                "load it without streaming"
+            )
 
 
 def _float_dtype(stored: Mapping[str, Stored]) -> torch.dtype:

@@ -30,6 +30,10 @@ _FLAGS: Final = frozenset(
         *("split_special_tokens", "legacy", "do_lower_case"),
     }
 )
+# The last are what transformers 5 calls those without a class of their own.
+_CLASSES: Final = (
+    "Tokenizer", "TokenizerFast", "TokenizersBackend", "PythonBackend", "SentencePieceBackend",
+)  # fmt: skip
 _TOKENS: Final = frozenset(
     f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 )
@@ -72,9 +76,29 @@ def check_tokenizer_class(path: Path, name: object) -> None:
         return
     if not isinstance(name, str) or not name:
         raise ModelError(f"{path}: tokenizer_class must be a class's name, got {kind_of(name)}")
-    known = name in dir(transformers) or f"{name}Fast" in dir(transformers)
-    if known and not name.endswith(("Tokenizer", "TokenizerFast")):
+    if _is_known(name) and not name.endswith(_CLASSES):
         raise ModelError(f"{path}: tokenizer_class {printable(name)[:60]!r} is no tokenizer")
+
+
+def _is_known(name: str) -> bool:
+    """Whether transformers has the class, under this name or its fast or slow one's."""
+    names = dir(transformers)
+    return any(n in names for n in (name, f"{name}Fast", name.removesuffix("Fast")))
+
+
+def _check_own_code(path: Path, data: Mapping[str, Any]) -> None:
+    """Raise ModelError for a class that only code of the checkpoint has: transformers 5 takes one
+    of its own instead, without a word."""
+    own, name = data.get("auto_map"), data.get("tokenizer_class")
+    if own is None:
+        return
+    if not isinstance(own, dict | list):
+        raise _wrong(path, "auto_map", "an object", own)
+    if isinstance(name, str) and not _is_known(name):
+        raise ModelError(
+            f"{path}: tokenizer_class {printable(name)[:60]!r} is custom code (auto_map), which "
+            "fxquant does not run: take a tokenizer of a class that transformers has"
+        )
 
 
 def _fields(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str, Any]]:
@@ -87,6 +111,7 @@ def _fields(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
 
 def _check_kinds(path: Path, data: Mapping[str, Any]) -> None:
     check_tokenizer_class(path, data.get("tokenizer_class"))
+    _check_own_code(path, data)
     for name, value in data.items():
         if value is None:
             continue

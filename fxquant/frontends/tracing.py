@@ -16,7 +16,7 @@ from typing import Any, Final
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -25,13 +25,15 @@ from fxquant.frontends.attention import registered
 from fxquant.frontends.comparison import TESTED_TRANSFORMERS, Oracle, compare
 from fxquant.frontends.handed_over import check_handed_over, own_copy
 from fxquant.frontends.leaves import as_leaf
-from fxquant.frontends.patching import exclusive, tracing
-from fxquant.frontends.recorder.record import record
+from fxquant.frontends.mixtures import make_dense
+from fxquant.frontends.patching import exclusive, no_mask_left_out, tracing
+from fxquant.frontends.recorder.record import Recorded, record
 from fxquant.frontends.scoring import ScoringGraph
 from fxquant.frontends.settled import settle
 from fxquant.ir.functions import default_mask
 from fxquant.ir.graph import (
     GraphInfo,
+    Note,
     info,
     lowered_already,
     set_info,
@@ -107,8 +109,10 @@ def _traced(model: PreTrainedModel, oracle: Oracle, facts: GraphInfo, frontend: 
     copy = own_copy(model)
     sources = unstreamed(copy)  # a streamed model is traced on meta
     settle(copy)
-    gm = _graph_by(frontend, copy)
-    set_info(gm, facts)
+    mixtures = make_dense(copy)
+    gm, longest = _graph_by(frontend, copy)
+    facts = replace(facts, notes=tuple(Note("trace", each.path, str(each)) for each in mixtures))
+    set_info(gm, _bounded(facts, longest))
     _drop_dropout(gm)
     _default_mask(gm)
     gm.graph.eliminate_dead_code()
@@ -118,6 +122,20 @@ def _traced(model: PreTrainedModel, oracle: Oracle, facts: GraphInfo, frontend: 
     verify(gm, "trace")
     compare(gm, oracle)
     return gm
+
+
+def _bounded(facts: GraphInfo, longest: int | None) -> GraphInfo:
+    """``facts`` of a graph that holds up to a length of ``longest``."""
+    if longest is None:
+        return facts
+    if facts.max_positions is not None and longest < facts.max_positions:
+        raise TracingError(
+            f"{facts.model} cannot be traced: above a length of {longest} it computes another way "
+            f"than below, its config allows {facts.max_positions}, and a graph holds one way only"
+        )
+    return replace(
+        facts, max_positions=longest if facts.max_positions is None else facts.max_positions
+    )
 
 
 def _words(frontend: str, failure: str) -> str:
@@ -165,23 +183,25 @@ def _check_model(model: object) -> None:
 
 
 @exclusive
-def _graph_by(frontend: str, copy: PreTrainedModel) -> GraphModule:
-    """A GraphModule over the parts of ``copy``, whose targets are paths in the user's model."""
+def _graph_by(frontend: str, copy: PreTrainedModel) -> tuple[GraphModule, int | None]:
+    """A GraphModule over the parts of ``copy``, whose targets are paths in the user's model, and
+    the greatest length for which it holds."""
     make = record if frontend == "recorder" else _hf_record()
-    with tracing(), registered(copy.config._attn_implementation) as name:
+    implementation = copy.config._attn_implementation
+    with tracing(), no_mask_left_out(), registered(implementation) as name:
         if copy._can_set_attn_implementation():
             copy.set_attn_implementation(name)
-        graph, leaves = make(copy, _logits)
-    parts: dict[str, Any] = dict(leaves)
-    for node in graph.nodes:
+        recorded = make(copy, _logits)
+    parts: dict[str, Any] = dict(recorded.constants)
+    for node in recorded.graph.nodes:
         path = str(node.target)
         if node.op in ("call_module", "get_attr") and path not in parts:
             owner, _, name = path.rpartition(".")
             parts[path] = as_leaf(getattr(copy.get_submodule(owner), name))
-    return ScoringGraph(parts, graph, type(copy).__name__).eval()
+    return ScoringGraph(parts, recorded.graph, type(copy).__name__).eval(), recorded.longest
 
 
-def _hf_record() -> Callable[..., tuple[Graph, dict[str, Tensor]]]:
+def _hf_record() -> Callable[..., Recorded]:
     from fxquant.frontends import hf_fx  # only where transformers has its tracer
 
     return hf_fx.record

@@ -127,7 +127,7 @@ def _way_out(directory: Path) -> str:
     if any(directory.glob(PICKLED)):
         written = shlex.join(["fxquant", "safetensors", str(directory)])
         return f"{written} writes them from its {PICKLED}, one shard at a time"
-    return "save the model with save_pretrained(directory, safe_serialization=True)"
+    return "save the model with save_pretrained(directory)"
 
 
 def read_index(path: Path) -> dict[str, set[str]]:

@@ -20,6 +20,7 @@ from fxquant.frontends.weight_renaming import renamed
 
 # Once stored for each layer, now computed; transformers ignores them where there is such a buffer.
 _COMPUTED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
+_NO_WEIGHT = r"(^|\.)attn\.masked_bias$"  # once GPT-2's lowest score, -1e4
 
 
 def match(
@@ -67,7 +68,7 @@ def _check_complete(
         and (name in learned or not _any(optional, name))
     ]
     buffers = {name for name, _ in model.named_buffers()}
-    ignored = _patterns(model._keys_to_ignore_on_load_unexpected)
+    ignored = [_NO_WEIGHT, *_patterns(model._keys_to_ignore_on_load_unexpected)]
     ignored += [each for each in _COMPUTED if any(re.search(each, name) for name in buffers)]
     targets = {**{key: (name,) for key, name in names.items()}, **made}
     unexpected = [

@@ -20,6 +20,7 @@ from fxquant.frontends.tracing import trace
 from fxquant.frontends.weight_files import INDEX
 from tests.architectures import ARCHITECTURES, opt, token_ids
 from tests.attack.bad import SHORT, edit_json, edit_weights, refused, write_model
+from tests.pickles import save_pickled
 
 WAYS = ((), ("--stream",))
 FC1 = "model.decoder.layers.1.fc1.weight"
@@ -212,7 +213,7 @@ def test_what_older_versions_stored_too_is_ignored(architecture: str, tmp_path: 
 
 def test_a_pickle_is_held_to_the_same_rules(tmp_path: Path) -> None:
     model = opt()
-    model.save_pretrained(tmp_path, safe_serialization=False)
+    save_pickled(model, tmp_path)
     ids = token_ids(2, 7)
     with torch.no_grad():
         expected = trace(model)(input_ids=ids)

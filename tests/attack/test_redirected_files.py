@@ -69,7 +69,9 @@ def test_a_tokenizer_is_read_from_its_folder(key: str, tmp_path: Path) -> None:
     other = other_tokenizer(folder)
     (folder / "tokenizer.3.0.0.json").write_text(other.read_text())
     for file in FILES:
-        before = (folder / file).read_text()
+        (folder / file).touch()
+        before = (folder / file).read_text() or "{}"
+        (folder / file).write_text(before)
         edit_json(folder / file, lambda data: data.update({key: REDIRECTIONS[key](str(other))}))
         with pytest.raises(ModelError, match=rf"{file}: {key}"):
             read_tokenizer(folder)

@@ -21,8 +21,6 @@ from fxquant.frontends.recorder.spelling import (
     spelled,
 )
 
-# Methods that give the tensor itself where it has that dtype.
-_CASTS = ("to", "type", "float", "half", "bfloat16", "double", "type_as", "long", "int", "bool")
 _FILLS = ("copy_", "fill_", "zero_")
 # Made of numbers: without a dtype they take the process's default when the graph runs.
 _MADE = (torch.ones, torch.zeros, torch.full, torch.empty, torch.tensor, torch.arange)
@@ -48,15 +46,10 @@ class Recorder(TorchFunctionMode):
         if written:
             self._write(func, args, kwargs, value, written)
         elif any(isinstance(each, Tensor) for each in tree_leaves(value)) and not (
-            self._is_no_cast(func, args, value)
+            _stays_on_its_device(func, args, kwargs, value)
         ):
             self._recording.call(spelled(func, args, _with_dtype(func, kwargs, value)), value)
         return value
-
-    def _is_no_cast(self, func: Any, args: tuple[Any, ...], value: Any) -> bool:
-        """A cast to what the tensor is already: true of every dtype that the model may get."""
-        same = bool(args) and value is args[0]
-        return same and is_method(func) and name_of(func) in _CASTS
 
     def _write(
         self, func: Any, args: tuple[Any, ...], kwargs: Any, value: Any, written: list[Tensor]
@@ -104,6 +97,16 @@ def _plain(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     if plain is None:
         raise TracingError(f"it calls {name}, which has no form that leaves its tensor alone")
     return method(plain, args, kwargs)
+
+
+def _stays_on_its_device(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
+) -> bool:
+    """A move to where the tensor is. A cast is kept: the graph may get another dtype."""
+    if not (args and value is args[0] and func in (Tensor.to, Tensor.cpu, Tensor.cuda)):
+        return False
+    asked = tree_leaves((args[1:], kwargs))
+    return not any(isinstance(each, torch.dtype | Tensor) for each in asked)
 
 
 def _with_dtype(func: Any, kwargs: dict[str, Any], value: Any) -> dict[str, Any]:

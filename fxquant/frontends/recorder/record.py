@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,16 +21,26 @@ from fxquant.frontends.recorder.shadow import markers, shadow_of
 Run = Callable[[nn.Module, Tensor, Tensor], Any]
 
 
-def record(model: nn.Module, run: Run) -> tuple[Graph, dict[str, Tensor]]:
+@dataclass(frozen=True)
+class Recorded:
+    """A graph whose targets are paths in the model. ``constants``: tensors that it reads beside the
+    model's own, by the name that they have in it. ``longest``: the greatest length for which it
+    holds, None where nothing bounds it."""
+
+    graph: Graph
+    constants: dict[str, Tensor]
+    longest: int | None = None
+
+
+def record(model: nn.Module, run: Run) -> Recorded:
     """The graph of what ``run(model, input_ids, attention_mask)`` computes.
 
     Args:
         model: left as it is; its weights may be on meta.
         run: gives the logits.
 
-    Returns the graph, its targets paths in ``model``, and tensors that it reads beside the model's
-    own, by the name that they have in it. Raises TracingError naming the module whose code has no
-    graph: it decides by values or by sizes, or hides what it computes.
+    Raises TracingError naming the module whose code has no graph: it decides by values or by sizes,
+    or hides what it computes.
     """
     *early, last = markers(model)
     for marker in early:
@@ -41,12 +52,11 @@ def record(model: nn.Module, run: Run) -> tuple[Graph, dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def _recorded(
-    model: nn.Module, run: Run, marker: torch.dtype | None
-) -> tuple[Graph, dict[str, Tensor]]:
+def _recorded(model: nn.Module, run: Run, marker: torch.dtype | None) -> Recorded:
     shadow = shadow_of(model, marker)
     recording = Recording(shadow, model)
-    watch(shadow.model, model, recording, Guards(shadow.env, shadow.input_ids))
+    guards = Guards(shadow.env, shadow.input_ids)
+    watch(shadow.model, model, recording, guards)
     try:
         with enable_python_dispatcher(), shadow.mode, Recorder(recording):
             logits = run(shadow.model, shadow.input_ids, shadow.attention_mask)
@@ -58,7 +68,7 @@ def _recorded(
     except TracingError as error:
         raise _untraceable(model, "", error) from error
     constants = {name: tensor.detach() for name, tensor in recording.values.constants.items()}
-    return recording.graph, constants
+    return Recorded(recording.graph, constants, guards.longest)
 
 
 # What torch raises where Python asks a tensor without data for its values.
