@@ -45,4 +45,5 @@ class Clip(Repair):
 
 
 def _searched(weight: Tensor, spec: TensorSpec) -> WeightCodes:
-    return searched_codes(weight, spec, torch.ones(weight.shape[1], device=weight.device))
+    alike = torch.ones(weight.shape[1], dtype=torch.float32, device=weight.device)
+    return searched_codes(weight, spec, alike)

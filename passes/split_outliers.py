@@ -79,7 +79,8 @@ class SplitOutliers(Repair):
                     f"{self.threshold:g}, nothing would be quantized; raise the threshold"
                 )
             if index.numel():
-                _split(gm, source, members, index)
+                # Not ``source``, which may itself have been split since.
+                _split(gm, source_of(members[0][1]), members, index)
             exceeding = f"exceed{'s' if index.numel() == 1 else ''} {self.threshold:g}"
             text = f"{index.numel()} of {counted(largest.numel(), 'column')} {exceeding}"
             text = f"{text}; the largest is {largest.max():.3g}"

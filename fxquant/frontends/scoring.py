@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from transformers import GenerationMixin, PreTrainedModel
 
-from fxquant.errors import GraphAttributeError, GraphCallError
+from fxquant.errors import CheckpointError, GraphAttributeError, GraphCallError
 from fxquant.ir.graph import info
 from fxquant.run.encodings import TAKEN as _INPUTS
 
@@ -43,10 +43,23 @@ class ScoringGraph(GraphModule):
     tokenizers return, is let go: causal models do not read it.
 
     Raises GraphAttributeError (an AttributeError, so ``hasattr`` is False) and GraphCallError (a
-    TypeError), also for ids that no table has and dtypes that torch has no kernel for.
-    ``copy.deepcopy`` and checkpoints keep the class; ``copy.copy`` and a pickle give a plain
-    GraphModule.
+    TypeError), also for ids that no table has and dtypes that torch has no kernel for. Copies and
+    checkpoints keep the class. A pickle cannot hold a graph (torch.fx would trace its code anew,
+    without sites, levels and history): pickling one, by ``torch.save`` too, raises
+    CheckpointError, which names ``fxquant.save``.
     """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise CheckpointError(
+            "a graph cannot be pickled (pickle, torch.save, another process's arguments): "
+            "fxquant.save(graph, folder) writes it, fxquant.load(folder) reads it; "
+            "torch.save(graph.state_dict(), file) keeps its tensors alone"
+        )
+
+    def __copy__(self) -> ScoringGraph:
+        other = ScoringGraph(self, self.graph, self.__class__.__name__)
+        other.meta = self.meta
+        return other.train(self.training)
 
     def __getattr__(self, name: str) -> Any:
         modules = self.__dict__.get("_modules", {})

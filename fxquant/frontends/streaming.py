@@ -8,6 +8,7 @@ block is read once for all of them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel

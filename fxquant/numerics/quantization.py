@@ -226,8 +226,9 @@ def quantize_affine(
         raise ValueError(f"codes {qmin}..{qmax} do not fit {dtype}")
     codes = rounded_codes(x, scale, zero_point, group_size)
     count = max(codes.numel(), 1)
-    clipping = Clipping((codes < qmin).sum() / count, (codes > qmax).sum() / count)
-    return codes.clamp_(qmin, qmax).to(dtype), clipping
+    # dtype: an integer's quotient would be of torch's default dtype.
+    low, high = (side.sum(dtype=torch.float32) / count for side in (codes < qmin, codes > qmax))
+    return codes.clamp_(qmin, qmax).to(dtype), Clipping(low, high)
 
 
 def dequantize(
