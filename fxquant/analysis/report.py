@@ -148,10 +148,12 @@ def _details(sites: Iterable[SiteFigures]) -> Iterator[str]:
         if site.causes is not None:
             parts = ", ".join(f"{cause} {_nats(value)}" for cause, value in site.causes.items())
             lines.append(f"  causes (all else quantized): {parts}")
-        lines.append(
-            f"  rounding energy {site.energy['rounding']:.3g}: floor {site.rounding_floor:.3g}, "
-            f"range mismatch {site.range_mismatch:+.3g}"
-        )
+        if site.range_energy:
+            lines.append(
+                f"  energy of clipping and rounding together {site.range_energy:.3g}: the best "
+                f"range would leave {site.rounding_floor:.3g}, the range mismatch is "
+                f"{site.range_mismatch:.3g}"
+            )
         if site.worst_channels:
             lines.append("  channels: " + "; ".join(map(_channel, site.worst_channels)))
         lines.append("  tokens: " + "; ".join(map(_token, site.worst_tokens)))

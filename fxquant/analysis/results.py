@@ -24,6 +24,8 @@ class SiteFigures:
     ``path`` by cause (None if not run or refused); ``causes``: Shapley values of the site's own
     parts with everything else quantized, which sum to rescue (worst sites only).
     Local figures are on the input that arrives in the quantized model: see local.py.
+    ``range_energy``: of clipping and rounding together, of which ``rounding_floor`` would be left
+    under the best range and ``range_mismatch`` is the rest.
     """
 
     site: str
@@ -33,6 +35,7 @@ class SiteFigures:
     path: dict[Cause, float] | None
     causes: dict[Cause, float] | None
     energy: dict[Cause, float]
+    range_energy: float
     rounding_floor: float
     range_mismatch: float
     sqnr_db: float
