@@ -52,4 +52,3 @@ def floor_energy(site: LinearSite, x: Tensor, own: float | None = None) -> float
 
 def _output_energy(site: LinearSite, error: Tensor) -> float:
     return float(nn.functional.linear(error, site.coded_weight).to(torch.float64).square().sum())
-

@@ -110,7 +110,8 @@ class Findings:
     ``delta_loss`` = loss_quantized - loss_float, where float is the graph after the scheme's
     repairs; ``loss_unrepaired`` is the model's own loss. ``ranking`` names the figure by which
     sites are called worst. ``causes`` is None unless the method was run. ``windows``: how many, and
-    the tokens of the longest. ``methods``: those that were run.
+    the tokens of the longest. ``methods``: those that were run; ``left_out``: what was not, for
+    ``time_limit``, seconds.
     """
 
     model: str
@@ -133,6 +134,8 @@ class Findings:
     forward_seconds: float
     costs: dict[str, MethodCost]
     methods: tuple[str, ...]
+    left_out: tuple[str, ...]
+    time_limit: float | None
     notes: tuple[str, ...]
 
     @property
