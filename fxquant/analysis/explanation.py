@@ -85,8 +85,8 @@ def explain(
         worst: at how many of the worst sites other choices are tried and causes are measured; 0
             also leaves out the recovery curve.
         minutes: of the default methods, after so long nothing more is started that can be left out:
-            opening more than one block, other choices at more than one site, the recovery curve,
-            kinds, causes of the worst sites. The report says what was; math.inf leaves out nothing.
+            other choices at more than one site, the recovery curve, kinds, causes of the worst
+            sites. The report says what was; math.inf leaves out nothing.
             Other methods are run as they are asked for.
         tokenizer: to show tokens as text and tell delimiters apart.
         output: a folder where finished losses are kept; the same call goes on from them, and no

@@ -130,7 +130,8 @@ def _method(
         ends = ends_cost(run[-1].behind for run in runs.values())
         inner = [opening_cost([s.behind for s in run[:-1]]) for run in runs.values() if run[1:]]
         most = max(inner, default=0.0)
-        yield Step(method, ends + min(max(ALLOWANCE, most), sum(inner)), ends + most)
+        whole = ends + min(max(ALLOWANCE, most), sum(inner))
+        yield Step(method, whole, whole)
     elif effect in EFFECTS:
         yield Step(method, 1 + sum(_firsts(sites, where, by)), 0.0)
     elif method == "causes:kinds":

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from fxquant.analysis.results import Findings, GroupFigures, SiteFigures, is_ranked, rank_value
 
 BLOCKS = "in_order:blocks"
+NAMED = 4  # blocks, at most
 SMALLEST = 0.00005  # nats a token, what is printed as a change
 
 
@@ -49,11 +50,12 @@ def rank_words(found: Findings, wanted: int) -> str:
             f"{first.measured[BLOCKS]:+.4f}, {first.name}. But {hidden}: --methods in_order "
             "measures every site."
         )
-    known = f"Only the worst {count} come first for certain" if count else "No rank is certain"
     more = [each.name for each in closed if _exceeds(found, each, wanted)]
+    rest = f" and {len(more) - NAMED} more" if len(more) > NAMED else ""
     return (
-        f"{known}: {', '.join(more)} add more than a site of these as a whole, and were not "
-        f"opened. And {hidden}: --methods in_order measures every site, --minutes opens more."
+        f"Of the worst {wanted} sites {count} are certain: {', '.join(more[:NAMED])}{rest} add "
+        f"more as a whole than the last of them, and were not opened. And {hidden}: --methods in_order "
+        "measures every site."
     )
 
 

@@ -184,10 +184,6 @@ class Study(Bench):
             expected = seconds_of(WORST, forwards, self.forward_seconds)
             return self.progress.over(losses, WORST, count, expected)
 
-        def allowance() -> float:
-            one = seconds_of(WORST, 1.0, self.forward_seconds)
-            return min(ALLOWANCE, self.purse.left / one) if one else ALLOWANCE
-
         with self.lab.meter.measuring(WORST):
             found = steps(
                 self.lab,
@@ -197,7 +193,7 @@ class Study(Bench):
                 self.remember("in_order"),
                 over,
                 wanted,
-                allowance,
+                ALLOWANCE,
             )
         return {"in_order": found.sites, "in_order:blocks": found.groups}
 

@@ -58,12 +58,12 @@ def steps(
     remember: Remember,
     over: Over,
     wanted: int,
-    allowance: Callable[[], float],
+    allowance: float,
 ) -> Steps:
     """The chain's steps by group, and by site in the groups that add most.
 
     ``wanted``: groups are opened until so many sites are settled, as far as ``allowance``, in
-    forwards, goes, which is asked when the groups are known; at least one. ``group_of`` by path;
+    forwards, goes; at least one. ``group_of`` by path;
     ``remember(path, compute)`` keeps finished losses, by the names that in_order of every site
     uses; ``over(losses, count, forwards)`` shows progress.
     """
@@ -74,7 +74,7 @@ def steps(
     losses = {each.path: loss for each, loss in found}
     before = [loss_float, *(losses[each.path] for each in ends)]
     added = [losses[end.path] - before[index] for index, end in enumerate(ends)]
-    left, opened = allowance(), False
+    left, opened = allowance, False
     for index in sorted(range(len(runs)), key=lambda i: -added[i]):
         inner = runs[index][:-1]
         if not inner:

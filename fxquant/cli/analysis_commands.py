@@ -75,6 +75,10 @@ def add_explain_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--sites", help="a glob: quantize only the sites that it covers")
     parser.add_argument("--worst", type=whole, default=3, help="sites to try other choices at (3)")
+    parser.add_argument(
+        "--minutes", type=number, default=1.0,
+        help="of the default methods, start nothing after it that can be left out (1)",
+    )  # fmt: skip
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,7 +111,7 @@ def explain_command(options: argparse.Namespace) -> int:
 
 def _explain(options: argparse.Namespace) -> int:
     as_scheme(options.scheme)
-    check_request(options.methods, options.worst)
+    check_request(options.methods, options.worst, options.minutes)
     material = _load(options)
     try:
         found = explain(
@@ -119,6 +123,7 @@ def _explain(options: argparse.Namespace) -> int:
             sites=options.sites,
             progress=True,
             worst=options.worst,
+            minutes=options.minutes,
             tokenizer=material.loaded.tokenizer,
             output=options.output,
             allow_overlap=True,  # cut keeps them apart, by position
