@@ -84,10 +84,8 @@ def explain(
             no terminal; None: on a terminal alone.
         worst: at how many of the worst sites other choices are tried and causes are measured; 0
             also leaves out the recovery curve.
-        minutes: of the default methods, after so long nothing more is started that can be left out:
-            other choices at more than one site, the recovery curve, kinds, causes of the worst
-            sites. The report says what was; math.inf leaves out nothing.
-            Other methods are run as they are asked for.
+        minutes: after which the default methods start nothing that can be left out (the report
+            says what was); math.inf: nothing is. Other methods are run as they are asked for.
         tokenizer: to show tokens as text and tell delimiters apart.
         output: a folder where finished losses are kept; the same call goes on from them, and no
             other may at the same time.
@@ -103,34 +101,42 @@ def explain(
     notes: list[str] = []
     graph = model if isinstance(model, GraphModule) else trace(model)
     batches = as_batches(calibration, graph)
-    measured = data
-    if data is None and batches is not None:
-        measured = unpadded(batches)
-        notes.append("the loss is measured on the calibration batches: no other data were given")
-    windows = as_windows(measured, graph)
+    windows = as_windows(_measured_on(data, batches, notes), graph)
     notes += check_unseen(graph, windows, data, batches, calibration, allow_overlap)
     notes += baseline_notes(scheme)
     narrowed = restricted(scheme, sites, graph)
     check_quantizes(narrowed)
     recipe(narrowed, calibration=batches)  # raises where calibration is missing
-    limit = 60 * minutes if methods == DEFAULT_METHODS else math.inf
-    asked = _Request(scheme, narrowed, methods, worst, limit, sites, tokenizer, output)
+    asked = _Request(scheme, narrowed, methods, worst, minutes, sites, tokenizer, output)
     return _measured(asked, graph, windows, batches, watched(calibration, batches), notes, progress)
+
+
+def _measured_on(
+    data: Windows | None, batches: Sequence[dict[str, Tensor]] | None, notes: list[str]
+) -> Windows | None:
+    if data is not None or batches is None:
+        return data
+    notes.append("the loss is measured on the calibration batches: no other data were given")
+    return unpadded(batches)
 
 
 @dataclass(frozen=True)
 class _Request:
-    """What was asked for, checked; ``narrowed``: the scheme at the sites that ``sites`` covers;
-    ``seconds``: after which nothing more is started that can be left out."""
+    """What was asked for, checked; ``narrowed``: the scheme at the sites that ``sites`` covers."""
 
     scheme: Scheme
     narrowed: Scheme
     methods: tuple[str, ...]
     worst: int
-    seconds: float
+    minutes: float
     sites: str | None
     tokenizer: Tokenizer | None
     output: Path | None
+
+    @property
+    def seconds(self) -> float:
+        """After which nothing more is started that can be left out."""
+        return 60 * self.minutes if self.methods == DEFAULT_METHODS else math.inf
 
     def decode(self, token: int) -> str:
         assert self.tokenizer is not None

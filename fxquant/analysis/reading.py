@@ -54,8 +54,8 @@ def rank_words(found: Findings, wanted: int) -> str:
     rest = f" and {len(more) - NAMED} more" if len(more) > NAMED else ""
     return (
         f"Of the worst {wanted} sites {count} are certain: {', '.join(more[:NAMED])}{rest} add "
-        f"more as a whole than the last of them, and were not opened. And {hidden}: --methods in_order "
-        "measures every site."
+        f"more as a whole than the last of them, and were not opened. And {hidden}: "
+        "--methods in_order measures every site."
     )
 
 

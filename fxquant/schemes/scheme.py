@@ -112,16 +112,21 @@ class Scheme:
 
     @classmethod
     def from_json(cls, text: str) -> Scheme:
-        """The inverse of to_json; raises SchemeError."""
+        """The inverse of to_json; raises SchemeError.
+
+        An object ``made_by``, in which ``fxquant plan`` says what it was chosen on, is read over.
+        """
         try:
             data = parse_json(text, object_pairs_hook=_unique)
             base, overrides = data["scheme"], data.get("overrides", {})
             pairs = tuple(overrides.items())
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise _bad_json(f"{type(error).__name__}: {error}") from error
-        unknown = set(data) - {"scheme", "overrides"}
+        unknown = set(data) - {"scheme", "overrides", "made_by"}
         if unknown:
             raise _bad_json(f"unknown keys {sorted(unknown)}")
+        if not isinstance(data.get("made_by", {}), dict):
+            raise _bad_json("made_by is an object")
         texts = (base, *(spec for _, spec in pairs))
         if not all(isinstance(each, str) and not each.lstrip().startswith("{") for each in texts):
             raise _bad_json("a scheme inside JSON is text such as 'w8'")
