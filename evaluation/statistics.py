@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from fxquant.errors import DataError
 from fxquant.ir.counted import counted
+from fxquant.run.loss import standard_error
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,8 @@ def paired_difference(ours: WindowSums, reference: WindowSums) -> Difference:
             f"{sum(reference.tokens)}"
         )
     differences = [a - b for a, b in zip(ours.nll, reference.nll, strict=True)]
-    total, count = sum(ours.tokens), len(differences)
-    delta = math.fsum(differences) / total
-    if count < 2:
-        return Difference(delta, None)
-    residuals = math.fsum(
-        (d - delta * n) ** 2 for d, n in zip(differences, ours.tokens, strict=True)
-    )
-    return Difference(delta, math.sqrt(count / (count - 1) * residuals) / total)
+    delta = math.fsum(differences) / sum(ours.tokens)
+    return Difference(delta, standard_error(differences, ours.tokens))
 
 
 def mean_sums(runs: Sequence[WindowSums]) -> WindowSums:

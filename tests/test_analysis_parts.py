@@ -303,7 +303,11 @@ def test_local_figures_against_a_plain_computation() -> None:
         assert sum(float(t.sum()) for t in found.tokens) == pytest.approx(found.total, rel=1e-4)
         blamed = sum(float(t.sum()) for t in found.token_blame)
         assert blamed == pytest.approx(sum(found.energy.values()), rel=1e-4)
-        assert found.floor > 0
+        both = float(((rounded - x) @ coded.T).square().sum())
+        assert found.input == pytest.approx(both, rel=1e-3)
+        # The floor is of both: a range that clips may round to less than it.
+        assert 0 < found.floor <= found.input
+        assert found.range_mismatch == found.input - found.floor
 
 
 @torch.no_grad()

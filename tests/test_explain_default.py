@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -10,7 +12,9 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,10 +24,13 @@ from fxquant.analysis.explanation import DEFAULT_METHODS, FULL_METHODS
 from fxquant.analysis.inputs import named_graph
 from fxquant.analysis.prediction import expected, planned_sites, predict
 from fxquant.analysis.progress import Progress, clock
+from fxquant.analysis.purse import Purse
+from fxquant.analysis.reading import opposed, settled
+from fxquant.analysis.report import Explanation
 from fxquant.analysis.results import is_ranked
 from fxquant.cli.main import main
 from fxquant.cli.signals import terminable
-from fxquant.errors import CalibrationError
+from fxquant.errors import CalibrationError, SchemeError
 from fxquant.schemes.scheme import Scheme
 from tests.architectures import token_ids
 from tests.models import SMALL_OPT
@@ -42,14 +49,13 @@ def test_the_worst_blocks_have_the_figures_of_in_order(
     name: str, allowance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same numbers as in_order of every site, and with the other blocks the same sum."""
-    monkeypatch.setattr(worst_first, "ALLOWANCE", allowance)
+    monkeypatch.setattr("fxquant.analysis.study.ALLOWANCE", allowance)
     found = tiny(name, SCHEMES[0], methods="in_order:worst", worst=2)
     whole = tiny(name, SCHEMES[0], methods=("in_order", "in_order:blocks"), worst=0)
     every = {site.site: site.effects["in_order"] for site in whole.sites}
     ranked = {s.site: s.effects["in_order"] for s in found.sites if "in_order" in s.effects}
     assert ranked == {path: every[path] for path in ranked}
     assert len(set(ranked.values())) > 1
-    assert (len(ranked) == len(every)) == (allowance == 100)
     blocks = {group.name: group.measured["in_order:blocks"] for group in found.blocks}
     expected = {group.name: group.measured["in_order:blocks"] for group in whole.blocks}
     assert blocks == pytest.approx(expected, abs=1e-9)
@@ -61,9 +67,89 @@ def test_the_worst_blocks_have_the_figures_of_in_order(
     assert max(inside, key=lambda block: inside[block]) in sums
     assert all(is_ranked(site, "in_order") for site in found.worst[: len(ranked)])
     assert found.worst[0].site == max(ranked, key=lambda path: ranked[path])
+    closed = [blocks[name] for name in blocks if name not in sums]
+    assert (len(ranked) < len(every)) == bool(closed)
     text = str(found)
-    partly = f"({len(ranked)} of {len(every)} measured, those of the worst blocks)"
-    assert (partly in text) == (len(ranked) < len(every))
+    partly = f"({len(ranked)} of {len(every)} measured, those of the worst blocks"
+    assert (partly in text) == bool(closed)
+    assert text.count("sites not opened") == len(closed)
+    third = sorted(ranked.values())[-3]
+    certain = sum(value >= max(closed, default=-math.inf) for value in ranked.values())
+    assert settled(found) == certain
+    if allowance == 100:
+        assert all(value <= third for value in closed)
+    if closed:
+        assert ("No block that was not opened adds as much" in text) == (certain >= 3)
+        assert ("as a whole than the last of them, and were not" in text) == (certain < 3)
+    else:
+        assert "not opened" not in text
+
+
+class Scripted:
+    """Sites whose losses are known: blocks of three sites each, and what opening them costs."""
+
+    def __init__(self, values: list[list[float]], behind: float) -> None:
+        self.sites: Any = [
+            SimpleNamespace(path=f"{block}.{index}", node=3 * block + index)
+            for block, each in enumerate(values)
+            for index in range(len(each))
+        ]
+        self.values = {
+            site.path: value
+            for site, value in zip(self.sites, itertools.chain(*values), strict=True)
+        }
+        self.behind, self.opened = behind, set[str]()
+
+    def position(self, node: int) -> int:
+        return node
+
+    def share_behind(self, node: int) -> float:
+        return self.behind
+
+    def start(self) -> None: ...
+
+    def advance(self, cuts: None, node: int, under: object) -> None: ...
+
+    def loss(self, under: object, cuts: None) -> float:
+        raise AssertionError("known losses are not run")
+
+    def steps(self, wanted: int, allowance: float, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+        """The sites that are measured when blocks are opened."""
+        monkeypatch.setattr(worst_first, "setting", lambda sites: None)
+        losses = dict(zip(self.values, itertools.accumulate(self.values.values()), strict=True))
+        found = worst_first.steps(
+            self,  # type: ignore[arg-type]
+            self.sites,
+            {site.path: site.path[0] for site in self.sites},
+            0.0,
+            lambda path, _: losses[path],
+            lambda items, count, forwards: items,
+            wanted,
+            allowance,
+        )
+        measured = {site: self.values[site] for site in found.sites}
+        assert found.sites == pytest.approx(measured)
+        return set(found.sites)
+
+
+def test_blocks_are_opened_until_the_worst_sites_are_settled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A block that adds more than the last of the sites asked for is opened, however late."""
+    values = [[0.1, 0.0, 4.0], [0.0, 0.2, 2.0], [0.5, 0.6, 0.4], [0.0, 0.0, 1.0], [0.3, 0.2, 0.1]]
+    known = Scripted(values, behind=0.5)
+    assert {path[0] for path in known.steps(1, 100, monkeypatch)} == {"0"}
+    assert {path[0] for path in known.steps(2, 100, monkeypatch)} == {"0", "1"}
+    assert {path[0] for path in known.steps(3, 100, monkeypatch)} == {"0", "1", "2", "3"}
+    assert {path[0] for path in known.steps(99, 100, monkeypatch)} == set("01234")
+    assert {path[0] for path in known.steps(3, 0, monkeypatch)} == {"0"}
+
+
+def test_a_block_too_dear_does_not_hide_those_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = Scripted([[3.0, 0.0, 0.0], [0.0, 0.0, 2.0], [0.1, 1.0]], behind=0.9)
+    # Three sites cost 1.9 to open, two cost 1.
+    found = known.steps(3, 2.95, monkeypatch)
+    assert {path[0] for path in found} == {"0", "2"}
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -102,7 +188,7 @@ def test_the_full_study_goes_on_from_the_default(tmp_path: Path) -> None:
 
 def test_without_calibration_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even the forward that is timed."""
-    monkeypatch.setattr("fxquant.analysis.explanation.plain_forward_seconds", lambda _: 1 / 0)
+    monkeypatch.setattr("fxquant.analysis.explanation.plain_forward", lambda _: 1 / 0)
     with pytest.raises(CalibrationError):
         explain(traced("opt")[1], "w8a8-static", data=token_ids(1, 8))
 
@@ -151,6 +237,87 @@ def test_only_what_calibrates_is_predicted_to(scheme: str, calibrates: bool) -> 
     found = {step.name: step.forwards for step in steps}
     assert found.get("calibration", 0.0) == (1.5 if calibrates else 0.0)
     assert found["other choices"] > 1.5
+
+
+def test_what_does_not_fit_into_the_time_is_left_out_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The backbone is there all the same, and more time goes on from it."""
+    short = tiny("llama", SCHEMES[0], minutes=0, progress=True, output=tmp_path)
+    said = capsys.readouterr().err.splitlines()[1]
+    assert "what can be left out is not started after 0 s: about" in said
+    assert short.methods == ("in_order:worst", "causes")
+    assert "in_order:kinds" in short.left_out
+    assert short.left_out[0].startswith("other choices at the next 2: ")
+    assert "Left out, since 0 s had passed or would have: other choices" in str(short)
+    blocks = sum(block.measured["in_order:blocks"] for block in short.blocks)
+    assert blocks == pytest.approx(short.delta_loss, abs=1e-9)
+    assert {c.site for c in short.counterfactuals} == {short.worst[0].site}
+    assert short.recovery == ()
+    (kept,) = tmp_path.glob("losses-*.jsonl")
+    before = kept.read_text()
+    longer = tiny("llama", SCHEMES[0], minutes=10, output=tmp_path)
+    assert longer.left_out == ()
+    assert kept.read_text().startswith(before)
+    assert longer.methods == DEFAULT_METHODS
+    assert "Left out" not in str(longer)
+    whole = tiny("llama", SCHEMES[0], minutes=math.inf)
+    assert whole.sites == longer.sites
+    assert whole.time_limit is None
+    # Methods that are asked for are run, whatever the time.
+    asked = tiny("llama", SCHEMES[0], methods=("alone", "in_order:kinds"), minutes=0)
+    assert asked.left_out == ()
+    assert len(asked.recovery) > 2
+    with pytest.raises(SchemeError, match="minutes must be at least 0, got nan"):
+        tiny("llama", SCHEMES[0], minutes=math.nan)
+
+
+def test_the_purse_empties(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("fxquant.analysis.purse.time.monotonic", lambda: now)
+    purse = Purse(60)
+    now = 130.0
+    assert purse.left == 30
+    assert purse.holds(30)
+    assert not purse.holds(31)
+    assert Purse().holds(1e9)
+
+
+# Reading the figures ------------------------------------------------------------------------------
+
+
+def test_a_site_that_is_worse_in_float_is_called_out() -> None:
+    """Where its figure and what float recovers differ in sign, and only there."""
+    found = tiny("opt", SCHEMES[0], worst=2, methods=("in_order", "in_order:kinds"))
+    first, second = found.worst[:2]
+    by_site = {choice.site: choice for choice in found.counterfactuals if choice.choice == "float"}
+
+    def with_recovered(one: float, two: float) -> Explanation:
+        changed = {first.site: one, second.site: two}
+        return replace(
+            found,
+            counterfactuals=tuple(
+                replace(each, recovered=changed[site]) for site, each in by_site.items()
+            ),
+        )
+
+    assert first.effects["in_order"] > 0
+    agreeing = with_recovered(0.2, 0.3)
+    assert list(opposed(agreeing)) == []
+    assert "gets worse" not in str(agreeing)
+    contrary = with_recovered(-1.25, 0.3)
+    assert [(site.site, value) for site, value in opposed(contrary)] == [(first.site, -1.25)]
+    effect = f"{first.effects['in_order']:+.4f}"
+    assert (
+        f"{first.site} adds {effect} to those before it, and yet the loss gets worse by 1.2500 "
+        "when it alone is left in float"
+    ) in str(contrary)
+    lowering = replace(
+        contrary,
+        sites=tuple(replace(s, effects={"in_order": -s.effects["in_order"]}) for s in found.sites),
+        counterfactuals=tuple(replace(c, recovered=0.5) for c in by_site.values()),
+    )
+    assert "makes up for that of others there" in str(lowering)
 
 
 # Progress -----------------------------------------------------------------------------------------
@@ -288,20 +455,3 @@ def test_signals_are_left_alone_in_other_threads() -> None:
     thread.start()
     thread.join()
     assert seen == [(signal.SIG_DFL, 130)]
-
-
-def test_a_block_too_dear_does_not_hide_those_behind_it() -> None:
-    class Node:
-        def __init__(self, cost: float) -> None:
-            self.node = cost
-
-    class Costs:
-        def share_behind(self, node: float) -> float:
-            return node
-
-    dear = 0.75 * worst_first.ALLOWANCE
-    runs: Any = [[Node(dear), Node(0.0)], [Node(dear), Node(0.0)], [Node(0.2 * dear), Node(0.0)]]
-    added = [3.0, 2.0, 1.0]
-    lab: Any = Costs()
-    chosen = worst_first._worst(lab, runs, added)
-    assert chosen == [runs[0][0], runs[2][0]]

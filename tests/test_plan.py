@@ -18,12 +18,13 @@ from torch import Tensor
 import fxquant
 from fxquant.analysis import plan
 from fxquant.analysis.costs import bits, mean_cost, storage
+from fxquant.analysis.plan_result import Measured, Plan
 from fxquant.analysis.planning import make_plan
 from fxquant.analysis.search import fewest
 from fxquant.analysis.upgrades import Rung, order_upgrades, rungs_of
 from fxquant.cli import analysis_commands
 from fxquant.cli.main import main
-from fxquant.errors import BudgetError, CalibrationError, SchemeError
+from fxquant.errors import BudgetError, CalibrationError, DataError, SchemeError
 from fxquant.evaluation import cut_windows, evaluate, load_text
 from fxquant.evaluation.models import LoadedModel, load_model
 from fxquant.ir.graph import Site
@@ -153,6 +154,40 @@ def test_an_interrupted_plan_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(kept) == first  # nothing was measured again
 
 
+def test_the_printout_says_on_what_it_was_measured() -> None:
+    scheme = Scheme.parse("w8")
+    known = Plan(
+        *(scheme, 0.05, 0.04, 0.9, 8.1, "bits", {"w8": 3}, 7.0, 1),
+        chosen_on=Measured(0.04, 0.02, 2),
+    )
+    text = str(known)
+    assert "Δloss +0.0400 ± 0.0200 s.e. on 2 windows that it was chosen on, verified" in text
+    assert "not measured on windows that had no part in choosing it" in text
+    assert "the budget is within one standard error of this Δloss (0.0200)" in text
+    sure = replace(known, chosen_on=Measured(0.04, 0.009, 2), held_out=Measured(0.0872, 0.01, 4))
+    assert "within one standard error" not in str(sure)
+    said = "+0.0872 ± 0.0100 s.e. on 4 windows that had no part in choosing it, 0.0372 above the"
+    assert said in str(sure)
+    kept = replace(sure, held_out=Measured(0.03, None, 1))
+    assert "+0.0300 ± n/a s.e. on 1 window that had no part in choosing it" in str(kept)
+    assert "above the budget" not in str(kept)
+    one = replace(known, chosen_on=Measured(0.04, None, 1))
+    assert "one window gives no standard error" in str(one)
+
+
+def test_held_out_windows_have_no_part(capsys: pytest.CaptureFixture[str]) -> None:
+    _, graph = traced("opt")
+    ids = token_ids(5, 20)
+    asked: dict[str, Any] = {"data": ids[:2], "budget": 0.002, "choices": ("w3-tensor", "w8")}
+    without = plan(graph, **asked)
+    assert capsys.readouterr().err == ""
+    assert plan(graph, **asked, held_out=ids[2:], progress=True) == without
+    said = capsys.readouterr().err.splitlines()
+    assert any(re.match(r"plan: Δloss .* on 3 windows that had no part", line) for line in said)
+    with pytest.raises(DataError, match="1 of the windows of held_out= are windows of data= too"):
+        plan(graph, **asked, held_out=ids[1:])
+
+
 def test_bad_input() -> None:
     _, graph = traced("opt")
     ids = token_ids(1, 8)
@@ -217,12 +252,33 @@ def test_command_line(
     out = tmp_path / "plan"
     command = ["plan", *short, "--calibration-windows", "0", "--budget", "0.05"]
     assert main([*command, "--choices", *CHOICES, "--output", str(out)]) == 0
-    printed = capsys.readouterr().out
-    assert "verified" in printed
+    printed, said = capsys.readouterr()
+    assert "on 1 window that it was chosen on, verified, of at most +0.0500" in printed
+    assert "on 4 windows that had no part in choosing it" in printed
     assert "the first window of 48 tokens" in printed
+    assert said.startswith("plan: a budget of +0.0500 on 1 window of 48 tokens: w2, w4-g32-asym")
+    assert re.search(r"plan: about \d+ forwards of all windows, [\d.e-]+ s each: about \d+ s", said)
+    assert "plan: sites 1 of 24, " in said
+    written = json.loads((out / "scheme.json").read_text())
+    data = json.loads((out / "plan.json").read_text())
     scheme = Scheme.parse((out / "scheme.json").read_text())
     assert scheme.overrides
-    assert json.loads((out / "plan.json").read_text())["delta_loss"] <= 0.05
+    assert written == {**json.loads(scheme.to_json()), "made_by": written["made_by"]}
+    made_by = written["made_by"]
+    assert made_by["provenance"] == data["provenance"]
+    assert made_by["provenance"]["windows"] == 1
+    assert made_by["provenance"]["command"].startswith("fxquant plan --model package:small-opt")
+    assert (made_by["budget"], made_by["choices"]) == (0.05, list(CHOICES))
+    assert made_by["chosen_on"]["delta"] == data["delta_loss"] <= 0.05
+    assert made_by["held_out"]["windows"] == 4
+    # The held-out windows are those behind the first, and their figure is what evaluate measures.
+    ids = cut_windows(
+        load_text("builtin"), small_opt()[1], count=5, length=48, calibration=0, seed=0
+    ).evaluation[1:]
+    graph = fxquant.trace(small_opt()[0])
+    losses = [evaluate(each, ids).loss for each in (fxquant.convert(graph, scheme), graph)]
+    assert made_by["held_out"]["delta"] == pytest.approx(losses[0] - losses[1], abs=1e-6)
+    assert made_by["held_out"]["error"] > 0
 
     out = tmp_path / "explain"
     command = ["explain", *short, "--calibration-windows", "1", "--scheme", "w8a8-static:p99"]

@@ -72,7 +72,7 @@ def test_shapes_stay_whole(rows: int) -> None:
     summary = summarize(converted)
     wide = tuple(replace(row, site=replace(row.site, shape=(rows, 576))) for row in summary.sites)
     text = render(replace(summary, sites=wide))
-    assert text.count(f"{rows}x576") == len(wide)
+    assert text.count(f"{rows}×576") == len(wide)
     assert max(map(len, text.splitlines())) <= 100
     data = json.loads(json.dumps(fxquant.inspect(converted).to_dict()))
     data["sites"][0]["site"]["shape"] = [rows, 576]

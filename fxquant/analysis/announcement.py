@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fxquant.analysis.prediction import Step
+from fxquant.analysis.prediction import Step, seconds_of
 from fxquant.analysis.progress import Progress, clock
 from fxquant.ir.counted import counted
 from fxquant.recipes.repairs import REPAIRS
@@ -35,8 +35,9 @@ def announce(
     forward_seconds: float,
     methods: Sequence[str],
     windows: Sequence[Tensor],
+    limit: float,
 ) -> None:
-    """Say it, where progress is shown."""
+    """Say it, where progress is shown; ``limit``: seconds after which parts are left out."""
     count = sum(len(ids) for ids in windows)
     length = max(ids.shape[1] for ids in windows)
     forwards = sum(step.forwards for step in steps)
@@ -45,11 +46,21 @@ def announce(
     progress.say(f"{scheme} on {where}: {run_text(methods)}")
     own = [name for name, _ in scheme.repairs if REPAIRS[name].needs_calibration]
     beside = f", and what {', '.join(own)} takes" if own else ""
-    progress.say(
-        f"at most {forwards:.0f} forwards of all windows, {forward_seconds:.2g} s each: "
-        f"about {clock(seconds)}{beside}"
-    )
+    most = f"at most {forwards:.0f} forwards of all windows, {forward_seconds:.2g} s each"
+    if seconds <= limit:
+        progress.say(f"{most}: about {clock(seconds)}{beside}")
+    else:
+        least = max(limit, least_seconds(steps, forward_seconds))
+        progress.say(
+            f"{most}, about {clock(seconds)}; what can be left out is not started after "
+            f"{clock(limit)}: about {clock(least)}{beside}"
+        )
     progress.say(f"not run: {left_out(methods)}")
+
+
+def least_seconds(steps: Sequence[Step], forward_seconds: float) -> float:
+    """What cannot be left out is expected to take."""
+    return sum(seconds_of(each.name, each.least, forward_seconds) for each in steps)
 
 
 def run_text(methods: Sequence[str]) -> str:

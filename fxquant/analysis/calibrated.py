@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +16,8 @@ from fxquant.numerics.observers import ChannelAbsmax, attended
 from fxquant.passes.correct_bias import without_observers
 from fxquant.passes.smooth import Smooth, group_scale
 from fxquant.structure.absorption import ScaleGroup, scale_groups
+
+READ_TOKENS = 2048  # of calibration data that choices at a site are made from
 
 
 @dataclass
@@ -33,7 +35,8 @@ def calibration_inputs(
 ) -> dict[str, Calibrated]:
     """What reaches each of ``sites`` in the float graph; products of activations stay empty.
 
-    A scale is shared by all linears that read what takes it, so their inputs are seen too.
+    The first batches are read, until they hold READ_TOKENS that are no padding. A scale is shared
+    by all linears that read what takes it, so their inputs are seen too.
     """
     found = {each.path: Calibrated() for each in sites}
     linears = [each for each in sites if isinstance(each, LinearSite)]
@@ -52,7 +55,7 @@ def calibration_inputs(
         observer.to(linears[0].weight.device)
     executor = lab.executor
     end = executor.nodes[max(executor.position[source] for source in seen) + 1]
-    for inputs in batches:
+    for inputs in first_batches(batches, READ_TOKENS):
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
 
         def keep(node: Node, value: Tensor, mask: Tensor = mask) -> Tensor:
@@ -73,6 +76,23 @@ def calibration_inputs(
             if consumer.site.path in wanted:
                 found[consumer.site.path].smoothing = scale[consumer.columns.to(scale.device)]
     return found
+
+
+def first_batches(batches: Iterable[dict[str, Tensor]], tokens: int) -> Iterator[dict[str, Tensor]]:
+    """The first batches that hold ``tokens`` together, all where there are fewer; others are not
+    even taken."""
+    left = tokens
+    for batch in batches:
+        yield batch
+        left -= attended_tokens(batch)
+        if left <= 0:
+            return
+
+
+def attended_tokens(batch: dict[str, Tensor]) -> int:
+    """How many of a batch's tokens are no padding."""
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None else int(mask.sum())
 
 
 def _sources(lab: Lab, groups: Sequence[ScaleGroup]) -> dict[str, Node]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ from torch.fx import GraphModule
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fxquant.analysis.announcement import announce
+from fxquant.analysis.announcement import announce, least_seconds
+from fxquant.analysis.calibrated import attended_tokens
 from fxquant.analysis.effects import EFFECTS
 from fxquant.analysis.inputs import (
     Windows,
@@ -25,9 +27,10 @@ from fxquant.analysis.inputs import (
     watched,
 )
 from fxquant.analysis.interruption import kept
-from fxquant.analysis.lab import FLOAT_SETTING, Lab
-from fxquant.analysis.prediction import expected, plain_forward_seconds
+from fxquant.analysis.lab import Lab
+from fxquant.analysis.prediction import expected, plain_forward
 from fxquant.analysis.progress import Progress
+from fxquant.analysis.purse import Purse
 from fxquant.analysis.report import Explanation
 from fxquant.analysis.sites import simulated_sites
 from fxquant.analysis.store import Store, fingerprint
@@ -60,6 +63,7 @@ def explain(
     sites: str | None = None,
     progress: bool | None = None,
     worst: int = 3,
+    minutes: float = 1.0,
     tokenizer: Tokenizer | None = None,
     output: Location | None = None,
     allow_overlap: bool = False,
@@ -83,6 +87,8 @@ def explain(
             no terminal; None: on a terminal alone.
         worst: at how many of the worst sites other choices are tried and causes are measured; 0
             also leaves out the recovery curve.
+        minutes: after which the default methods start nothing that can be left out (the report
+            says what was); math.inf: nothing is. Other methods are run as they are asked for.
         tokenizer: to show tokens as text and tell delimiters apart.
         output: a folder where finished losses are kept; the same call goes on from them, and no
             other may at the same time.
@@ -93,22 +99,27 @@ def explain(
     """
     scheme = as_scheme(scheme)
     repairs = resolve_repairs(scheme)
-    methods = check_request(methods, worst)
+    methods = check_request(methods, worst, minutes)
     folder = writable(output, "output")
     notes: list[str] = []
     graph = model if isinstance(model, GraphModule) else trace(model)
     batches = as_batches(calibration, graph)
-    measured = data
-    if data is None and batches is not None:
-        measured = unpadded(batches)
-        notes.append("the loss is measured on the calibration batches: no other data were given")
-    windows = as_windows(measured, graph)
+    windows = as_windows(_measured_on(data, batches, notes), graph)
     notes += check_unseen(graph, windows, data, batches, calibration, allow_overlap)
     notes += baseline_notes(repairs)
     narrowed = restricted(scheme, sites, graph)
     recipe(narrowed, calibration=batches)  # raises where calibration is missing
-    asked = _Request(scheme, narrowed, methods, worst, sites, tokenizer, folder)
+    asked = _Request(scheme, narrowed, methods, worst, minutes, sites, tokenizer, folder)
     return _measured(asked, graph, windows, batches, watched(calibration, batches), notes, progress)
+
+
+def _measured_on(
+    data: Windows | None, batches: Sequence[dict[str, Tensor]] | None, notes: list[str]
+) -> Windows | None:
+    if data is not None or batches is None:
+        return data
+    notes.append("the loss is measured on the calibration batches: no other data were given")
+    return unpadded(batches)
 
 
 @dataclass(frozen=True)
@@ -119,9 +130,15 @@ class _Request:
     narrowed: Scheme
     methods: tuple[str, ...]
     worst: int
+    minutes: float
     sites: str | None
     tokenizer: Tokenizer | None
     output: Path | None
+
+    @property
+    def seconds(self) -> float:
+        """After which nothing more is started that can be left out."""
+        return 60 * self.minutes if self.methods == DEFAULT_METHODS else math.inf
 
     def decode(self, token: int) -> str:
         assert self.tokenizer is not None
@@ -139,11 +156,14 @@ def _measured(
 ) -> Explanation:
     """Say the cost, calibrate, run the study. ``read``: the batches, to calibrate on."""
     narrowed, methods, worst = asked.narrowed, asked.methods, asked.worst
+    purse = Purse(asked.seconds)
     plain = Lab(graph, windows)
-    forward_seconds = plain_forward_seconds(plain)
+    forward_seconds, loss = plain_forward(plain)
     cost = expected(graph, narrowed, methods, worst, plain.tokens_in, batches)
-    shown = Progress(progress, {step.name: step.seconds(forward_seconds) for step in cost})
-    announce(shown, narrowed, cost, forward_seconds, methods, windows)
+    seconds = {step.name: step.seconds(forward_seconds) for step in cost}
+    most = max(purse.seconds, least_seconds(cost, forward_seconds))
+    shown = Progress(progress, seconds, most=most)
+    announce(shown, narrowed, cost, forward_seconds, methods, windows, purse.seconds)
     with shown.step("calibration", 1):
         observed = observed_graph(graph, narrowed, read, progress is not False)
     tensors = [value for batch in batches or () for _, value in sorted(batch.items())]
@@ -152,21 +172,26 @@ def _measured(
             lab=Lab(observed, windows),
             sites=simulated_sites(observed, narrowed),
             batches=read,
+            calibration_tokens=sum(map(attended_tokens, batches or ())),
             store=store,
             progress=shown,
+            purse=purse,
             forward_seconds=forward_seconds,
-            decode=None if asked.tokenizer is None else asked.decode,
             notes=notes,
+            decode=None if asked.tokenizer is None else asked.decode,
+            seconds=seconds,
+            repaired=bool(asked.scheme.repairs),
         )
-        unrepaired = plain.loss(FLOAT_SETTING) if asked.scheme.repairs else None
         with kept(store):
-            return study.run(methods, worst, str(asked.scheme), asked.sites, unrepaired)
+            return study.run(methods, worst, str(asked.scheme), asked.sites, loss)
 
 
-def check_request(methods: str | Sequence[str], worst: int) -> tuple[str, ...]:
+def check_request(
+    methods: str | Sequence[str], worst: int, minutes: float = 1.0
+) -> tuple[str, ...]:
     """The methods without repetitions, "full" spelled out.
 
-    Raises SchemeError for methods or a number of sites that cannot be asked for.
+    Raises SchemeError for methods, a number of sites or a time that cannot be asked for.
     """
     named = (methods,) if isinstance(methods, str) else methods
     listed = [m for name in named for m in (FULL_METHODS if name == FULL else (name,))]
@@ -177,6 +202,8 @@ def check_request(methods: str | Sequence[str], worst: int) -> tuple[str, ...]:
         )
     if worst < 0:
         raise SchemeError(f"worst must be at least 0, got {worst}")
+    if not minutes >= 0:
+        raise SchemeError(f"minutes must be at least 0, got {minutes}")
     if "in_order" in listed:  # of every site: the other is a part of it
         listed = [method for method in listed if method != WORST]
     return tuple(dict.fromkeys(listed))

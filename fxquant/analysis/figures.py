@@ -41,6 +41,7 @@ def site_figures(
         path=None if along is None else dict(along.causes),
         causes=None,
         energy=dict(local.energy),
+        range_energy=local.input,
         rounding_floor=local.floor,
         range_mismatch=local.range_mismatch,
         sqnr_db=local.sqnr_db,

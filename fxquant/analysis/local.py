@@ -22,8 +22,9 @@ class LocalFigures:
     """Sums over all windows at one site, on the input that arrives in the quantized model.
 
     Energies are sums of squares: ``energy`` of each part, ``total`` of ŷ - y, ``signal`` of y
-    without its bias, ``floor`` of what the best range of the same granularity leaves (see floor.py;
-    for each window by itself, so a static range is held against the best of each window).
+    without its bias, ``input`` of clipping and rounding together, ``floor`` of what the best range
+    of the same granularity would leave of these (see floor.py; for each window by itself, so a
+    static range is held against the best of each window).
     ``channels`` [K]: energy of each part by input channel, sum_t (error of x)_k^2 |Ŵ_k|^2.
     ``peaks`` [K]: max |x| of each channel. ``tokens``: for each window the energy of ŷ - y at each
     token [b * L] (OPT's blocks flatten batch and length). ``blame`` [K] and ``token_blame``: the
@@ -33,6 +34,7 @@ class LocalFigures:
     energy: dict[Cause, float] = field(default_factory=lambda: dict.fromkeys(CAUSES, 0.0))
     total: float = 0.0
     signal: float = 0.0
+    input: float = 0.0
     floor: float = 0.0
     outputs: int = 0
     inputs: int = 0
@@ -46,8 +48,8 @@ class LocalFigures:
 
     @property
     def range_mismatch(self) -> float:
-        """Rounding energy over the floor; negative only where the range clips to spare rounding."""
-        return self.energy["rounding"] - self.floor
+        """What the range adds to the floor: energy of clipping and rounding together over it."""
+        return self.input - self.floor
 
     @property
     def sqnr_db(self) -> float:
@@ -128,7 +130,10 @@ def _record(figures: LocalFigures, site: SimulatedSite, *operands: Tensor) -> No
     if isinstance(site, LinearSite):
         (x,) = operands
         figures.signal += _energy(site.product(x))
-        figures.floor += floor_energy(site, x)
+        both = [error for cause, error in errors.items() if cause != "weights"]
+        own = _energy(torch.stack(both).sum(0)) if both else 0.0
+        figures.input += own
+        figures.floor += floor_energy(site, x, own)
         rows = x.flatten(0, -2)
         if site.quantizer is not None and site.quantizer.spec.granularity == "tensor":
             peaks = reach(site.quantizer, rows).amax(-1)

@@ -5,23 +5,27 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from fxquant.analysis.costs import COSTS, Cost, mean_cost
 from fxquant.analysis.inputs import Windows, as_batches, as_windows, check_unseen, watched
 from fxquant.analysis.interruption import kept
 from fxquant.analysis.lab import FLOAT_SETTING, Lab, setting
+from fxquant.analysis.plan_cost import PLANS, SITES, announce_plan, plan_forwards, plans_of
+from fxquant.analysis.plan_result import Measured, Plan, Reference, spelled
+from fxquant.analysis.prediction import plain_forward, seconds_of
+from fxquant.analysis.progress import Progress
 from fxquant.analysis.search import candidates
 from fxquant.analysis.sites import SimulatedSite, SiteMaker
 from fxquant.analysis.store import Store, fingerprint
 from fxquant.analysis.upgrades import States, climbs, order_upgrades
-from fxquant.errors import BudgetError, SchemeError
+from fxquant.errors import BudgetError, DataError, SchemeError
 from fxquant.files.doors import Location
 from fxquant.files.locks import writable
 from fxquant.frontends.tracing import trace
@@ -29,36 +33,10 @@ from fxquant.ir.graph import Site, info
 from fxquant.pipeline.arguments import checked_call
 from fxquant.recipes.conversion import convert
 from fxquant.run.batches import Batches
-from fxquant.run.loss import mean_loss, window_losses
 from fxquant.schemes.scheme import Scheme
 from fxquant.schemes.specs import FLOAT, SiteSpec
 
 DEFAULT_CHOICES = ("w4-g128-asym/a8-dynamic-token", "w8a8-dynamic-token", "w8", "fp")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A planned scheme: ``delta_loss`` of the converted model and of all sites at the cheapest
-    choice, ``cost`` as a mean over weights, how many forwards were run and plans verified."""
-
-    scheme: Scheme
-    budget: float
-    delta_loss: float
-    cheapest_delta_loss: float
-    cost: float
-    cost_name: str
-    counts: dict[str, int]
-    forwards: float
-    verifications: int
-
-    def __str__(self) -> str:
-        return (
-            f"{_spelled(self.counts)}\n"
-            f"Δloss {self.delta_loss:+.4f}, verified, of at most {self.budget:+.4f} "
-            f"({self.cheapest_delta_loss:+.4f} with every site at the cheapest choice); "
-            f"{self.cost_name} {self.cost:.2f}; {self.forwards:.0f} forwards, "
-            f"{self.verifications} plans verified"
-        )
 
 
 @checked_call(windows="data", text="data", dataset="data", calibration_data="calibration")
@@ -73,6 +51,7 @@ def plan(
     progress: bool | None = None,
     output: Location | None = None,
     allow_overlap: bool = False,
+    held_out: Windows | None = None,
 ) -> Scheme:
     """The cheapest per-site choices found whose measured loss stays within ``budget``.
 
@@ -85,16 +64,19 @@ def plan(
             one of them.
         cost: what is to be small: "bits" (of weight and activation operands together, 16 for a
             float one) or "storage" (stored weight bits).
-        progress: bars; None: where the output is a terminal.
+        progress: what it is going to cost, bars, and at the end what was found, on stderr; plain
+            lines where it is no terminal; None: on a terminal alone.
         output: a folder where finished losses are kept; the same call goes on from them.
         allow_overlap: measure on windows that hold what is calibrated on.
+        held_out: other windows, to measure the finished plan on: on ``data`` it was chosen, and the
+            budget is kept there alone.
 
     Returns a Scheme with overrides, which round-trips as JSON and feeds ``convert``.
 
     Raises BudgetError when not even the best choice at every site keeps the budget (it names the
     best measured loss), SchemeError, DataError and CalibrationError before any measurement.
     """
-    return make_plan(
+    found = make_plan(
         model,
         data=data,
         budget=budget,
@@ -104,7 +86,12 @@ def plan(
         progress=progress,
         output=output,
         allow_overlap=allow_overlap,
-    ).scheme
+        held_out=held_out,
+    )
+    shown = Progress(progress, name="plan")
+    for line in str(found).splitlines():
+        shown.say(line)
+    return found.scheme
 
 
 def make_plan(
@@ -118,6 +105,7 @@ def make_plan(
     progress: bool | None = None,
     output: Location | None = None,
     allow_overlap: bool = False,
+    held_out: Windows | None = None,
 ) -> Plan:
     """``plan`` with the figures that led to it."""
     specs = parse_choices(choices, budget, cost)
@@ -126,36 +114,55 @@ def make_plan(
     windows = as_windows(data, graph)
     batches = as_batches(calibration, graph)
     check_unseen(graph, windows, data, batches, calibration, allow_overlap)
+    unseen = _unseen(held_out, graph, windows)
+    if unseen is not None:
+        check_unseen(graph, unseen, held_out, batches, calibration, allow_overlap)
     read = watched(calibration, batches)
     observed = _observed(graph, specs, read, progress is not False)
     tensors = [value for batch in batches or () for _, value in sorted(batch.items())]
-    loss_float = _loss(graph, windows)
+    reference = Reference(graph, windows)
 
-    def verify(scheme: Scheme) -> float:
-        """Loss difference of the converted model, integers and all, by one loss function."""
-        return _loss(convert(graph, scheme, calibration=read), windows) - loss_float
+    def verify(scheme: Scheme) -> Measured:
+        return reference.measure(convert(graph, scheme, calibration=read))
 
+    lab = Lab(observed, windows)
+    sites = [site for site in info(observed).sites if site.role == "linear"]
+    forward_seconds = plain_forward(lab)[0]
+    forwards = plan_forwards(lab, sites, specs)
+    whole = {name: seconds_of(name, each, forward_seconds) for name, each in forwards.items()}
+    shown = Progress(progress, whole, name="plan")
+    announce_plan(shown, budget, specs, len(sites), windows, forwards, forward_seconds)
     with Store(folder, fingerprint(observed, [*windows, *tensors], "plan")) as store:
         planner = _Planner(
-            lab=Lab(observed, windows),
-            sites=[site for site in info(observed).sites if site.role == "linear"],
+            lab=lab,
+            sites=sites,
             specs=specs,
             cost=COSTS[cost],
             budget=budget,
             store=store,
-            hidden=None if progress is None else not progress,
+            progress=shown,
         )
         with kept(store):
-            return planner.run(verify, cost)
+            found = planner.run(verify, cost)
+            if unseen is not None:
+                other = Reference(graph, unseen)
+                measured = other.measure(convert(graph, found.scheme, calibration=read))
+                found = replace(found, held_out=measured)
+    return found
 
 
-def _loss(gm: GraphModule, windows: Sequence[torch.Tensor]) -> float:
-    parts = (
-        part
-        for ids in windows
-        for part in window_losses(lambda each: gm(input_ids=each), ids, len(ids))
-    )
-    return mean_loss(torch.cat([part.flatten() for part in parts]))
+def _unseen(
+    held_out: Windows | None, graph: GraphModule, windows: Sequence[Tensor]
+) -> tuple[Tensor, ...] | None:
+    """The windows that have no part in the plan; DataError where one of them is in ``windows``."""
+    if held_out is None:
+        return None
+    found = as_windows(held_out, graph)
+    known = {tuple(row.tolist()) for ids in windows for row in ids}
+    seen = sum(tuple(row.tolist()) in known for ids in found for row in ids)
+    if seen:
+        raise DataError(f"{seen} of the windows of held_out= are windows of data= too")
+    return found
 
 
 def parse_choices(choices: Sequence[str], budget: float, cost: str) -> dict[str, SiteSpec]:
@@ -197,9 +204,9 @@ class _Planner:
     cost: Cost
     budget: float
     store: Store
-    hidden: bool | None
+    progress: Progress
 
-    def run(self, verify: Callable[[Scheme], float], cost_name: str) -> Plan:
+    def run(self, verify: Callable[[Scheme], Measured], cost_name: str) -> Plan:
         self.loss_float = self.lab.loss(FLOAT_SETTING)
         self.built: dict[tuple[str, str], SimulatedSite] = {}
         self.maker = SiteMaker(self.lab.gm)
@@ -211,26 +218,27 @@ class _Planner:
         cheapest = self._delta(states.at(0))
         simulated: dict[int, float] = {}
         verified: dict[int, float] = {}
-        with tqdm(desc="plans", unit="plan", leave=False, disable=self.hidden) as bar:
+        with self.progress.step(PLANS, plans_of(states.total)) as advance:
 
             def delta(count: int) -> float:
                 if count not in simulated:
                     simulated[count] = self._delta(states.at(count))
-                    bar.update()
+                    advance()
                 return simulated[count]
 
             for count in candidates(delta, simulated, states.total, self.budget):
                 assignment = states.at(count)
                 scheme = self._scheme(assignment)
-                verified[count] = verify(scheme)
+                measured = verify(scheme)
+                verified[count] = measured.delta
                 if verified[count] <= self.budget:
                     return self._plan(
-                        assignment, scheme, verified[count], cheapest, cost_name, len(verified)
+                        assignment, scheme, measured, cheapest, cost_name, len(verified)
                     )
         best = min(verified, key=lambda count: verified[count])
         raise BudgetError(
             f"no plan keeps the budget of {self.budget:+.4f} with {', '.join(self.specs)}: the "
-            f"best that was measured, {_spelled(self._counts(states.at(best)))}, still moves the "
+            f"best that was measured, {spelled(self._counts(states.at(best)))}, still moves the "
             f"loss by {verified[best]:+.4f}; allow more, or add a better choice such as 'fp'"
         )
 
@@ -239,7 +247,7 @@ class _Planner:
         found: dict[str, dict[str, float]] = {}
         cuts = self.lab.start()
         with torch.no_grad(), self.lab.meter.measuring("alone"):
-            for site in tqdm(self.sites, "sites", leave=False, disable=self.hidden):
+            for site in self.progress.over(self.sites, SITES, len(self.sites)):
                 found[site.path] = {}
                 for name, spec in self.specs.items():
                     if spec != FLOAT:
@@ -290,7 +298,7 @@ class _Planner:
         self,
         assignment: dict[str, str],
         scheme: Scheme,
-        found: float,
+        found: Measured,
         cheapest: float,
         cost_name: str,
         verifications: int,
@@ -298,15 +306,12 @@ class _Planner:
         return Plan(
             scheme=scheme,
             budget=self.budget,
-            delta_loss=found,
+            delta_loss=found.delta,
             cheapest_delta_loss=cheapest,
             cost=mean_cost(self.cost, [(s, self.specs[assignment[s.path]]) for s in self.sites]),
             cost_name=cost_name,
             counts=self._counts(assignment),
             forwards=sum(each.forwards for each in self.lab.meter.costs.values()),
             verifications=verifications,
+            chosen_on=found,
         )
-
-
-def _spelled(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} sites {choice}" for choice, count in counts.items())

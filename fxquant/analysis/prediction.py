@@ -2,41 +2,48 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from fxquant.analysis.calibrated import READ_TOKENS
 from fxquant.analysis.effects import EFFECTS
 from fxquant.analysis.inputs import named_graph
-from fxquant.analysis.lab import Lab
+from fxquant.analysis.lab import FLOAT_SETTING, Lab
 from fxquant.analysis.path import MOST_FORWARDS
 from fxquant.analysis.sites import Place, places, simulated_spec
-from fxquant.analysis.worst_first import ALLOWANCE
+from fxquant.analysis.worst_first import ALLOWANCE, ends_cost, opening_cost
 from fxquant.ir.graph import Site, site_outputs
-from fxquant.run.loss import token_nll
 from fxquant.schemes.scheme import Scheme
 from fxquant.schemes.specs import FLOAT, SiteSpec
 
 # Seconds over those that the same nodes take in float, as measured on SmolLM2-135M: observing,
 # quantizing and splitting errors cost, and of the other choices few start at the first node.
-SLOWER = {"calibration": 1.5, "local figures": 5.0, "path": 1.4, "other choices": 1.2}
-USUAL = 1.3
+SLOWER = {"calibration": 1.0, "local figures": 3.5, "path": 1.4, "other choices": 1.2}
+USUAL = 1.1
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step of an explanation and the most forwards that it takes, by nodes."""
+    """A step of an explanation and the most forwards that it takes, by nodes; ``least``: those
+    that it takes even if time is short."""
 
     name: str
     forwards: float
+    least: float
 
     def seconds(self, forward_seconds: float) -> float:
-        return self.forwards * forward_seconds * SLOWER.get(self.name, USUAL)
+        return seconds_of(self.name, self.forwards, forward_seconds)
+
+
+def seconds_of(step: str, forwards: float, forward_seconds: float) -> float:
+    """What so many forwards of a step are expected to take."""
+    return forwards * forward_seconds * SLOWER.get(step, USUAL)
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,8 @@ def expected(
     """The steps of explaining ``scheme`` on a traced graph; ``tokens``: of all windows."""
     named = named_graph(graph, scheme)
     calibration = sum(batch["input_ids"].numel() for batch in batches or ()) / tokens
-    steps = predict(named, planned_sites(named, scheme), methods, worst, calibration)
+    read = READ_TOKENS / tokens
+    steps = predict(named, planned_sites(named, scheme), methods, worst, calibration, read)
     # Dynamic ranges are not calibrated; other choices read the batches all the same.
     return [s for s in steps if s.name != "calibration" or scheme.needs_calibration]
 
@@ -93,18 +101,20 @@ def predict(
     methods: Sequence[str],
     worst: int,
     calibration: float,
+    read: float = math.inf,
 ) -> list[Step]:
-    """The steps of a run, in their order. ``calibration``: its tokens over those of the windows."""
+    """The steps of a run, in their order. ``calibration``: its tokens over those of the windows,
+    of which other choices read at most ``read``."""
     where = places(graph, sites)
-    found = [Step("calibration", calibration)] if calibration else []
-    found.append(Step("local figures", 2.0))  # and the float loss
+    found = [Step("calibration", calibration, calibration)] if calibration else []
+    found.append(Step("local figures", 2.0, 2.0))  # and the float loss
     for method in methods:
         found += _method(method, sites, where, worst)
     if worst:
-        each = sum(sorted((_choices(site) for site in sites), reverse=True)[:worst])
-        alone = worst if "causes" not in methods else 0  # else float is measured with the causes
-        found.append(Step("other choices", 1 + calibration + each + alone))
-        found.append(Step("recovery", float(len(sites).bit_length())))
+        each = sorted((1 + choice_count(site.parts) for site in sites), reverse=True)[:worst]
+        read = 1 + min(calibration, read)
+        found.append(Step("other choices", read + sum(each), read + each[0]))
+        found.append(Step("recovery", float(len(sites).bit_length()), 0.0))
     return found
 
 
@@ -117,21 +127,22 @@ def _method(
         runs: dict[str, list[PlannedSite]] = {}
         for site in sites:
             runs.setdefault(where[site.path].block or site.path, []).append(site)
-        ends = sum(run[-1].behind for run in runs.values())
-        inner = [[site.behind for site in run[:-1]] for run in runs.values()]
-        least = max(ALLOWANCE, max(map(sum, inner)))
-        yield Step(method, 2 + ends + min(least, sum(map(sum, inner))))
+        ends = ends_cost(run[-1].behind for run in runs.values())
+        inner = [opening_cost([s.behind for s in run[:-1]]) for run in runs.values() if run[1:]]
+        most = max(inner, default=0.0)
+        whole = ends + min(max(ALLOWANCE, most), sum(inner))
+        yield Step(method, whole, whole)
     elif effect in EFFECTS:
-        yield Step(method, 1 + sum(_firsts(sites, where, by)))
+        yield Step(method, 1 + sum(_firsts(sites, where, by)), 0.0)
     elif method == "causes:kinds":
-        yield Step(method, sum(1 + 2**parts * first for first in _firsts(sites, where, by)))
+        yield Step(method, sum(1 + 2**parts * first for first in _firsts(sites, where, by)), 0.0)
     elif method == "causes":
-        yield Step(method, 2.0**parts - 2)
-        own = sorted((2**site.parts - 1 for site in sites if site.parts > 1), reverse=True)
-        if worst and own:
-            yield Step("causes of the worst sites", 1.0 + sum(own[:worst]))
+        yield Step(method, 2.0**parts - 2, 2.0**parts - 2)
+        own = sorted((2**site.parts - 2 for site in sites if site.parts > 1), reverse=True)
+        if worst and own:  # the loss with the site in float is measured with the other choices
+            yield Step("causes of the worst sites", 1.0 + sum(own[:worst]), 0.0)
     else:
-        yield Step(method, MOST_FORWARDS[method])
+        yield Step(method, MOST_FORWARDS[method], MOST_FORWARDS[method])
 
 
 def _firsts(sites: Sequence[PlannedSite], where: dict[str, Place], by: str) -> list[float]:
@@ -146,18 +157,19 @@ def _firsts(sites: Sequence[PlannedSite], where: dict[str, Place], by: str) -> l
     return list(firsts.values())
 
 
-def _choices(site: PlannedSite) -> int:
-    """The most other choices at a site, but for float: see counterfactuals.choices."""
-    return {1: 1, 2: 2, 3: 9}[site.parts]
+def choice_count(parts: int) -> int:
+    """The most other choices at a site whose error has so many parts, but for float: see
+    counterfactuals.choices."""
+    return {1: 1, 2: 2, 3: 9}[parts]
 
 
 @torch.no_grad()
-def plain_forward_seconds(lab: Lab) -> float:
-    """Median seconds of a float forward with its loss over all windows, the unit of cost."""
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        for ids in lab.windows:
-            float(token_nll(lab.executor.run(input_ids=ids), ids).sum())
-        seconds.append(time.perf_counter() - started)
-    return median(seconds[1:])
+def plain_forward(lab: Lab) -> tuple[float, float]:
+    """Seconds of a float forward with its loss over all windows, the unit of cost; and the loss.
+
+    Behind a forward of the first window, which warms up.
+    """
+    lab.nll(lab.start()[0], lab.windows[0], FLOAT_SETTING)
+    started = time.perf_counter()
+    loss = lab.loss(FLOAT_SETTING)
+    return time.perf_counter() - started, loss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,32 +22,43 @@ class Progress:
     Args:
         shown: True; False for nothing; None for a terminal alone.
         expected: seconds that each step is expected to take, by its name.
+        name: of the analysis, in front of plain lines.
+        most: seconds that all steps take together at most, where some may be left out.
     """
 
-    def __init__(self, shown: bool | None, expected: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        shown: bool | None,
+        expected: Mapping[str, float] | None = None,
+        name: str = "explain",
+        most: float = math.inf,
+    ) -> None:
         terminal = sys.stderr.isatty()
         self.shown = terminal if shown is None else shown
         self._bars = self.shown and terminal
         self._expected = dict(expected or {})
+        self._name = name
+        self._whole = min(sum(self._expected.values()), most)
         self._started = time.monotonic()
         self._done = 0.0  # of the expected seconds
         self._last: float | None = None
 
     def say(self, text: str) -> None:
         if self.shown:
-            print(f"explain: {text}", file=sys.stderr, flush=True)
+            print(f"{self._name}: {text}", file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
-    def step(self, name: str, total: int, part: float = 1.0) -> Iterator[Advance]:
+    def step(self, name: str, total: int, seconds: float | None = None) -> Iterator[Advance]:
         """``total`` parts of the step ``name``; call what is yielded after each of them.
 
-        ``part``: the share of the step's expected time that these parts make up.
+        ``seconds``: what these parts are expected to take, if not all that the step is.
         """
         if self._bars:
             with tqdm(total=total, desc=name, leave=False) as bar:
                 yield bar.update
             return
-        before, seconds, count = self._done, self._expected.get(name, 0.0) * part, 0
+        before, count = self._done, 0
+        seconds = self._expected.get(name, 0.0) if seconds is None else seconds
 
         def advance() -> None:
             nonlocal count
@@ -57,9 +69,11 @@ class Progress:
         yield advance
         self._done = before + seconds
 
-    def over(self, items: Iterable[T], name: str, total: int, part: float = 1.0) -> Iterator[T]:
+    def over(
+        self, items: Iterable[T], name: str, total: int, seconds: float | None = None
+    ) -> Iterator[T]:
         """The items, each an advance of the step."""
-        with self.step(name, total, part) as advance:
+        with self.step(name, total, seconds) as advance:
             for item in items:
                 yield item
                 advance()
@@ -72,7 +86,7 @@ class Progress:
 
     def _left(self, now: float) -> str:
         """From the expected times, at the pace of what is done."""
-        passed, whole = now - self._started, sum(self._expected.values())
+        passed, whole = now - self._started, self._whole
         left = max(whole - self._done, 0.0)
         if self._done > 0.1 * whole > 0:
             left *= passed / self._done

@@ -10,10 +10,18 @@ from tabulate import tabulate
 from fxquant.analysis.announcement import left_out, run_text
 from fxquant.analysis.channels import Channel, Token
 from fxquant.analysis.parts import CAUSES
-from fxquant.analysis.results import Findings, GroupFigures, SiteFigures, is_ranked
+from fxquant.analysis.progress import clock
+from fxquant.analysis.reading import (
+    BLOCKS,
+    closed_blocks,
+    opposed_words,
+    rank_words,
+    ranked_sites,
+)
+from fxquant.analysis.results import Findings, GroupFigures, SiteFigures, rank_value
 
 _WORST = 12
-_DETAILED = 3
+DETAILED = 3  # of the worst sites
 _SITES_LEGEND = (
     "clipped, rounded to zero: shares of the elements of the site's input on these windows, those "
     "beyond the range by more than half a step, and those that are not zero but become it. "
@@ -49,8 +57,11 @@ def _sections(found: Findings) -> Iterator[str]:
     if len(found.blocks) > 1:
         worst = sorted(found.blocks, key=lambda group: -_first(group, found.ranking))[:6]
         yield f"Worst blocks, by {found.ranking}\n{_groups(worst)}"
-    yield f"Worst sites, by {found.ranking}{_ranked(found)}\n{_sites(found)}\n{_SITES_LEGEND}"
-    yield from _details(found.worst[:_DETAILED])
+    rank = rank_words(found, DETAILED)
+    yield "\n".join(
+        filter(None, [f"Worst sites, {_ranked(found)}", _sites(found), rank, _SITES_LEGEND])
+    )
+    yield from _details(found.worst[:DETAILED])
     if found.counterfactuals:
         yield "Another choice at one site, everything else as it is\n" + _table(
             [
@@ -59,6 +70,8 @@ def _sections(found: Findings) -> Iterator[str]:
             ],
             ["site", "choice", "Δloss", "recovered"],
         )
+    if words := opposed_words(found):
+        yield "\n".join(words)
     if found.recovery:
         yield f"The worst sites in float, by {found.ranking}\n" + _table(
             [[step.fixed, _nats(step.delta_loss)] for step in found.recovery],
@@ -68,7 +81,7 @@ def _sections(found: Findings) -> Iterator[str]:
         yield _path(found)
     if found.validation:
         yield "Cheap figures against exact effects\n" + validation_table(found)
-    yield f"Run: {run_text(found.methods)}.\nNot run: {left_out(found.methods)}."
+    yield "\n".join(_run(found))
     yield _costs(found)
     if found.notes:
         yield "\n".join(found.notes)
@@ -96,11 +109,25 @@ def _first(group: GroupFigures, method: str) -> float:
 
 
 def _ranked(found: Findings) -> str:
-    """How many sites have the figure that ranks them, where not all have."""
-    count = sum(is_ranked(site, found.ranking) for site in found.sites)
+    """By what, and how many sites have the figure where not all have."""
+    count = len(ranked_sites(found))
     if count == len(found.sites):
-        return ""
-    return f" ({count} of {len(found.sites)} measured, those of the worst blocks)"
+        return f"by {found.ranking}"
+    return (
+        f"by {found.ranking} ({count} of {len(found.sites)} measured, those of the worst blocks; "
+        "where a block was not opened, its line is that of all its sites together)"
+    )
+
+
+def _run(found: Findings) -> Iterator[str]:
+    yield f"Run: {run_text(found.methods)}."
+    yield f"Not run: {left_out(found.methods)}."
+    if found.left_out and found.time_limit is not None:
+        yield (
+            f"Left out, since {clock(found.time_limit)} had passed or would have: "
+            f"{'; '.join(found.left_out)}. More time runs them (--minutes 10; in Python "
+            "minutes=10), and with the same output folder goes on from what is there."
+        )
 
 
 def _groups(groups: Iterable[GroupFigures]) -> str:
@@ -123,23 +150,31 @@ def _groups(groups: Iterable[GroupFigures]) -> str:
 
 
 def _sites(found: Findings) -> str:
+    """Sites and blocks that were not opened, by what they add."""
     methods = list(dict.fromkeys(name for site in found.sites for name in site.effects))
     with_path = found.path is not None and found.path.refused is None
-    body = []
-    for site in [each for each in found.worst if is_ranked(each, found.ranking)][:_WORST]:
-        total = sum(site.energy.values()) or 1.0
-        row = [site.site, *(_nats(site.effects.get(name)) for name in methods)]
-        row += [_nats(sum(site.path.values()))] if with_path and site.path else []
-        row += [
-            f"{site.cause}, {site.cause_by}",
-            f"{site.sqnr_db:.1f}",
-            f"{site.share_clipped:.3%}",
-        ]
-        row += [f"{site.share_flushed:.1%}"]
-        row += [f"{site.energy[cause] / total:.0%}" for cause in CAUSES]
-        body.append(row)
     headers = ["site", *methods, *(["path"] if with_path else []), "cause", "SQNR dB", "clipped"]
-    return _table(body, [*headers, "rounded to zero", *(f"{cause} energy" for cause in CAUSES)])
+    headers += ["rounded to zero", *(f"{cause} energy" for cause in CAUSES)]
+    rows = [
+        (rank_value(site, found.ranking), _site(site, methods, with_path))
+        for site in ranked_sites(found)
+    ]
+    for block in closed_blocks(found):
+        effect = block.measured[BLOCKS]
+        effects = [_nats(effect) if name == "in_order" else "" for name in methods]
+        cells = [f"{block.name}, {block.sites} sites not opened", *effects]
+        rows.append((effect, [*cells, *[""] * (len(headers) - len(cells))]))
+    rows.sort(key=lambda row: -row[0])
+    return _table([cells for _, cells in rows[:_WORST]], headers)
+
+
+def _site(site: SiteFigures, methods: Sequence[str], with_path: bool) -> list[str]:
+    total = sum(site.energy.values()) or 1.0
+    row = [site.site, *(_nats(site.effects.get(name)) for name in methods)]
+    row += [_nats(sum(site.path.values()))] if with_path and site.path else []
+    row += [f"{site.cause}, {site.cause_by}", f"{site.sqnr_db:.1f}", f"{site.share_clipped:.3%}"]
+    row += [f"{site.share_flushed:.1%}"]
+    return [*row, *(f"{site.energy[cause] / total:.0%}" for cause in CAUSES)]
 
 
 def _details(sites: Iterable[SiteFigures]) -> Iterator[str]:
@@ -148,10 +183,12 @@ def _details(sites: Iterable[SiteFigures]) -> Iterator[str]:
         if site.causes is not None:
             parts = ", ".join(f"{cause} {_nats(value)}" for cause, value in site.causes.items())
             lines.append(f"  causes (all else quantized): {parts}")
-        lines.append(
-            f"  rounding energy {site.energy['rounding']:.3g}: floor {site.rounding_floor:.3g}, "
-            f"range mismatch {site.range_mismatch:+.3g}"
-        )
+        if site.range_energy:
+            lines.append(
+                f"  energy of clipping and rounding together {site.range_energy:.3g}: the best "
+                f"range would leave {site.rounding_floor:.3g}, the range mismatch is "
+                f"{site.range_mismatch:.3g}"
+            )
         if site.worst_channels:
             lines.append("  channels: " + "; ".join(map(_channel, site.worst_channels)))
         lines.append("  tokens: " + "; ".join(map(_token, site.worst_tokens)))

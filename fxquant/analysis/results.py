@@ -24,6 +24,8 @@ class SiteFigures:
     ``path`` by cause (None if not run or refused); ``causes``: Shapley values of the site's own
     parts with everything else quantized, which sum to rescue (worst sites only).
     Local figures are on the input that arrives in the quantized model: see local.py.
+    ``range_energy``: of clipping and rounding together, of which ``rounding_floor`` would be left
+    under the best range and ``range_mismatch`` is the rest.
     """
 
     site: str
@@ -33,6 +35,7 @@ class SiteFigures:
     path: dict[Cause, float] | None
     causes: dict[Cause, float] | None
     energy: dict[Cause, float]
+    range_energy: float
     rounding_floor: float
     range_mismatch: float
     sqnr_db: float
@@ -107,7 +110,8 @@ class Findings:
     ``delta_loss`` = loss_quantized - loss_float, where float is the graph after the scheme's
     repairs; ``loss_unrepaired`` is the model's own loss. ``ranking`` names the figure by which
     sites are called worst. ``causes`` is None unless the method was run. ``windows``: how many, and
-    the tokens of the longest. ``methods``: those that were run.
+    the tokens of the longest. ``methods``: those that were run; ``left_out``: what was not, for
+    ``time_limit``, seconds.
     """
 
     model: str
@@ -130,6 +134,8 @@ class Findings:
     forward_seconds: float
     costs: dict[str, MethodCost]
     methods: tuple[str, ...]
+    left_out: tuple[str, ...]
+    time_limit: float | None
     notes: tuple[str, ...]
 
     @property

@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from functools import partial
-
-from torch import Tensor
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from fxquant.analysis import path as path_method
-from fxquant.analysis.calibrated import Calibrated, calibration_inputs
+from fxquant.analysis.bench import Bench
 from fxquant.analysis.causes import causes_of, present_causes
 from fxquant.analysis.channels import Decode
-from fxquant.analysis.counterfactuals import (
-    Counterfactual,
-    Recovery,
-    choices,
-    measure,
-    recovery_counts,
-)
-from fxquant.analysis.effects import (
-    EFFECTS,
-    Group,
-    Remember,
-    as_effects,
-    effects,
-    first_site,
-    walk_to,
-)
-from fxquant.analysis.figures import Found, group_figures, site_figures, validate
-from fxquant.analysis.lab import FLOAT_SETTING, Cuts, Lab, setting
+from fxquant.analysis.counterfactuals import Recovery
+from fxquant.analysis.effects import EFFECTS, Group, as_effects, effects, first_site, walk_to
+from fxquant.analysis.figures import Found, group_figures, is_grouped, site_figures, validate
+from fxquant.analysis.lab import FLOAT_SETTING
 from fxquant.analysis.local import local_figures
 from fxquant.analysis.parts import EVERY_PART, Cause, Parts
-from fxquant.analysis.progress import Advance, Progress
-from fxquant.analysis.report import Explanation
+from fxquant.analysis.prediction import seconds_of
+from fxquant.analysis.report import DETAILED, Explanation
 from fxquant.analysis.results import (
     BY_MSE,
     GroupFigures,
@@ -45,27 +28,26 @@ from fxquant.analysis.results import (
     is_ranked,
     rank_value,
 )
-from fxquant.analysis.sites import LinearSite, SimulatedSite, SiteMaker, places
-from fxquant.analysis.store import Store
+from fxquant.analysis.sites import SimulatedSite, places
+from fxquant.analysis.trials import RECOVERY, counterfactuals, fitting, recovery
 from fxquant.analysis.validation import shared_draw
-from fxquant.analysis.worst_first import steps
+from fxquant.analysis.worst_first import ALLOWANCE, Losses, steps
 from fxquant.ir.graph import info
 
 WORST = "in_order:worst"
+OWN_CAUSES = "causes of the worst sites"
 
 
 @dataclass
-class Study:
-    """One run of explain: the lab and what every method needs."""
+class Study(Bench):
+    """One run of explain: what every method needs. ``seconds``: that each step is expected to take,
+    by its name; ``repaired``: whether the scheme changes the float graph; ``left_out``: what did
+    not fit in the purse."""
 
-    lab: Lab
-    sites: tuple[SimulatedSite, ...]
-    batches: Iterable[dict[str, Tensor]] | None
-    store: Store
-    progress: Progress
-    forward_seconds: float
     decode: Decode | None
-    notes: list[str]
+    repaired: bool
+    seconds: Mapping[str, float]
+    left_out: list[str] = field(default_factory=list)
 
     def run(
         self,
@@ -73,16 +55,17 @@ class Study:
         worst: int,
         scheme: str,
         pattern: str | None,
-        unrepaired: float | None,
+        unrepaired: float,
     ) -> Explanation:
+        """``unrepaired``: the loss of the float graph without the scheme's repairs."""
         lab = self.lab
         self.where = places(lab.gm, self.sites)
-        self.loss_float = lab.loss(FLOAT_SETTING)
-        with lab.meter.measuring("local figures"), self._windows("local figures") as advance:
+        self.loss_float = lab.loss(FLOAT_SETTING) if self.repaired else unrepaired
+        with lab.meter.measuring("local figures"), self.windows("local figures") as advance:
             self.local, self.loss_quantized = local_figures(lab, self.sites, advance)
-        plain = [m for m in methods if m.partition(":")[0] in EFFECTS and m != WORST]
-        found = self._worst_first() if WORST in methods else {}
-        found |= {m: self._effects(m) for m in plain}
+        found = self._worst_first(max(worst, DETAILED)) if WORST in methods else {}
+        singly = [m for m in methods if m in EFFECTS]
+        found |= {m: self._effects(m) for m in singly}
         if "first_order" in methods:
             with lab.meter.measuring("first_order"):
                 found["first_order"] = path_method.first_order(lab, self.sites)
@@ -94,19 +77,20 @@ class Study:
         ranking = _ranking(found, path)
         figures = self._figures(found, path)
         order = sorted(figures, key=lambda path: -rank_value(figures[path], ranking))
-        chosen = [each for each in self.sites if each.path in order[:worst]]
-        own = self._own_causes(chosen) if "causes" in methods else {}
+        chosen = self._chosen(order[:worst])
+        tried = counterfactuals(self, chosen, self.local, self.loss_float, self.loss_quantized)
+        recovered = self._recovery(order, figures, ranking) if worst else ()
+        grouped = [m for m in methods if m.partition(":")[0] in EFFECTS and is_grouped(m)]
+        found |= {m: self._effects(m) for m in grouped if m != WORST and self._fits(m)}
+        own = self._own_causes(chosen) if "causes" in methods and chosen else {}
         figures.update({name: replace(figures[name], causes=own[name]) for name in own})
         return Explanation(
             model=info(lab.gm).model,
             scheme=scheme,
             sites_pattern=pattern,
-            windows=(
-                sum(len(ids) for ids in lab.windows),
-                max(ids.shape[1] for ids in lab.windows),
-            ),
+            windows=(sum(map(len, lab.windows)), max(ids.shape[1] for ids in lab.windows)),
             shortest_window=min(ids.shape[1] for ids in lab.windows),
-            loss_unrepaired=self.loss_float if unrepaired is None else unrepaired,
+            loss_unrepaired=unrepaired,
             loss_float=self.loss_float,
             loss_quantized=self.loss_quantized,
             causes=causes.get("model"),
@@ -114,15 +98,42 @@ class Study:
             kinds=self._groups("kinds", figures, found, causes),
             blocks=self._groups("blocks", figures, found, {}),
             path=None if path is None else _path_figures(path),
-            counterfactuals=self._counterfactuals(chosen),
-            recovery=self._recovery(order, figures, ranking) if worst else (),
+            counterfactuals=tried,
+            recovery=recovered,
             validation=validate(self.local, found, path),
             ranking=ranking,
             forward_seconds=self.forward_seconds,
             costs=self._costs(),
-            methods=methods,
+            methods=tuple(m for m in methods if m not in self.left_out),
+            left_out=tuple(self.left_out),
+            time_limit=self.purse.seconds if math.isfinite(self.purse.seconds) else None,
             notes=tuple(self.notes),
         )
+
+    # What fits in the purse -----------------------------------------------------------------------
+
+    def _fits(self, step: str) -> bool:
+        """Whether a step that may be left out is run; it is listed where it is not."""
+        fits = self.purse.holds(self.seconds.get(step, 0.0))
+        self.left_out += [] if fits else [step]
+        return fits
+
+    def _chosen(self, worst: Sequence[str]) -> list[SimulatedSite]:
+        """The worst sites at which other choices are tried, in graph order."""
+        by_path = {each.path: each for each in self.sites}
+        kept = fitting(self, [by_path[path] for path in worst])
+        if len(kept) < len(worst):
+            rest = ", ".join(worst[len(kept) :])
+            self.left_out.append(f"other choices at the next {len(worst) - len(kept)}: {rest}")
+        return [each for each in self.sites if each in kept]
+
+    def _recovery(
+        self, order: Sequence[str], figures: dict[str, SiteFigures], ranking: str
+    ) -> tuple[Recovery, ...]:
+        ranked = sum(is_ranked(figures[path], ranking) for path in order)
+        if not self._fits(RECOVERY):
+            return ()
+        return recovery(self, order, ranked, self.loss_float, self.loss_quantized)
 
     def _figures(self, found: Found, path: path_method.PathResult | None) -> dict[str, SiteFigures]:
         trusted = path.sites if path is not None and path.refused is None else {}
@@ -142,10 +153,6 @@ class Study:
     def _note(self, text: str | None) -> None:
         self.notes += [] if text is None else [text]
 
-    def _windows(self, name: str) -> AbstractContextManager[Advance]:
-        """A step over the windows."""
-        return self.progress.step(name, len(self.lab.windows))
-
     # Effects --------------------------------------------------------------------------------------
 
     def _members(self, by: str) -> dict[str, list[SimulatedSite]]:
@@ -163,28 +170,35 @@ class Study:
         if by:
             groups = [Group(name, tuple(sites)) for name, sites in self._members(by).items()]
         with self.lab.meter.measuring(method):
-            trials = effects(self.lab, effect, groups, self.sites, self._remember(method))  # type: ignore[arg-type]
+            trials = effects(self.lab, effect, groups, self.sites, self.remember(method))  # type: ignore[arg-type]
             losses = dict(self.progress.over(trials, method, len(groups)))
         return as_effects(effect, losses, self.loss_float, self.loss_quantized)  # type: ignore[arg-type]
 
-    def _worst_first(self) -> dict[str, dict[str, float]]:
+    def _worst_first(self, wanted: int) -> dict[str, dict[str, float]]:
         """in_order of the worst blocks' sites, and of all blocks."""
         group_of = {
             each.path: name for name, sites in self._members("blocks").items() for each in sites
         }
+
+        def over(losses: Losses, count: int, forwards: float) -> Losses:
+            expected = seconds_of(WORST, forwards, self.forward_seconds)
+            return self.progress.over(losses, WORST, count, expected)
+
         with self.lab.meter.measuring(WORST):
             found = steps(
                 self.lab,
                 self.sites,
                 group_of,
                 self.loss_float,
-                self._remember("in_order"),
-                lambda items, total: self.progress.over(items, WORST, total, part=0.5),
+                self.remember("in_order"),
+                over,
+                wanted,
+                ALLOWANCE,
             )
         return {"in_order": found.sites, "in_order:blocks": found.groups}
 
     def _path(self) -> path_method.PathResult:
-        with self.lab.meter.measuring("path"), self._windows("path") as advance:
+        with self.lab.meter.measuring("path"), self.windows("path") as advance:
             return path_method.integrate(self.lab, self.sites, advance)
 
     # Causes ---------------------------------------------------------------------------------------
@@ -194,7 +208,7 @@ class Study:
         known: dict[Parts, float] = {frozenset(): self.loss_float, everything: self.loss_quantized}
         with self.lab.meter.measuring("causes"):
             return causes_of(
-                self.lab, self.sites, known=known, remember=self._remember("causes model")
+                self.lab, self.sites, known=known, remember=self.remember("causes model")
             )
 
     def _kinds_causes(self) -> dict[str, dict[Cause, float]]:
@@ -207,92 +221,35 @@ class Study:
                     self.lab.start(), first_site(self.lab, group).node, FLOAT_SETTING
                 )
                 found[name] = causes_of(
-                    self.lab, group, cuts=cuts, remember=self._remember(f"causes {name}")
+                    self.lab, group, cuts=cuts, remember=self.remember(f"causes {name}")
                 )
         return found
 
     def _own_causes(self, chosen: Sequence[SimulatedSite]) -> dict[str, dict[Cause, float]]:
-        name = "causes of the worst sites"
         chosen = [each for each in chosen if len(present_causes([each])) > 1]
-        if not chosen:
+        if not chosen or not self._fits(OWN_CAUSES):
             return {}
         found = {}
-        with self.lab.meter.measuring(name):
+        with self.lab.meter.measuring(OWN_CAUSES):
             walk = walk_to(self.lab, self.sites, chosen)
-            for each, cuts in self.progress.over(walk, name, len(chosen)):
+            for each, cuts in self.progress.over(walk, OWN_CAUSES, len(chosen)):
                 known: dict[Parts, float] = {
-                    frozenset(): self._without(each, cuts),
+                    frozenset(): self.without(each, cuts),
                     EVERY_PART & frozenset(each.causes): self.loss_quantized,
                 }
+                # What was measured as a choice at the site is not measured again.
+                float_weight = self.store.values.get(f"choice {each.path} float weight")
+                if float_weight is not None:
+                    known[frozenset(("clipping", "rounding"))] = float_weight
                 found[each.path] = causes_of(
                     self.lab,
                     [each],
                     around=self.sites,
                     cuts=cuts,
                     known=known,
-                    remember=self._remember(f"causes of {each.path}"),
+                    remember=self.remember(f"causes of {each.path}"),
                 )
         return found
-
-    def _without(self, site: SimulatedSite, cuts: Cuts) -> float:
-        """The loss with one site in float: of its rescue, its causes and its first other choice."""
-        under = setting(each for each in self.sites if each is not site)
-        return self._remember("rescue")(site.path, partial(self.lab.loss, under, cuts))
-
-    def _remember(self, prefix: str) -> Remember:
-        meter = self.lab.meter
-        return lambda name, compute: self.store.remember(f"{prefix} {name}", compute, meter)
-
-    # Repairs --------------------------------------------------------------------------------------
-
-    def _counterfactuals(self, chosen: Sequence[SimulatedSite]) -> tuple[Counterfactual, ...]:
-        if not chosen:
-            return ()
-        maker = SiteMaker(self.lab.gm)
-        # Only a quantized input has choices that are made from calibration data.
-        inputs = [s for s in chosen if isinstance(s, LinearSite) and s.quantizer is not None]
-        batches = self.batches
-        if batches is None and inputs:
-            batches = [{"input_ids": ids} for ids in self.lab.windows]
-            self.notes.append(
-                "smoothing factors come from the evaluation windows: no calibration data were given"
-            )
-        with self.lab.meter.measuring("other choices"):
-            seen = calibration_inputs(self.lab, inputs, batches or ())
-            found: list[Counterfactual] = []
-            walk = walk_to(self.lab, self.sites, chosen)
-            for each, cuts in self.progress.over(walk, "other choices", len(chosen)):
-                found += measure(
-                    self.lab,
-                    self.sites,
-                    each,
-                    cuts,
-                    choices(each, self.local[each.path], maker, seen.get(each.path, Calibrated())),
-                    {"float": self._without(each, cuts)},
-                    self.loss_float,
-                    self.loss_quantized,
-                    self._remember(f"choice {each.path}"),
-                )
-        return tuple(sorted(found, key=lambda each: -each.recovered))
-
-    def _recovery(
-        self, order: Sequence[str], figures: dict[str, SiteFigures], ranking: str
-    ) -> tuple[Recovery, ...]:
-        """As far as sites are ranked; the ends are known."""
-        ranked = sum(is_ranked(figures[path], ranking) for path in order)
-        counts = recovery_counts(len(order), ranked)
-        known = {0: self.loss_quantized, len(order): self.loss_float}
-        found = []
-        with self.lab.meter.measuring("recovery"):
-            for count in self.progress.over(counts, "recovery", len(counts)):
-                fixed = set(order[:count])
-                under = setting(each for each in self.sites if each.path not in fixed)
-                measure = partial(self.lab.loss, under)
-                loss = known.get(count)
-                if loss is None:
-                    loss = self._remember("recovery")(",".join(sorted(fixed)), measure)
-                found.append(Recovery(count, loss - self.loss_float))
-        return tuple(found)
 
     def _groups(
         self,

@@ -7,6 +7,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass, replace
 
+from torch import Tensor
 from torch.fx import GraphModule
 
 from fxquant.analysis.explanation import (
@@ -27,7 +28,9 @@ from fxquant.cli.arguments import (
     window_count,
 )
 from fxquant.cli.signals import INTERRUPTED, signal_name
-from fxquant.evaluation.job import check_job, check_windows, cut, make_provenance, open_sources
+from fxquant.errors import DataError
+from fxquant.evaluation.data import Source
+from fxquant.evaluation.job import Job, check_job, check_windows, cut, make_provenance, open_sources
 from fxquant.evaluation.models import LoadedModel, check_float, load_model
 from fxquant.evaluation.provenance import Provenance
 from fxquant.evaluation.token_windows import Windows
@@ -50,6 +53,7 @@ class Material:
     provenance: Provenance
     recording: SizedRecording | None
     calibration: tuple[CalibrationRecord, ...] = ()
+    held_out: Tensor | None = None
 
     def finished(self, command: str) -> Material:
         """After the run: with a record of the batches that it took, if it took any."""
@@ -75,6 +79,10 @@ def add_explain_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--sites", help="a glob: quantize only the sites that it covers")
     parser.add_argument("--worst", type=whole, default=3, help="sites to try other choices at (3)")
+    parser.add_argument(
+        "--minutes", type=number, default=1.0,
+        help="of the default methods, start nothing after it that can be left out (1)",
+    )  # fmt: skip
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,6 +94,10 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         "--choices", nargs="+", default=list(DEFAULT_CHOICES), help="specs for a site, such as fp"
     )
     parser.add_argument("--cost", default="bits", help="bits (of both operands) or storage")
+    parser.add_argument(
+        "--held-out-windows", type=whole, default=4,
+        help="of the text behind them, to measure the finished plan on, where there are enough (4)",
+    )  # fmt: skip
 
 
 def _add_common(parser: argparse.ArgumentParser, windows: int) -> None:
@@ -107,7 +119,7 @@ def explain_command(options: argparse.Namespace) -> int:
 
 def _explain(options: argparse.Namespace) -> int:
     as_scheme(options.scheme)
-    check_request(options.methods, options.worst)
+    check_request(options.methods, options.worst, options.minutes)
     material = _load(options)
     try:
         found = explain(
@@ -119,6 +131,7 @@ def _explain(options: argparse.Namespace) -> int:
             sites=options.sites,
             progress=True,
             worst=options.worst,
+            minutes=options.minutes,
             tokenizer=material.loaded.tokenizer,
             output=options.output,
             allow_overlap=True,  # cut keeps them apart, by position
@@ -146,7 +159,9 @@ def plan_command(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     parse_choices(options.choices, options.budget, options.cost)
-    material = _load(options)
+    if options.held_out_windows < 0:
+        raise DataError(f"held-out windows must be at least 0, got {options.held_out_windows}")
+    material = _load(options, options.held_out_windows)
     try:
         found = make_plan(
             material.graph,
@@ -155,8 +170,10 @@ def _plan(options: argparse.Namespace) -> int:
             calibration=material.recording,
             choices=options.choices,
             cost=options.cost,
+            progress=True,
             output=options.output,
             allow_overlap=True,  # cut keeps them apart, by position
+            held_out=material.held_out,
         )
     except KeyboardInterrupt as stop:
         return _interrupted(options, stop)
@@ -168,24 +185,52 @@ def _plan(options: argparse.Namespace) -> int:
         return 0
     figures = {**asdict(found), "scheme": json.loads(found.scheme.to_json())}
     write_text(options.output / PLAN, _json({**figures, **_made_by(material)}))
-    write_text(options.output / SCHEME, found.scheme.to_json() + "\n")
+    chosen = {key: figures[key] for key in ("budget", "cost_name", "chosen_on", "held_out")}
+    made_by = {**chosen, "choices": options.choices, **_made_by(material)}
+    write_text(options.output / SCHEME, _json({**figures["scheme"], "made_by": made_by}))
     print(f"written to {options.output}; {SCHEME} is a scheme for convert and evaluate")
     return 0
 
 
-def _load(options: argparse.Namespace) -> Material:
-    """The model, its graph, windows; the text is read first, since it fails sooner."""
+def _load(options: argparse.Namespace, held_out: int = 0) -> Material:
+    """The model, its graph, windows; the text is read first, since it fails sooner.
+
+    ``held_out``: so many windows more, where the text has them.
+    """
     job = job_of(options, tuple(filter(None, [getattr(options, "scheme", None)])))
     check_job(job)
     check_float(job.model)
     source, other = open_sources(job)
     loaded = load_model(job.model, dtype=job.dtype, device=job.device, revision=job.revision)
-    windows = cut(job, source, other, loaded)
+    windows, unseen = _cut(job, source, other, loaded, held_out)
     graph = loaded.graph
     check_windows(windows, graph)
     made = make_provenance(job, loaded, graph, source, windows).calibrated(())
     recording = None if windows.batches is None else SizedRecording(windows.batches)
-    return Material(loaded, graph, windows, made, recording)
+    return Material(loaded, graph, windows, made, recording, held_out=unseen)
+
+
+def _cut(
+    job: Job, source: Source, other: Source | None, loaded: LoadedModel, held_out: int
+) -> tuple[Windows, Tensor | None]:
+    """The job's windows, and those held out behind them, None where the text has too few."""
+    if job.windows is None or not held_out:
+        return cut(job, source, other, loaded), None
+    count = job.windows
+    try:
+        found = cut(replace(job, windows=count + held_out), source, other, loaded)
+    except DataError:
+        return cut(job, source, other, loaded), None
+    if len(found.evaluation) <= count:
+        return found, None
+    kept = replace(
+        found,
+        evaluation=found.evaluation[:count],
+        scored=found.scored[:count],
+        places=found.places.first(count),
+        protocol=replace(found.protocol, windows=count, complete=False),
+    )
+    return kept, found.evaluation[count:]
 
 
 def _interrupted(options: argparse.Namespace, stop: KeyboardInterrupt) -> int:

@@ -21,7 +21,7 @@ from fxquant.schemes.spelling import spell_activation, spell_weight
 
 WIDTH = 100
 BLOCK_ROLES = ("linear", "matmul")
-_BITS = "stored in the blocks' linears: codes, scales and zero points, no biases"
+_BITS = "stored in the blocks' linears: codes, scales and zero points, no biases; float ones too"
 
 
 def render(summary: Summary, *, markdown: bool = False, folded: bool = True) -> str:
@@ -138,7 +138,7 @@ def _header(summary: Summary) -> str:
         ("bytes before", _bytes(summary.bytes_before)),
         ("bytes after", f"{_bytes(summary.bytes_after)}{saved}"),
         (
-            "bits per weight",
+            "bits/weight",
             "-" if bits != bits else f"{bits:.2f} {_BITS}",
         ),
     ]
@@ -179,7 +179,7 @@ def _cells(row: SiteRow, prefix: str) -> list[str]:
     clipped = span(record.clipped for record in records)
     return [
         _place(row, prefix),
-        "-" if row.site.role == "matmul" else "x".join(map(str, row.site.shape)),
+        "-" if row.site.role == "matmul" else "×".join(map(str, row.site.shape)),
         weight,
         activation,
         _between(span(record.scale for record in records), ".2g"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -67,3 +68,17 @@ def window_losses(
     """token_nll of each batch of windows, on the CPU; ``forward`` maps input_ids to logits."""
     for ids in windows.split(batch_size):
         yield token_nll(forward(ids), ids).cpu()
+
+
+def standard_error(differences: Sequence[float], tokens: Sequence[int]) -> float | None:
+    """Of sum(differences) / sum(tokens), over windows as clusters; None for fewer than two.
+
+    ``differences``: of a window's summed losses in two runs; ``tokens``: that they are sums over.
+    The formula stands at evaluation's ``paired_difference``.
+    """
+    total, count = sum(tokens), len(differences)
+    if count < 2:
+        return None
+    delta = math.fsum(differences) / total
+    residuals = math.fsum((d - delta * n) ** 2 for d, n in zip(differences, tokens, strict=True))
+    return math.sqrt(count / (count - 1) * residuals) / total

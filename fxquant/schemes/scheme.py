@@ -113,21 +113,25 @@ class Scheme:
 
     @classmethod
     def from_json(cls, text: str) -> Scheme:
-        """The inverse of to_json; raises SchemeError."""
+        """The inverse of to_json; raises SchemeError.
+
+        An object ``made_by``, in which ``fxquant plan`` says what it was chosen on, is read over.
+        """
         try:
             data = parse_json(text, unique=True)
         except (ValueError, TypeError) as error:
             raise _bad_json(f"{type(error).__name__}: {error}") from error
         if not isinstance(data, dict):
             raise _bad_json(f"it is {kind_of(data)}, not an object")
-        unknown = sorted(set(data) - {"scheme", "overrides"})
+        unknown = sorted(set(data) - {"scheme", "overrides", "made_by"})
         if "scheme" not in data or unknown:
             missing = [] if "scheme" in data else ["no key 'scheme'"]
             strange = [f"unknown keys {unknown}"] if unknown else []
             raise _bad_json(", ".join(missing + strange))
         base, overrides = data["scheme"], data.get("overrides", {})
-        if not isinstance(overrides, dict):
-            raise _bad_json(f"overrides is {kind_of(overrides)}, not an object")
+        for name, each in (("overrides", overrides), ("made_by", data.get("made_by", {}))):
+            if not isinstance(each, dict):
+                raise _bad_json(f"{name} is {kind_of(each)}, not an object")
         pairs = tuple(overrides.items())
         texts = (base, *(spec for _, spec in pairs))
         if not all(isinstance(each, str) and not each.lstrip().startswith("{") for each in texts):

@@ -1,0 +1,58 @@
+"""What a plan is going to cost, said before it starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from fxquant.analysis.lab import Lab
+from fxquant.analysis.prediction import seconds_of
+from fxquant.analysis.progress import Progress, clock
+from fxquant.ir.graph import Site, site_outputs
+from fxquant.schemes.specs import FLOAT, SiteSpec
+
+SITES, PLANS = "sites", "plans"
+
+
+def plan_forwards(
+    lab: Lab, sites: Sequence[Site], specs: Mapping[str, SiteSpec]
+) -> dict[str, float]:
+    """Forwards of measuring each choice at each site alone, and of some plans, by step.
+
+    How many plans are tried is not known: as many as the search takes where a plan is found at
+    once.
+    """
+    paths = {site.path for site in sites}
+    behind = [lab.share_behind(n) for site, n in site_outputs(lab.gm) if site.path in paths]
+    choices = [spec for spec in specs.values() if spec != FLOAT]
+    upgrades = len(sites) * (len(specs) - 1)
+    return {SITES: 1 + len(choices) * sum(behind), PLANS: float(plans_of(upgrades))}
+
+
+def plans_of(upgrades: int) -> int:
+    """How many plans a search measures where losses fall: doubling, then halving."""
+    return 2 * math.ceil(math.log2(upgrades + 2))
+
+
+def announce_plan(
+    progress: Progress,
+    budget: float,
+    specs: Mapping[str, SiteSpec],
+    sites: int,
+    windows: Sequence[Tensor],
+    forwards: Mapping[str, float],
+    forward_seconds: float,
+) -> None:
+    """Say it, where progress is shown."""
+    count, length = sum(map(len, windows)), max(ids.shape[1] for ids in windows)
+    progress.say(
+        f"a budget of {budget:+.4f} on {count} window{'' if count == 1 else 's'} of {length} "
+        f"tokens: {', '.join(specs)} at each of {sites} sites alone, then all together"
+    )
+    seconds = sum(seconds_of(name, each, forward_seconds) for name, each in forwards.items())
+    progress.say(
+        f"about {sum(forwards.values()):.0f} forwards of all windows, {forward_seconds:.2g} s "
+        f"each: about {clock(seconds)}, more where the first plans miss the budget"
+    )
