@@ -475,7 +475,7 @@ def test_without_data_the_calibration_serves_and_it_says_so() -> None:
     assert found.sites == same.sites
     assert any("calibration batches" in note for note in found.notes)
     (note,) = same.notes
-    assert "1 of the 1 windows of data= hold what is calibrated on" in note
+    assert "data=: 1 of the 1 window holds what is calibrated on" in note
 
 
 def test_head_of_the_report_and_notes() -> None:

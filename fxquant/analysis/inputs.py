@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from fxquant.analysis.sites import simulated_spec
 from fxquant.errors import CalibrationError, DataError, SchemeError
 from fxquant.ir.calibration import Spans, calibration_words
+from fxquant.ir.counted import part_of
 from fxquant.ir.graph import device_of, info
 from fxquant.ir.seen import seen_rows
 from fxquant.pipeline.recording import DrawnBatches, Recording, record_of
@@ -110,7 +111,7 @@ def check_unseen(
     seen = seen_rows(known, rows, places)
     if not seen:
         return []
-    found = f"{len(seen)} of the {len(rows)} windows of data= hold what is calibrated on"
+    found = f"data=: {part_of(len(seen), len(rows), 'window')} what is calibrated on"
     if not allowed:
         raise DataError(
             f"{found}, {calibration_words(known)}: their loss would not be of unseen text; cut one "

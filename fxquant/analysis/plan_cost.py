@@ -10,6 +10,7 @@ from torch import Tensor
 from fxquant.analysis.lab import Lab
 from fxquant.analysis.prediction import seconds_of
 from fxquant.analysis.progress import Progress, clock
+from fxquant.ir.counted import counted
 from fxquant.ir.graph import Site, site_outputs
 from fxquant.schemes.specs import FLOAT, SiteSpec
 
@@ -48,8 +49,8 @@ def announce_plan(
     """Say it, where progress is shown."""
     count, length = sum(map(len, windows)), max(ids.shape[1] for ids in windows)
     progress.say(
-        f"a budget of {budget:+.4f} on {count} window{'' if count == 1 else 's'} of {length} "
-        f"tokens: {', '.join(specs)} at each of {sites} sites alone, then all together"
+        f"a budget of {budget:+.4f} on {counted(count, 'window')} of {length} "
+        f"tokens: {', '.join(specs)} at each of {counted(sites, 'site')} alone, then all together"
     )
     seconds = sum(seconds_of(name, each, forward_seconds) for name, each in forwards.items())
     progress.say(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from fxquant.ir.counted import counted
 from fxquant.run.loss import standard_error, window_losses
 from fxquant.schemes.scheme import Scheme
 
@@ -56,7 +57,7 @@ class Plan:
             f"Δloss {self.chosen_on} that it was chosen on, verified, of at most "
             f"{self.budget:+.4f} ({self.cheapest_delta_loss:+.4f} with every site at the cheapest "
             f"choice); {self.cost_name} {self.cost:.2f}; {self.forwards:.0f} forwards, "
-            f"{self.verifications} plans verified",
+            f"{counted(self.verifications, 'plan')} verified",
         ]
         if self.held_out is not None:
             lines.append(f"Δloss {self.held_out} that had no part in choosing it{self._over()}")
@@ -86,7 +87,7 @@ class Plan:
 
 def spelled(counts: dict[str, int]) -> str:
     """``3 sites w8, 2 sites fp``."""
-    return ", ".join(f"{count} sites {choice}" for choice, count in counts.items())
+    return ", ".join(f"{counted(count, 'site')} {choice}" for choice, count in counts.items())
 
 
 class Reference:

@@ -19,6 +19,7 @@ from fxquant.analysis.reading import (
     ranked_sites,
 )
 from fxquant.analysis.results import Findings, GroupFigures, SiteFigures, rank_value
+from fxquant.ir.counted import counted
 
 _WORST = 12
 DETAILED = 3  # of the worst sites
@@ -93,8 +94,9 @@ def _head(found: Findings) -> str:
     shortest = found.shortest_window
     length = f"{longest}" if shortest == longest else f"{shortest} to {longest}"
     lines = [
-        f"{found.model} under {found.scheme}{where}: {len(found.sites)} sites, "
-        f"{count} windows of {length} tokens",
+        f"{found.model} under {found.scheme}{where}: "
+        f"{counted(len(found.sites), 'site')}, "
+        f"{counted(count, 'window')} of {length} tokens",
         f"loss float {found.loss_float:.4f}, quantized {found.loss_quantized:.4f}, "
         f"Δloss {found.delta_loss:+.4f}",
     ]
@@ -162,7 +164,7 @@ def _sites(found: Findings) -> str:
     for block in closed_blocks(found):
         effect = block.measured[BLOCKS]
         effects = [_nats(effect) if name == "in_order" else "" for name in methods]
-        cells = [f"{block.name}, {block.sites} sites not opened", *effects]
+        cells = [f"{block.name}, {counted(block.sites, 'site')} not opened", *effects]
         rows.append((effect, [*cells, *[""] * (len(headers) - len(cells))]))
     rows.sort(key=lambda row: -row[0])
     return _table([cells for _, cells in rows[:_WORST]], headers)
