@@ -37,7 +37,7 @@ def write(folder: Path, model_type: str, name: str, rope: Any, **more: Any) -> P
 
 def frequencies(theta: float, width: int) -> torch.Tensor:
     """What rotary embeddings are by definition: theta^(-2i / width)."""
-    return torch.tensor(theta).double() ** (-torch.arange(0, width, 2).double() / width)
+    return torch.pow(theta, -torch.arange(0, width, 2).double() / width)
 
 
 def found_frequencies(folder: Path, buffer: str) -> torch.Tensor:
