@@ -39,7 +39,7 @@ def write(folder: Path, model_type: str, name: str, rope: Any, **more: Any) -> P
 def frequencies(theta: float, width: int) -> torch.Tensor:
     """What rotary embeddings are by definition: theta^(-2i / width)."""
     powers = -torch.arange(0, width, 2).double() / width
-    return (math.log(theta) * powers).exp()
+    return torch.exp(powers * math.log(theta))
 
 
 def found_frequencies(folder: Path, buffer: str) -> torch.Tensor:
