@@ -27,7 +27,7 @@ import fxquant
 from fxquant.errors import TracingError
 from fxquant.frontends.streaming import stream
 from tests.architectures import ARCHITECTURES, gpt2, llama, opt, padding_mask, token_ids
-from tests.environments import patched_by_hf_tracer
+from tests.environments import needs_hf_tracer, patched_by_hf_tracer
 
 IDS, MASK = token_ids(3, 11), padding_mask(3, 11, "both")
 CALIBRATION = [token_ids(2, 9, seed=seed) for seed in range(10, 13)]
@@ -264,19 +264,22 @@ def test_everything_is_put_back_when_a_trace_ends_early(kind: type[BaseException
         assert torch.equal(pool.submit(fxquant.trace, other).result(60)(IDS, MASK), traced)
 
 
-def test_everything_is_put_back_wherever_a_trace_is_interrupted() -> None:
+@pytest.mark.parametrize(
+    ("frontend", "times"), [pytest.param("hf", 40, marks=needs_hf_tracer), ("recorder", 10)]
+)
+def test_everything_is_put_back_wherever_a_trace_is_interrupted(frontend: str, times: int) -> None:
     """An interruption at a random line of torch's, transformers' and our own code."""
     seed = random.randrange(2**32)
     generator = random.Random(seed)
-    model = opt(num_hidden_layers=1)
-    expected, before = fxquant.trace(model)(IDS, MASK), process()
-    lines = _lines_of(lambda: fxquant.trace(model))
-    for _ in range(40):
+    trace = partial(fxquant.trace, opt(num_hidden_layers=1), frontend=frontend)
+    expected, before = trace()(IDS, MASK), process()
+    lines = _lines_of(trace)
+    for _ in range(times):
         at = generator.randrange(lines)
         with contextlib.suppress(Interrupted):
-            _lines_of(lambda: fxquant.trace(model), stop_at=at)
+            _lines_of(trace, stop_at=at)
         assert not differing(before, process()), (seed, at)
-    assert torch.equal(fxquant.trace(model)(IDS, MASK), expected)
+    assert torch.equal(trace()(IDS, MASK), expected)
 
 
 def _lines_of(step: Callable[[], object], stop_at: int | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ def write(folder: Path, model_type: str, name: str, rope: Any, **more: Any) -> P
 
 def frequencies(theta: float, width: int) -> torch.Tensor:
     """What rotary embeddings are by definition: theta^(-2i / width)."""
-    return torch.tensor(theta).double() ** (-torch.arange(0, width, 2).double() / width)
+    powers = -torch.arange(0, width, 2).double() / width
+    return torch.exp(powers * math.log(theta))
 
 
 def found_frequencies(folder: Path, buffer: str) -> torch.Tensor:

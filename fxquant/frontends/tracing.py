@@ -190,7 +190,7 @@ def _graph_by(frontend: str, copy: PreTrainedModel) -> tuple[GraphModule, int | 
     the greatest length for which it holds."""
     make = record if frontend == "recorder" else _hf_record()
     implementation = copy.config._attn_implementation
-    with tracing(), no_mask_left_out(), registered(implementation) as name:
+    with tracing(), registered(implementation) as name:
         if copy._can_set_attn_implementation():
             copy.set_attn_implementation(name)
         recorded = make(copy, _logits)
@@ -210,10 +210,9 @@ def _hf_record() -> Callable[..., Recorded]:
 
 
 def _logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Any:
-    output = model(
-        input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True
-    )
-    return output.logits
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    with no_mask_left_out():
+        return model(**inputs, use_cache=False, return_dict=True).logits
 
 
 def _drop_dropout(gm: GraphModule) -> None:

@@ -22,6 +22,10 @@ class FailedIn(Exception):
         self.path = path
 
 
+class Stopped(Exception):
+    """Nobody waits for the recording any more."""
+
+
 def watch(shadow: nn.Module, original: nn.Module, recording: Recording, guards: Guards) -> None:
     """Let every forward of ``shadow``, whose modules stand for those of ``original``, be recorded.
 
@@ -40,11 +44,13 @@ def _place(
     def run(*args: Any, **kwargs: Any) -> Any:
         if recording.paused:
             return forward(*args, **kwargs)
+        if recording.stop.is_set():
+            raise Stopped
         recording.places.append(path)
         try:
             value = forward(*args, **kwargs)
             guards.check()
-        except FailedIn:
+        except (Stopped, FailedIn):
             raise
         except Exception as error:
             raise FailedIn(path) from error

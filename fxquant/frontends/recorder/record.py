@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph
 
 from fxquant.errors import TracingError
+from fxquant.frontends.recorder.apart import apart
 from fxquant.frontends.recorder.guards import Guards
 from fxquant.frontends.recorder.mode import Recorder
 from fxquant.frontends.recorder.modules import FailedIn, watch
@@ -45,16 +48,18 @@ def record(model: nn.Module, run: Run) -> Recorded:
     *early, last = markers(model)
     for marker in early:
         try:
-            return _recorded(model, run, marker)
+            return apart(partial(_recorded, model, run, marker))
         except TracingError:  # its code may not allow that dtype
             continue
-    return _recorded(model, run, last)
+    return apart(partial(_recorded, model, run, last))
 
 
 @torch.no_grad()
-def _recorded(model: nn.Module, run: Run, marker: torch.dtype | None) -> Recorded:
+def _recorded(
+    model: nn.Module, run: Run, marker: torch.dtype | None, stop: threading.Event
+) -> Recorded:
     shadow = shadow_of(model, marker)
-    recording = Recording(shadow, model)
+    recording = Recording(shadow, model, stop)
     guards = Guards(shadow.env, shadow.input_ids)
     watch(shadow.model, model, recording, guards)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -21,15 +22,16 @@ class Recording:
     """A graph of (input_ids, attention_mask) and what is known of its values.
 
     ``places``: paths of the modules that are running, the outermost first. ``paused``: whether a
-    leaf runs, inside which nothing is recorded.
+    leaf runs, inside which nothing is recorded. ``stop``: set where the recording is given up.
 
     No device stands in the graph: a device becomes ``input_ids.device``. Nor does the model's own
     dtype, where the shadow has a marker for it: it becomes the dtype of the first value that has
     it, and so does the lowest number of that dtype, which masks are filled with.
     """
 
-    def __init__(self, shadow: Shadow, original: nn.Module) -> None:
+    def __init__(self, shadow: Shadow, original: nn.Module, stop: threading.Event) -> None:
         self.graph = Graph()
+        self.stop = stop
         self.places: list[str] = []
         self.paused = False
         self._marker = shadow.marker
