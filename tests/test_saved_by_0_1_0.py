@@ -74,7 +74,7 @@ def _with_named_grids(graph: dict[str, Any]) -> dict[str, Any]:
     return graph
 
 
-_LATER = {"calibration": None, "weights": ""}
+_LATER = {"calibration": None, "weights": "", "frontend": ""}
 
 
 def _with_later_facts(graph: dict[str, Any]) -> dict[str, Any]:
