@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
@@ -51,7 +51,9 @@ def is_linear(module: nn.Module) -> bool:
     except Exception:
         return False
     wanted = functional.linear(x, probe.weight, probe.bias)
-    return found.shape == wanted.shape and bool(torch.allclose(found, wanted, rtol=0, atol=1e-9))
+    if not isinstance(found, Tensor) or found.shape != wanted.shape:
+        return False
+    return bool(torch.allclose(found, wanted, rtol=0, atol=1e-9))
 
 
 def as_leaf(module: Any) -> Any:

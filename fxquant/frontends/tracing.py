@@ -244,10 +244,11 @@ WEIGHTS_WERE = "fxquant_weights_were"
 def _describe(model: PreTrainedModel) -> GraphInfo:
     config = model.config.get_text_config()
     embedding = model.get_input_embeddings()
+    positions = getattr(config, "max_position_embeddings", None)  # XLNet: -1, no limit
     return GraphInfo(
         model=str(model.config._name_or_path or type(model).__name__),
         vocab_size=int(getattr(embedding, "num_embeddings", config.vocab_size)),
-        max_positions=getattr(config, "max_position_embeddings", None),
+        max_positions=positions if positions is not None and positions > 0 else None,
         blocks=_decoder_blocks(model),
         head=_path_of(model, model.get_output_embeddings()),
         embeddings=_path_of(model, embedding),
