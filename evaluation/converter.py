@@ -16,6 +16,7 @@ from fxquant.evaluation.perplexity import evaluate
 from fxquant.evaluation.results import Row
 from fxquant.evaluation.statistics import Difference, WindowSums, paired_difference
 from fxquant.evaluation.token_windows import Windows
+from fxquant.ir.coverage import float_share
 from fxquant.ir.graph import GraphInfo, info
 from fxquant.ir.size import bits_per_weight
 from fxquant.pipeline.recording import DrawnBatches
@@ -52,7 +53,7 @@ def measure(
         change = Difference(math.nan if converter.as_it_is else 0.0, None)
     else:
         change = paired_difference(sums, reference)
-    found = info(converted).calibration
+    found, share = info(converted).calibration, float_share(converted)
     return Row(
         scheme=str(scheme),
         loss=measured.loss,
@@ -68,6 +69,7 @@ def measure(
         window_tokens=sums.tokens,
         calibration=None if found is None else tuple(record.brief() for record in found),
         overlap=calibrated_windows(found, windows),
+        float_share=None if math.isnan(share) else share,
     )
 
 

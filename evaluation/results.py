@@ -17,6 +17,7 @@ from fxquant.files.doors import parse_json, printable, read_bytes, reason
 from fxquant.files.locks import check_writable
 from fxquant.files.whole_file import write_text
 from fxquant.ir.calibration import Calibration
+from fxquant.ir.coverage import share_words
 from fxquant.schemes.scheme import Scheme
 
 RESULTS, TABLE = "results.json", "table.md"
@@ -44,7 +45,8 @@ class Row:
     float model and for a single window. ``window_nll`` and ``window_tokens``: each window's summed
     nats (float64) and number of scored tokens, from which the others can be computed again.
     ``calibration``: what the graph was calibrated on, None where that is not known. ``overlap``:
-    indices of evaluated windows that hold some of it.
+    indices of evaluated windows that hold some of it. ``float_share``: of the blocks' weights, what
+    stays in float, 0..1; None where nothing is codes.
     """
 
     scheme: str
@@ -61,6 +63,7 @@ class Row:
     window_tokens: tuple[int, ...]
     calibration: Calibration = None
     overlap: tuple[int, ...] = ()
+    float_share: float | None = None
 
     @property
     def sums(self) -> WindowSums:
@@ -93,6 +96,8 @@ class Row:
             value = getattr(self, name)
             if value is not None and abs(value) > LARGEST:
                 raise ValueError(f"{where}{name}: {value} is no figure of an evaluation")
+        if self.float_share is not None and not 0 <= self.float_share <= 1:
+            raise ValueError(f"{where}float_share: {self.float_share} is no share, 0 to 1")
         if any(abs(value) > LARGEST for value in self.window_nll):
             raise ValueError(f"{where}window_nll: {max(self.window_nll, key=abs)} is no loss")
 
@@ -160,6 +165,11 @@ def row_notes(rows: Sequence[Row], provenance: Provenance) -> list[str]:
 def overlap_words(row: Row) -> str:
     """How many of its windows the row was calibrated on."""
     return f"calibrated on {len(row.overlap)} of the {len(row.window_nll)} evaluated windows"
+
+
+def float_words(row: Row) -> str:
+    """How much of the blocks' weights a quantized row leaves in float; "" for nothing."""
+    return share_words(row.float_share) if row.float_share else ""
 
 
 def read_results(path: Path) -> tuple[list[Row], Provenance]:

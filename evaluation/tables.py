@@ -7,16 +7,16 @@ from collections.abc import Sequence
 
 from tabulate import tabulate
 
-from fxquant.evaluation.results import Row, overlap_words
+from fxquant.evaluation.results import Row, float_words, overlap_words
 from fxquant.evaluation.statistics import Difference
 from fxquant.schemes.scheme import Scheme, brief
 
 HEADERS = ("scheme", "loss", "ppl", "Δloss ± s.e.", "bits/weight", "clipped", "seconds")
 
 LEGEND = (
-    "bits/weight: stored bits of the blocks' linears (codes, scales, zero points; no biases) over "
-    "their weights. clipped: share of the quantized activation elements of the evaluated text "
-    "that lay beyond their range."
+    "bits/weight: stored bits of the blocks' weights (codes, scales, zero points, what stays in "
+    "float; no biases) over their number. clipped: share of the quantized activation elements of "
+    "the evaluated text that lay beyond their range."
 )
 
 
@@ -39,8 +39,8 @@ def format_table(rows: Sequence[Row], style: str = "github") -> str:
 
 
 def _scheme(row: Row) -> str:
-    scheme = brief(row.scheme)
-    return f"{scheme} [{overlap_words(row)}]" if row.overlap else scheme
+    said = (overlap_words(row) if row.overlap else "", float_words(row))
+    return " ".join((brief(row.scheme), *(f"[{words}]" for words in said if words)))
 
 
 def _delta(row: Row, reference: Row) -> str:

@@ -14,7 +14,7 @@ class SpellingError(SchemeError):
 
 
 class NoEffectError(SchemeError):
-    """A repair that the scheme names changes nothing in this model; the message says why."""
+    """A scheme, or a repair that it names, changes nothing in this model; the message says why."""
 
 
 class ModelError(FxquantError, ValueError):

@@ -50,7 +50,9 @@ def _clip(gm: GraphModule, site: Site, spec: TensorSpec) -> bool:
         )
     weight, bias = linear_parameters(module)
     nearest = min_max_codes(weight, spec, site.path)
-    grid = search_scales(weight, spec, torch.ones(weight.shape[1], device=weight.device))
+    grid = search_scales(
+        weight, spec, torch.ones(weight.shape[1], dtype=torch.float32, device=weight.device)
+    )
     chosen = round_to_nearest(weight, spec, *grid)
     install(gm, site.path, CodedLinear(weight, bias, spec, chosen.tensors()))
     return not torch.equal(nearest.codes, chosen.codes)

@@ -83,4 +83,4 @@ def _equalize(gm: GraphModule, pair: ScaleGroup) -> float:
 def equalizing_scales(rows: Tensor, columns: Tensor) -> Tensor:
     """``sqrt(rows / columns)``, float32 [channels]; 1 where either range is 0."""
     used = (rows > 0) & (columns > 0)
-    return torch.where(used, (rows / columns.where(used, torch.ones(()))).sqrt(), 1.0)
+    return torch.where(used, (rows / columns.where(used, 1.0)).sqrt(), 1.0)

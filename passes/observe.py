@@ -65,10 +65,15 @@ class Observe(Pass):
 
 def observers(gm: GraphModule) -> dict[Node, HistogramObserver]:
     """The observer of each observed node."""
-    found: dict[Node, HistogramObserver] = {}
-    for node in gm.graph.nodes:
-        if node.op == "call_module":
-            module = gm.get_submodule(str(node.target))
+    found = ((node, observer_of(gm, node)) for node in gm.graph.nodes)
+    return {node: observer for node, observer in found if observer is not None}
+
+
+def observer_of(gm: GraphModule, source: Node) -> HistogramObserver | None:
+    """The observer of ``source``, None where it has none."""
+    for user in source.users:
+        if user.op == "call_module" and user.args[:1] == (source,):
+            module = gm.get_submodule(str(user.target))
             if isinstance(module, HistogramObserver):
-                found[source_of(node)] = module
-    return found
+                return module
+    return None

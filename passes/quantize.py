@@ -27,10 +27,9 @@ from fxquant.ir.graph import (
 from fxquant.ir.leaves import QuantizedParameters
 from fxquant.ir.levels import OPS
 from fxquant.ir.weights import site_codes
-from fxquant.numerics.observers import HistogramObserver
 from fxquant.numerics.static_input import StaticRange, static_input
 from fxquant.numerics.weight_codes import min_max_codes
-from fxquant.passes.observe import CONTAINER, observers
+from fxquant.passes.observe import CONTAINER, observer_of
 from fxquant.pipeline.context import Context
 from fxquant.pipeline.pipeline import Pass
 from fxquant.schemes.scheme import Scheme, matches
@@ -60,7 +59,7 @@ class Quantize(Pass):
 
     def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
         context.scheme.check_overrides((site.path, site.role) for site in info(gm).sites)
-        inputs = _Inputs(gm, observers(gm), {}, {})
+        inputs = _Inputs(gm, {}, {})
         left = list(info(gm).left_in_float)
         records: list[SiteRecord] = []
         for site, node in list(site_outputs(gm)):
@@ -76,7 +75,7 @@ class Quantize(Pass):
                 left.append(LeftInFloat(site.path, _why_float(site, context.scheme)))
                 continue
             if site.role == "embeddings":
-                records.append(_lower_embedding(gm, site, node, spec.weight, inputs))
+                records.append(_lower_embedding(gm, site, node, spec.weight))
             else:
                 records.append(_lower_linear(gm, site, node, spec, inputs))
         for node in list(gm.graph.nodes):
@@ -103,7 +102,6 @@ class _Inputs:
     """Quantized inputs, shared by the sites that read one node with one spec."""
 
     gm: GraphModule
-    observers: dict[Node, HistogramObserver]
     done: dict[tuple[Node, ActivationSpec], Node]
     records: dict[tuple[Node, ActivationSpec], StaticRange]
 
@@ -116,12 +114,14 @@ class _Inputs:
         if spec.dynamic:
             scale, zero_point = choose(builder, source, spec.tensor)
         else:
-            if source not in self.observers:
+            # Asked of the graph: the node that was observed may itself have been lowered since.
+            observer = observer_of(self.gm, source)
+            if observer is None:
                 raise CalibrationError(
                     f"{builder.site}: its range is static, but its input was not observed; run "
                     "Observe and Calibrate before Quantize"
                 )
-            buffers, self.records[source, spec] = static_input(self.observers[source], spec)
+            buffers, self.records[source, spec] = static_input(observer, spec)
             for name, value in buffers.items():
                 owner.register_buffer(name, value)
             scale, zero_point = builder.attribute("input_scale"), None
@@ -211,9 +211,7 @@ def _lower_linear(
     return SiteRecord(site.path, spell_site(spec), sqnr, **({} if static is None else vars(static)))
 
 
-def _lower_embedding(
-    gm: GraphModule, site: Site, node: Node, spec: TensorSpec, inputs: _Inputs
-) -> SiteRecord:
+def _lower_embedding(gm: GraphModule, site: Site, node: Node, spec: TensorSpec) -> SiteRecord:
     """Look up codes and their scales, then dequantize only the rows found."""
     weight, _ = linear_parameters(gm.get_submodule(site.path))
     codes = min_max_codes(weight, spec, site.path)
@@ -242,7 +240,5 @@ def _lower_embedding(
             name="y",
             is_output=True,
         )
-    if node in inputs.observers:  # a block without a first norm reads the embedding directly
-        inputs.observers[y] = inputs.observers.pop(node)
     builder.replace(node, y)
     return SiteRecord(site.path, spell_site(SiteSpec(spec)), sqnr)

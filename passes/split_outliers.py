@@ -80,7 +80,8 @@ class SplitOutliers(Repair):
                     f"{self.threshold:g}, nothing would be quantized; raise the threshold"
                 )
             if index.numel():
-                _split(gm, source, members, index)
+                # Not ``source``, which may itself have been split since.
+                _split(gm, source_of(members[0][1]), members, index)
             text = f"{index.numel()} of {largest.numel()} columns exceed {self.threshold:g}"
             text = f"{text}; the largest is {largest.max():.3g}"
             for site, _ in members:

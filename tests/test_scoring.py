@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 from torch.fx import GraphModule
 
 import fxquant
-from fxquant.errors import FxquantError, GraphAttributeError, GraphCallError
+from fxquant.errors import CheckpointError, FxquantError, GraphAttributeError, GraphCallError
 from fxquant.frontends.scoring import ScoringGraph
 from fxquant.ir.graph import clone_sharing_storage
 from tests.architectures import opt, padding_mask, token_ids
@@ -84,6 +86,7 @@ def test_copies_and_checkpoints_keep_the_class(tmp_path: Path) -> None:
     expected = graph()(IDS, MASK)
     fxquant.save(graph(), tmp_path / "saved")
     copies = {
+        "copy": copy.copy(graph()),
         "deepcopy": copy.deepcopy(graph()),
         "clone": clone_sharing_storage(graph()),
         "load": fxquant.load(tmp_path / "saved"),
@@ -97,6 +100,33 @@ def test_copies_and_checkpoints_keep_the_class(tmp_path: Path) -> None:
     assert isinstance(half, ScoringGraph)
     assert half(IDS).dtype == torch.float16
     assert isinstance(fxquant.trace(opt()), ScoringGraph)
+
+
+PICKLERS: dict[str, Callable[[Any], object]] = {
+    "pickle": pickle.dumps,
+    "old protocol": lambda graph: pickle.dumps(graph, protocol=1),
+    "torch.save": lambda graph: torch.save(graph, io.BytesIO()),
+    "in a dict": lambda graph: pickle.dumps({"graph": graph}),
+    "a copy": lambda graph: pickle.dumps(copy.copy(graph)),
+    "a float graph": lambda _: pickle.dumps(fxquant.trace(opt())),
+}
+
+
+@pytest.mark.parametrize("how", PICKLERS)
+def test_a_pickle_is_refused_when_it_is_written(how: str) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"cannot be pickled.* fxquant\.save\(graph, folder\)"
+    ):
+        PICKLERS[how](graph())
+
+
+def test_a_state_dict_can_be_pickled() -> None:
+    kept = io.BytesIO()
+    torch.save(graph().state_dict(), kept)
+    kept.seek(0)
+    again = copy.deepcopy(graph())
+    again.load_state_dict(torch.load(kept), assign=True)
+    assert torch.equal(again(IDS, MASK), graph()(IDS, MASK))
 
 
 def test_export_and_compile_see_a_graph_module() -> None:

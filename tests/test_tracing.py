@@ -349,23 +349,6 @@ def test_dropout_is_left_out(
     assert difference(model.eval(), gm, ids) <= EXACT[torch.float32]
 
 
-def test_hooks_are_not_called() -> None:
-    """A user's hooks belong to the user's model: not to a trace, a probe, or the graph's leaves.
-
-    Kept at the leaves, they would silently go where a pass replaces a leaf.
-    """
-    model, called = opt(), []
-    for path in ("model.decoder.layers.0.fc1", "model.decoder.layers.1"):
-        module = model.get_submodule(path)
-        module.register_forward_hook(lambda *_: called.append(1))
-        module.register_forward_pre_hook(lambda *_: called.append(1))
-    gm = fxquant.trace(model)
-    gm(token_ids(1, 3))
-    assert not called
-    model(token_ids(1, 3))
-    assert len(called) == 4
-
-
 def test_gradients_do_not_reach_the_model() -> None:
     model = opt()
     logits = fxquant.trace(model)(token_ids(1, 5))

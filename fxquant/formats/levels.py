@@ -55,7 +55,8 @@ class LevelGrid(Grid):
     def _places(self, values: Tensor) -> Tensor:
         """Place of the nearest number, int64."""
         ends = zip(self.levels[:-1], self.levels[1:], strict=True)
-        middles = torch.tensor([(a + b) / 2 for a, b in ends], device=values.device)
+        between = [(a + b) / 2 for a, b in ends]
+        middles = torch.tensor(between, dtype=torch.float32, device=values.device)
         below = torch.bucketize(values, middles)  # a middle itself belongs to the place below
         above = torch.bucketize(values, middles, right=True)
         return torch.where(below % 2 == 0, below, above)

@@ -80,12 +80,13 @@ def record(model: PreTrainedModel, run: Callable[..., Any]) -> Recorded:
             f"{type(model).__name__} cannot be traced: {where}: {type(error).__name__}: "
             f"{text.splitlines()[0] if text else ''}"
         ) from error
-    constants: dict[str, Tensor] = {}
+    constants: dict[str, Any] = {}
     for node in graph.nodes:
         scopes = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
         set_tag(node, Tag(scope=scopes[-1].removeprefix("model.") if scopes else ""))
         if node.op in ("call_module", "get_attr"):
-            node.target = str(node.target).removeprefix("model.")
-        if node.op == "get_attr" and node.target in vars(root):
-            constants[node.target] = getattr(root, node.target)
+            name = str(node.target)
+            if not name.startswith("model."):  # made while tracing
+                constants[name] = getattr(root, name)
+            node.target = name.removeprefix("model.")
     return Recorded(graph, constants)

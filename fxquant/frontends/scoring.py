@@ -8,7 +8,7 @@ from typing import Any
 from torch.fx import GraphModule
 from transformers import GenerationMixin, PreTrainedModel
 
-from fxquant.errors import GraphAttributeError, GraphCallError
+from fxquant.errors import CheckpointError, GraphAttributeError, GraphCallError
 from fxquant.run.encodings import TAKEN as _INPUTS
 
 # What instances of transformers' models have besides their class's attributes.
@@ -40,9 +40,22 @@ class ScoringGraph(GraphModule):
     tokenizers return, is let go: causal models do not read it.
 
     Raises GraphAttributeError (an AttributeError, so ``hasattr`` is False) and GraphCallError (a
-    TypeError). ``copy.deepcopy`` and checkpoints keep the class; ``copy.copy`` and a pickle give a
-    plain GraphModule.
+    TypeError). Copies and checkpoints keep the class. A pickle cannot hold a graph (torch.fx would
+    trace its code anew, without sites, levels and history): pickling one, by ``torch.save`` too,
+    raises CheckpointError, which names ``fxquant.save``.
     """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise CheckpointError(
+            "a graph cannot be pickled (pickle, torch.save, another process's arguments): "
+            "fxquant.save(graph, folder) writes it, fxquant.load(folder) reads it; "
+            "torch.save(graph.state_dict(), file) keeps its tensors alone"
+        )
+
+    def __copy__(self) -> ScoringGraph:
+        other = ScoringGraph(self, self.graph, self.__class__.__name__)
+        other.meta = self.meta
+        return other.train(self.training)
 
     def __getattr__(self, name: str) -> Any:
         modules = self.__dict__.get("_modules", {})

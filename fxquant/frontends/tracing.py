@@ -19,29 +19,28 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.pytorch_utils import Conv1D
 
 from fxquant.errors import GraphError, ModelError, NonFiniteError, TracingError
 from fxquant.frontends.attention import registered
-from fxquant.frontends.comparison import TESTED_TRANSFORMERS, compare_with_eager
+from fxquant.frontends.comparison import TESTED_TRANSFORMERS, Oracle, compare
+from fxquant.frontends.handed_over import check_handed_over, own_copy
 from fxquant.frontends.leaves import as_leaf
 from fxquant.frontends.mixtures import make_dense
 from fxquant.frontends.patching import exclusive, no_mask_left_out, tracing
 from fxquant.frontends.recorder.record import Recorded, record
 from fxquant.frontends.scoring import ScoringGraph
+from fxquant.frontends.settled import settle
 from fxquant.ir.functions import default_mask
 from fxquant.ir.graph import (
     GraphInfo,
     Note,
-    clone_sharing_storage,
-    device_of,
     info,
     lowered_already,
     set_info,
 )
 from fxquant.ir.levels import verify
 from fxquant.ir.size import bytes_by_dtype
-from fxquant.ir.streamed import restream, streamed_tensors, unstreamed
+from fxquant.ir.streamed import restream, streamed_device, streamed_tensors, unstreamed
 
 # 4.52 scales OPT's attention twice (transformers issue 38277): perplexity 26 became 388418.
 BROKEN_TRANSFORMERS: Final = ("4.52",)
@@ -77,13 +76,17 @@ def trace(model: PreTrainedModel, frontend: str = "auto") -> GraphModule:
     _check_versions()
     chosen = _front_ends(frontend)
     _check_model(model)
+    check_handed_over(model)
+    facts = _describe(model)
+    oracle = Oracle.of(own_copy(model), facts, streamed_device(model) or model.device)
     failure = ""
     for name in chosen[:-1]:
         try:
-            return _traced(model, name, "")
+            return _traced(model, oracle, replace(facts, frontend=_words(name, "")), name)
         except TracingError as error:
             failure = str(error)
-    return _traced(model, chosen[-1], failure)
+    name = chosen[-1]
+    return _traced(model, oracle, replace(facts, frontend=_words(name, failure)), name)
 
 
 def _front_ends(frontend: str) -> tuple[str, ...]:
@@ -101,17 +104,14 @@ def _front_ends(frontend: str) -> tuple[str, ...]:
     return every if frontend == "auto" else (frontend,)
 
 
-def _traced(model: PreTrainedModel, frontend: str, failure: str) -> GraphModule:
-    """By one front end, and compared with the model. ``failure``: why the other one gave up."""
-    copy = clone_sharing_storage(model).eval()
+def _traced(model: PreTrainedModel, oracle: Oracle, facts: GraphInfo, frontend: str) -> GraphModule:
+    """By one front end, and compared with the model."""
+    copy = own_copy(model)
     sources = unstreamed(copy)  # a streamed model is traced on meta
+    settle(copy)
     mixtures = make_dense(copy)
     gm, longest = _graph_by(frontend, copy)
-    facts = replace(
-        _describe(model),
-        frontend=_words(frontend, failure),
-        notes=tuple(Note("trace", each.path, str(each)) for each in mixtures),
-    )
+    facts = replace(facts, notes=tuple(Note("trace", each.path, str(each)) for each in mixtures))
     set_info(gm, _bounded(facts, longest))
     _drop_dropout(gm)
     _default_mask(gm)
@@ -120,8 +120,7 @@ def _traced(model: PreTrainedModel, frontend: str, failure: str) -> GraphModule:
     gm.recompile()
     restream(gm, sources)
     verify(gm, "trace")
-    with torch.autocast(device_of(gm).type, enabled=False):
-        compare_with_eager(gm, clone_sharing_storage(model).eval())
+    compare(gm, oracle)
     return gm
 
 
@@ -244,11 +243,10 @@ WEIGHTS_WERE = "fxquant_weights_were"
 def _describe(model: PreTrainedModel) -> GraphInfo:
     config = model.config.get_text_config()
     embedding = model.get_input_embeddings()
-    positions = getattr(config, "max_position_embeddings", None)  # XLNet: -1, no limit
     return GraphInfo(
         model=str(model.config._name_or_path or type(model).__name__),
         vocab_size=int(getattr(embedding, "num_embeddings", config.vocab_size)),
-        max_positions=positions if positions is not None and positions > 0 else None,
+        max_positions=_positive(getattr(config, "max_position_embeddings", None)),
         blocks=_decoder_blocks(model),
         head=_path_of(model, model.get_output_embeddings()),
         embeddings=_path_of(model, embedding),
@@ -260,14 +258,27 @@ def _describe(model: PreTrainedModel) -> GraphInfo:
     )
 
 
+def _positive(count: int | None) -> int | None:
+    """XLNet, which has no limit, says -1."""
+    return None if count is None or count < 1 else count
+
+
 def _decoder_blocks(model: nn.Module) -> tuple[str, ...]:
-    """Paths of the repeated blocks: children of the outermost ModuleLists that hold linears."""
+    """Paths of the repeated blocks: children of the outermost ModuleLists that hold matrices."""
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in lists)
-        has_linear = any(isinstance(part, nn.Linear | Conv1D) for part in module.modules())
-        if isinstance(module, nn.ModuleList) and has_linear and not inside:
+        if isinstance(module, nn.ModuleList) and _holds_matrix(module) and not inside:
             lists[name] = module
     return tuple(
         f"{name}.{index}" for name, blocks in lists.items() for index in range(len(blocks))
+    )
+
+
+def _holds_matrix(module: nn.Module) -> bool:
+    return any(
+        parameter.dim() > 1
+        for part in module.modules()
+        if not isinstance(part, nn.Embedding)
+        for parameter in part.parameters(recurse=False)
     )

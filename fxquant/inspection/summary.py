@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from fxquant.ir.blocks import block_of
 from fxquant.ir.calibration import Calibration
+from fxquant.ir.coverage import float_share
 from fxquant.ir.graph import GraphInfo, LeftInFloat, Note, PassRecord, Site, SiteRecord, info
 from fxquant.ir.leaves import QuantizedParameters
 from fxquant.ir.size import Bytes, bits_per_weight, bytes_by_dtype
@@ -35,7 +36,8 @@ class SiteRow:
 
 @dataclass(frozen=True)
 class Summary:
-    """What ``print(inspect(gm))`` shows; bytes are by dtype."""
+    """What ``print(inspect(gm))`` shows; bytes are by dtype. ``float_share``: of the blocks'
+    weights, what stays in float, nan where nothing is codes."""
 
     model: str
     scheme: str
@@ -44,6 +46,7 @@ class Summary:
     bytes_before: Bytes
     bytes_after: Bytes
     bits_per_weight: float
+    float_share: float
     history: tuple[PassRecord, ...]
     sites: tuple[SiteRow, ...]
     left_in_float: tuple[LeftInFloat, ...]
@@ -65,6 +68,7 @@ def summarize(gm: GraphModule, *, fold: bool = True) -> Summary:
         bytes_before=facts.float_bytes,
         bytes_after=bytes_by_dtype((*gm.parameters(), *gm.buffers())),
         bits_per_weight=bits_per_weight(gm),
+        float_share=float_share(gm),
         history=facts.history,
         sites=tuple(_folded(found, facts.blocks) if fold else found),
         left_in_float=facts.left_in_float,

@@ -13,6 +13,7 @@ from tabulate import tabulate
 from fxquant.inspection.folding import fold
 from fxquant.inspection.summary import SiteRow, Summary, span
 from fxquant.ir.calibration import calibration_words
+from fxquant.ir.coverage import share_words
 from fxquant.ir.records import PassRecord, SiteRecord
 from fxquant.ir.size import Bytes
 from fxquant.schemes.scheme import Scheme
@@ -141,6 +142,8 @@ def _header(summary: Summary) -> str:
             "-" if bits != bits else f"{bits:.2f} {_BITS}",
         ),
     ]
+    if summary.float_share > 0:
+        rows.append(("left in float", f"{share_words(summary.float_share)}, which bits count too"))
     if summary.weights:
         rows.insert(1, ("weights", summary.weights))
     return "\n".join(

@@ -181,22 +181,33 @@ def coded_linears(gm: GraphModule, scheme: Scheme) -> Iterator[tuple[Site, Node,
             yield site, node, spec
 
 
-def clone_sharing_storage(module: ModuleT) -> ModuleT:
+def clone_sharing_storage(module: ModuleT, *, hooks: bool = False) -> ModuleT:
     """A deep copy whose parameters and buffers are new objects over the same storage, ties kept.
 
     What is done to the copy (``half``, ``to``, ``train``, new leaves) never reaches the original;
-    only writing into a tensor in place would, and nothing here does.
+    only writing into a tensor in place would, and nothing here does. ``hooks``: with the forward
+    hooks that it has; they are the user's, and would see our probes.
     """
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
-    for buffer in module.buffers():
-        memo[id(buffer)] = buffer.detach()
+    for part in module.modules():
+        for tensor in _tensors({k: v for k, v in part.__dict__.items() if k != "_parameters"}):
+            memo.setdefault(id(tensor), tensor.detach())
     clone = copy.deepcopy(module, memo)
     for part in clone.modules():
-        for hooks in (part._forward_hooks, part._forward_pre_hooks):
-            hooks.clear()  # they are the user's, and would see our probes
+        for found in () if hooks else (part._forward_hooks, part._forward_pre_hooks):
+            found.clear()
     return clone
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Tensors in nested dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(each)
 
 
 def source_of(node: Node) -> Node:

@@ -1,8 +1,9 @@
 """The operators that stand in quantized graphs: ``torch.ops.fxquant.*``.
 
 All but ``int_gemm_cuda`` are CompositeImplicitAutograd: one node in an fx graph, yet torch.compile
-and FakeTensor see through them. None returns or aliases an input. ``like`` operands only give the
-result's dtype, so that a converted model follows ``.half()`` and ``.to()``.
+and FakeTensor see through them. None returns or aliases an input. ``like`` operands give the
+result's dtype, so that a converted model follows ``.half()`` and ``.to()``; where they are the
+site's input, a NaN in a row of it, which has no code, makes that row of the result NaN.
 """
 
 from __future__ import annotations
@@ -35,10 +36,14 @@ def quantize(
 def dequantize(
     codes: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, like: Tensor
 ) -> Tensor:
-    """``(codes - zero_point) * scale`` in fp32, cast to like's dtype; group_size 0: no groups."""
-    return quantization.dequantize(
-        codes, scale, zero_point, group_size=group_size or None, dtype=like.dtype
-    )
+    """``(codes - zero_point) * scale`` in fp32, cast to like's dtype; group_size 0: no groups.
+
+    Rows of codes of ``like`` itself, under one scale, are NaN where its are.
+    """
+    values = quantization.dequantize(codes, scale, zero_point, group_size=group_size or None)
+    if scale.dim() == 0 and codes.dim() > 1 and codes.shape == like.shape:
+        values = _with_nan_of(values, like)
+    return values.to(like.dtype)
 
 
 def choose_scale(x: Tensor, granularity: str, grid: str) -> Tensor:
@@ -142,6 +147,13 @@ def _correct(
     return sums
 
 
+def _with_nan_of(y: Tensor, x: Tensor) -> Tensor:
+    """``y`` [..., N], a fresh tensor, with NaN in the rows in which ``x`` [..., K] holds one."""
+    if x.dim() != y.dim() or x.shape[:-1] != y.shape[:-1] or x.shape[-1] == 0:
+        return y  # not the site's input: it only gives the dtype
+    return y.add_(quantization.nan_rows(x))
+
+
 def rescale(
     sums: Tensor,
     scale: Tensor,
@@ -163,12 +175,12 @@ def rescale(
     y = corrected.to(torch.float32).mul_(scale) if converted else corrected * scale
     if weight_scale is not None:
         y = y.mul_(weight_scale)
-    return y if like is None else y.to(like.dtype)
+    return y if like is None else _with_nan_of(y, like).to(like.dtype)
 
 
 def add_bias(y: Tensor, bias: Tensor, like: Tensor) -> Tensor:
-    """``y + bias`` in fp32, then one cast to like's dtype."""
-    return (y + bias.to(torch.float32)).to(like.dtype)
+    """``y + bias`` in fp32, NaN in rows where ``like`` is, then one cast to like's dtype."""
+    return _with_nan_of(y + bias.to(torch.float32), like).to(like.dtype)
 
 
 _COMPOSITE = {

@@ -107,8 +107,8 @@ class HistogramObserver(Observer):
     def __init__(self, site: str) -> None:
         super().__init__(site)
         self.register_buffer("counts", torch.zeros(BINS, dtype=torch.int64))
-        self.register_buffer("min_value", torch.tensor(float("inf")))
-        self.register_buffer("max_value", torch.tensor(float("-inf")))
+        self.register_buffer("min_value", torch.tensor(float("inf"), dtype=torch.float32))
+        self.register_buffer("max_value", torch.tensor(float("-inf"), dtype=torch.float32))
 
     def update(self, rows: Tensor, low: Tensor, high: Tensor) -> None:
         bits = rows.to(torch.float32).reshape(-1).view(torch.int32) >> 16
@@ -126,7 +126,7 @@ class ChannelAbsmax(Observer):
 
     def __init__(self, site: str) -> None:
         super().__init__(site)
-        self.register_buffer("max_abs", torch.empty(0))
+        self.register_buffer("max_abs", torch.empty(0, dtype=torch.float32))
 
     def update(self, rows: Tensor, low: Tensor, high: Tensor) -> None:
         seen = rows.abs().amax(0).to(torch.float32)

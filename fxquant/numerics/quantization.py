@@ -11,6 +11,7 @@ Conventions, used everywhere:
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -224,8 +225,19 @@ def quantize_affine(
         raise ValueError(f"codes {qmin}..{qmax} do not fit {dtype}")
     codes = _rounded(x, scale, zero_point, group_size)
     count = max(codes.numel(), 1)
-    clipping = Clipping((codes < qmin).sum() / count, (codes > qmax).sum() / count)
-    return codes.clamp_(qmin, qmax).to(dtype), clipping
+    # dtype: an integer's quotient would be of torch's default dtype.
+    low, high = (side.sum(dtype=torch.float32) / count for side in (codes < qmin, codes > qmax))
+    return codes.clamp_(qmin, qmax).to(dtype), Clipping(low, high)
+
+
+def nan_rows(x: Tensor) -> Tensor:
+    """float32 [..., 1]: NaN for each row of ``x`` [..., K] that holds one, else 0.
+
+    A NaN has no code: a static scale does not know of it, so it is carried beside the codes.
+    """
+    # A maximum propagates NaN; infinity, which a static range clips, must not become one.
+    row = x.amax(-1, keepdim=True)
+    return torch.zeros_like(row, dtype=torch.float32).masked_fill_(torch.isnan(row), math.nan)
 
 
 def dequantize(

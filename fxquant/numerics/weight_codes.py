@@ -59,9 +59,10 @@ class WeightCodes:
         return (values * expand_groups(self.scales, length, size)).to(dtype)
 
     def sqnr(self, weight: Tensor) -> float:
-        """Signal to quantization noise ratio in dB against ``weight``, with norms in float32."""
+        """Signal to noise ratio in dB against ``weight``, of norms in float32 or wider."""
+        wide = torch.promote_types(weight.dtype, torch.float32)
         noise = float(torch.linalg.vector_norm(self.dequantize().sub_(weight)))
-        signal = float(torch.linalg.vector_norm(weight, dtype=torch.float32))
+        signal = float(torch.linalg.vector_norm(weight, dtype=wide))
         if noise == 0:
             return math.inf
         return 20 * math.log10(signal / noise) if signal else -math.inf

@@ -67,7 +67,7 @@ class ScaleGroup:
         """
         values = torch.cat([value.float() for value in per_column])
         index = torch.cat([c.columns for c in self.consumers]).to(values.device)
-        result = torch.zeros(self.channels, device=values.device)
+        result = values.new_zeros(self.channels)
         return result.scatter_reduce(0, index, values, reduce, include_self=False)
 
     def names(self) -> str:
