@@ -22,7 +22,8 @@ def traceable_mask(
     batch_size: Any,
     kv_length: Any,
     mask_function: Callable[..., Tensor],
-    attention_mask: Tensor,
+    attention_mask: Tensor | None = None,
+    device: torch.device | None = None,
     cache_position: Tensor | None = None,
     q_length: Any = None,
     q_offset: Any = 0,
@@ -34,14 +35,17 @@ def traceable_mask(
     Queries stand at ``cache_position`` (transformers 4) or at ``q_length`` places from ``q_offset``
     on (5).
     """
-    device = attention_mask.device
+    place = attention_mask if cache_position is None else cache_position
+    device = device if place is None else place.device
     batch = torch.arange(batch_size, device=device)[:, None, None, None]
     head = torch.arange(1, device=device)[None, :, None, None]
     if cache_position is None:
         cache_position = torch.arange(q_length, device=device) + q_offset
     keys = (torch.arange(kv_length, device=device) + kv_offset)[None, None, None, :]
     mask = mask_function(batch, head, cache_position[None, None, :, None], keys)
-    return mask & attention_mask[:, None, None, :].to(torch.bool)
+    if attention_mask is not None:
+        mask = mask & attention_mask[:, None, None, :].to(torch.bool)
+    return mask
 
 
 def _repeat_heads(x: Tensor, groups: int) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import types
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ class Mixture:
         return text
 
 
+@torch.no_grad()
 def make_dense(copy: nn.Module) -> tuple[Mixture, ...]:
     """Let every mixture of ``copy``, a clone of the user's model, be computed densely.
 
@@ -50,7 +52,7 @@ def make_dense(copy: nn.Module) -> tuple[Mixture, ...]:
             _split(path, module, module.is_transposed if interface else True)
             module.forward = types.MethodType(_experts if interface else _clamped, module)
             found.append(Mixture(path, int(module.num_experts), views=True))
-        elif _is_block(module):
+        elif _is_block(module) and _computes_block(module):
             module.forward = types.MethodType(_block, module)
             found.append(Mixture(path, len(module.experts), views=False))
     return tuple(found)
@@ -74,6 +76,21 @@ def _is_block(module: nn.Module) -> bool:
         and isinstance(parts["experts"], nn.ModuleList)
         and isinstance(getattr(module, "top_k", None), int)
     )
+
+
+def _computes_block(module: Any) -> bool:
+    """Whether the module does what ``_block`` does, on random tokens; True where it has no data."""
+    weight = module.gate.weight
+    if weight.is_meta:
+        return True
+    hidden = torch.randn(1, 5, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    hidden = hidden.to(weight.device, weight.dtype)
+    try:
+        (wanted, _), (found, _) = module(hidden), _block(module, hidden)
+    except Exception:
+        return False
+    allowed = 16 * torch.finfo(weight.dtype).eps * float(wanted.abs().max())
+    return bool(torch.allclose(found, wanted, rtol=0, atol=allowed))
 
 
 def _split(path: str, experts: nn.Module, transposed: object) -> None:

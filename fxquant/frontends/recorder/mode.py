@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fxquant.errors import TracingError
+from fxquant.frontends.recorder.guards import Guards
 from fxquant.frontends.recorder.recording import Recording
 from fxquant.frontends.recorder.spelling import (
     Call,
@@ -29,9 +30,9 @@ _MADE = (torch.ones, torch.zeros, torch.full, torch.empty, torch.tensor, torch.a
 class Recorder(TorchFunctionMode):
     """Calls that give no tensor (sizes, dtypes) are answered and not written down."""
 
-    def __init__(self, recording: Recording) -> None:
+    def __init__(self, recording: Recording, guards: Guards) -> None:
         super().__init__()
-        self._recording = recording
+        self._recording, self._guards = recording, guards
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -41,13 +42,15 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         versions = [tensor._version for tensor in given]
+        self._guards.check()
         value = func(*args, **kwargs)
         written = [t for t, v in zip(given, versions, strict=True) if t._version != v]
+        gives_tensors = any(isinstance(each, Tensor) for each in tree_leaves(value))
+        if written or gives_tensors:
+            self._guards.check_inside()
         if written:
             self._write(func, args, kwargs, value, written)
-        elif any(isinstance(each, Tensor) for each in tree_leaves(value)) and not (
-            _stays_on_its_device(func, args, kwargs, value)
-        ):
+        elif gives_tensors and not _stays_on_its_device(func, args, kwargs, value):
             self._recording.call(spelled(func, args, _with_dtype(func, kwargs, value)), value)
         return value
 

@@ -73,8 +73,9 @@ def _leaf(
         recording.places.append(path)
         recording.paused = True
         try:
-            value = forward(*args, **kwargs)
             guards.check()
+            value = forward(*args, **kwargs)
+            guards.check_inside()
             recording.paused = False
             written = [tensor._version for tensor in given] != versions
             # What gives its input back does nothing: dropout of an eval model.

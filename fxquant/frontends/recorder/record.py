@@ -18,7 +18,7 @@ from fxquant.frontends.recorder.apart import apart
 from fxquant.frontends.recorder.guards import Guards
 from fxquant.frontends.recorder.mode import Recorder
 from fxquant.frontends.recorder.modules import FailedIn, watch
-from fxquant.frontends.recorder.recording import Recording
+from fxquant.frontends.recorder.recording import NoDtypeYet, Recording
 from fxquant.frontends.recorder.shadow import markers, shadow_of
 
 Run = Callable[[nn.Module, Tensor, Tensor], Any]
@@ -49,9 +49,17 @@ def record(model: nn.Module, run: Run) -> Recorded:
     for marker in early:
         try:
             return apart(partial(_recorded, model, run, marker))
-        except TracingError:  # its code may not allow that dtype
-            continue
+        except TracingError as error:
+            if not _may_be_the_dtype(error.__cause__):
+                raise
     return apart(partial(_recorded, model, run, last))
+
+
+def _may_be_the_dtype(cause: BaseException | None) -> bool:
+    """Whether a model might do in its own dtype what it failed to do in the marker's."""
+    if isinstance(cause, TracingError):
+        return isinstance(cause, NoDtypeYet)
+    return not _decides_by_values(cause)
 
 
 @torch.no_grad()
@@ -63,7 +71,7 @@ def _recorded(
     guards = Guards(shadow.env, shadow.input_ids)
     watch(shadow.model, model, recording, guards)
     try:
-        with enable_python_dispatcher(), shadow.mode, Recorder(recording):
+        with enable_python_dispatcher(), shadow.mode, Recorder(recording, guards):
             logits = run(shadow.model, shadow.input_ids, shadow.attention_mask)
         recording.output(logits)
     except FailedIn as failure:
@@ -82,8 +90,7 @@ _VALUES = ("DataDependentOutputException", "GuardOnDataDependentSymNode")
 
 def _untraceable(model: nn.Module, path: str, error: BaseException) -> TracingError:
     where = f"module {path}" if path else "the model itself"
-    kinds = {type(each).__name__ for each in _chain(error)}
-    if kinds & {*_VALUES}:
+    if _decides_by_values(error):
         what = "it decides by values, not only by sizes, and a graph holds one way only"
     elif isinstance(error, TracingError):
         what = str(error)
@@ -91,6 +98,10 @@ def _untraceable(model: nn.Module, path: str, error: BaseException) -> TracingEr
         text = str(error).strip()
         what = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
     return TracingError(f"{type(model).__name__} cannot be traced: {where}: {what}")
+
+
+def _decides_by_values(error: BaseException | None) -> bool:
+    return any(type(each).__name__ in _VALUES for each in _chain(error))
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:

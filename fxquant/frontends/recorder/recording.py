@@ -18,6 +18,10 @@ from fxquant.frontends.recorder.values import Values
 from fxquant.ir.graph import Tag, set_tag
 
 
+class NoDtypeYet(TracingError):
+    """The model's dtype is asked for before any value has it."""
+
+
 class Recording:
     """A graph of (input_ids, attention_mask) and what is known of its values.
 
@@ -93,7 +97,7 @@ class Recording:
 
     def _dtype(self) -> Node:
         if self._anchor is None:
-            raise TracingError("its dtype is asked for before any value has it")
+            raise NoDtypeYet("its dtype is asked for before any value has it")
         anchor = self._anchor
         return self._once("dtype", lambda: self._behind(anchor, anchor, "dtype"))
 
