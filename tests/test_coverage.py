@@ -175,7 +175,7 @@ def test_a_scheme_that_quantizes_nothing_is_an_error(scheme: str) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and "layers" in name:
             other = RawLinear()
-            other.weight = module.weight
+            other.weight = nn.Parameter(module.weight.detach())
             other.gain = nn.Parameter(torch.rand(module.out_features) + 0.5)
             model.set_submodule(name, other)
     calibration = [token_ids(2, 9)] if scheme == "w8a8-static" else None

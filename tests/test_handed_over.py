@@ -55,7 +55,7 @@ def _pre_hook_of_keywords(model: PreTrainedModel) -> None:
 def _patched_leaf(model: PreTrainedModel) -> None:
     down = model.get_submodule(DOWN)
     original = down.forward
-    down.forward = lambda x: 3 * original(x)  # type: ignore[method-assign]
+    down.forward = lambda x: 3 * original(x)
 
 
 def _patched_block(model: PreTrainedModel) -> None:
@@ -211,7 +211,7 @@ def test_tensors_beside_the_parameters_are_copied_too() -> None:
 
 def test_what_cannot_be_copied_is_named() -> None:
     model = llama()
-    model.get_submodule(MLP).stream = (item for item in "abc")  # type: ignore[assignment]
+    model.get_submodule(MLP).stream = (item for item in "abc")
     with pytest.raises(ModelError, match=rf"^{MLP}: its attribute stream cannot be copied"):
         fxquant.trace(model)
 
@@ -225,7 +225,7 @@ class _AlignDevicesHook:
 
 def test_offloaded_weights_are_refused() -> None:
     model = llama()
-    model.get_submodule(MLP)._hf_hook = _AlignDevicesHook()  # type: ignore[assignment]
+    model.get_submodule(MLP)._hf_hook = _AlignDevicesHook()
     with pytest.raises(ModelError, match=rf"^{MLP}: accelerate moves .*AlignDevicesHook"):
         fxquant.trace(model)
 

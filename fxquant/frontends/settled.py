@@ -50,7 +50,7 @@ def settle(copy: nn.Module) -> None:
 def _compute_weights(module: nn.Module) -> None:
     for number, hook in list(module._forward_pre_hooks.items()):
         if isinstance(hook, WEIGHT_HOOKS):
-            hook(module, ())  # type: ignore[operator]
+            hook(module, ())
             del module._forward_pre_hooks[number]
             name = getattr(hook, "_tensor_name", None) or hook.name  # type: ignore[attr-defined]
             for part in _PARTS:

@@ -19,7 +19,7 @@ class NoWrites(TorchDispatchMode):
     """Raises ModelError, naming the tensor, at an operation that writes into one of ``module``."""
 
     def __init__(self, module: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         tensors = itertools.chain(module.named_parameters(), module.named_buffers())
         self._names = {_storage(value): name for name, value in tensors if not value.is_meta}
 
@@ -43,4 +43,4 @@ class NoWrites(TorchDispatchMode):
 
 
 def _storage(value: Tensor) -> int:
-    return value.untyped_storage()._cdata
+    return int(value.untyped_storage()._cdata)
