@@ -44,7 +44,8 @@ def frequencies(theta: float, width: int) -> torch.Tensor:
 
 def found_frequencies(folder: Path, buffer: str) -> torch.Tensor:
     model = empty_model(read_config(folder), str(folder))
-    return dict(model.named_buffers())[buffer].double()
+    found: torch.Tensor = dict(model.named_buffers())[buffer]
+    return found.double()
 
 
 @pytest.mark.parametrize(
