@@ -16,7 +16,8 @@ from fxquant.errors import FxquantError, ModelError, TracingError
 from fxquant.frontends.recorder.record import record
 from fxquant.ir.graph import info
 from tests.architectures import build, gpt2, llama, opt, padding_mask, token_ids
-from tests.environments import TRANSFORMERS_5
+from tests.environments import TRANSFORMERS_5, needs_hf_tracer
+from tests.more_architectures import MORE
 
 
 class Small(nn.Module):
@@ -155,6 +156,15 @@ def test_the_graph_says_who_traced_it() -> None:
     assert facts.frontend == f"recorder, transformers {hf.__version__}"
     automatic = info(fxquant.trace(opt())).frontend
     assert automatic.startswith("recorder" if TRANSFORMERS_5 else "HFTracer")
+
+
+@needs_hf_tracer
+def test_the_printout_says_why_a_front_end_gave_up() -> None:
+    graph = fxquant.convert(MORE["nemotron"](), "w8")
+    text = " ".join(str(fxquant.inspect(graph)).split())
+    assert "traced by recorder, transformers 4" in text
+    assert "(HFTracer: NemotronForCausalLM cannot be traced: module model.layers.0" in text
+    assert "traced by" not in str(fxquant.inspect(fxquant.convert(opt(), "w8")))
 
 
 def test_front_ends_that_are_not_there() -> None:
