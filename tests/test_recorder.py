@@ -111,8 +111,9 @@ def in_chunks(_: Any, x: Tensor) -> Tensor:
 
 
 def into_a_buffer(self: Any, x: Tensor) -> Tensor:
-    self.seen.add_(x.sum((0, 1)))
-    return x + self.seen
+    seen: Tensor = self.seen
+    seen.add_(x.sum((0, 1)))
+    return x + seen
 
 
 @pytest.mark.parametrize(
