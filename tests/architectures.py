@@ -97,12 +97,6 @@ def llama(seed: int = 0, attention: str = "sdpa", **changes: Any) -> PreTrainedM
     return build(hf.LlamaForCausalLM, config, attention=attention, seed=seed)
 
 
-def mixtral() -> PreTrainedModel:
-    """Routes tokens to experts by data: it has no static graph."""
-    config = hf.MixtralConfig(**_GROUPED, num_local_experts=2)
-    return build(hf.MixtralForCausalLM, config)
-
-
 def _gemma2(attention: str) -> PreTrainedModel:
     # Caps near the size of the scores and logits, so that a forgotten cap shows.
     config = hf.Gemma2Config(

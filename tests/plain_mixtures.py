@@ -38,7 +38,7 @@ class PlainExperts(nn.Module):
                 weight = getattr(experts, name)[index].detach()
                 weight = (weight.T if transposed else weight).clone()
                 bias = getattr(experts, f"{name}_bias", None)
-                linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+                linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
                 linear.weight.data = weight
                 if bias is not None:
                     linear.bias.data = bias[index].detach().clone()

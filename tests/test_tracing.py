@@ -24,7 +24,6 @@ from tests.architectures import (
     WINDOW,
     gpt2,
     llama,
-    mixtral,
     opt,
     padding_mask,
     token_ids,
@@ -205,10 +204,6 @@ def fickle() -> PreTrainedModel:
 
 # What fails and how it says so; the first two fail in the Hugging Face tracer alone.
 FAILURES: list[Any] = [
-    pytest.param(
-        *(mixtral, TracingError, r"module model\.layers\.0\.block_sparse_moe"),
-        marks=needs_hf_tracer,
-    ),
     pytest.param(
         *(fickle, TracingError, r"first at module model\.layers\.1\.mlp\.down_proj"),
         marks=needs_hf_tracer,

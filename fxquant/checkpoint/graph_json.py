@@ -28,30 +28,32 @@ from fxquant.ir.levels import LEGAL
 
 _OPERATOR = """abs add and_ eq floordiv ge getitem gt iadd invert le lshift lt matmul mod mul ne neg
 not_ or_ pow rshift setitem sub truediv xor"""
-_TORCH = """abs add all any arange argmax bitwise_and bmm baddbmm cat ceil chunk clamp clone cos
-cumsum div einsum empty empty_like eq erf exp finfo flatten floor full full_like gather ge gt
-index_select isfinite le log logical_and logical_not logical_or lt masked_fill matmul max maximum
-mean min minimum mm mul narrow ne neg ones ones_like outer permute pow reciprocal relu
-repeat_interleave reshape round rsqrt select sigmoid sin softmax split sqrt square squeeze stack sub
-sum swapaxes tanh tensor transpose tril triu unbind unflatten unsqueeze where zeros zeros_like"""
+_TORCH = """abs add all any arange argmax bitwise_and bmm baddbmm broadcast_to cat ceil chunk
+clamp clone conv1d cos cumsum div einsum empty empty_like eq erf exp finfo flatten floor full
+full_like gather ge gt index_select isfinite le log logical_and logical_not logical_or lt
+masked_fill matmul max maximum mean min minimum mm mul narrow ne neg ones ones_like outer permute
+pow reciprocal relu repeat_interleave reshape round rsqrt select sigmoid sin softmax split sqrt
+square squeeze stack sub sum swapaxes tanh tensor topk transpose tril triu unbind unflatten
+unsqueeze where zeros zeros_like"""
 _FUNCTIONAL = """embedding gelu hardswish layer_norm leaky_relu linear log_softmax mish normalize
 pad relu relu6 rms_norm scaled_dot_product_attention sigmoid silu softmax softplus tanh"""
 _METHODS = """abs add all amax amin any argmax baddbmm bfloat16 bmm bool ceil chunk clamp clone
-contiguous cos cumsum detach dim div double eq exp expand expand_as flatten float floor gather
-ge gt half index_select int le log long lt masked_fill matmul max maximum mean min minimum mm mul
+contiguous cos cumsum detach dim div double eq exp expand expand_as flatten float floor gather ge
+gt half index_select int le log long lt masked_fill matmul max maximum mean min minimum mm mul
 narrow ne neg new_empty new_full new_ones new_tensor new_zeros permute pow reciprocal relu repeat
-repeat_interleave reshape round rsqrt select sigmoid sin size softmax split sqrt square squeeze
-stride sub sum swapaxes t tanh to transpose tril triu type_as unbind unflatten unsqueeze view
-view_as where"""
+repeat_interleave reshape round rsqrt scatter select sigmoid sin size softmax split sqrt square
+squeeze stride sub sum swapaxes t tanh to transpose tril triu type_as unbind unflatten unsqueeze
+view view_as where"""
 # getattr reads these of tensors and of finfo, nothing else.
 _ATTRIBUTES = ("shape", "dtype", "device", "ndim", "T", "mT", "min", "max", "eps", "tiny")
-_KEYWORDS = """_stacklevel alpha approximate attn_mask axis batch1 batch2 beta bias chunks condition
-correction descending device diagonal dim dim0 dim1 dims dropout_p dtype enable_gqa end end_dim eps
-equation exponent fill_value half_to_float index indices inplace input is_causal keepdim largest
-length mask mat2 max max_norm min mode negative_slope norm_type normalized_shape other output_size p
-pad padding_idx query key repeats rounding_mode scale scale_grad_by_freq sections shape size sizes
-sorted source sparse split_size split_size_or_sections start start_dim step tensor tensor1 tensor2
-tensors threshold unbiased upper value weight"""
+_KEYWORDS = """_stacklevel alpha approximate attn_mask axis batch1 batch2 beta bias chunks
+condition correction descending device diagonal dilation dim dim0 dim1 dims dropout_p dtype
+enable_gqa end end_dim eps equation exponent fill_value groups half_to_float index indices
+inplace input is_causal k keepdim largest length mask mat2 max max_norm min mode negative_slope
+norm_type normalized_shape other output_size p pad padding padding_idx query key repeats
+rounding_mode scale scale_grad_by_freq sections shape size sizes sorted source sparse split_size
+split_size_or_sections start start_dim step tensor tensor1 tensor2 tensors threshold unbiased
+upper value weight"""
 # Texts that may stand among a target's arguments, none elsewhere.
 _TEXTS: dict[str, tuple[str, ...]] = {
     "getattr": _ATTRIBUTES,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -51,6 +51,17 @@ _EMBEDDING = (
     ("scale_grad_by_freq", bool),
     ("sparse", bool),
 )
+_CONVOLUTION = (
+    ("in_channels", int),
+    ("out_channels", int),
+    ("kernel_size", tuple[int, ...]),
+    ("stride", tuple[int, ...]),
+    ("padding", tuple[int, ...]),
+    ("dilation", tuple[int, ...]),
+    ("output_padding", tuple[int, ...]),
+    ("groups", int),
+    ("padding_mode", Literal["zeros"]),
+)
 KINDS = {
     kind.type.__name__: kind
     for kind in (
@@ -58,6 +69,7 @@ KINDS = {
         Kind(nn.Linear, _LINEAR),
         Kind(Conv1D, (("nf", int), ("nx", int))),
         Kind(nn.Embedding, _EMBEDDING),
+        Kind(nn.Conv1d, _CONVOLUTION),
         Kind(nn.LayerNorm, _NORM),
         Kind(nn.RMSNorm, _NORM),
         Kind(nn.ReLU, (("inplace", bool),)),
@@ -138,6 +150,10 @@ def _check_leaf(path: str, module: nn.Module) -> None:
     elif isinstance(module, nn.Linear):
         rows = module.out_features
         expected = {"weight": (rows, module.in_features), "bias": (rows,)}
+    elif isinstance(module, nn.Conv1d):
+        groups, rows = max(module.groups, 1), module.out_channels
+        columns = (module.in_channels // groups, *module.kernel_size)
+        expected = {"weight": (rows, *columns), "bias": (rows,)}
     elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
         expected = dict.fromkeys(("weight", "bias"), module.normalized_shape)
     elif isinstance(module, nn.Embedding):

@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fxquant.errors import GraphError, ModelError, NonFiniteError, TracingError
@@ -127,10 +127,11 @@ def _traced(model: PreTrainedModel, oracle: Oracle, facts: GraphInfo, frontend: 
 
 
 def _bounded(facts: GraphInfo, longest: int | None) -> GraphInfo:
-    """``facts`` of a graph that holds up to a length of ``longest``."""
+    """``facts`` of a graph that holds up to a length of ``longest``, or one more: with 64 positions
+    max(0, 64 - length) gives at 64 what it gives below."""
     if longest is None:
         return facts
-    if facts.max_positions is not None and longest < facts.max_positions:
+    if facts.max_positions is not None and longest + 1 < facts.max_positions:
         raise TracingError(
             f"{facts.model} cannot be traced: above a length of {longest} it computes another way "
             f"than below, its config allows {facts.max_positions}, and a graph holds one way only"
@@ -248,7 +249,7 @@ def _describe(model: PreTrainedModel) -> GraphInfo:
     return GraphInfo(
         model=str(model.config._name_or_path or type(model).__name__),
         vocab_size=int(getattr(embedding, "num_embeddings", config.vocab_size)),
-        max_positions=_positive(getattr(config, "max_position_embeddings", None)),
+        max_positions=_max_positions(config),
         blocks=_decoder_blocks(model),
         head=_path_of(model, model.get_output_embeddings()),
         embeddings=_path_of(model, embedding),
@@ -260,8 +261,10 @@ def _describe(model: PreTrainedModel) -> GraphInfo:
     )
 
 
-def _positive(count: int | None) -> int | None:
-    """XLNet, which has no limit, says -1."""
+def _max_positions(config: PretrainedConfig) -> int | None:
+    """As the config says it; XLNet, which has no limit, says -1. MPT's name is its own."""
+    names = ("max_position_embeddings", "max_seq_len")
+    count = next((n for name in names if (n := getattr(config, name, None)) is not None), None)
     return None if count is None or count < 1 else count
 
 

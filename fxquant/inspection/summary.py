@@ -53,6 +53,7 @@ class Summary:
     notes: tuple[Note, ...]
     calibration: Calibration
     weights: str
+    frontend: str
 
 
 def summarize(gm: GraphModule, *, fold: bool = True) -> Summary:
@@ -75,6 +76,7 @@ def summarize(gm: GraphModule, *, fold: bool = True) -> Summary:
         notes=facts.notes,
         calibration=None if past is None else tuple(record.brief() for record in past),
         weights=facts.weights,
+        frontend=facts.frontend,
     )
 
 

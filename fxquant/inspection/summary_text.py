@@ -144,6 +144,8 @@ def _header(summary: Summary) -> str:
     ]
     if summary.float_share > 0:
         rows.append(("left in float", f"{share_words(summary.float_share)}, which bits count too"))
+    if "(" in summary.frontend:  # another front end gave up
+        rows.insert(1, ("traced by", summary.frontend))
     if summary.weights:
         rows.insert(1, ("weights", summary.weights))
     return "\n".join(
