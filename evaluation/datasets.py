@@ -17,6 +17,7 @@ from fxquant.errors import DataError
 from fxquant.evaluation.protocol import Protocol, Recipe
 from fxquant.evaluation.source import Documents, Source, load_text
 from fxquant.files.doors import check_regular, location, reason
+from fxquant.frontends.hub import datasets_offline, hub_is_reachable
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,14 @@ class HubDataset:
 
         clone = data / self.repository if data is not None else None
         local = clone is not None and clone.is_dir()
-        rows = datasets.load_dataset(
-            str(clone) if local else self.repository,
-            self.config,
-            split=split,
-            revision=None if local else self.revision,
-            data_files={name: pattern for name, pattern in self.files if name == split} or None,
-        )
+        with datasets_offline(not local and not hub_is_reachable()):
+            rows = datasets.load_dataset(
+                str(clone) if local else self.repository,
+                self.config,
+                split=split,
+                revision=None if local else self.revision,
+                data_files={name: pattern for name, pattern in self.files if name == split} or None,
+            )
         return cast(Documents, rows[self.column])
 
 

@@ -381,6 +381,8 @@ def test_a_signal_says_what_is_kept(tmp_path: Path, name: str, status: int) -> N
     process = subprocess.Popen(
         [*command, "--output", str(tmp_path)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # What a shell starts in the background ignores SIGINT, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     while not any(path.stat().st_size for path in tmp_path.glob("losses-*.jsonl")):
         time.sleep(0.01)

@@ -44,6 +44,20 @@ def hub_is_reachable() -> bool:
 
 
 @contextlib.contextmanager
+def datasets_offline(applies: bool) -> Iterator[None]:
+    """Where it ``applies``, datasets looks into its cache alone within the block, as under
+    ``HF_DATASETS_OFFLINE``: it would ask the hub six times, for half a minute."""
+    from datasets import config  # slow to import, and few commands read a dataset
+
+    before = config.HF_HUB_OFFLINE
+    config.HF_HUB_OFFLINE = before or applies
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE = before
+
+
+@contextlib.contextmanager
 def without_notices() -> Iterator[None]:
     """Within the block, transformers does not say of tokenizers what does not apply."""
     with contextlib.ExitStack() as stack:
