@@ -43,8 +43,9 @@ _TEXT: Final = """# Architectures
 What was tried on each, with tiny random models (2 layers, width 32) under both versions of
 transformers. `traces`: by which front end (docs/ir.md), and the graph agrees with the model.
 `smooth` (`w8a8-static:absmax+smooth`), `rotate` (`w8+rotate`), `attn8`
-(`w8a8-dynamic+attn8`): converted and run. `save`: a `w8a8-dynamic-token` graph saved, loaded and run to the same
-bits. A number is the reason, below. `python -m benchmarks.architectures_table` tries them again, in either environment.
+(`w8a8-dynamic+attn8`): converted and run. `save`: a `w8a8-dynamic-token` graph saved, loaded
+and run to the same bits. A number is the reason, below.
+`python -m benchmarks.architectures_table` tries them again, in either environment.
 """
 
 
