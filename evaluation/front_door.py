@@ -26,12 +26,13 @@ from fxquant.evaluation.protocol import Recipe
 from fxquant.evaluation.source import Source
 from fxquant.evaluation.statistics import Difference, WindowSums, paired_difference
 from fxquant.evaluation.token_windows import Windows
-from fxquant.files.doors import Location, as_path, location
+from fxquant.files.doors import Location, as_path, check_text, location
 from fxquant.frontends.tracing import trace
 from fxquant.ir.calibration import UNKNOWN, Spans, calibration_words, version_words
 from fxquant.ir.counted import counted, part_of
 from fxquant.ir.graph import GraphInfo, Level, device_of, float_dtype, info
 from fxquant.ir.seen import can_tell, seen_rows
+from fxquant.ir.streamed import check_present
 from fxquant.pipeline.arguments import checked_call
 from fxquant.pipeline.recording import DrawnBatches
 from fxquant.run.batches import Batch, check_ids
@@ -104,6 +105,7 @@ def _source(text: Text, data: Path | None) -> Source:
     if isinstance(text, str):
         if not text.strip():
             raise DataError("the text is empty")
+        check_text(text, "the text")
         return Source(_shown(text), (text,), None) if _is_prose(text) else open_source(text, data)
     listed = isinstance(text, Iterable) and not isinstance(text, Mapping)
     documents = tuple(text) if listed else ()
@@ -112,6 +114,8 @@ def _source(text: Text, data: Path | None) -> Source:
             f"a text is a string, a path or a list of strings, not a {type(text).__name__}"
             + (f" of {type(documents[0]).__name__}" if documents else "")
         )
+    for index, document in enumerate(documents):
+        check_text(document, f"document {index} of the text")
     return Source(counted(len(documents), "document"), documents, None, Recipe(join="\n\n"))
 
 
@@ -236,6 +240,7 @@ def evaluate(
     cut = _cut(data, tokenizer)
     graph = model if isinstance(model, GraphModule) else trace(model)
     facts = info(graph)
+    check_present(graph)
     if facts.level == Level.OBSERVED:
         raise DataError("an observed graph counts all it sees: evaluate what convert returns")
     scored, text = None, "token ids as given"

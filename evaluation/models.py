@@ -31,7 +31,7 @@ from fxquant.frontends.streaming import stream
 from fxquant.frontends.tracing import WEIGHTS_WERE, trace
 from fxquant.ir.calibration import versions as versions
 from fxquant.ir.graph import info, lowered_already
-from fxquant.pipeline.arguments import checked_call
+from fxquant.pipeline.arguments import as_device, checked_call
 
 PACKAGE_PREFIX = "package:"
 # What save_pretrained of any tokenizer writes: one of these.
@@ -92,7 +92,7 @@ def load_model(
     name: Location,
     *,
     dtype: str | torch.dtype = "auto",
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     revision: str | None = None,
     streamed: bool = False,
 ) -> LoadedModel:
@@ -103,9 +103,8 @@ def load_model(
     ModelError that says what is missing, CheckpointError for a damaged saved graph.
     """
     name = location(name, "name", ModelError)
-    if isinstance(dtype, torch.dtype):
-        dtype = str(dtype).removeprefix("torch.")
-    check_device(device)
+    dtype = str(dtype).removeprefix("torch.")
+    device = str(check_device(device))
     if is_checkpoint(Path(name)):
         return _load_saved(Path(name), dtype, device, streamed)
     directory = model_directory(name)
@@ -163,16 +162,12 @@ def _weights(name: str, directory: Path) -> str:
     return read_weights(directory)
 
 
-def check_device(device: str) -> None:
-    """Raise ModelError for a device that torch does not know, does not have or only imagines."""
-    if device.startswith("meta"):
-        raise ModelError(f"device {device!r} computes nothing: take cpu or cuda")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(
-            f"device {device!r} cannot be used: {str(error).splitlines()[0]}"
-        ) from error
+def check_device(given: str | torch.device) -> torch.device:
+    """The device; ModelError for one that torch does not know, does not have or only imagines."""
+    device = as_device(given, ModelError)
+    if device.type == "meta":
+        raise ModelError("device 'meta' computes nothing: take cpu or cuda")
+    return device
 
 
 def resolve_dtype(dtype: str, device: str) -> torch.dtype | str:

@@ -17,6 +17,7 @@ from fxquant.ir.calibration import Spans, calibration_words
 from fxquant.ir.counted import part_of
 from fxquant.ir.graph import device_of, info
 from fxquant.ir.seen import seen_rows
+from fxquant.ir.streamed import check_present
 from fxquant.pipeline.recording import DrawnBatches, Recording, record_of
 from fxquant.pipeline.repair import Repair
 from fxquant.recipes.conversion import convert
@@ -40,6 +41,7 @@ def as_windows(data: Windows | None, graph: GraphModule) -> tuple[Tensor, ...]:
             "no windows to measure the loss on: pass data=, a LongTensor [N, L] or a list of them"
         )
     facts, device = info(graph), device_of(graph)
+    check_present(graph)
     given = enumerate(batches_of(data, "data", DataError))
     parts = tuple(_window(part, f"window {index}").to(device) for index, part in given)
     if not parts:

@@ -61,13 +61,23 @@ def _known(operand: Any, known: Mapping[Node, Range]) -> Range | None:
 
 
 def check_lookup(node: Node, table: Tensor, known: Mapping[Node, Range], vocabulary: int) -> None:
-    """Raise IndexError where ``node`` looks up rows that the table [rows, width] does not have."""
+    """Raise IndexError where ``node`` looks up rows that the table [rows, width] does not have, or
+    ids in a table of more rows than the graph says it takes."""
     found = _known(node.args[0], known) if node.args else None
     if found is None:
         return
     rows = table.shape[0]
-    if found[0] < 0 or found[1] >= rows or (found == (0, vocabulary - 1) and rows > vocabulary):
+    if found[0] < 0 or found[1] >= rows or (_is_of_ids(node.args[0]) and rows > vocabulary):
         raise IndexError(
             f"rows {found[0]} to {found[1]} of a table of {rows} rows, for a vocabulary of "
             f"{vocabulary}"
         )
+
+
+def _is_of_ids(operand: Any) -> bool:
+    """Whether it is the graph's input_ids, perhaps in another shape."""
+    while isinstance(operand, Node) and op_name(operand) in _SAME and operand.args:
+        operand = operand.args[0]
+    if not isinstance(operand, Node) or operand.op != "placeholder":
+        return False
+    return operand.target == "input_ids"

@@ -39,11 +39,11 @@ from fxquant.checkpoint.saved_info import check_info
 from fxquant.checkpoint.saved_names import check_path
 from fxquant.checkpoint.target import saving
 from fxquant.errors import CheckpointError, FxquantError
-from fxquant.files.doors import Location, as_path, parse_json, reason
+from fxquant.files.doors import Location, as_path, door, parse_json, reason
 from fxquant.files.tensor_file import storage_order
 from fxquant.ir.graph import GraphInfo, info
-from fxquant.ir.streamed import sources_of
-from fxquant.pipeline.arguments import checked_call
+from fxquant.ir.streamed import check_present, sources_of
+from fxquant.pipeline.arguments import as_device, checked_call
 
 GRAPH, CONFIG = "graph.json", "config.json"
 
@@ -74,8 +74,7 @@ def _save(gm: GraphModule, target: Path, tokenizer: Tokenizer | None) -> None:
     tensors = _Tensors(gm)
     text = json.dumps(check_fields(_encode_graph(gm, tensors)), separators=(",", ":"))
     _check_loadable(gm, text, tensors)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    try:
+    with _writing(target), _partial(target) as partial:
         (partial / GRAPH).write_text(text, encoding="utf-8")
         for number, group in enumerate(tensors.by_block(info(gm).blocks)):
             save_file(group, partial / f"weights-{number:05}.safetensors")
@@ -85,15 +84,29 @@ def _save(gm: GraphModule, target: Path, tokenizer: Tokenizer | None) -> None:
             tokenizer.save_pretrained(partial)
         write_manifest(partial)
         _put_in_place(partial, target)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot write {target}: {error}") from error
-    finally:  # Ctrl-C too must not leave half a checkpoint behind
+
+
+@contextlib.contextmanager
+def _partial(target: Path) -> Iterator[Path]:
+    """A new folder beside ``target``, gone with the block: Ctrl-C too must not leave half a
+    checkpoint behind."""
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    try:
+        yield partial
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _writing(target: Path, advice: str = "") -> Iterator[None]:
+    with door(CheckpointError, f"cannot write {target}", (OSError, SafetensorError), advice):
+        yield
 
 
 def _check_loadable(gm: GraphModule, text: str, tensors: _Tensors) -> None:
     """CheckpointError for what ``load`` would refuse, with its reason."""
     try:
+        check_present(gm)
         check_nodes(_parsed(text), Held(gm, tensors.ties, tensors.orders))
         check_graph(gm, "save")
     except FxquantError as error:
@@ -114,12 +127,10 @@ def check_target(directory: Path) -> None:
         raise CheckpointError(
             f"{directory} exists and is not a checkpoint of fxquant; give another folder"
         )
-    try:
+    with _writing(directory, "give another folder"):
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory.parent):
+        with _partial(directory):  # the longest name that stands beside it
             pass
-    except OSError as error:
-        raise CheckpointError(f"cannot write {directory}: {error}; give another folder") from error
 
 
 @checked_call()
@@ -134,7 +145,9 @@ def load(
     version, and for a graph that contains anything but the listed operations.
     """
     source = as_path(directory, "directory", CheckpointError)
-    first = _check_device(device, stream)
+    first = as_device(device, CheckpointError)
+    if stream and first.type == "meta":
+        raise CheckpointError("stream=True reads tensors, which device 'meta' has none of")
     listed = check_manifest(source)
     if GRAPH not in listed:
         raise CheckpointError(f"{source}: its manifest lists no {GRAPH}; save it again")
@@ -143,9 +156,9 @@ def load(
         data = _parsed(text)
         weights = [source / name for name in listed if name.endswith(".safetensors")]
         # Checked on the CPU, then moved as a whole; streamed tensors are read to the device.
-        first = first if stream else torch.device("cpu")
-        gm = decode_graph(data, Files(weights, data, first, stream))
-    return gm if stream else gm.to(device)
+        target = first if stream else torch.device("cpu")
+        gm = decode_graph(data, Files(weights, data, target, stream))
+    return gm if stream else gm.to(first)
 
 
 def saved_facts(directory: Path) -> GraphInfo:
@@ -170,21 +183,6 @@ def _describing(source: Path) -> Iterator[None]:
         raise CheckpointError(f"{source / GRAPH}: {error}; save it again") from error
     except OSError as error:
         raise CheckpointError(f"cannot read {source}: {reason(error)}") from error
-
-
-def _check_device(device: str | torch.device, stream: bool) -> torch.device:
-    """``device`` if tensors can be made there; CheckpointError if not."""
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"device {device!r} cannot be used here ({reason}); give device='cpu'"
-        ) from error
-    if stream and found.type == "meta":
-        raise CheckpointError("stream=True reads tensors, which device 'meta' has none of")
-    return found
 
 
 def _is_empty(directory: Path) -> bool:

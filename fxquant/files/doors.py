@@ -118,6 +118,17 @@ def is_utf8(text: str) -> bool:
     return True
 
 
+def check_text(text: str, what: str, error: type[FxquantError] = DataError) -> None:
+    """Raise ``error``, about ``what``, for text with half a character: nothing can encode it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as encoding:
+        raise error(
+            f"{what} holds half a character, {printable(text[encoding.start])}, at position "
+            f"{encoding.start}: read it anew with its right encoding"
+        ) from encoding
+
+
 def check_regular(path: Path, error: type[FxquantError] = DataError) -> Path:
     """``path``, which must be a regular file: a pipe or a device would be read without end.
 
@@ -235,13 +246,13 @@ def _check_values(data: object, halves: bool) -> None:
             elif isinstance(value, list):
                 below.extend(value)
             elif halves and isinstance(value, str):
-                _check_text(value)
+                _check_whole(value)
         level = below
         if not level:
             return
     raise ValueError(_TOO_DEEP)
 
 
-def _check_text(text: str) -> None:
+def _check_whole(text: str) -> None:
     if not is_utf8(text):
         raise ValueError(f"{printable(text[:40])!r} holds half a character")

@@ -91,8 +91,12 @@ def _check_named(place: str, name: str, value: object) -> None:
             f"{', '.join(_DTYPES)}"
         )
     if name in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
-        if value in _ATTENTIONS:
-            return
+        check_attention(place, value)
+
+
+def check_attention(place: str, value: object) -> None:
+    """Raise ModelError, naming ``place``, for what is none of transformers' own attentions."""
+    if value not in _ATTENTIONS:
         raise ModelError(
             f"{place} is {shown(value)}, which is none of {', '.join(_ATTENTIONS)}; kernels from "
             "elsewhere are code, which fxquant does not run: remove it"

@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import cached_file
 
 from fxquant.errors import ModelError
-from fxquant.files.doors import check_regular, door, read_object, reason
+from fxquant.files.doors import check_regular, check_text, door, read_object, reason
 from fxquant.frontends.hub import without_bars, without_notices
 from fxquant.frontends.model_config import CONFIG, check_config, check_config_file
 from fxquant.frontends.patching import exclusive, parameters_on_meta
@@ -128,8 +128,10 @@ def read_tokenizer(
 def token_ids(tokenizer: Tokenizer, text: str) -> Tensor:
     """Ids int64 [T] of a text, with the special tokens that the tokenizer adds.
 
-    Raises ModelError naming the tokenizer where it has no ids for the text.
+    Raises ModelError naming the tokenizer where it has no ids for the text, DataError for a text
+    that holds half a character.
     """
+    check_text(text, "the text")
     with rust_errors(f"the tokenizer of {tokenizer.name_or_path} cannot encode the text"):
         # verbose=False: the warning about sequences longer than the model does not apply.
         encoded = tokenizer(text, return_tensors="pt", verbose=False)

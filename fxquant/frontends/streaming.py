@@ -16,11 +16,12 @@ from transformers import PreTrainedModel
 from fxquant.errors import ModelError
 from fxquant.files.doors import Location, as_path
 from fxquant.files.tensor_file import TensorFile
+from fxquant.frontends.config_kinds import check_attention, shown
 from fxquant.frontends.pretrained import empty_model, read_config
 from fxquant.frontends.weight_files import Stored, safetensors_weights
 from fxquant.frontends.weight_names import match
 from fxquant.ir.streamed import Source, restream
-from fxquant.pipeline.arguments import checked_call
+from fxquant.pipeline.arguments import as_device, checked_call
 
 
 @checked_call()
@@ -46,7 +47,13 @@ def stream(
     safetensors files there, an index that does not fit them, weights that are missing, left over,
     of another shape or kind, tied ones that differ.
     """
-    directory, device = as_path(directory, "directory", ModelError), torch.device(device)
+    directory, device = as_path(directory, "directory", ModelError), as_device(device, ModelError)
+    if device.type == "meta":
+        raise ModelError("device 'meta' computes nothing: take cpu or cuda")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ModelError(f"dtype must be a torch.dtype of floats or None, got {shown(dtype)}")
+    if attention is not None:
+        check_attention("attention", attention)
     if not directory.is_dir():
         raise ModelError(f"{directory} is no directory: streaming reads the files of one")
     stored = safetensors_weights(directory)

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fxquant.errors import ModelError, WriteError
+from fxquant.errors import GraphError, ModelError, WriteError
 from fxquant.files.locks import reason
 from fxquant.files.tensor_file import TensorFile, restore_order, storage_order
 
@@ -151,6 +151,18 @@ def streamed_device(root: nn.Module) -> torch.device | None:
         for source in sources_of(module).values():
             return source.device
     return None
+
+
+def check_present(gm: nn.Module) -> None:
+    """Raise GraphError, naming it, for a tensor without values: on meta, and not streamed."""
+    for path, module in gm.named_modules():
+        streamed = sources_of(module)
+        for name, value in (*module._parameters.items(), *module._buffers.items()):
+            if value is not None and value.is_meta and name not in streamed:
+                raise GraphError(
+                    f"{f'{path}.{name}'.lstrip('.')} of the graph is on device meta, so it holds "
+                    "no values: load or trace the graph on a device that computes"
+                )
 
 
 @contextlib.contextmanager

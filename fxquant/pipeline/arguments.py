@@ -1,4 +1,5 @@
-"""How a public function is called: one error for what it does not take, with what it does."""
+"""How a public function is called: one error for what it does not take, with what it does; and the
+door of every device that is given to one."""
 
 from __future__ import annotations
 
@@ -8,7 +9,10 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import ParamSpec, TypeVar
 
-from fxquant.errors import ArgumentError
+import torch
+
+from fxquant.errors import ArgumentError, FxquantError
+from fxquant.files.doors import printable, reason
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -60,3 +64,25 @@ def _unknown(name: str, known: list[str], meant: Mapping[str, str]) -> str:
     near = [meant[name]] if name in meant else difflib.get_close_matches(name, known, 1)
     hint = f" (did you mean {near[0]}=?)" if near else ""
     return f"no argument {name}={hint}"
+
+
+def as_device(given: str | torch.device, error: type[FxquantError]) -> torch.device:
+    """The device that ``given`` names, where tensors can be made; ``error``, naming it, if not.
+
+    "meta" is one: who computes there has to refuse it.
+    """
+    if not isinstance(given, str | torch.device):
+        raise error(
+            f"device must be text or a torch.device, not a {type(given).__name__}; give "
+            "device='cpu'"
+        )
+    try:
+        device = torch.device(given)
+        torch.empty(0, device=device)
+    # The last is of torch's, for a device whose package is not there.
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as refused:
+        shown = printable(str(given)[:40])
+        raise error(
+            f"device {shown!r} cannot be used here ({reason(refused)}); give device='cpu'"
+        ) from refused
+    return device

@@ -26,6 +26,7 @@ from fxquant.ir.graph import (
 )
 from fxquant.ir.levels import verify
 from fxquant.ir.snapshot import Snapshot
+from fxquant.ir.streamed import check_present
 from fxquant.pipeline.context import BARE, Context
 from fxquant.pipeline.options import check_options
 from fxquant.pipeline.recording import recorded, remember
@@ -113,6 +114,7 @@ class Pipeline:
     def run(self, gm: GraphModule) -> GraphModule:
         """The lowered graph; VerificationError names the pass that broke its promise."""
         info(gm)  # GraphError for what is no graph of ours
+        check_present(gm)
         gm = clone_sharing_storage(gm)
         snapshot = Snapshot.take(gm)
         for current in self.sequence:

@@ -70,9 +70,9 @@ class Recording:
         except FxquantError:
             return
         found, mask = given["input_ids"], given.get("attention_mask")
-        if found.dim() != 2:
+        if found.dim() != 2 or found.dtype != torch.int64:
             return
-        ids = found.detach().to("cpu", torch.int64)
+        ids = found.detach().cpu()
         kept = torch.ones_like(ids, dtype=torch.bool)
         if isinstance(mask, Tensor) and mask.shape == ids.shape:
             kept = mask.detach().cpu().bool()

@@ -5,14 +5,20 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
+from fxquant.errors import GraphCallError
+from fxquant.files.doors import reason
+from fxquant.ir.graph import tag
+from fxquant.ir.operands import op_name
 from fxquant.ir.streamed import held
 
 OnNode = Callable[[Node, Any], Any]
+# What torch raises for a row that a table lacks, and for a dtype that it has no kernel of.
+UNCOMPUTABLE: Final = (IndexError, NotImplementedError)
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,9 @@ class Executor:
     ``instead`` is computed by that function of its arguments. Nodes in ``skip``, which have no
     users, are not run. The caller chooses the grad mode. The graph must
     not change while an Executor of it is in use.
+
+    A run raises GraphCallError, naming the node, for a row that a table lacks and for a dtype that
+    torch has no kernel of.
     """
 
     def __init__(
@@ -114,4 +123,11 @@ class Executor:
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
         if node in instead:
             return instead[node](*args, **kwargs)
-        return getattr(self._interpreter, node.op)(node.target, args, kwargs)
+        try:
+            return getattr(self._interpreter, node.op)(node.target, args, kwargs)
+        except UNCOMPUTABLE as error:
+            site = f" of {tag(node).site}" if tag(node).site else ""
+            raise GraphCallError(
+                f"node {node.name}{site}: {op_name(node) or node.target} cannot be computed here: "
+                f"{reason(error)}"
+            ) from error

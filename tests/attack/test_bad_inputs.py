@@ -13,14 +13,15 @@ from torch import Tensor
 
 import fxquant
 from fxquant.cli.main import main
-from fxquant.errors import CalibrationError, FxquantError, ModelError
+from fxquant.errors import CalibrationError, DataError, FxquantError, ModelError
+from fxquant.evaluation.source import tokens
 from fxquant.evaluation.to_safetensors import to_safetensors
 from fxquant.files.pickled import REPEATED_BYTES
 from fxquant.frontends.weight_files import stored_weights
 from tests.architectures import VOCABULARY, opt, token_ids
 from tests.attack.bad import SHORT, edit_json, refused, write_model
 from tests.environments import by_version
-from tests.hub_format import write_parquet
+from tests.hub_format import character_tokenizer, write_parquet
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,19 @@ def test_arguments_that_are_no_text(model: Path, capsys: pytest.CaptureFixture[s
         refused(capsys, evaluate(model, "--text", text))
         refused(capsys, evaluate(text))
         refused(capsys, evaluate(model, "--output", text))
+
+
+@pytest.mark.parametrize("half", ["\ud800", "\ude00\ud83d"])
+def test_texts_with_half_a_character(half: str) -> None:
+    text, tokenizer = f"many words of {half} " * 40, character_tokenizer()
+    graph = fxquant.trace(opt())
+    for given in (text, [text], ["some words " * 40, text]):
+        with pytest.raises(DataError, match=r"text holds half a character, \\u\w+, at position 14"):
+            fxquant.windows(given, tokenizer, length=16)
+        with pytest.raises(DataError, match="text holds half a character"):
+            fxquant.evaluate(graph, given, tokenizer)
+    with pytest.raises(DataError, match="the text holds half a character"):
+        tokens(text, tokenizer)
 
 
 TEXTS: dict[str, Callable[[Path], object]] = {

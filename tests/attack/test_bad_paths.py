@@ -201,8 +201,8 @@ def test_paths_of_any_class_are_paths(tmp_path: Path) -> None:
     assert fxquant.stream(given).config.model_type == "opt"
     assert as_path(given, "x") == tmp_path / "model"
     assert location("./no/such", "x") == "./no/such"
-    (tmp_path / "text").write_text("many words " * 400)
-    cut = fxquant.windows(Given(str(tmp_path / "text")), character_tokenizer(), length=16)
+    (tmp_path / "words").write_text("many words " * 400)
+    cut = fxquant.windows(Given(str(tmp_path / "words")), character_tokenizer(), length=16)
     assert cut.evaluation.shape == (8, 16)
 
 

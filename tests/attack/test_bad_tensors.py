@@ -68,6 +68,7 @@ FORMS: dict[str, Callable[[Any], Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("error:Casting complex")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", NO_IDS)
 def test_what_are_no_tokens(kind: str, form: str) -> None:

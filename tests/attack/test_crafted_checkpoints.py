@@ -324,18 +324,3 @@ def test_names_of_a_file_stay_out_of_its_code_and_in_its_printouts(saved: Path) 
     assert not any(name in graph.code for name in names if "proj" in name)
     assert "q_proj" in str(fxquant.inspect(graph))
     assert info(graph).history
-
-
-@pytest.mark.parametrize(
-    "device", ["cuda:99", "cuda:-1", "nonsense", "", "cpu:x", 3.5, None, "xla", "mps"]
-)
-def test_devices_that_are_not_there_are_one_error(device: Any, saved: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"cannot be used here .*give device='cpu'"):
-        fxquant.load(saved, device)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_where_there_is_none_is_one_error(saved: Path) -> None:
-    for stream in (False, True):
-        with pytest.raises(CheckpointError, match=r"device 'cuda' cannot be used here"):
-            fxquant.load(saved, "cuda", stream=stream)
