@@ -185,7 +185,7 @@ def outcome(gm: GraphModule, folder: Path) -> str:
     return "right"
 
 
-@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [16, pytest.param(1000, marks=pytest.mark.slow)])
 def test_what_is_saved_is_loaded(count: int, tmp_path: Path) -> None:
     rng, counts, wrong = random.Random(SEED + count), Counter[str](), []
     for index in range(count):
