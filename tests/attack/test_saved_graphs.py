@@ -84,6 +84,7 @@ def _seen_otherwise(value: Tensor, rng: random.Random) -> Tensor:
 
 def _node(gm: GraphModule, rng: random.Random) -> Node:
     return rng.choice([each for each in gm.graph.nodes if each.op not in ("placeholder", "output")])
+    return made
 
 
 def _behind(make: Callable[[Any, Node, random.Random], Node]) -> Callable[..., None]:
@@ -141,7 +142,7 @@ def _extra(gm: GraphModule, rng: random.Random) -> None:
 def _tied(gm: GraphModule, rng: random.Random) -> None:
     (one, name, value), (other, second, same) = _owner(gm, rng), _owner(gm, rng)
     if value.shape == same.shape and (name in one._buffers) == (second in other._buffers):
-        (one._buffers if name in one._buffers else one._parameters)[name] = same  # type: ignore[index]
+        (one._buffers if name in one._buffers else one._parameters)[name] = same  # type: ignore[assignment]
 
 
 def _facts(gm: GraphModule, rng: random.Random) -> None:
@@ -153,8 +154,12 @@ def _facts(gm: GraphModule, rng: random.Random) -> None:
     update_info(gm, **{field: value})
 
 
+def _trained(gm: GraphModule, rng: random.Random) -> None:
+    gm.train()
+
+
 EDITS: dict[str, Callable[[GraphModule, random.Random], None]] = {
-    "nothing": lambda gm, rng: None, "trained": lambda gm, rng: gm.train() and None,
+    "nothing": lambda gm, rng: None, "trained": _trained,
     "filled": _tensor(_filled), "spoiled": _tensor(_spoiled), "seen": _tensor(_seen_otherwise),
     "half": _tensor(lambda value, rng: value.half()), "double": _tensor(lambda v, rng: v.double()),
     "wide": _tensor(lambda value, rng: value.long()), "function": _behind(_function),
