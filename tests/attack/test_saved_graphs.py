@@ -83,8 +83,9 @@ def _seen_otherwise(value: Tensor, rng: random.Random) -> Tensor:
 
 
 def _node(gm: GraphModule, rng: random.Random) -> Node:
-    return rng.choice([each for each in gm.graph.nodes if each.op not in ("placeholder", "output")])
-    return made
+    nodes = [each for each in gm.graph.nodes if each.op not in ("placeholder", "output")]
+    found: Node = rng.choice(nodes)
+    return found
 
 
 def _behind(make: Callable[[Any, Node, random.Random], Node]) -> Callable[..., None]:
