@@ -129,8 +129,11 @@ def _cut(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any,
 
 
 def _check_dtypes(operands: Iterable[Any], mixed: bool = False) -> None:
-    """Products want one dtype, which fakes do not see to; ``mixed``: or half beside float32."""
-    found = {operand.dtype for operand in operands if isinstance(operand, Tensor)}
-    half = {torch.float16, torch.bfloat16}
-    if len(found) > 1 and not (mixed and torch.float32 in found and len(found - half) == 1):
-        raise TypeError(f"operands of {' and '.join(sorted(map(str, found)))}")
+    """Products want one dtype, which fakes do not see to; ``mixed``: or a first in half precision
+    and float32 beside it."""
+    found = [operand.dtype for operand in operands if isinstance(operand, Tensor)]
+    half = (torch.float16, torch.bfloat16)
+    if mixed and found[0] in half and set(found[1:]) == {torch.float32}:
+        return
+    if len(set(found)) > 1:
+        raise TypeError(f"operands of {' and '.join(sorted(set(map(str, found))))}")

@@ -72,8 +72,11 @@ def save(gm: GraphModule, directory: Location, tokenizer: Tokenizer | None = Non
 
 def _save(gm: GraphModule, target: Path, tokenizer: Tokenizer | None) -> None:
     tensors = _Tensors(gm)
-    text = json.dumps(check_fields(_encode_graph(gm, tensors)), separators=(",", ":"))
-    _check_loadable(gm, text, tensors)
+    try:
+        text = json.dumps(check_fields(_encode_graph(gm, tensors)), separators=(",", ":"))
+        _check_loadable(gm, text, tensors)
+    except FxquantError as error:
+        raise CheckpointError(f"the graph cannot be saved: {error}") from error
     with _writing(target), _partial(target) as partial:
         (partial / GRAPH).write_text(text, encoding="utf-8")
         for number, group in enumerate(tensors.by_block(info(gm).blocks)):
@@ -104,13 +107,10 @@ def _writing(target: Path, advice: str = "") -> Iterator[None]:
 
 
 def _check_loadable(gm: GraphModule, text: str, tensors: _Tensors) -> None:
-    """CheckpointError for what ``load`` would refuse, with its reason."""
-    try:
-        check_present(gm)
-        check_nodes(_parsed(text), Held(gm, tensors.ties, tensors.orders))
-        check_graph(gm, "save")
-    except FxquantError as error:
-        raise CheckpointError(f"the graph cannot be saved: {error}") from error
+    """Raise what ``load`` would refuse it with."""
+    check_present(gm)
+    check_nodes(_parsed(text), Held(gm, tensors.ties, tensors.orders))
+    check_graph(gm, "save")
 
 
 def _parsed(text: str | bytes) -> dict[str, Any]:

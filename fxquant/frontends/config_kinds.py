@@ -90,6 +90,11 @@ def _check_named(place: str, name: str, value: object) -> None:
             f"{place} is {shown(value)}, which is no float dtype that a model is computed in: "
             f"{', '.join(_DTYPES)}"
         )
+    if name == "pruned_heads" and value:
+        raise ModelError(
+            f"{place} is {shown(value)}, heads to be cut out of the weights on loading, which "
+            "fxquant does not do: save the model with them cut out, and remove it"
+        )
     if name in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
         check_attention(place, value)
 

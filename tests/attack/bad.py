@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,17 @@ from tests.architectures import opt
 from tests.hub_format import character_tokenizer
 
 SHORT = ("--windows", "1", "--length", "16", "--calibration-windows", "1")
+
+
+def pairs(one: Iterable[Any], other: Iterable[Any]) -> list[Any]:
+    """All pairs as parameters of a test; each value of either in the normal set, the rest slow."""
+    firsts, seconds = list(one), list(other)
+    found = []
+    for i, first in enumerate(firsts):
+        for j, second in enumerate(seconds):
+            normal = i % len(seconds) == j or j % len(firsts) == i
+            found.append(pytest.param(first, second, marks=() if normal else pytest.mark.slow))
+    return found
 
 
 def write_model(folder: Path, **options: Any) -> Path:

@@ -21,7 +21,7 @@ from fxquant.evaluation.sweep_file import read_sweep
 from fxquant.evaluation.to_safetensors import to_safetensors
 from fxquant.files.doors import as_path, location
 from tests.architectures import opt, token_ids
-from tests.attack.bad import SHORT, refused, write_model
+from tests.attack.bad import SHORT, pairs, refused, write_model
 from tests.hub_format import character_tokenizer
 
 
@@ -86,8 +86,7 @@ DOORS: dict[str, tuple[Callable[[Any], object], str]] = {
 EMPTY = ("windows' data", *(name for name in DOORS if name != "windows' data"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize(("door", "kind"), pairs(DOORS, KINDS))
 def test_what_is_no_path(
     door: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,8 +145,7 @@ FOLDERS = ("save", "load", "load_model", "load_model streamed", "stream", "cache
            "explain", "plan", "report", "safetensors")  # fmt: skip
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("door", FOLDERS)
+@pytest.mark.parametrize(("door", "place"), pairs(FOLDERS, PLACES))
 def test_no_folder_where_one_is_needed(door: str, place: str, tmp_path: Path) -> None:
     path = PLACES[place](tmp_path)
     before = sorted(tmp_path.iterdir())
@@ -178,8 +176,7 @@ NO_FILES: dict[str, Callable[[Path], Path]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("place", NO_FILES)
-@pytest.mark.parametrize("door", FILES)
+@pytest.mark.parametrize(("door", "place"), pairs(FILES, NO_FILES))
 def test_no_file_where_one_is_needed(door: str, place: str, tmp_path: Path) -> None:
     path = NO_FILES[place](tmp_path)
     if (door.split("'")[0].removeprefix("evaluate") or "text", place) in RIGHT:

@@ -23,7 +23,7 @@ from fxquant.evaluation import perplexity
 from fxquant.ir.graph import clone_sharing_storage
 from fxquant.run.loss import token_nll, window_losses
 from tests.architectures import VOCABULARY, opt, token_ids
-from tests.attack.bad import SHORT, exit_code, write_model
+from tests.attack.bad import SHORT, exit_code, pairs, write_model
 
 IDS = token_ids(2, 8)
 
@@ -69,8 +69,7 @@ FORMS: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.filterwarnings("error:Casting complex")
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", NO_IDS)
+@pytest.mark.parametrize(("kind", "form"), pairs(NO_IDS, FORMS))
 def test_what_are_no_tokens(kind: str, form: str) -> None:
     if (kind, form) == ("truths", "a mask"):
         return  # it is one
@@ -207,8 +206,7 @@ OUTPUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 @pytest.mark.usefixtures("in_time")
-@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, loop])
-@pytest.mark.parametrize("command", OUTPUTS)
+@pytest.mark.parametrize(("command", "make"), pairs(OUTPUTS, [os.mkfifo, Path.mkdir, loop]))
 def test_outputs_that_are_no_files(
     command: str, make: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -349,6 +349,7 @@ def test_a_manifest_of_odd_texts_is_one_error(name: str, folders: Path, tmp_path
     assert re.search(r"save or copy it again|upgrade fxquant|another program", said)
 
 
+@pytest.mark.slow
 def test_all_bases_of_the_mutations_are_saved_again(folders: Path, tmp_path: Path) -> None:
     """What loads saves, and loads again."""
     for name in SCHEMES:

@@ -26,6 +26,7 @@ from fxquant.files.locks import LOCK, hold, hold_folder
 from fxquant.files.whole_file import write_text
 from fxquant.ir.streamed import Workspace
 from tests.architectures import llama, opt, token_ids
+from tests.attack.bad import pairs
 from tests.kills import killed
 from tests.models import SMALL_OPT
 
@@ -87,8 +88,7 @@ def command_for(name: str, folder: Path, output: Path) -> list[str]:
 # --- limits ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*COMMANDS, "sweep"])
-@pytest.mark.parametrize("size", [0, 300])
+@pytest.mark.parametrize(("name", "size"), pairs([*COMMANDS, "sweep"], [0, 300]))
 def test_a_file_size_limit_is_one_clear_error(
     name: str, size: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

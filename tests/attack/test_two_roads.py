@@ -46,7 +46,7 @@ def logits_of(model: PreTrainedModel) -> Tensor | FxquantError:
     """transformers' own error where the model cannot run, such as one without return_dict."""
     try:
         logits: Tensor = model(input_ids=IDS, use_cache=False, return_dict=True).logits
-    except (AttributeError, RuntimeError, ValueError, IndexError) as error:
+    except (AttributeError, RuntimeError, ValueError, IndexError, TypeError) as error:
         return ModelError(f"{model.name_or_path} runs into {error!r}")
     return logits
 
@@ -191,3 +191,11 @@ def test_a_generation_config_is_read_on_both(tmp_path: Path) -> None:
     assert "generation_config.json" in str(both(folder)[1])
     (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.5, "x": 1}))
     assert check(folder, "generation") == "right"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_heads_that_transformers_would_cut_out(name: str, tmp_path: Path) -> None:
+    config = {**SAVED[name].config, "pruned_heads": {"0": [1]}}
+    folder = write(tmp_path / "model", name, config=config)
+    assert check(folder, name) == "one clear error"
+    assert all("pruned_heads" in str(result) for result in both(folder))
