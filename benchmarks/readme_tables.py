@@ -37,6 +37,7 @@ from fxquant.evaluation.published import LADDER, REFERENCE_LOSS, Published
 from fxquant.evaluation.results import read_results
 from fxquant.evaluation.tables import format_table, sentences
 from fxquant.ir.calibration import version_words
+from fxquant.ir.counted import counted
 
 ROOT = Path(__file__).parent.parent
 _MARKED = re.compile(r"(<!-- table: (?P<path>\S+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
@@ -128,7 +129,8 @@ def _speed_line(data: dict[str, Any]) -> str:
     versions = version_words(data["versions"])
     return (
         f"{data['model']} ({data['revision'][:23]}), one window of {data['length']} tokens, "
-        f"{data['rounds']} rounds; {data['threads']} threads on {data['processor']}; {versions}"
+        f"{data['rounds']} rounds; {counted(data['threads'], 'thread')} on {data['processor']}; "
+        f"{versions}"
     )
 
 
@@ -162,7 +164,7 @@ def _setting(part: dict[str, Any]) -> str:
     return (
         f"{part['model']}, computed in {part['compute_dtype']}; {part['windows']} windows of "
         f"{part['length']} random tokens, {part['calibration_windows']} to calibrate; "
-        f"{part['threads']} threads on {part['processor']}; {versions}"
+        f"{counted(part['threads'], 'thread')} on {part['processor']}; {versions}"
     )
 
 

@@ -20,6 +20,7 @@ from benchmarks.repairs_tried import FAMILIES, spelled
 from benchmarks.subjects import Subject
 from benchmarks.weight_grids import weights_past
 from fxquant.ir.calibration import version_words
+from fxquant.ir.counted import counted
 
 TEMPLATE = Path(__file__).with_suffix(".template.md")
 CAUSES = ("weights", "clipping", "rounding")
@@ -72,7 +73,8 @@ def _wrapped(block: str) -> str:
 def _setting(data: dict[str, Any]) -> str:
     made = version_words(data["versions"])
     return (
-        f"fp32, seed {data['seed']}, text {data['text_hash']}, {data['threads']} threads; {made}. "
+        f"fp32, seed {data['seed']}, text {data['text_hash']}, "
+        f"{counted(data['threads'], 'thread')}; {made}. "
         "Causes (exact Shapley values) and the worst kind of site (Δloss recovered when it alone "
         "goes back to float) are of the first 256 tokens."
     )

@@ -9,6 +9,7 @@ from statistics import mean, median
 from benchmarks.study_trust import Data, costs, rescues, table_of, trust, validation
 from benchmarks.weight_grids import weights_past
 from fxquant.ir.calibration import version_words
+from fxquant.ir.counted import counted
 
 CAUSES = ("weights", "clipping", "rounding")
 STATIC, ABSMAX, DYNAMIC = "w8a8-static", "w8a8-static:absmax", "w8a8-dynamic"
@@ -80,7 +81,7 @@ def _parts(data: Data) -> Iterator[str]:
 def _where(subject: Data) -> str:
     text = (
         f"{subject['name']} (`{subject['model']}`, {subject['revision'][:23]}), "
-        f"{subject['windows']} windows of {subject['length']} tokens, "
+        f"{counted(subject['windows'], 'window')} of {subject['length']} tokens, "
         f"{subject['calibration_windows']} to calibrate"
     )
     if subject["planted"]:

@@ -42,11 +42,8 @@ class NameSites(Pass):
 
     Found by structure: a linear layer below one of the model's repeated blocks. What multiplies
     or looks up weights elsewhere is listed as left in float, with the reason.
-
-    ``more_follow``: repairs behind this pass make sites, which the scheme's overrides may name.
     """
 
-    more_follow: bool = False
     name = "name_sites"
     requires = (Level.FLOAT,)
     effect = "exact"
@@ -76,7 +73,8 @@ class NameSites(Pass):
         left.extend(products_in_float(gm))
         update_info(gm, sites=tuple(sites), left_in_float=tuple(left))
         _check_covered(gm)
-        if not self.more_follow:
+        # Overrides may name sites that a repair makes: they are checked when all are there.
+        if not (context.scheme.repairs and context.scheme.overrides):
             _check_effect(gm, context.scheme)
         return gm
 

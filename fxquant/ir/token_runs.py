@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 GRAM = 4
-# Honest texts share runs of up to 45 tokens (benchmarked texts and tokenizers: docs/evaluation.md).
+# Idioms, links and headings are shorter; boilerplate that texts copy of one another is not.
 SURE = 64
 # Of rows shorter than twice as long, half counts, but no run below this unless it is all there is.
 LEAST = 32

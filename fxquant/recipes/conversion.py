@@ -81,9 +81,8 @@ def _stages(scheme: Scheme, level: str) -> dict[Level, tuple[Pass, ...]]:
     repairs = resolve_repairs(scheme)
     early = tuple(repair for repair in repairs if not repair.after_calibration)
     late = tuple(repair for repair in repairs if repair.after_calibration)
-    more_follow = any(repair.makes_sites for repair in repairs)
     stages: dict[Level, tuple[Pass, ...]] = {
-        Level.FLOAT: (NameSites(more_follow), *early),
+        Level.FLOAT: (NameSites(), *early),
         Level.OBSERVED: late,
         Level.QDQ: (),
         Level.INTEGER: (),
