@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fxquant
 from fxquant.cli.main import main
 from fxquant.errors import DataError
 from fxquant.evaluation.comparison import groups
@@ -25,11 +26,15 @@ from fxquant.evaluation.journal import read_journal
 from fxquant.evaluation.report import write_report
 from fxquant.evaluation.report.fields import Fields
 from fxquant.evaluation.report.folder import read_folder
+from fxquant.evaluation.report.inspection import read_inspection
 from fxquant.evaluation.report.ladder import ladders
 from fxquant.evaluation.report.page import PAGE, chart_data, embeddable, read_report, render
 from fxquant.evaluation.report.tables import table_of, text_of
 from fxquant.evaluation.results import read_results
 from fxquant.evaluation.tables import format_table
+from fxquant.ir.calibration import calibration_words
+from fxquant.ir.graph import info
+from tests.architectures import llama, token_ids
 from tests.report_folder import HOSTILE, KINDS, LADDER, sites, sweep, write_folder
 
 VOID = {"meta", "link", "input", "img", "br", "hr"}
@@ -319,6 +324,19 @@ def test_missing_parts_are_listed_with_their_command(tmp_path: Path) -> None:
     assert text.count("Not in this folder") == 3
     for command in ("fxquant sweep", "fxquant explain", "fxquant inspect"):
         assert command in text
+
+
+def test_an_inspection_says_what_its_graph_was_calibrated_on() -> None:
+    ids = token_ids(2, 12)
+    for scheme in ("w8a8-static:absmax", "w8"):
+        graph = fxquant.convert(llama(), scheme, calibration=[ids])
+        data = json.loads(json.dumps(fxquant.inspect(graph).to_dict()))
+        header = dict(read_inspection(Fields.of(Path("inspect.json"), "", data)).header)
+        assert header["calibrated on"] == calibration_words(info(graph).calibration)
+        assert (header["calibrated on"] == "nothing") is (scheme == "w8")
+    data["calibration"] = [{"tokens": "many"}]
+    with pytest.raises(DataError, match=r"inspect\.json.*calibration"):
+        read_inspection(Fields.of(Path("inspect.json"), "", data))
 
 
 def test_a_history_without_diffs_says_so(tmp_path: Path) -> None:

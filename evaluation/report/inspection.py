@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from fxquant.evaluation.decoding import decode
 from fxquant.evaluation.report.fields import Fields, number_or_none
 from fxquant.evaluation.report.tables import Table, flatten, label, table_of, text_of, unit
 from fxquant.inspection.folding import fold
+from fxquant.ir.calibration import Calibration, CalibrationRecord, calibration_words
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,17 @@ def _header(file: Fields) -> Iterator[tuple[str, str]]:
         pairs = [pair for pair in file.values(key) if isinstance(pair, list) and len(pair) == 2]
         sizes = (f"{text_of(number_or_none(size), 'count')} {dtype}" for dtype, size in pairs)
         yield label(key), ", ".join(sizes)
+    yield "calibrated on", calibration_words(_calibration(file))
+
+
+def _calibration(file: Fields) -> Calibration:
+    if not file.has("calibration"):
+        return None
+    try:
+        records = [each.data for each in file.children("calibration")]
+        return tuple(decode(CalibrationRecord, record) for record in records)
+    except ValueError as error:
+        raise file.wrong("calibration", f"records of calibration ({error})") from error
 
 
 def _pass(row: Fields) -> PassRow:
