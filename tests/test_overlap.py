@@ -304,9 +304,9 @@ def test_no_door_from_python_takes_what_is_calibrated_on() -> None:
                 fxquant.evaluate(made, data)
             assert fxquant.evaluate(made, data, allow_overlap=True).overlap == 3
             asked: dict[str, Any] = {"calibration": calibration, "data": data}
-            with pytest.raises(DataError, match="3 of the 3 windows of data= hold"):
+            with pytest.raises(DataError, match="data=: 3 of the 3 windows hold"):
                 fxquant.explain(model, "w8a8-static", **asked)
-            with pytest.raises(DataError, match="3 of the 3 windows of data= hold"):
+            with pytest.raises(DataError, match="data=: 3 of the 3 windows hold"):
                 fxquant.plan(model, budget=1, **asked)
 
 

@@ -46,10 +46,10 @@ BAD_SCHEMES: dict[str, tuple[Any, str]] = {
     "a key too many": ({"scheme": "w8", "bits": 4}, r"unknown keys \['bits'\]"),
     "a dict of objects": ({"scheme": Scheme()}, "scheme JSON not understood .TypeError"),
     "a dict of numbers": ({"scheme": 8}, "a scheme inside JSON is text"),
-    "no file": ("no/such/plan.json", r"cannot read scheme no/such/plan\.json"),
-    "a folder": (Path("docs"), "cannot read scheme docs"),
+    "no file": ("no/such/plan.json", r"scheme: cannot read no/such/plan\.json"),
+    "a folder": (Path("docs"), "scheme: cannot read docs"),
     "another file": (Path("README.md"), r"README\.md: scheme JSON not understood"),
-    "a file of bytes": (SMALL_OPT / "model.safetensors", "cannot read scheme"),
+    "a file of bytes": (SMALL_OPT / "model.safetensors", "scheme: cannot read"),
 }
 
 
@@ -102,7 +102,7 @@ def test_a_plan_is_written_and_taken_back(
         assert main([command, *short, "--scheme", scheme, *output]) == 0
     assert info(fxquant.load(tmp_path / "saved")).scheme == str(planned)
     assert main(["evaluate", *short, "--schemes", str(tmp_path / "none.json")]) == 2
-    assert "cannot read scheme" in capsys.readouterr().err
+    assert "scheme: cannot read" in capsys.readouterr().err
 
 
 def test_a_sweep_takes_files_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -236,6 +236,10 @@ def _no_scheme(given: object) -> SchemeError:
 
 def _read_scheme(path: Path) -> Scheme:
     try:
-        return Scheme.from_json(read_text(path, SchemeError))
+        text = read_text(path, SchemeError)
+    except SchemeError as error:
+        raise SchemeError(f"scheme: {error}") from error
+    try:
+        return Scheme.from_json(text)
     except SchemeError as error:
         raise SchemeError(f"{path}: {error}") from error
