@@ -15,6 +15,7 @@ from typing import Final
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from tokenizers import Tokenizer as FastTokenizer
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ from fxquant.frontends.written_by_5 import restore_rope, tokenizer_arguments
 # What transformers raises on a file whose values it cannot use, besides reading errors.
 _BAD_FILES: Final = (
     OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError,
-    ImportError, RuntimeError, MemoryError, SafetensorError,
+    ImportError, RuntimeError, MemoryError, SafetensorError, StrictDataclassError,
 )  # fmt: skip
 _GGUF: Final = getattr(transformers, "GgufConfig", None)
 _CUSTOM: Final = "custom code"  # in transformers' error where it would have to run some
