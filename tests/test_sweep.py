@@ -529,7 +529,10 @@ def test_sweep_file_and_command(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert r"\begin{tabular}" in capsys.readouterr().out
 
 
-def test_the_example_of_the_docs_is_a_sweep(tmp_path: Path) -> None:
+def test_the_example_of_the_docs_is_a_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where its cache is made
     page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
     (block,) = re.findall(r"^```toml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     (tmp_path / "opt.toml").write_text(block)
