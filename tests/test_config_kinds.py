@@ -14,13 +14,14 @@ from fxquant.errors import ModelError
 from fxquant.files.doors import read_object
 from fxquant.frontends.config_kinds import check_kinds, shown
 from tests.architectures import opt, token_ids
+from tests.environments import takes_numbers_for_truth
 
 PATH = Path("folder/config.json")
 NAN, INF = float("nan"), float("inf")
 # kind: fields of it, good values, bad values, what the error says
 KINDS: dict[str, tuple[tuple[str, ...], tuple[Any, ...], tuple[Any, ...], str]] = {
     "truth": (
-        ("use_cache", "tie_word_embeddings", "enable_bias", "torchscript", "output_attentions"),
+        ("use_cache", "tie_word_embeddings", "enable_bias", "return_dict", "output_attentions"),
         (True, False, 0, 1, None),
         (2, -1, 1.0, 0.0, "true", "", [], {}, [True]),
         "must be true or false",
@@ -112,9 +113,9 @@ def test_below_another_config_the_place_is_named() -> None:
 @pytest.mark.parametrize("kind", ["bert", "opt", "nope", None, 3, "rag", ["opt"]])
 def test_a_model_type_whose_defaults_are_not_known(kind: Any) -> None:
     """The fields that every config has are known all the same."""
-    check_kinds(PATH, {"model_type": kind, "torchscript": 0, "enable_bias_x": "x"})
-    with pytest.raises(ModelError, match="torchscript must be true or false"):
-        check_kinds(PATH, {"model_type": kind, "torchscript": "no"})
+    check_kinds(PATH, {"model_type": kind, "return_dict": 0, "enable_bias_x": "x"})
+    with pytest.raises(ModelError, match="return_dict must be true or false"):
+        check_kinds(PATH, {"model_type": kind, "return_dict": "no"})
 
 
 @pytest.mark.parametrize("config", [OPTConfig, LlamaConfig])
@@ -123,6 +124,7 @@ def test_what_transformers_writes_itself_is_taken(config: Any, tmp_path: Path) -
     check_kinds(PATH, read_object(tmp_path / "config.json"))
 
 
+@takes_numbers_for_truth
 def test_0_and_1_mean_what_false_and_true_mean(tmp_path: Path) -> None:
     ids = token_ids(2, 7)
     for name in ("enable_bias", "do_layer_norm_before", "use_cache"):

@@ -351,7 +351,8 @@ def test_probes_cost_four_short_forwards() -> None:
 
 
 def test_a_model_that_fails_by_itself_says_so() -> None:
-    model = llama(partial_rotary_factor=0.3)
+    model = llama()
+    model.model.layers[0].self_attn.head_dim = 5
     with pytest.raises(ModelError, match=r"^LlamaForCausalLM itself fails on token ids \[4, 13\]"):
         fxquant.trace(model)
 

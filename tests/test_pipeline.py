@@ -139,22 +139,22 @@ def stays_at_qdq(gm: GraphModule) -> None:
     """Says that it leaves integers, but leaves activations dequantized."""
 
 
-def zero_where_nothing_is_seen(query: Tensor, key: Tensor, value: Tensor, **more: Any) -> Tensor:
-    """As fused kernels on CUDA have it; under OPT's additive mask the CPU gives an average."""
+def other_where_nothing_is_seen(query: Tensor, key: Tensor, value: Tensor, **more: Any) -> Tensor:
+    """Kernels differ there: 0, or an average of the values. Here it is 3."""
     out = nn.functional.scaled_dot_product_attention(query, key, value, **more)
-    seen = more["attn_mask"] > torch.finfo(query.dtype).min / 2
-    kept: Tensor = out * seen.any(-1, keepdim=True)
-    return kept
+    mask = more["attn_mask"]
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(query.dtype).min / 2
+    return torch.where(seen.any(-1, keepdim=True), out, 3.0)
 
 
 def other_kernel(spoil: float = 0.0) -> Pass:
-    """Another attention: queries of padding get 0, the others 1 + ``spoil`` of what they had."""
+    """Another attention: queries of padding get 3, the others 1 + ``spoil`` of what they had."""
 
     @of_levels(Level.FLOAT, effect="equivalent")
     def other_kernel(gm: GraphModule) -> None:
         for node in gm.graph.nodes:
             if node.target is nn.functional.scaled_dot_product_attention:
-                node.target = zero_where_nothing_is_seen
+                node.target = other_where_nothing_is_seen
                 with gm.graph.inserting_after(node):
                     spoiled = gm.graph.call_function(operator.mul, (node, 1 + spoil))
                 node.replace_all_uses_with(spoiled, lambda user, it=spoiled: user is not it)

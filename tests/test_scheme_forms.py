@@ -39,7 +39,7 @@ BAD_SCHEMES: dict[str, tuple[Any, str]] = {
     "a tuple": (("w8", "w4"), "not a tuple: convert once for each"),
     "batches": ([torch.ones(1, 4)], "not a list"),
     "a number": (8, "not a int"),
-    "a tokenizer": (TOKENIZER, "not a PreTrainedTokenizerFast"),
+    "a tokenizer": (TOKENIZER, f"not a {type(TOKENIZER).__name__}"),
     "a spec": (Scheme.parse("w8").spec, "not a SiteSpec"),
     "an empty dict": ({}, r"scheme JSON not understood \(no key 'scheme'\)"),
     "another dict": ({"w8": True}, "scheme JSON not understood"),
