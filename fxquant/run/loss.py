@@ -56,11 +56,6 @@ def _no_logits(found: str, input_ids: Tensor, more: str = "") -> ModelError:
     )
 
 
-def mean_loss(losses: Tensor) -> float:
-    """Mean over all predicted tokens, summed in float64."""
-    return float(losses.to(torch.float64).mean())
-
-
 @torch.no_grad()
 def window_losses(
     forward: Callable[[Tensor], Tensor], windows: Tensor, batch_size: int = 1
