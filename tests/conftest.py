@@ -69,6 +69,12 @@ def _compiled_here() -> Path:
     return Path(tempfile.gettempdir()) / name
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(3600))
+
+
 @pytest.hookimpl(tryfirst=True)  # before fixtures of a module, which use the program
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for mark in item.iter_markers("needs_program"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -79,9 +80,12 @@ def numbers(version: str) -> list[int]:
 
 
 def recipe(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """What make would do, whichever make started this test with whichever variables."""
+    started = ("ENV", "MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "MFLAGS")
     return subprocess.run(
         ["make", "--no-print-directory", "--dry-run", "--always-make", *arguments],
-        cwd=ROOT, capture_output=True, text=True, check=False,
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=60,
+        env={name: value for name, value in os.environ.items() if name not in started},
     )  # fmt: skip
 
 
