@@ -18,7 +18,7 @@ def killed(work: Callable[[], object], after: float) -> bool:
     process.start()
     process.join(after)
     process.kill()
-    process.join()
+    process.join(60)
     assert process.exitcode in (0, -signal.SIGKILL)
     return process.exitcode != 0
 

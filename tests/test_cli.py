@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 from fxquant.cli.main import main
 from tests.hub_format import write_wikitext
 from tests.models import SMALL_OPT, small_opt
+from tests.processes import finished
 
 SHORT = ["--windows", "2", "--length", "48", "--calibration-windows", "2"]
 
@@ -47,8 +47,8 @@ def test_errors_are_one_message_and_exit_code_2(capsys: pytest.CaptureFixture[st
 def test_module_form_is_the_same_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fxquant.evaluation", "--model", str(SMALL_OPT)]
     command += ["--schemes", "fp", *SHORT, "--output", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "| fp" in done.stdout
+    done = finished(command)
+    assert "| fp" in done.stdout, done.stderr
     # No terminal: progress bars stay quiet.
     assert "%|" not in done.stderr
     recorded = json.loads((tmp_path / "results.json").read_text())["provenance"]["command"]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -14,24 +13,17 @@ import pytest
 from fxquant.cli.main import main
 from fxquant.run.distributed import is_main, session, shard, world_size
 from tests.models import SMALL_OPT
+from tests.processes import finished
 
-ROOT = Path(__file__).parent.parent
 SHORT = ["--windows", "5", "--length", "48", "--calibration-windows", "4"]
 SCHEMES = ["--schemes", "w8a8-dynamic", "w8a8-static", "w8a8-static:absmax+smooth"]
 JOB = ["--model", str(SMALL_OPT), *SCHEMES, *SHORT]
 
 
-def torchrun(processes: int, *command: str) -> subprocess.CompletedProcess[str]:
+def torchrun(processes: int, *command: str) -> CompletedProcess[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [*launcher, "--nproc-per-node", str(processes), *command],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-        cwd=ROOT,
-    )
+    command = (*launcher, "--nproc-per-node", str(processes), *command)
+    return finished(command, OMP_NUM_THREADS="1")
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ import math
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -34,6 +33,7 @@ from fxquant.errors import CalibrationError, SchemeError
 from fxquant.schemes.scheme import Scheme
 from tests.architectures import token_ids
 from tests.models import SMALL_OPT
+from tests.processes import BOUND, FXQUANT, started
 from tests.test_explain import tiny
 from tests.test_tracing import traced
 
@@ -377,18 +377,15 @@ COMMAND = ("explain", "--model", str(SMALL_OPT), "--scheme", "w8a8-static", "--l
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_signal_says_what_is_kept(tmp_path: Path, name: str, status: int) -> None:
     """The process ends itself, without a traceback, and the same command goes on."""
-    command = [sys.executable, "-m", "fxquant.cli", *COMMAND, "--full", "--windows", "8"]
-    process = subprocess.Popen(
-        [*command, "--output", str(tmp_path)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        # What a shell starts in the background ignores SIGINT, and so would its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    while not any(path.stat().st_size for path in tmp_path.glob("losses-*.jsonl")):
-        time.sleep(0.01)
-        assert process.poll() is None
-    process.send_signal(getattr(signal, name))
-    out, err = process.communicate(timeout=60)
+    command = [*FXQUANT, *COMMAND, "--full", "--windows", "8", "--output", str(tmp_path)]
+    with started(command, interruptible=True) as process:
+        until = time.monotonic() + BOUND
+        while not any(path.stat().st_size for path in tmp_path.glob("losses-*.jsonl")):
+            time.sleep(0.01)
+            assert process.poll() is None
+            assert time.monotonic() < until
+        process.send_signal(getattr(signal, name))
+        out, err = process.communicate(timeout=BOUND)
     assert process.returncode == status
     assert "Traceback" not in err
     told = re.search(rf"fxquant: interrupted by {name}: (\d+) finished losses; the same", err)
@@ -455,5 +452,5 @@ def test_signals_are_left_alone_in_other_threads() -> None:
 
     thread = threading.Thread(target=run)
     thread.start()
-    thread.join()
+    thread.join(60)
     assert seen == [(signal.SIG_DFL, 130)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ from fxquant.errors import DataError, FxquantError, ModelError
 from fxquant.evaluation import Job, Windows, cut_windows, load_text, run
 from fxquant.ir.graph import info
 from tests.models import SMALL_OPT, small_opt
+from tests.processes import finished
 
 ROOT = Path(__file__).parent.parent
 MODEL, TOKENIZER = small_opt()
@@ -272,10 +272,8 @@ def test_importing_reads_no_dataset_library() -> None:
     code = (
         "import sys, fxquant; print(sorted({'datasets', 'pyarrow', 'pandas'} & set(sys.modules)))"
     )
-    printed = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert printed.stdout.strip() == "[]"
+    done = finished([sys.executable, "-c", code])
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_what_readme_says_it_does_not_do() -> None:

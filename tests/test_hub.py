@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,19 +11,14 @@ from fxquant.cli.main import main
 from fxquant.evaluation import models
 from fxquant.frontends.hub import without_notices
 from tests.models import SMALL_OPT
+from tests.processes import FXQUANT, finished
 
 FAST = logging.getLogger("transformers.models.llama.tokenization_llama_fast")
 
 
 def test_a_hub_name_without_a_network_is_one_line() -> None:
     options = ["evaluate", "--model", "nobody/nothing", "--schemes", "w8", "--windows", "1"]
-    done = subprocess.run(
-        [sys.executable, "-m", "fxquant.cli", *options],
-        env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = finished([*FXQUANT, *options], HF_ENDPOINT="http://127.0.0.1:9")
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("fxquant: error: cannot load nobody/nothing: ")

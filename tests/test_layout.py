@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import shutil
-import subprocess
 import sys
 import tomllib
 import zipfile
@@ -15,6 +14,7 @@ import pytest
 
 import fxquant
 from benchmarks import rooms_table
+from tests.processes import finished
 
 ROOT = Path(__file__).parent.parent
 # Each room may import the rooms before it and its own members.
@@ -201,11 +201,9 @@ def checkout(tmp_path: Path) -> Path:
 def wheel_of(checkout: Path) -> list[str]:
     """Names of the files that a wheel of the checkout holds."""
     out = checkout.parent / "dist"
-    subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, checkout],
-        check=True,
-        capture_output=True,
-    )
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, checkout]
+    done = finished(build)
+    assert done.returncode == 0, done.stderr
     (wheel,) = out.glob("*.whl")
     return sorted(n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n)
 

@@ -87,7 +87,7 @@ class Spinning:
         self.runs = 0
         self._over = threading.Event()
         self._model, self._expected = model, logits(model)
-        self._thread = threading.Thread(target=self._spin)
+        self._thread = threading.Thread(target=self._spin, daemon=True)
         self._thread.start()
 
     def _spin(self) -> None:
@@ -102,7 +102,8 @@ class Spinning:
 
     def stop(self) -> None:
         self._over.set()
-        self._thread.join()
+        self._thread.join(60)
+        assert not self._thread.is_alive()
 
 
 @contextlib.contextmanager
@@ -185,7 +186,7 @@ def test_streams_opened_while_others_build_models(tmp_path: Path) -> None:
     with unharmed(llama()), ThreadPoolExecutor(4) as pool:
         found = [pool.submit(streamed) for _ in range(4)]
         assert all(pool.map(built, range(500)))
-        assert all(torch.equal(each.result(), expected) for each in found)
+        assert all(torch.equal(each.result(60), expected) for each in found)
 
 
 # In the middle of a trace
@@ -225,7 +226,7 @@ def test_other_threads_see_nothing_of_a_trace_that_is_halfway() -> None:
     # GPT-2's modelling file holds functions that the tracer wraps where it finds them.
     model, other = stopping(wait, "gpt2"), gpt2(seed=4)
     expected = logits(other)
-    outer = threading.Thread(target=fxquant.trace, args=(model,))
+    outer = threading.Thread(target=fxquant.trace, args=(model,), daemon=True)
     before = process()
     outer.start()
     assert halfway.wait(60)
@@ -240,7 +241,7 @@ def test_other_threads_see_nothing_of_a_trace_that_is_halfway() -> None:
         other.get_submodule("transformer.h.0.mlp.c_fc").forward(torch.randn(2, 32))
     finally:
         go_on.set()
-        outer.join()
+        outer.join(60)
     assert not differing(before, process())
 
 

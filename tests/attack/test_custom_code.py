@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 import io
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from fxquant.frontends.streaming import stream
 from tests.architectures import opt
 from tests.attack.bad import SHORT, edit_json, exit_code, refused, write_model
 from tests.hub_format import character_tokenizer
+from tests.processes import FXQUANT, finished
 
 ROOT = Path(__file__).parents[2]
 PLANTED = """
@@ -164,23 +163,8 @@ def test_yes_on_a_pipe(tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     folder = plant(write_model(tmp_path / "model"), canary)
     edit_json(folder / "config.json", of_config)
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "fxquant.cli",
-            "evaluate",
-            "--model",
-            folder,
-            "--schemes",
-            "w8",
-        ],
-        input="yes\n" * 1000,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    command = [*FXQUANT, "evaluate", "--model", folder, "--schemes", "w8"]
+    done = finished(command, "yes\n" * 1000)
     assert done.returncode == 2
     assert done.stderr.count("error: ") == 1
     assert "custom code" in done.stderr

@@ -7,8 +7,6 @@ import json
 import os
 import random
 import resource
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,8 +27,8 @@ from tests.architectures import llama, opt, token_ids
 from tests.attack.bad import pairs
 from tests.kills import killed
 from tests.models import SMALL_OPT
+from tests.processes import BOUND, FXQUANT, finished, started
 
-ROOT = Path(__file__).parent.parent.parent
 SEED = 30
 MODEL = ["--model", str(SMALL_OPT)]
 SHORT = [*MODEL, "--length", "48", "--calibration-windows", "2"]
@@ -59,13 +57,14 @@ def file_limit(size: int) -> Iterator[None]:
 def small_disk(folder: Path, size: str, options: str = "") -> Iterator[None]:
     """A tmpfs at ``folder``, where this machine lets us mount one."""
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}{options}", "tmpfs", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = finished(command)
     if done.returncode:
         pytest.skip(f"no file system may be mounted here: {done.stderr.strip()}")
     try:
         yield
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        done = finished(["umount", str(folder)])
+        assert done.returncode == 0, done.stderr
 
 
 def names(folder: Path) -> set[str]:
@@ -223,13 +222,9 @@ def test_a_full_standard_output_is_one_clear_error(
 @pytest.mark.slow
 def test_a_process_with_a_full_standard_output_says_one_line() -> None:
     """In a process of its own: Python writes its buffer when it ends."""
-    command = [sys.executable, "-m", "fxquant.cli", "inspect", *SHORT, "--scheme", "w8"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [*FXQUANT, "inspect", *SHORT, "--scheme", "w8", "--format", "json"]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [*command, "--format", "json"],
-            stdout=full, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
-        )  # fmt: skip
+        done = finished(command, stdout=full)
     assert done.returncode == 2
     assert "fxquant: error: cannot write to standard output: No space left" in done.stderr
     assert "Traceback" not in done.stderr
@@ -351,13 +346,10 @@ def test_two_saves_at_once_and_what_a_killed_one_left(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [*COMMANDS, "sweep"])
 def test_two_processes_at_once(name: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    command = [sys.executable, "-m", "fxquant.cli", *command_for(name, tmp_path, output)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    runs = [
-        subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
-        for _ in range(2)
-    ]
-    said = [run.communicate()[1] for run in runs]
+    command = [*FXQUANT, *command_for(name, tmp_path, output)]
+    with started(command) as one, started(command) as other:
+        runs = (one, other)
+        said = [run.communicate(timeout=BOUND)[1] for run in runs]
     codes = [run.returncode for run in runs]
     # The slower one may come when the faster has ended: then it is told what is there, or goes on.
     late = {"evaluate": 2, "explain": 0, "plan": 0, "convert": 0, "sweep": 0}[name]
