@@ -5,9 +5,8 @@ on two; ``--clock frozen`` and ``--clock slow`` let no time pass, or 11
 days between two looks at the clock. A test that needs a program which is not installed is skipped,
 and fails where ``FXQUANT_REQUIRE_PROGRAMS`` is set: the mark ``needs_program(found, what)``.
 
-None waits for ever, and none asks a network: where a test has run for ``BOUND`` seconds, or
-``SLOW_BOUND`` if it is slow, its process says where each thread stands and ends; names of other
-hosts than this one are unknown.
+None waits for ever, and none asks a network: ``timeout`` in pyproject.toml holds for each test, an
+hour for a slow one; names of other hosts than this one are unknown.
 
 Goldens: ``assert text == golden`` compares with ``tests/golden/<module>/<test>.txt``, which
 ``pytest --update-golden`` writes.
@@ -16,18 +15,17 @@ Goldens: ``assert text == golden`` compares with ``tests/golden/<module>/<test>.
 from __future__ import annotations
 
 import difflib
-import faulthandler
 import itertools
 import os
 import re
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import hypothesis
 import pytest
@@ -44,10 +42,6 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("any machine")
 
 GOLDEN = Path(__file__).parent / "golden"
-# Seconds. No machine is too slow for them: what takes half a minute here takes minutes on a busy
-# one.
-BOUND, SLOW_BOUND = 900, 7200
-_STDERR = pytest.StashKey[IO[str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -67,7 +61,6 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_compiled_here()))
     # No pool of compilers: the tests themselves run on all cores.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    config.stash[_STDERR] = os.fdopen(os.dup(2), "w")  # before a test's is captured
     socket.getaddrinfo = partial(_known_here, socket.getaddrinfo)
     clock = config.getoption("--clock")
     if clock is not None:
@@ -82,16 +75,6 @@ def _known_here(look_up: Callable[..., Any], host: Any, *arguments: Any, **optio
     ):
         raise socket.gaierror(socket.EAI_AGAIN, "tests have no network")
     return look_up(host, *arguments, **options)
-
-
-@pytest.hookimpl(wrapper=True, trylast=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    seconds = SLOW_BOUND if item.get_closest_marker("slow") else BOUND
-    faulthandler.dump_traceback_later(seconds, exit=True, file=item.config.stash[_STDERR])
-    try:
-        return (yield)
-    finally:
-        faulthandler.cancel_dump_traceback_later()
 
 
 def _compiled_here() -> Path:
