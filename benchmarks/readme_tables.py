@@ -30,11 +30,11 @@ from typing import Any, Final
 from tabulate import tabulate
 
 from fxquant.errors import DataError
-from fxquant.evaluation.comparison import format_results
 from fxquant.evaluation.gguf import weights_note
 from fxquant.evaluation.journal import read_journal
 from fxquant.evaluation.published import LADDER, REFERENCE_LOSS, Published
 from fxquant.evaluation.results import read_results
+from fxquant.evaluation.sweep_tables import format_results
 from fxquant.evaluation.tables import format_table, sentences
 from fxquant.ir.calibration import version_words
 from fxquant.ir.counted import counted

@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from fxquant.checkpoint.size_numbers import SEQUENCES
 from fxquant.ir.leaves import Conv1D, OnlineRotation
-from fxquant.ir.levels import OPS
+from fxquant.ir.legal_forms import OPS
 from fxquant.numerics.quantization import group_count
 
 ITEMS = 2**14  # in a tuple with all that it holds: splits, groups
