@@ -43,6 +43,12 @@ def prose(seed: int, words: int) -> str:
     return " ".join("".join(draw.choices(letters, k=draw.randint(2, 7))) for _ in range(words))
 
 
+def prose_file(folders: pytest.TempPathFactory, seed: int, words: int) -> Path:
+    file = folders.mktemp("text") / "some.txt"
+    file.write_text(prose(seed, words))
+    return file
+
+
 @functools.cache
 def graph() -> GraphModule:
     return fxquant.trace(small_opt()[0])
