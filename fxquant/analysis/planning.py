@@ -30,6 +30,7 @@ from fxquant.files.doors import Location
 from fxquant.files.locks import writable
 from fxquant.frontends.tracing import trace
 from fxquant.ir.graph import Site, info
+from fxquant.ir.weights import check_chosen
 from fxquant.pipeline.arguments import checked_call
 from fxquant.recipes.conversion import convert
 from fxquant.run.batches import Batches
@@ -185,7 +186,12 @@ def _observed(
     batches: Batches | None,
     progress: bool,
 ) -> GraphModule:
-    """Calibrated at every site where one of the choices has a static range."""
+    """Calibrated at every site where one of the choices has a static range; SchemeError where a
+    repair has chosen codes that a choice would have to choose again."""
+    for path, module in graph.named_modules():
+        for spec in specs.values():
+            if spec.weight is not None:
+                check_chosen(module, spec.weight, path)
     static = [s for s in specs.values() if s.activation is not None and not s.activation.dynamic]
     scheme = Scheme(static[0] if static else next(s for s in specs.values() if s.weight))
     return convert(graph, scheme, calibration=batches, level="observed", progress=progress)
