@@ -8,10 +8,10 @@ from pathlib import Path
 from torch.fx import GraphModule
 
 import fxquant
+from benchmarks.outliers import OutlierPlan, PlantedOutlier, plant_outliers
 from fxquant.evaluation.data import Source
 from fxquant.evaluation.job import Job, cut
 from fxquant.evaluation.models import LoadedModel, load_model
-from fxquant.evaluation.outliers import OutlierPlan, PlantedOutlier, plant_outliers
 from fxquant.evaluation.token_windows import Windows
 
 ROOT = Path(__file__).parent.parent
