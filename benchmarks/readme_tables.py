@@ -18,11 +18,12 @@ the reference ladder, which is data in the package.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -30,11 +31,11 @@ from typing import Any, Final
 from tabulate import tabulate
 
 from fxquant.errors import DataError
-from fxquant.evaluation.comparison import format_results
 from fxquant.evaluation.gguf import weights_note
 from fxquant.evaluation.journal import read_journal
 from fxquant.evaluation.published import LADDER, REFERENCE_LOSS, Published
 from fxquant.evaluation.results import read_results
+from fxquant.evaluation.sweep_tables import format_results
 from fxquant.evaluation.tables import format_table, sentences
 from fxquant.ir.calibration import version_words
 from fxquant.ir.counted import counted
@@ -100,15 +101,29 @@ def table_of(path: Path) -> str:
 
 def speed_table(path: Path) -> str:
     """The ratios of a speed.json beside their goals, and what they were measured with."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+    head = ("measured against one eager float forward", "ratio", "goal")
+    with _results(path, "speed.py") as data:
         body = [_speed_row(line, data["ratios"]) for line in SPEED]
-        made = _speed_line(data)
+        what = (
+            f"{data['model']} ({data['revision'][:23]}), one window of {data['length']} tokens, "
+            f"{data['rounds']} rounds"
+        )
+        return f"{_table(head, body)}\n\n{_made(what, data)}"
+
+
+@contextlib.contextmanager
+def _results(path: Path, script: str) -> Iterator[dict[str, Any]]:
+    """What a benchmark wrote; DataError where the file, or what the block reads of it, is other."""
+    try:
+        yield json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path} is no result of benchmarks/speed.py: {error!r}") from error
-    return (
-        f"{_table(('measured against one eager float forward', 'ratio', 'goal'), body)}\n\n{made}"
-    )
+        raise DataError(f"{path} is no result of benchmarks/{script}: {error!r}") from error
+
+
+def _made(what: str, data: dict[str, Any]) -> str:
+    """What was measured, and by what."""
+    threads, versions = counted(data["threads"], "thread"), version_words(data["versions"])
+    return f"{what}; {threads} on {data['processor']}; {versions}"
 
 
 def _speed_row(line: Ratio, ratios: dict[str, float]) -> tuple[str, str, str]:
@@ -125,19 +140,9 @@ def _three(value: float) -> str:
     return f"{value:.1f}" if value >= 2 else f"{value:.2f}"
 
 
-def _speed_line(data: dict[str, Any]) -> str:
-    versions = version_words(data["versions"])
-    return (
-        f"{data['model']} ({data['revision'][:23]}), one window of {data['length']} tokens, "
-        f"{data['rounds']} rounds; {counted(data['threads'], 'thread')} on {data['processor']}; "
-        f"{versions}"
-    )
-
-
 def streaming_tables(path: Path) -> str:
     """Schemes that ran under the memory limit, and streamed over in-memory time."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+    with _results(path, "streaming.py") as data:
         parts = [
             f"{_table(head, [line(row) for row in data[name]['rows']])}\n\n{_setting(data[name])}"
             for name, head, line in (
@@ -145,9 +150,7 @@ def streaming_tables(path: Path) -> str:
                 ("cost", ("scheme", "in memory, s", "streamed, s", "ratio"), _cost_row),
             )
         ]
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path} is no result of benchmarks/streaming.py: {error!r}") from error
-    return "\n\n".join(parts)
+        return "\n\n".join(parts)
 
 
 def _limit_row(row: dict[str, Any]) -> tuple[str, ...]:
@@ -160,27 +163,23 @@ def _cost_row(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _setting(part: dict[str, Any]) -> str:
-    versions = version_words(part["versions"])
-    return (
+    what = (
         f"{part['model']}, computed in {part['compute_dtype']}; {part['windows']} windows of "
-        f"{part['length']} random tokens, {part['calibration_windows']} to calibrate; "
-        f"{counted(part['threads'], 'thread')} on {part['processor']}; {versions}"
+        f"{part['length']} random tokens, {part['calibration_windows']} to calibrate"
     )
+    return _made(what, part)
 
 
 def grids_table(path: Path) -> str:
     """How far each grid gives a model's weights back."""
     head = ("scheme", "equal", "within 1e-7", "SQNR, dB", "SQNR of spread weights, dB")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+    with _results(path, "weight_grids.py") as data:
         body = [_grid_row(row) for row in data["rows"]]
         made = (
             f"{data['model']} ({data['revision'][:23]}), {data['linears']} linears, "
             f"{data['values']:,} weights {data['weights']}; " + version_words(data["versions"])
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path} is no result of benchmarks/weight_grids.py: {error!r}") from error
-    return f"{_table(head, body)}\n\n{made}"
+        return f"{_table(head, body)}\n\n{made}"
 
 
 def _grid_row(row: dict[str, Any]) -> tuple[str, ...]:

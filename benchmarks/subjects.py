@@ -8,9 +8,10 @@ from pathlib import Path
 from torch.fx import GraphModule
 
 import fxquant
-from fxquant.evaluation.data import Source, cut_windows
+from benchmarks.outliers import OutlierPlan, PlantedOutlier, plant_outliers
+from fxquant.evaluation.data import Source
+from fxquant.evaluation.job import Job, cut
 from fxquant.evaluation.models import LoadedModel, load_model
-from fxquant.evaluation.outliers import OutlierPlan, PlantedOutlier, plant_outliers
 from fxquant.evaluation.token_windows import Windows
 
 ROOT = Path(__file__).parent.parent
@@ -44,14 +45,13 @@ class Subject:
         model, planted = loaded.model, tuple[PlantedOutlier, ...]()
         if self.planted is not None:
             model, planted = plant_outliers(model, self.planted)
-        windows = cut_windows(
-            text,
-            loaded.tokenizer,
-            count=self.windows,
+        job = Job(
+            *(self.model, ()),
+            windows=self.windows,
             length=self.length,
-            calibration=self.calibration,
-            seed=0,
+            calibration_windows=self.calibration,
         )
+        windows = cut(job, text, None, loaded)
         return Prepared(loaded, planted, fxquant.trace(model), windows)
 
 

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from fxquant.errors import NonFiniteError
 from fxquant.ir.graph import is_op, source_of, tag
-from fxquant.ir.levels import OPS
+from fxquant.ir.legal_forms import OPS
 from fxquant.ir.operands import operands
 from fxquant.numerics.clipping import clipped_codes, count_clipped, unclipped_range
 

@@ -28,10 +28,10 @@ from fxquant.evaluation.statistics import Difference, WindowSums, paired_differe
 from fxquant.evaluation.token_windows import Windows
 from fxquant.files.doors import Location, as_path, check_text, location
 from fxquant.frontends.tracing import trace
+from fxquant.ir.calibrated_rows import can_tell, seen_rows
 from fxquant.ir.calibration import UNKNOWN, Spans, calibration_words, version_words
 from fxquant.ir.counted import counted, part_of
 from fxquant.ir.graph import GraphInfo, Level, device_of, float_dtype, info
-from fxquant.ir.seen import can_tell, seen_rows
 from fxquant.ir.streamed import check_present
 from fxquant.pipeline.arguments import checked_call
 from fxquant.pipeline.recording import DrawnBatches

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from fxquant.errors import DataError
 from fxquant.evaluation.datasets import NAMED
+from fxquant.ir.calibrated_rows import can_tell, seen_rows, shared_rows
 from fxquant.ir.calibration import Calibration, calibration_words
 from fxquant.ir.counted import part_of
-from fxquant.ir.seen import can_tell, seen_rows, shared_rows
 from fxquant.ir.token_runs import written_runs
 
 if TYPE_CHECKING:

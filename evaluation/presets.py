@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from fxquant.errors import DataError, FxquantError
-from fxquant.evaluation.comparison import format_results, groups
 from fxquant.evaluation.datasets import NAMED, how_to_get, open_source
 from fxquant.evaluation.fingerprint import identify_model
 from fxquant.evaluation.job import Job
 from fxquant.evaluation.published import GPTQ_TABLE, LADDER, LENGTH, SMOOTHQUANT_TABLE, Published
 from fxquant.evaluation.result_notes import tokenizer_notes
 from fxquant.evaluation.sweep import Sweep, SweepOutcome, check_processes, run_sweep
+from fxquant.evaluation.sweep_tables import format_results, groups
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from torch.fx import GraphModule
 from tqdm import tqdm
 
 from fxquant.errors import DistributedError, FxquantError, WriteError
-from fxquant.evaluation.comparison import format_results
 from fxquant.evaluation.converter import Converter, measure
 from fxquant.evaluation.data import Source
 from fxquant.evaluation.fingerprint import (
@@ -40,6 +39,7 @@ from fxquant.evaluation.journal import Journal, Result
 from fxquant.evaluation.models import LoadedModel, load_model
 from fxquant.evaluation.progress import say_finished
 from fxquant.evaluation.statistics import WindowSums
+from fxquant.evaluation.sweep_tables import format_results
 from fxquant.ir.counted import counted
 from fxquant.schemes.scheme import Scheme
 

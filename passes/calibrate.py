@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from fxquant.errors import CalibrationError
 from fxquant.ir.graph import Level, device_of, info
-from fxquant.ir.levels import observer_nodes
+from fxquant.ir.legal_forms import observer_nodes
 from fxquant.passes.observe import observers
 from fxquant.pipeline.context import Context
 from fxquant.pipeline.pipeline import Pass

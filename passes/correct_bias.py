@@ -21,7 +21,7 @@ from fxquant.ir.graph import (
     site_outputs,
     update_info,
 )
-from fxquant.ir.levels import erase_observers
+from fxquant.ir.legal_forms import erase_observers
 from fxquant.ir.weights import with_parameters
 from fxquant.numerics.observers import attended
 from fxquant.passes.quantize import Quantize

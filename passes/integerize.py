@@ -12,7 +12,7 @@ from fxquant.errors import VerificationError
 from fxquant.formats.packing import unpack_int4
 from fxquant.ir.builder import Builder
 from fxquant.ir.graph import Level, Site, get_tensor, is_op, site_outputs
-from fxquant.ir.levels import OPS
+from fxquant.ir.legal_forms import OPS
 from fxquant.ir.operands import operands
 from fxquant.numerics.gemm import MAX_LENGTH, certified_chunk, reduced_precision
 from fxquant.numerics.quantization import expand_groups, split_groups

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from fxquant.errors import VerificationError
 from fxquant.ir.builder import Builder
 from fxquant.ir.graph import Level, is_op
-from fxquant.ir.levels import OPS
+from fxquant.ir.legal_forms import OPS
 from fxquant.ir.operands import operands
 from fxquant.passes.decompose_attention import DecomposeAttention
 from fxquant.pipeline.context import Context

@@ -18,6 +18,7 @@ from fxquant.ir.graph import (
     Site,
     get_tensor,
     info,
+    lowered_already,
     set_tag,
     tag,
     update_info,
@@ -25,6 +26,7 @@ from fxquant.ir.graph import (
 from fxquant.ir.leaves import Conv1D
 from fxquant.ir.operands import op_name
 from fxquant.ir.streamed import plain_type
+from fxquant.ir.weights import check_chosen
 from fxquant.pipeline.context import Context
 from fxquant.pipeline.pipeline import Pass
 from fxquant.schemes.scheme import Role, Scheme
@@ -50,7 +52,8 @@ class NameSites(Pass):
 
     def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
         facts = info(gm)
-        _check_sites(facts)
+        if already := lowered_already(facts):
+            raise GraphError(already)
         sites: list[Site] = []
         left: list[LeftInFloat] = []
         calls = [node for node in gm.graph.nodes if node.op == "call_module"]
@@ -66,6 +69,9 @@ class NameSites(Pass):
                 if path not in [entry.path for entry in left]:
                     left.append(LeftInFloat(path, reason))
                 continue
+            asked = context.scheme.spec_for(path, role).weight
+            if asked is not None:
+                check_chosen(module, asked, path)
             has_bias = getattr(module, "bias", None) is not None
             sites.append(Site(path, role, weight_shape(module), has_bias))
             set_tag(node, replace(tag(node), site=path, is_output=True))
@@ -77,20 +83,6 @@ class NameSites(Pass):
         if not (context.scheme.repairs and context.scheme.overrides):
             _check_effect(gm, context.scheme)
         return gm
-
-
-def _check_sites(facts: GraphInfo) -> None:
-    """GraphError where earlier passes left sites that could not be found again."""
-    if facts.scheme == "fp32-gemm":
-        raise GraphError(
-            "the graph's linears compute in fp32 already (scheme fp32-gemm): start from the model "
-            "or from fxquant.trace(model) for another scheme"
-        )
-    if any(site.role == "matmul" for site in facts.sites):
-        raise GraphError(
-            "attention's products are sites of this graph already (a repair such as attn8 ran): "
-            "start from the model or from fxquant.trace(model), and name the repair in the scheme"
-        )
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:

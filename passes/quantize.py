@@ -25,7 +25,7 @@ from fxquant.ir.graph import (
     update_info,
 )
 from fxquant.ir.leaves import QuantizedParameters
-from fxquant.ir.levels import OPS, erase_observers
+from fxquant.ir.legal_forms import OPS, erase_observers
 from fxquant.ir.weights import site_codes
 from fxquant.numerics.static_input import StaticRange, static_input
 from fxquant.numerics.weight_codes import min_max_codes

@@ -38,7 +38,6 @@ def patched_by_hf_tracer() -> dict[str, Any]:
 
 # Numerics, spelling, pages and figures: nothing here reads, traces, converts or runs a model.
 NO_MODEL: Final = (
-    "test_comparison.py",
     "test_gemm.py",
     "test_gptq.py",
     "test_layout.py",
@@ -50,6 +49,7 @@ NO_MODEL: Final = (
     "test_schemes.py",
     "test_statistics.py",
     "test_study.py",
+    "test_sweep_tables.py",
 )
 
 # Pages that print graphs with the nodes of the Hugging Face tracer; run in both, compared in one.

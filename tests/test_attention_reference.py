@@ -20,7 +20,7 @@ from transformers.masking_utils import eager_mask
 
 import fxquant
 from fxquant.ir.graph import info, is_op
-from fxquant.ir.levels import OPS
+from fxquant.ir.legal_forms import OPS
 from fxquant.run.execution import Executor
 from tests.architectures import ARCHITECTURES, padding_mask, token_ids
 

@@ -23,7 +23,7 @@ import fxquant
 from fxquant.errors import CalibrationError, FxquantError, GraphError, NonFiniteError, SchemeError
 from fxquant.ir.graph import clone_sharing_storage, info, is_op, tag
 from fxquant.ir.leaves import QuantizedParameters
-from fxquant.ir.levels import OPS
+from fxquant.ir.legal_forms import OPS
 from fxquant.numerics.gemm import reference_int_gemm
 from fxquant.numerics.observers import HistogramObserver
 from fxquant.passes import NameSites

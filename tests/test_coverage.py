@@ -26,7 +26,7 @@ from fxquant.ir.size import bits_per_weight
 from fxquant.passes import NameSites
 from fxquant.schemes.scheme import Scheme
 from tests.architectures import build, gpt2, llama, opt, token_ids
-from tests.test_comparison import PROTOCOL
+from tests.test_sweep_tables import PROTOCOL
 
 LAYER = "model.layers.1.mlp"
 

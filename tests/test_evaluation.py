@@ -25,7 +25,7 @@ from fxquant.evaluation.perplexity import evaluate
 from fxquant.evaluation.results import prepare_folder, read_results
 from fxquant.evaluation.source import tokens
 from fxquant.evaluation.tables import sentences
-from fxquant.ir.levels import OPS
+from fxquant.ir.legal_forms import OPS
 from fxquant.ir.size import bits_per_weight
 from tests.models import SMALL_OPT, small_opt
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import fxquant
+from benchmarks.outliers import OutlierPlan, plant_outliers
 from fxquant.analysis import explain
 from fxquant.analysis.causes import causes_of, shapley
 from fxquant.analysis.effects import EFFECTS
@@ -27,7 +28,6 @@ from fxquant.analysis.store import Loss, fingerprint
 from fxquant.analysis.validation import agreement, shared_draw, spearman
 from fxquant.errors import CalibrationError, DataError, SchemeError
 from fxquant.evaluation import cut_windows, load_text
-from fxquant.evaluation.outliers import OutlierPlan, plant_outliers
 from fxquant.formats.integer import integer
 from fxquant.ir.graph import install, linear_parameters, update_info
 from fxquant.ir.leaves import CodedLinear

@@ -11,7 +11,7 @@ from torch.fx import Node
 import fxquant
 from fxquant.formats.packing import unpack_int4
 from fxquant.ir.graph import get_tensor, is_op, site_outputs
-from fxquant.ir.levels import OPS
+from fxquant.ir.legal_forms import OPS
 from fxquant.ir.operands import operands
 from fxquant.run.execution import Executor
 from tests.architectures import gpt2, llama, opt, padding_mask, token_ids

@@ -10,8 +10,8 @@ from __future__ import annotations
 import pytest
 
 import fxquant
+from benchmarks.outliers import OutlierPlan, plant_outliers
 from fxquant.evaluation import cut_windows, evaluate, load_text
-from fxquant.evaluation.outliers import OutlierPlan, plant_outliers
 from tests.models import small_opt
 
 SCHEMES = ("fp", "w8", "w8a8-dynamic", "w8a8-static:p99")

@@ -26,8 +26,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from benchmarks.outliers import Kind, OutlierPlan, PlantedOutlier, plant_outliers
 from fxquant.evaluation.builtin_text import builtin_text
-from fxquant.evaluation.outliers import Kind, OutlierPlan, PlantedOutlier, plant_outliers
 from tests.models import small_opt
 
 # Consumers of each producer, by the end of its path.

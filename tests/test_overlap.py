@@ -26,9 +26,9 @@ from fxquant.evaluation.overlap import calibrated_windows
 from fxquant.evaluation.protocol import Recipe
 from fxquant.evaluation.source import Source, tokens
 from fxquant.evaluation.token_windows import Windows
+from fxquant.ir.calibrated_rows import seen_rows
 from fxquant.ir.calibration import CalibrationRecord
 from fxquant.ir.graph import info
-from fxquant.ir.seen import seen_rows
 from fxquant.ir.token_runs import FEWEST, SURE, KnownRuns, run_needed, written_runs
 from fxquant.pipeline.recording import record_of
 from tests.models import SMALL_OPT, small_opt
@@ -41,6 +41,12 @@ def prose(seed: int, words: int) -> str:
     draw = random.Random(seed)
     letters = "abcdefghijklmnopqrstuvwxyz"
     return " ".join("".join(draw.choices(letters, k=draw.randint(2, 7))) for _ in range(words))
+
+
+def prose_file(folders: pytest.TempPathFactory, seed: int, words: int) -> Path:
+    file = folders.mktemp("text") / "some.txt"
+    file.write_text(prose(seed, words))
+    return file
 
 
 @functools.cache

@@ -27,7 +27,7 @@ from fxquant.ir.graph import (
     update_info,
 )
 from fxquant.ir.leaves import QuantizedParameters
-from fxquant.ir.levels import OPS
+from fxquant.ir.legal_forms import OPS
 from fxquant.passes import Integerize, NameSites, Observe, Quantize
 from fxquant.pipeline.context import Context
 from fxquant.pipeline.pipeline import Effect, Pass, Pipeline

@@ -19,7 +19,7 @@ import fxquant
 from fxquant.analysis import plan
 from fxquant.analysis.costs import bits, mean_cost, storage
 from fxquant.analysis.plan_result import Measured, Plan
-from fxquant.analysis.planning import make_plan
+from fxquant.analysis.planning import PlanRequest, make_plan
 from fxquant.analysis.search import fewest
 from fxquant.analysis.upgrades import Rung, order_upgrades, rungs_of
 from fxquant.cli import analysis_commands
@@ -51,7 +51,9 @@ def test_the_budget_holds_on_the_converted_model() -> None:
     floating = evaluate(graph, data).loss
     costs = []
     for budget in (0.01, 0.3):
-        found = make_plan(graph, data=data, budget=budget, choices=CHOICES, cost="storage")
+        found = make_plan(
+            graph, PlanRequest(data=data, budget=budget, choices=CHOICES, cost="storage")
+        )
         assert found.cheapest_delta_loss > budget  # else there was nothing to plan
         scheme = Scheme.parse(str(found.scheme))
         assert scheme == found.scheme
@@ -97,7 +99,9 @@ def test_the_dearest_choice_need_not_be_the_best() -> None:
     floating = evaluate(graph, data).loss
     loss = {s: evaluate(fxquant.convert(graph, s), data).loss - floating for s in (good, dear)}
     assert 0.01 < 2 * loss[good] < loss[dear]
-    found = make_plan(graph, data=data, budget=1.2 * loss[good], choices=(cheap, good, dear))
+    found = make_plan(
+        graph, PlanRequest(data=data, budget=1.2 * loss[good], choices=(cheap, good, dear))
+    )
     assert found.delta_loss <= 1.2 * loss[good]
     assert found.counts[good] > 12
     with pytest.raises(BudgetError, match=r"best that was measured, .*sites w3a8") as error:
@@ -109,7 +113,9 @@ def test_the_dearest_choice_need_not_be_the_best() -> None:
 
 def test_a_budget_of_nothing_is_kept_by_float() -> None:
     _, graph = traced("opt")
-    found = make_plan(graph, data=token_ids(3, 20), budget=0, choices=("w2-tensor", "fp"))
+    found = make_plan(
+        graph, PlanRequest(data=token_ids(3, 20), budget=0, choices=("w2-tensor", "fp"))
+    )
     assert found.delta_loss <= 0
 
 
@@ -141,16 +147,16 @@ def test_an_interrupted_plan_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     _, graph = traced("opt")
     choices = ("w3-tensor", "w4", "w8")
     asked: dict[str, object] = {"data": token_ids(2, 20), "budget": 0.002, "choices": choices}
-    whole = make_plan(graph, **asked)  # type: ignore[arg-type]
+    whole = make_plan(graph, PlanRequest(**asked))  # type: ignore[arg-type]
     kept = interrupt_store(monkeypatch, after=20)
     with pytest.raises(KeyboardInterrupt):
-        make_plan(graph, output=tmp_path, **asked)  # type: ignore[arg-type]
-    resumed = make_plan(graph, output=tmp_path, **asked)  # type: ignore[arg-type]
+        make_plan(graph, PlanRequest(output=tmp_path, **asked))  # type: ignore[arg-type]
+    resumed = make_plan(graph, PlanRequest(output=tmp_path, **asked))  # type: ignore[arg-type]
     first = len(kept)
     assert resumed.scheme == whole.scheme
     assert resumed.delta_loss == whole.delta_loss
     assert resumed.forwards == pytest.approx(whole.forwards, rel=0.05)
-    make_plan(graph, output=tmp_path, **asked)  # type: ignore[arg-type]
+    make_plan(graph, PlanRequest(output=tmp_path, **asked))  # type: ignore[arg-type]
     assert len(kept) == first  # nothing was measured again
 
 

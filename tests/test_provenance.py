@@ -24,7 +24,7 @@ from fxquant.evaluation.source import load_text, tokens
 from fxquant.ir.calibration import CalibrationRecord, calibration_words, versions
 from fxquant.ir.graph import info, update_info
 from tests.models import SMALL_OPT, small_opt
-from tests.test_overlap import prose
+from tests.test_overlap import prose_file
 
 LENGTH = 32
 TOKENIZER = small_opt()[1]
@@ -32,9 +32,7 @@ TOKENIZER = small_opt()[1]
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "some.txt"
-    file.write_text(prose(0, 900))
-    return file
+    return prose_file(tmp_path_factory, 0, 900)
 
 
 def convert(folder: Path, text: Path, *options: str, scheme: str = "w8a8-static") -> list[str]:

@@ -26,7 +26,7 @@ from fxquant.evaluation.provenance import Provenance
 from fxquant.ir.calibration import CalibrationRecord, calibration_words
 from fxquant.ir.graph import info, update_info
 from tests.models import SMALL_OPT, small_opt
-from tests.test_overlap import prose
+from tests.test_overlap import prose_file
 
 LENGTH = 24
 TOKENIZER = small_opt()[1]
@@ -34,9 +34,7 @@ TOKENIZER = small_opt()[1]
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "some.txt"
-    file.write_text(prose(3, 700))
-    return file
+    return prose_file(tmp_path_factory, 3, 700)
 
 
 def sha(content: bytes) -> str:

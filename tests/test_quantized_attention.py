@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 import fxquant
 from fxquant.errors import ModelError, SchemeError, VerificationError
 from fxquant.ir.graph import info, is_op, site_outputs
-from fxquant.ir.levels import OPS
+from fxquant.ir.legal_forms import OPS
 from fxquant.numerics.gemm import batched_int_matmul
 from fxquant.passes import DecomposeAttention
 from fxquant.run.execution import Executor

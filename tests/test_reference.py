@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import fxquant
 from fxquant.ir.graph import is_op, tag
-from fxquant.ir.levels import OPS
+from fxquant.ir.legal_forms import OPS
 from fxquant.run.execution import Executor
 from tests import reference
 from tests.architectures import opt, padding_mask, token_ids

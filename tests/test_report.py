@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 import fxquant
 from fxquant.cli.main import main
 from fxquant.errors import DataError
-from fxquant.evaluation.comparison import groups
 from fxquant.evaluation.journal import read_journal
 from fxquant.evaluation.report import write_report
 from fxquant.evaluation.report.fields import Fields
@@ -31,6 +30,7 @@ from fxquant.evaluation.report.ladder import ladders
 from fxquant.evaluation.report.page import PAGE, chart_data, embeddable, read_report, render
 from fxquant.evaluation.report.tables import table_of, text_of
 from fxquant.evaluation.results import read_results
+from fxquant.evaluation.sweep_tables import groups
 from fxquant.evaluation.tables import format_table
 from fxquant.ir.calibration import calibration_words
 from fxquant.ir.graph import info

@@ -14,12 +14,12 @@ from torch.fx import GraphModule, Node
 from transformers import PreTrainedModel
 
 import fxquant
+from benchmarks.outliers import OutlierPlan, plant_outliers
 from fxquant.errors import ModelError, VerificationError
 from fxquant.evaluation import load_text
-from fxquant.evaluation.outliers import OutlierPlan, plant_outliers
 from fxquant.ir.graph import info, site_outputs, source_of
 from fxquant.ir.leaves import OnlineRotation
-from fxquant.ir.levels import verify
+from fxquant.ir.legal_forms import verify
 from fxquant.numerics.hadamard import orthogonal_factors, paley, random_orthogonal, sylvester
 from fxquant.passes import NameSites, Rotate
 from fxquant.run.execution import Executor

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
@@ -13,6 +14,7 @@ import fxquant
 from fxquant.cli.main import main
 from fxquant.evaluation import models
 from fxquant.ir.graph import info
+from tests.architectures import token_ids
 from tests.models import SMALL_OPT
 
 TEXT = ("--text", "LICENSE", "--length", "48", "--calibration-windows", "2")
@@ -23,9 +25,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The small OPT, as it is traced and quantized."""
     folder = tmp_path_factory.mktemp("saved")
     loaded = fxquant.load_model(SMALL_OPT)
+    ids = fxquant.windows("LICENSE", loaded.tokenizer, count=1, length=32, calibration=1)
     graphs = {
         "float": fxquant.convert(loaded.model, "fp", level="float"),
         "quantized": fxquant.convert(loaded.model, "w8a8-dynamic"),
+        "fp32": fxquant.convert(loaded.model, "fp32-gemm"),
+        "products": fxquant.convert(loaded.model, "w8a8-dynamic+attn8", level="float"),
+        "chosen": fxquant.convert(loaded.model, "w8+gptq", calibration=ids.batches, level="float"),
     }
     for name, graph in graphs.items():
         fxquant.save(graph, folder / name, loaded.tokenizer)
@@ -57,19 +63,47 @@ def test_a_saved_float_graph_is_a_model(
         assert of_graph[:14] == of_model[:14]
 
 
+REFUSED = {
+    "quantized": "the graph is quantized already (scheme w8a8-dynamic",
+    "fp32": "the graph's linears compute in fp32 already",
+    "products": "attention's products are sites of this graph already",
+}
+
+
+@pytest.mark.parametrize("graph", REFUSED)
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_quantized_graph_is_refused_by_name(
+def test_a_graph_that_no_scheme_can_start_from_is_refused_by_name(
+    name: str, graph: str, saved: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*COMMANDS[name], "--model", str(saved[graph])]) == 2
+    said = capsys.readouterr().err
+    assert f"{saved[graph]}: {REFUSED[graph]}" in said
+    assert "start from the model" in said
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_codes_that_a_repair_chose_are_not_chosen_again(
     name: str, saved: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*COMMANDS[name], "--model", str(saved["quantized"])]) == 2
+    assert main([*COMMANDS[name], "--model", str(saved["chosen"])]) == 2
     said = capsys.readouterr().err
-    assert f"{saved['quantized']}: the graph is quantized already (scheme w8a8-dynamic" in said
+    assert "a repair of this graph has chosen its codes as w8, the scheme asks for w4" in said
+    assert "start from the model" in said
+
+
+def test_codes_that_a_repair_chose_are_taken_by_their_scheme(saved: dict[str, Path]) -> None:
+    graph = fxquant.load(saved["chosen"])
+    ids = token_ids(2, 9)
+    whole = fxquant.convert(graph, "w8")(ids)
+    assert torch.equal(whole, fxquant.convert(graph, "w8", level="qdq")(ids))
+    assert not torch.equal(whole, fxquant.convert(fxquant.load_model(SMALL_OPT).model, "w8")(ids))
 
 
 def test_a_saved_graph_is_inspected_as_it_is(
     saved: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, path in saved.items():
+    for name in ("float", "quantized"):
+        path = saved[name]
         assert main(["inspect", "--model", str(path), "--format", "json"]) == 0
         found = json.loads(capsys.readouterr().out)
         assert found["level"] == {"float": "float", "quantized": "integer"}[name]

@@ -13,9 +13,9 @@ from torch.fx import GraphModule, Node
 from transformers import PreTrainedModel
 
 import fxquant
+from benchmarks.outliers import OutlierPlan, plant_outliers
 from fxquant.errors import CalibrationError, FxquantError, SchemeError
 from fxquant.evaluation import cut_windows, evaluate, load_text
-from fxquant.evaluation.outliers import OutlierPlan, plant_outliers
 from fxquant.evaluation.token_windows import Windows
 from fxquant.formats.integer import integer
 from fxquant.ir.graph import Note, info, linear_parameters, site_outputs

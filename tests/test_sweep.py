@@ -22,13 +22,13 @@ from fxquant.cli.main import main
 from fxquant.errors import DataError, FxquantError, ModelError, SchemeError, TracingError
 from fxquant.evaluation import Job, converter, models, run
 from fxquant.evaluation import sweep as sweep_module
-from fxquant.evaluation.comparison import format_results, groups
 from fxquant.evaluation.fingerprint import Identity, fingerprint
 from fxquant.evaluation.job import check_job, open_sources
 from fxquant.evaluation.journal import Journal, Result, read_journal
 from fxquant.evaluation.results import Row
 from fxquant.evaluation.sweep import Sweep, SweepOutcome, run_sweep
 from fxquant.evaluation.sweep_file import read_sweep
+from fxquant.evaluation.sweep_tables import format_results, groups
 from fxquant.passes import Gptq
 from fxquant.schemes.scheme import Scheme
 from tests.hub_format import write_c4

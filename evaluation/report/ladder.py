@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from fxquant.evaluation.comparison import Group, Line, groups
 from fxquant.evaluation.journal import Result
 from fxquant.evaluation.provenance import Provenance
 from fxquant.evaluation.report.folder import RESULTS, SWEEP, Folder
 from fxquant.evaluation.report.tables import flatten, text_of
 from fxquant.evaluation.result_notes import failures
 from fxquant.evaluation.results import Row
+from fxquant.evaluation.sweep_tables import Group, Line, groups
 from fxquant.inspection.folding import fold
 from fxquant.ir.calibration import version_words
 from fxquant.schemes.scheme import Scheme

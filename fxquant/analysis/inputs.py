@@ -13,10 +13,10 @@ from torch.fx import GraphModule
 
 from fxquant.analysis.sites import simulated_spec
 from fxquant.errors import CalibrationError, DataError, SchemeError
+from fxquant.ir.calibrated_rows import seen_rows
 from fxquant.ir.calibration import Spans, calibration_words
 from fxquant.ir.counted import part_of
 from fxquant.ir.graph import device_of, info
-from fxquant.ir.seen import seen_rows
 from fxquant.ir.streamed import check_present
 from fxquant.pipeline.recording import DrawnBatches, Recording, record_of
 from fxquant.pipeline.repair import Repair

@@ -15,7 +15,7 @@ from fxquant.analysis.parts import EVERY_PART, Parts
 from fxquant.analysis.sites import SimulatedSite
 from fxquant.errors import NonFiniteError
 from fxquant.ir.graph import source_of
-from fxquant.ir.levels import observer_nodes
+from fxquant.ir.legal_forms import observer_nodes
 from fxquant.run.execution import Cut, Executor
 from fxquant.run.loss import token_nll
 

@@ -30,6 +30,7 @@ from fxquant.files.doors import Location
 from fxquant.files.locks import writable
 from fxquant.frontends.tracing import trace
 from fxquant.ir.graph import Site, info
+from fxquant.ir.weights import check_chosen
 from fxquant.pipeline.arguments import checked_call
 from fxquant.recipes.conversion import convert
 from fxquant.run.batches import Batches
@@ -37,6 +38,21 @@ from fxquant.schemes.scheme import Scheme
 from fxquant.schemes.specs import FLOAT, SiteSpec
 
 DEFAULT_CHOICES = ("w4-g128-asym/a8-dynamic-token", "w8a8-dynamic-token", "w8", "fp")
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What a plan is to keep and what it is measured on: the arguments of ``plan``."""
+
+    data: Windows
+    budget: float
+    calibration: Batches | None = None
+    choices: Sequence[str] = DEFAULT_CHOICES
+    cost: str = "bits"
+    progress: bool | None = None
+    output: Location | None = None
+    allow_overlap: bool = False
+    held_out: Windows | None = None
 
 
 @checked_call(windows="data", text="data", dataset="data", calibration_data="calibration")
@@ -76,49 +92,29 @@ def plan(
     Raises BudgetError when not even the best choice at every site keeps the budget (it names the
     best measured loss), SchemeError, DataError and CalibrationError before any measurement.
     """
-    found = make_plan(
-        model,
-        data=data,
-        budget=budget,
-        calibration=calibration,
-        choices=choices,
-        cost=cost,
-        progress=progress,
-        output=output,
-        allow_overlap=allow_overlap,
-        held_out=held_out,
+    asked = PlanRequest(
+        data, budget, calibration, choices, cost, progress, output, allow_overlap, held_out
     )
+    found = make_plan(model, asked)
     shown = Progress(progress, name="plan")
     for line in str(found).splitlines():
         shown.say(line)
     return found.scheme
 
 
-def make_plan(
-    model: PreTrainedModel | GraphModule,
-    *,
-    data: Windows,
-    budget: float,
-    calibration: Batches | None = None,
-    choices: Sequence[str] = DEFAULT_CHOICES,
-    cost: str = "bits",
-    progress: bool | None = None,
-    output: Location | None = None,
-    allow_overlap: bool = False,
-    held_out: Windows | None = None,
-) -> Plan:
+def make_plan(model: PreTrainedModel | GraphModule, asked: PlanRequest) -> Plan:
     """``plan`` with the figures that led to it."""
-    specs = parse_choices(choices, budget, cost)
-    folder = writable(output, "output")
+    specs = parse_choices(asked.choices, asked.budget, asked.cost)
+    folder = writable(asked.output, "output")
     graph = model if isinstance(model, GraphModule) else trace(model)
-    windows = as_windows(data, graph)
-    batches = as_batches(calibration, graph)
-    check_unseen(graph, windows, data, batches, calibration, allow_overlap)
-    unseen = _unseen(held_out, graph, windows)
-    if unseen is not None:
-        check_unseen(graph, unseen, held_out, batches, calibration, allow_overlap)
-    read = watched(calibration, batches)
-    observed = _observed(graph, specs, read, progress is not False)
+    windows = as_windows(asked.data, graph)
+    batches = as_batches(asked.calibration, graph)
+    unseen = _unseen(asked.held_out, graph, windows)
+    for given, ids in ((asked.data, windows), (asked.held_out, unseen)):
+        if ids is not None:
+            check_unseen(graph, ids, given, batches, asked.calibration, asked.allow_overlap)
+    read = watched(asked.calibration, batches)
+    observed = _observed(graph, specs, read, asked.progress is not False)
     tensors = [value for batch in batches or () for _, value in sorted(batch.items())]
     reference = Reference(graph, windows)
 
@@ -130,20 +126,20 @@ def make_plan(
     forward_seconds = plain_forward(lab)[0]
     forwards = plan_forwards(lab, sites, specs)
     whole = {name: seconds_of(name, each, forward_seconds) for name, each in forwards.items()}
-    shown = Progress(progress, whole, name="plan")
-    announce_plan(shown, budget, specs, len(sites), windows, forwards, forward_seconds)
+    shown = Progress(asked.progress, whole, name="plan")
+    announce_plan(shown, asked.budget, specs, len(sites), windows, forwards, forward_seconds)
     with Store(folder, fingerprint(observed, [*windows, *tensors], "plan")) as store:
         planner = _Planner(
             lab=lab,
             sites=sites,
             specs=specs,
-            cost=COSTS[cost],
-            budget=budget,
+            cost=COSTS[asked.cost],
+            budget=asked.budget,
             store=store,
             progress=shown,
         )
         with kept(store):
-            found = planner.run(verify, cost)
+            found = planner.run(verify, asked.cost)
             if unseen is not None:
                 other = Reference(graph, unseen)
                 measured = other.measure(convert(graph, found.scheme, calibration=read))
@@ -190,7 +186,12 @@ def _observed(
     batches: Batches | None,
     progress: bool,
 ) -> GraphModule:
-    """Calibrated at every site where one of the choices has a static range."""
+    """Calibrated at every site where one of the choices has a static range; SchemeError where a
+    repair has chosen codes that a choice would have to choose again."""
+    for path, module in graph.named_modules():
+        for spec in specs.values():
+            if spec.weight is not None:
+                check_chosen(module, spec.weight, path)
     static = [s for s in specs.values() if s.activation is not None and not s.activation.dynamic]
     scheme = Scheme(static[0] if static else next(s for s in specs.values() if s.weight))
     return convert(graph, scheme, calibration=batches, level="observed", progress=progress)

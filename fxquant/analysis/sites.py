@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from fxquant.analysis.parts import CAUSES, Cause, Parts, with_parts
 from fxquant.errors import SchemeError
-from fxquant.ir.blocks import block_of
+from fxquant.ir.blocks import block_of, within
 from fxquant.ir.graph import LINEAR, Site, info, linear_parameters, site_outputs, source_of
 from fxquant.ir.weights import site_codes
 from fxquant.numerics.observers import HistogramObserver
@@ -282,7 +282,7 @@ def places(gm: GraphModule, sites: Sequence[Located]) -> dict[str, Place]:
         else:
             groups.setdefault((block, source_of(each.node)), []).append(each.path)
     for (block, _), paths in groups.items():
-        kind = _joined([path.removeprefix(f"{block}.") for path in paths])
+        kind = _joined([within(path, block) for path in paths])
         found.update({path: Place(block, kind) for path in paths})
     return {each.path: found[each.path] for each in sites}
 

@@ -12,17 +12,13 @@ from torch.fx import Node
 
 from fxquant.checkpoint.size_numbers import SEQUENCES
 from fxquant.ir.leaves import Conv1D, OnlineRotation
-from fxquant.ir.levels import OPS
+from fxquant.ir.legal_forms import OPS
+from fxquant.ir.operands import op_name
 from fxquant.numerics.quantization import group_count
+from fxquant.structure.vocabulary import PRODUCTS, Kind, is_a
 
 ITEMS = 2**14  # in a tuple with all that it holds: splits, groups
-_PRODUCTS = {
-    *(nn.functional.linear, torch.matmul, torch.bmm, torch.mm, torch.baddbmm, torch.outer),
-    *(operator.matmul, nn.functional.scaled_dot_product_attention),
-}
 _PIECES = {"unbind", "split", "chunk"}
-
-
 _OF_BITS = {
     *(operator.and_, operator.or_, operator.xor, operator.invert, operator.lshift),
     *(operator.rshift, torch.bitwise_and),
@@ -50,7 +46,7 @@ def run_call(
     if node.op == "call_method":
         if not isinstance(args[0], Tensor):
             raise TypeError(f"a method of a {type(args[0]).__name__}, which is no tensor")
-        _check_pieces(str(node.target), args, kwargs)
+        _guard(node, args, kwargs)
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     function: Callable[..., Any] = node.target  # type: ignore[assignment]
     if function is OPS.grouped_gemm.default:
@@ -58,7 +54,7 @@ def run_call(
     if function is OPS.int_matmul.default:
         _check_dtypes(args)
         return torch.matmul(*args).to(torch.int32)  # without its loop over the length
-    _guard(function, args, kwargs)
+    _guard(node, args, kwargs)
     return function(*args, **kwargs)
 
 
@@ -86,24 +82,23 @@ def _grouped_gemm(
     return result
 
 
-def _guard(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise before a function does what could take without bound, or reach what is no tensor."""
-    if function is getattr:
+def _guard(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise before a call does what could take without bound, or reach what is no tensor."""
+    if node.target is getattr:
         if not isinstance(args[0], Tensor | torch.finfo):
             raise TypeError(f"an attribute of a {type(args[0]).__name__}, which is no tensor")
-    elif function in _OF_BITS:
+    elif node.target in _OF_BITS:
         if any(isinstance(each, Tensor) and each.is_floating_point() for each in args):
             raise TypeError("the bits of a float")
-    elif function in _PRODUCTS:
-        _check_dtypes(args[:3])
-    elif function in (torch.unbind, torch.split, torch.chunk):
-        _check_pieces(function.__name__, args, kwargs)
+    elif is_a(node, Kind.LINEAR, *PRODUCTS):
+        named = (value for name, value in kwargs.items() if name != "attn_mask")
+        _check_dtypes((*args[:3], *named))
+    elif op_name(node) in _PIECES:
+        _check_pieces(op_name(node), args, kwargs)
 
 
 def _check_pieces(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise before a tensor is cut into more pieces than may be kept."""
-    if name not in _PIECES:
-        return
     operands = (*args, *kwargs.values())
     tensors = [each for each in operands if isinstance(each, Tensor)]
     extents = [extent for each in tensors for extent in each.shape]

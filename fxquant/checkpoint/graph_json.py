@@ -24,7 +24,7 @@ from fxquant.errors import CheckpointError
 from fxquant.formats.table import GRIDS
 from fxquant.ir.functions import causal_mask, default_mask, hide, shared_heads
 from fxquant.ir.graph import Tag, set_tag, tag
-from fxquant.ir.levels import LEGAL
+from fxquant.ir.legal_forms import LEGAL
 
 _OPERATOR = """abs add and_ eq floordiv ge getitem gt iadd invert le lshift lt matmul mod mul ne neg
 not_ or_ pow rshift setitem sub truediv xor"""

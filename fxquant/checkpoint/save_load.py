@@ -41,6 +41,7 @@ from fxquant.checkpoint.target import saving
 from fxquant.errors import CheckpointError, FxquantError
 from fxquant.files.doors import Location, as_path, door, parse_json, reason
 from fxquant.files.tensor_file import storage_order
+from fxquant.ir.blocks import block_of
 from fxquant.ir.graph import GraphInfo, info
 from fxquant.ir.streamed import check_present, sources_of
 from fxquant.pipeline.arguments import as_device, checked_call
@@ -230,15 +231,12 @@ class _Tensors:
 
     def by_block(self, blocks: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
         """What one file holds: the tensors of each block, then the others."""
-        rest = dict.fromkeys(self.owners)
-        for block in blocks:
-            names = [key for key in rest if key.startswith(f"{block}.")]
-            for key in names:
-                del rest[key]
-            if names:
-                yield {key: self._stored(key) for key in names}
-        if rest:
-            yield {key: self._stored(key) for key in rest}
+        parts: dict[str | None, list[str]] = {}
+        for key in self.owners:
+            parts.setdefault(block_of(key, blocks), []).append(key)
+        for part in (*blocks, None):
+            if part in parts:
+                yield {key: self._stored(key) for key in parts[part]}
 
     def _stored(self, key: str) -> Tensor:
         module, name = self.owners[key]

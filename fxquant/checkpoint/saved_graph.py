@@ -24,7 +24,7 @@ from fxquant.files.tensor_file import TensorFile, restore_order
 from fxquant.frontends.scoring import ScoringGraph
 from fxquant.ir.certificate import check_chunks
 from fxquant.ir.graph import GraphInfo, set_info, tag
-from fxquant.ir.levels import verify
+from fxquant.ir.legal_forms import verify
 from fxquant.ir.streamed import Source, stream_leaf
 
 _FIELDS = {"class_name", "info", "modules", "ties", "orders", "nodes"}

@@ -19,7 +19,7 @@ from fxquant.errors import CheckpointError
 from fxquant.formats.integer import IntegerGrid
 from fxquant.ir.graph import Level, Site, SiteRecord, get_tensor, info, is_op, site_outputs
 from fxquant.ir.leaves import Conv1D, Fp32Linear, QuantizedParameters
-from fxquant.ir.levels import OPS
+from fxquant.ir.legal_forms import OPS
 from fxquant.ir.operands import operands
 from fxquant.schemes.scheme import Scheme
 from fxquant.schemes.specs import ActivationSpec, TensorSpec

@@ -15,7 +15,7 @@ from fxquant.formats.integer import IntegerGrid
 from fxquant.formats.table import GRIDS
 from fxquant.ir.graph import get_tensor, info, is_op
 from fxquant.ir.leaves import CodedLinear, InverseScale, OutlierIndex, QuantizedParameters
-from fxquant.ir.levels import OPS
+from fxquant.ir.legal_forms import OPS
 from fxquant.ir.operands import operands
 from fxquant.numerics.quantization import group_count, split_groups
 from fxquant.schemes.scheme import Scheme

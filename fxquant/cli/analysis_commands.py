@@ -17,7 +17,7 @@ from fxquant.analysis.explanation import (
     check_request,
     explain,
 )
-from fxquant.analysis.planning import DEFAULT_CHOICES, make_plan, parse_choices
+from fxquant.analysis.planning import DEFAULT_CHOICES, PlanRequest, make_plan, parse_choices
 from fxquant.cli.arguments import (
     add_model_arguments,
     add_text_arguments,
@@ -163,18 +163,18 @@ def _plan(options: argparse.Namespace) -> int:
         raise DataError(f"held-out windows must be at least 0, got {options.held_out_windows}")
     material = _load(options, options.held_out_windows)
     try:
-        found = make_plan(
-            material.graph,
-            data=material.windows.evaluation,
-            budget=options.budget,
-            calibration=material.recording,
-            choices=options.choices,
-            cost=options.cost,
+        asked = PlanRequest(
+            material.windows.evaluation,
+            options.budget,
+            material.recording,
+            options.choices,
+            options.cost,
             progress=True,
             output=options.output,
             allow_overlap=True,  # cut keeps them apart, by position
             held_out=material.held_out,
         )
+        found = make_plan(material.graph, asked)
     except KeyboardInterrupt as stop:
         return _interrupted(options, stop)
     material = material.finished(options.command_name)

@@ -8,13 +8,13 @@ from pathlib import Path
 from fxquant.cli.arguments import add_cache_argument, place, whole, window_count
 from fxquant.cli.signals import INTERRUPTED
 from fxquant.errors import DataError
-from fxquant.evaluation.comparison import check_format, format_results
 from fxquant.evaluation.journal import read_journal
 from fxquant.evaluation.models import DTYPES
 from fxquant.evaluation.presets import PRESETS, reproduce
 from fxquant.evaluation.result_notes import tokenizer_notes
 from fxquant.evaluation.sweep import SweepOutcome, run_sweep
 from fxquant.evaluation.sweep_file import read_sweep
+from fxquant.evaluation.sweep_tables import check_format, format_results
 from fxquant.evaluation.tables import LEGEND
 from fxquant.ir.counted import counted
 

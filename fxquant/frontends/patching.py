@@ -157,6 +157,19 @@ def tracing() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _replaced(*changes: tuple[Any, str, object]) -> Iterator[None]:
+    """Within the block, each (owner, name) is the value that stands behind it."""
+    before = [(owner, name, inspect.getattr_static(owner, name)) for owner, name, _ in changes]
+    for change in changes:
+        setattr(*change)
+    try:
+        yield
+    finally:
+        for change in before:
+            setattr(*change)
+
+
+@contextlib.contextmanager
 def no_mask_left_out() -> Iterator[None]:
     """In an ``exclusive`` function: models of this thread make their masks whatever these hold.
 
@@ -165,13 +178,9 @@ def no_mask_left_out() -> Iterator[None]:
     if hf_fx is None:
         yield
         return
-    original = inspect.getattr_static(AttentionMaskConverter, "_ignore_causal_mask_sdpa")
-    ours = for_this_thread(lambda *_, **__: False, original.__func__)
-    AttentionMaskConverter._ignore_causal_mask_sdpa = staticmethod(ours)
-    try:
+    ours = for_this_thread(lambda *_, **__: False, AttentionMaskConverter._ignore_causal_mask_sdpa)
+    with _replaced((AttentionMaskConverter, "_ignore_causal_mask_sdpa", staticmethod(ours))):
         yield
-    finally:
-        AttentionMaskConverter._ignore_causal_mask_sdpa = original
 
 
 @contextlib.contextmanager
@@ -189,10 +198,8 @@ def parameters_on_meta() -> Iterator[None]:
         """Nothing to start with: the weights come from files."""
 
     original, init = nn.Module.register_parameter, PreTrainedModel.init_weights
-    nn.Module.register_parameter = for_this_thread(register, original)  # type: ignore[method-assign]
-    PreTrainedModel.init_weights = for_this_thread(leave, init)
-    try:
+    with _replaced(
+        (nn.Module, "register_parameter", for_this_thread(register, original)),
+        (PreTrainedModel, "init_weights", for_this_thread(leave, init)),
+    ):
         yield
-    finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
-        PreTrainedModel.init_weights = init

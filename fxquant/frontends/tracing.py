@@ -38,7 +38,7 @@ from fxquant.ir.graph import (
     lowered_already,
     set_info,
 )
-from fxquant.ir.levels import verify
+from fxquant.ir.legal_forms import verify
 from fxquant.ir.size import bytes_by_dtype
 from fxquant.ir.streamed import restream, streamed_device, streamed_tensors, unstreamed
 from fxquant.pipeline.arguments import checked_call

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from fxquant.inspection.formulas import formula, operator_name
 from fxquant.inspection.shapes import UNKNOWN, Value
-from fxquant.ir.blocks import block_of
+from fxquant.ir.blocks import block_of, within
 from fxquant.ir.records import NodeText
 
 WIDTH = 100
@@ -99,20 +99,19 @@ class Names:
         self._block = block
         self._returned = {arg[1:] for n in nodes.values() if n.op == "output" for arg in n.args}
         every = list(sites)
-        inside = [site for site in every if site.startswith(f"{block}.")] if block else []
-        self._short = {**_shortest(every, ""), **_shortest(inside, f"{block}.")}
+        inside = [site for site in every if block_of(site, (block,))]
+        self._short = {**_shortest(every, ""), **_shortest(inside, block)}
 
     def site(self, path: str) -> str:
         """``q_proj``: the end of the path where that is one site of the listed block, or of all."""
-        return self._short.get(path, path.removeprefix(f"{self._block}.") if self._block else path)
+        return self._short.get(path, within(path, self._block))
 
     def local(self, node: NodeText) -> str:
         """The node's name inside its site, "" for the module call at the site's own path."""
         site, name = node.tag.site, node.name
         if site is None:
             path = node.target if node.op in ("call_module", "get_attr") else name
-            path = path.removeprefix(f"{self._block}.") if self._block else path
-            return operator_name(path)
+            return operator_name(within(path, self._block))
         if node.op == "get_attr":
             return node.target.removeprefix(f"{site}.")
         if node.op == "call_module" and node.target == site:
@@ -197,11 +196,11 @@ class Names:
         return local if local and node.tag.site == reader.tag.site else self.full(node)
 
 
-def _shortest(sites: Sequence[str], prefix: str) -> dict[str, str]:
-    """The end of each path where no other ends so, else what follows the prefix."""
+def _shortest(sites: Sequence[str], block: str) -> dict[str, str]:
+    """The end of each path where no other ends so, else what follows the block."""
     last = [site.rpartition(".")[2] for site in sites]
     return {
-        site: name if last.count(name) == 1 else site.removeprefix(prefix)
+        site: name if last.count(name) == 1 else within(site, block)
         for site, name in zip(sites, last, strict=True)
     }
 

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from fxquant.ir.graph import device_of, info
-from fxquant.ir.levels import observer_nodes
+from fxquant.ir.legal_forms import observer_nodes
 from fxquant.ir.size import short_dtype
 from fxquant.run.execution import Executor
 

@@ -12,6 +12,7 @@ from tabulate import tabulate
 
 from fxquant.inspection.folding import fold
 from fxquant.inspection.summary import SiteRow, Summary, span
+from fxquant.ir.blocks import within
 from fxquant.ir.calibration import calibration_words
 from fxquant.ir.coverage import share_words
 from fxquant.ir.records import PassRecord, SiteRecord
@@ -193,7 +194,7 @@ def _cells(row: SiteRow, prefix: str) -> list[str]:
 
 def _place(row: SiteRow, prefix: str) -> str:
     inside = row.site.role in BLOCK_ROLES
-    path = row.path.removeprefix(f"{prefix}.") if inside else row.path.rpartition(".")[2]
+    path = within(row.path, prefix) if inside else row.path.rpartition(".")[2]
     return path + (f" ({row.count})" if row.count > 1 else "")
 
 

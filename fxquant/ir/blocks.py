@@ -15,6 +15,11 @@ def block_of(path: str, blocks: Iterable[str]) -> str | None:
     return next((b for b in blocks if path == b or path.startswith(f"{b}.")), None)
 
 
+def within(path: str, block: str) -> str:
+    """``path`` from the block on, ``mlp.up_proj``; whole where it does not lie in it."""
+    return path.removeprefix(f"{block}.")
+
+
 @dataclass(frozen=True)
 class BlockStarts:
     """``first``: the node at which each block begins, in graph order. ``behind``: the first node

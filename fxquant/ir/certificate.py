@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 from fxquant.errors import VerificationError
 from fxquant.formats.packing import unpack_int4
 from fxquant.ir.graph import get_tensor, is_op, tag
-from fxquant.ir.levels import OPS
+from fxquant.ir.legal_forms import OPS
 from fxquant.ir.operands import operands
 from fxquant.numerics.gemm import CHUNK, certified_chunk
 

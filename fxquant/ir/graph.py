@@ -120,11 +120,18 @@ def info(gm: GraphModule) -> GraphInfo:
 
 
 def lowered_already(facts: GraphInfo) -> str:
-    """What a graph that is float no more has become, and what can be done with it; "" if it is."""
-    if facts.level == Level.FLOAT:
-        return ""
+    """Why no scheme can start from a graph, and what can be done with it; "" if one can."""
     scheme = f"scheme {facts.scheme}, level {facts.level}"
     source = "start from the model or from fxquant.trace(model) for another scheme"
+    if facts.level == Level.FLOAT:
+        if facts.scheme == "fp32-gemm":
+            return f"the graph's linears compute in fp32 already (scheme fp32-gemm): {source}"
+        if any(site.role == "matmul" for site in facts.sites):
+            return (
+                "attention's products are sites of this graph already (a repair such as attn8 "
+                f"ran): {source}, and name the repair in the scheme"
+            )
+        return ""
     if facts.level == Level.OBSERVED:
         return (
             f"the graph has observers already (level {facts.level}): {source}, or finish this one: "

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxquant.errors import SchemeError, VerificationError
+from fxquant.errors import SchemeError
 from fxquant.ir.graph import ModuleT, install, linear_parameters
 from fxquant.ir.leaves import CodedLinear, Conv1D
 from fxquant.numerics.weight_codes import WeightCodes, min_max_codes
 from fxquant.schemes.specs import TensorSpec
+from fxquant.schemes.spelling import spell_weight
 
 
 def with_parameters(module: ModuleT, **values: Tensor | None) -> ModuleT:
@@ -78,18 +79,25 @@ def choose_codes(
     return not torch.equal(nearest.codes, chosen.codes)
 
 
+def check_chosen(module: nn.Module, spec: TensorSpec, site: str) -> None:
+    """Raise SchemeError where a repair chose the site's codes for another spec."""
+    if isinstance(module, CodedLinear) and module.spec != spec:
+        raise SchemeError(
+            f"{site}: a repair of this graph has chosen its codes as {spell_weight(module.spec)}, "
+            f"the scheme asks for {spell_weight(spec)}: start from the model or from "
+            "fxquant.trace(model) for another scheme"
+        )
+
+
 def site_codes(module: nn.Module, spec: TensorSpec, site: str) -> WeightCodes:
     """The codes that a repair chose for the site, else its weight rounded to nearest.
 
-    Raises VerificationError if they were chosen for another spec.
+    Raises SchemeError if they were chosen for another spec.
     """
+    check_chosen(module, spec, site)
     weight = linear_parameters(module)[0]
     if not isinstance(module, CodedLinear):
         return min_max_codes(weight, spec, site)
-    if module.spec != spec:
-        raise VerificationError(
-            f"quantize: {site}: its codes were chosen for {module.spec}, the scheme asks for {spec}"
-        )
     # By attribute: streamed buffers are on meta.
     tensors = {name: getattr(module.codes, name) for name, _ in module.codes.named_buffers()}
     return WeightCodes.read(tensors, spec, weight.shape[1])

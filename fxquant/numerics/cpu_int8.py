@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fxquant.numerics.gemm import reference_int_gemm
+
 # Rows, length, columns: a vector, odd tails, a block of the kernel and more.
 _SHAPES = ((1, 64, 48), (3, 67, 33), (16, 1024, 64), (65, 257, 130))
 
@@ -45,16 +47,20 @@ def _tested() -> bool:
 
 def _agrees(rows: int, length: int, columns: int) -> bool:
     """Against int64, on the largest codes in every combination of signs and on mixed ones."""
-    mixed = torch.arange(rows * length, device="cpu").mul(37).remainder(256).sub(128)
-    weights = torch.arange(columns * length, device="cpu").mul(91).remainder(256).sub(128)
-    lefts = [torch.full((rows, length), value, device="cpu") for value in (127, -128)]
-    rights = [torch.full((columns, length), value, device="cpu") for value in (127, -128)]
+    count = max(rows, columns) * length
+    mixed, other = (
+        torch.arange(count, device="cpu").mul(step).remainder(256).sub(128).to(torch.int8)
+        for step in (37, 91)
+    )
+    ends = [torch.full((count,), value, dtype=torch.int8, device="cpu") for value in (127, -128)]
+    pairs = (
+        (x[: rows * length].view(rows, length), w[: columns * length].view(columns, length))
+        for x in (*ends, mixed)
+        for w in (*ends, other)
+    )
     return all(
-        torch.equal(
-            torch._int_mm(x.to(torch.int8), w.to(torch.int8).t()).to(torch.int64), x @ w.t()
-        )
-        for x in (*lefts, mixed.view(rows, length))
-        for w in (*rights, weights.view(columns, length))
+        torch.equal(torch._int_mm(x, w.t()).to(torch.int64), reference_int_gemm(x, w))
+        for x, w in pairs
     )
 
 

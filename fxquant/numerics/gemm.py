@@ -33,7 +33,10 @@ def certified_chunk(weight_codes: Tensor, max_code: int) -> int:
 
 
 def reference_int_gemm(x_codes: Tensor, weight_codes: Tensor) -> Tensor:
-    """int64 product ``x_q @ w_q.T``, obviously right and slow: [..., K] by [N, K] to [..., N]."""
+    """int64 product ``x_q @ w_q.T``, obviously right and slow: [..., K] by [N, K] to [..., N].
+
+    What a processor's own kernel is asked against before it is trusted.
+    """
     return x_codes.to(torch.int64) @ weight_codes.to(torch.int64).t()
 
 

@@ -12,7 +12,6 @@ Conventions, used everywhere:
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,13 +20,6 @@ from fxquant.errors import NonFiniteError
 
 # The smallest scale: the reciprocal of any smaller (subnormal) number may be infinite.
 MIN_SCALE = torch.finfo(torch.float32).tiny
-
-
-class Clipping(NamedTuple):
-    """Fractions of elements (0-dim float32) whose rounded code fell outside [qmin, qmax]."""
-
-    low: Tensor
-    high: Tensor
 
 
 def check_finite(x: Tensor, what: str, site: str) -> None:
@@ -198,38 +190,18 @@ def encode(
     dtype: torch.dtype = torch.int8,
     group_size: int | None = None,
 ) -> Tensor:
-    """The codes alone, without statistics: what stands in a graph."""
-    return rounded_codes(x, scale, zero_point, group_size).clamp_(qmin, qmax).to(dtype)
-
-
-def quantize_affine(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    qmin: int,
-    qmax: int,
-    dtype: torch.dtype = torch.int8,
-    *,
-    group_size: int | None = None,
-) -> tuple[Tensor, Clipping]:
-    """Codes ``clamp(round(x / scale) + zero_point, qmin, qmax)`` and the clipped fractions.
+    """Codes ``clamp(round(x / scale) + zero_point, qmin, qmax)``: what stands in a graph.
 
     Args:
         x: float tensor of any shape and dtype; the division is float32.
         scale, zero_point: broadcast against ``x``; ``[..., G]`` for groups of the last dimension.
+        dtype: must hold [qmin, qmax].
         group_size: needed only where the groups do not divide the last dimension.
 
-    Raises ValueError if ``dtype`` cannot hold [qmin, qmax] or the groups do not fit. Ties round
-    to even. NaN has no code: see check_finite.
+    Raises ValueError if the groups do not fit. Ties round to even. NaN has no code: see
+    check_finite.
     """
-    info = torch.iinfo(dtype)
-    if not info.min <= qmin < qmax <= info.max:
-        raise ValueError(f"codes {qmin}..{qmax} do not fit {dtype}")
-    codes = rounded_codes(x, scale, zero_point, group_size)
-    count = max(codes.numel(), 1)
-    # dtype: an integer's quotient would be of torch's default dtype.
-    low, high = (side.sum(dtype=torch.float32) / count for side in (codes < qmin, codes > qmax))
-    return codes.clamp_(qmin, qmax).to(dtype), Clipping(low, high)
+    return rounded_codes(x, scale, zero_point, group_size).clamp_(qmin, qmax).to(dtype)
 
 
 def nan_rows(x: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from fxquant.ir.graph import (
     tag,
     update_info,
 )
-from fxquant.ir.levels import verify
+from fxquant.ir.legal_forms import verify
 from fxquant.ir.snapshot import Snapshot
 from fxquant.ir.streamed import check_present
 from fxquant.pipeline.context import BARE, Context

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxquant.ir.graph import device_of, info, tag
-from fxquant.ir.levels import observer_nodes
+from fxquant.ir.legal_forms import observer_nodes
 from fxquant.run.execution import Executor
 
 

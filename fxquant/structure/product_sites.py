@@ -13,7 +13,7 @@ from fxquant.formats.integer import integer
 from fxquant.ir.builder import Builder
 from fxquant.ir.graph import Site, SiteRecord, device_of, install, is_op
 from fxquant.ir.leaves import QuantizedParameters
-from fxquant.ir.levels import OPS
+from fxquant.ir.legal_forms import OPS
 from fxquant.ir.operands import op_name, operands
 from fxquant.numerics.observers import HistogramObserver
 from fxquant.numerics.static_input import static_input

@@ -30,7 +30,8 @@ class Kind(enum.Enum):
     MASK = ("where", "masked_fill", "hide")
     # The second is what decompose_attention writes: 0, not NaN, for a row that attends to nothing.
     SOFTMAX = ("softmax", "_safe_softmax.default")
-    MATMUL = ("matmul", "bmm", "baddbmm", "einsum")
+    LINEAR = ("linear",)
+    MATMUL = ("matmul", "bmm", "baddbmm", "mm", "einsum")
     ATTENTION = ("scaled_dot_product_attention",)
     SHAPE = ("size", "dim", "ndim", "numel", "stride", "getattr", "new_zeros", "new_ones")
 

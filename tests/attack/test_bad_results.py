@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from fxquant.errors import FxquantError
-from fxquant.evaluation.comparison import format_results
 from fxquant.evaluation.journal import read_journal
 from fxquant.evaluation.report.page import read_report, render
+from fxquant.evaluation.sweep_tables import format_results
 from tests.attack.bad import refused
 from tests.attack.json_mutations import mutated
 from tests.report_folder import write_folder

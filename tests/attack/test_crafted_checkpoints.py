@@ -20,7 +20,7 @@ from fxquant.checkpoint.manifest import is_checkpoint
 from fxquant.cli.main import main
 from fxquant.errors import CheckpointError
 from fxquant.ir.graph import info, is_op
-from fxquant.ir.levels import OPS
+from fxquant.ir.legal_forms import OPS
 from tests.architectures import llama, token_ids
 from tests.attack.mutations import sign, write
 from tests.attack.watch import foreign_reads, watched

@@ -20,7 +20,7 @@ from fxquant.checkpoint.manifest import MANIFEST, is_checkpoint
 from fxquant.errors import CheckpointError, GraphCallError
 from fxquant.ir.graph import info, is_op, update_info
 from fxquant.ir.leaves import InverseScale
-from fxquant.ir.levels import OPS
+from fxquant.ir.legal_forms import OPS
 from tests.architectures import gpt2, llama, opt, token_ids
 from tests.attack.mutations import write
 from tests.attack.test_crafted_checkpoints import changed, fill

@@ -40,52 +40,58 @@ def watch(shadow: nn.Module, original: nn.Module, recording: Recording, guards: 
 def _place(
     path: str, forward: Callable[..., Any], recording: Recording, guards: Guards
 ) -> Callable[..., Any]:
+    def inside(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if recording.stop.is_set():
+            raise Stopped
+        value = forward(*args, **kwargs)
+        guards.check()
+        return value
+
+    return _placed(path, forward, recording, inside)
+
+
+def _leaf(
+    path: str, forward: Callable[..., Any], recording: Recording, guards: Guards
+) -> Callable[..., Any]:
+    def inside(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        versions = [tensor._version for tensor in given]
+        recording.paused = True
+        try:
+            guards.check()
+            value = forward(*args, **kwargs)
+            guards.check_inside()
+        finally:
+            recording.paused = False
+        written = [tensor._version for tensor in given] != versions
+        # What gives its input back does nothing: dropout of an eval model.
+        if written or not any(value is tensor for tensor in given):
+            recording.call(Call("call_module", path, args, kwargs), value)
+        return value
+
+    return _placed(path, forward, recording, inside)
+
+
+def _placed(
+    path: str,
+    forward: Callable[..., Any],
+    recording: Recording,
+    inside: Callable[[tuple[Any, ...], dict[str, Any]], Any],
+) -> Callable[..., Any]:
+    """``forward`` while nothing is recorded, else ``inside``, whose nodes stand at ``path``."""
+
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
         if recording.paused:
             return forward(*args, **kwargs)
-        if recording.stop.is_set():
-            raise Stopped
         recording.places.append(path)
         try:
-            value = forward(*args, **kwargs)
-            guards.check()
+            return inside(args, kwargs)
         except (Stopped, FailedIn):
             raise
         except Exception as error:
             raise FailedIn(path) from error
         finally:
             recording.places.pop()
-        return value
-
-    return run
-
-
-def _leaf(
-    path: str, forward: Callable[..., Any], recording: Recording, guards: Guards
-) -> Callable[..., Any]:
-    @functools.wraps(forward)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if recording.paused:
-            return forward(*args, **kwargs)
-        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        versions = [tensor._version for tensor in given]
-        recording.places.append(path)
-        recording.paused = True
-        try:
-            guards.check()
-            value = forward(*args, **kwargs)
-            guards.check_inside()
-            recording.paused = False
-            written = [tensor._version for tensor in given] != versions
-            # What gives its input back does nothing: dropout of an eval model.
-            if written or not any(value is tensor for tensor in given):
-                recording.call(Call("call_module", path, args, kwargs), value)
-        except Exception as error:
-            raise FailedIn(path) from error
-        finally:
-            recording.paused = False
-            recording.places.pop()
-        return value
 
     return run

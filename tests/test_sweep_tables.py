@@ -10,7 +10,6 @@ from dataclasses import replace
 import pytest
 
 from fxquant.errors import DataError
-from fxquant.evaluation.comparison import FORMATS, format_results, groups
 from fxquant.evaluation.datasets import NAMED
 from fxquant.evaluation.fingerprint import depends_on_seed
 from fxquant.evaluation.journal import Result
@@ -25,6 +24,7 @@ from fxquant.evaluation.published import (
     Published,
 )
 from fxquant.evaluation.results import Row
+from fxquant.evaluation.sweep_tables import FORMATS, format_results, groups
 from fxquant.schemes.scheme import Scheme
 
 GPTQ_W4 = f"w4-asym{GPTQ_OF_THE_PAPER}"
