@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fxquant.analysis.prediction import Step, seconds_of
+from fxquant.analysis.prediction import Step
 from fxquant.analysis.progress import Progress, clock
 from fxquant.ir.counted import counted
 from fxquant.recipes.repairs import REPAIRS
@@ -60,7 +60,7 @@ def announce(
 
 def least_seconds(steps: Sequence[Step], forward_seconds: float) -> float:
     """What cannot be left out is expected to take."""
-    return sum(seconds_of(each.name, each.least, forward_seconds) for each in steps)
+    return sum(step.least_seconds(forward_seconds) for step in steps)
 
 
 def run_text(methods: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -178,7 +179,7 @@ def _measured(
             purse=purse,
             forward_seconds=forward_seconds,
             notes=notes,
-            decode=None if asked.tokenizer is None else asked.decode,
+            decode=None if asked.tokenizer is None else functools.cache(asked.decode),
             seconds=seconds,
             repaired=bool(asked.scheme.repairs),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,36 +14,50 @@ from torch.fx import GraphModule, Node
 from fxquant.analysis.calibrated import READ_TOKENS
 from fxquant.analysis.effects import EFFECTS
 from fxquant.analysis.inputs import named_graph
+from fxquant.analysis.int8_product import multiplies_int8
 from fxquant.analysis.lab import FLOAT_SETTING, Lab
 from fxquant.analysis.path import MOST_FORWARDS
 from fxquant.analysis.sites import Place, places, simulated_spec
 from fxquant.analysis.worst_first import ALLOWANCE, ends_cost, opening_cost
-from fxquant.ir.graph import Site, site_outputs
+from fxquant.ir.graph import Site, device_of, float_dtype, site_outputs
 from fxquant.schemes.scheme import Scheme
 from fxquant.schemes.specs import FLOAT, SiteSpec
 
 # Seconds over those that the same nodes take in float, as measured on SmolLM2-135M: observing,
 # quantizing and splitting errors cost, and of the other choices few start at the first node.
 SLOWER = {"calibration": 1.0, "local figures": 3.5, "path": 1.4, "other choices": 1.2}
+# The same where most of the quantized sites are computed in int8 (int8_product.py).
+IN_INT8 = {
+    "other choices": 0.7,
+    "recovery": 0.6,
+    "in_order:kinds": 0.8,
+    "causes of the worst sites": 0.6,
+}
 USUAL = 1.1
 
 
 @dataclass(frozen=True)
 class Step:
     """A step of an explanation and the most forwards that it takes, by nodes; ``least``: those
-    that it takes even if time is short."""
+    that it takes even if time is short; ``int8``: as in ``seconds_of``."""
 
     name: str
     forwards: float
     least: float
+    int8: bool = False
 
     def seconds(self, forward_seconds: float) -> float:
-        return seconds_of(self.name, self.forwards, forward_seconds)
+        return seconds_of(self.name, self.forwards, forward_seconds, self.int8)
+
+    def least_seconds(self, forward_seconds: float) -> float:
+        return seconds_of(self.name, self.least, forward_seconds, self.int8)
 
 
-def seconds_of(step: str, forwards: float, forward_seconds: float) -> float:
-    """What so many forwards of a step are expected to take."""
-    return forwards * forward_seconds * SLOWER.get(step, USUAL)
+def seconds_of(step: str, forwards: float, forward_seconds: float, int8: bool = False) -> float:
+    """What so many forwards of a step are expected to take. ``int8``: quantized sites are computed
+    by the processor's int8 instructions."""
+    slower = {**SLOWER, **IN_INT8} if int8 else SLOWER
+    return forwards * forward_seconds * slower.get(step, USUAL)
 
 
 @dataclass(frozen=True)
@@ -90,9 +104,16 @@ def expected(
     named = named_graph(graph, scheme)
     calibration = sum(batch["input_ids"].numel() for batch in batches or ()) / tokens
     read = READ_TOKENS / tokens
-    steps = predict(named, planned_sites(named, scheme), methods, worst, calibration, read)
+    sites = planned_sites(named, scheme)
+    steps = predict(named, sites, methods, worst, calibration, read)
+    likes = float_dtype(named), device_of(named)
+    int8 = 2 * sum(multiplies_int8(*likes, each.site, each.spec) for each in sites) > len(sites)
     # Dynamic ranges are not calibrated; other choices read the batches all the same.
-    return [s for s in steps if s.name != "calibration" or scheme.needs_calibration]
+    return [
+        replace(step, int8=int8)
+        for step in steps
+        if step.name != "calibration" or scheme.needs_calibration
+    ]
 
 
 def predict(

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxquant.analysis.parts import CAUSES, Cause, Parts, with_parts
+from fxquant.analysis.int8_product import Int8Product, int8_product
+from fxquant.analysis.parts import CAUSES, EVERY_PART, Cause, Parts, with_parts
 from fxquant.errors import SchemeError
 from fxquant.ir.blocks import block_of, within
 from fxquant.ir.graph import LINEAR, Site, info, linear_parameters, site_outputs, source_of
@@ -70,7 +71,10 @@ class SimulatedSite(abc.ABC):
 
 @dataclass(frozen=True, eq=False)
 class LinearSite(SimulatedSite):
-    """A linear: W [N, K], Ŵ = its dequantized codes, in the model's dtype."""
+    """A linear: W [N, K], Ŵ = its dequantized codes, in the model's dtype.
+
+    ``product8``: computes the output with every part, where that is faster.
+    """
 
     weight: Tensor
     coded_weight: Tensor
@@ -78,9 +82,12 @@ class LinearSite(SimulatedSite):
     quantizer: Quantizer | None
     spec: SiteSpec
     observer: HistogramObserver | None
+    product8: Int8Product | None = None
 
     def output(self, parts: Parts, *operands: Tensor) -> Tensor:
         (x,) = operands
+        if self.product8 is not None and self.quantizer is not None and parts >= EVERY_PART:
+            return self.product8(self.quantizer, x, self.bias)
         if self.quantizer is not None:
             x = with_parts(self.quantizer, x, parts)
         weight = self.coded_weight if "weights" in parts else self.weight
@@ -193,13 +200,17 @@ class SiteMaker:
                 "leave the site in float by an override"
             )
         weight, bias = linear_parameters(module)
-        coded = site_codes(module, spec.weight, path).dequantize(weight.dtype)
+        codes = site_codes(module, spec.weight, path)
+        coded = codes.dequantize(weight.dtype)
         if site.role == "embeddings":
             return EmbeddingSite(site, node, ("weights",), weight, coded)
         quantizer = self.quantizer(path, spec.activation)
         causes: tuple[Cause, ...] = CAUSES if quantizer is not None else ("weights",)
         observer = self._observers.get(source_of(node))
-        return LinearSite(site, node, causes, weight, coded, bias, quantizer, spec, observer)
+        product8 = int8_product(site, weight, codes, spec)
+        return LinearSite(
+            site, node, causes, weight, coded, bias, quantizer, spec, observer, product8
+        )
 
     def _product(self, site: Site, node: Node, spec: ActivationSpec) -> ProductSite:
         left, right = (

@@ -27,11 +27,13 @@ CHOICES, RECOVERY = "other choices", "recovery"
 def fitting(bench: Bench, worst: Sequence[SimulatedSite]) -> Sequence[SimulatedSite]:
     """As many of the worst sites as other choices may be tried at, at least one."""
     lab = bench.lab
+    int8 = any(isinstance(each, LinearSite) and each.product8 is not None for each in worst)
     forwards = 1.0  # the walk, and what calibration data are read
     for index, each in enumerate(worst):
         forwards += (1 + choice_count(len(each.causes))) * lab.share_behind(each.node)
         whole = forwards + READ_TOKENS / lab.tokens_in
-        if index and not bench.purse.holds(seconds_of(CHOICES, whole, bench.forward_seconds)):
+        seconds = seconds_of(CHOICES, whole, bench.forward_seconds, int8)
+        if index and not bench.purse.holds(seconds):
             return worst[:index]
     return worst
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import enum
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard, TypeVar
@@ -298,9 +299,8 @@ def device_of(gm: GraphModule) -> torch.device:
     streamed = streamed_device(gm)
     if streamed is not None:
         return streamed
-    for value in (*gm.parameters(), *gm.buffers()):
-        return value.device
-    return torch.device("cpu")
+    first = next(itertools.chain(gm.parameters(), gm.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def attention_mask_node(gm: GraphModule) -> Node:
