@@ -25,6 +25,7 @@ ROOMS = (
         "inspection",
         "analysis",
         "checkpoint",
+        "exports",
     ),
     *("../evaluation", "../evaluation/report", "cli"),
 )

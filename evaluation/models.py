@@ -126,16 +126,24 @@ def load_model(
 def _load_saved(directory: Path, dtype: str, device: str, streamed: bool) -> LoadedModel:
     if dtype != "auto":
         raise ModelError(f"{directory} is a saved graph: its dtype is part of it, omit --dtype")
-    if not any((directory / name).exists() for name in _TOKENIZER_FILES):
+    tokenizer = read_saved_tokenizer(directory)
+    if tokenizer is None:
         raise ModelError(
             f"{directory} holds no tokenizer, which an evaluation needs to cut text: save the "
             "graph again with fxquant.save(graph, directory, tokenizer); fxquant.load(directory) "
             "gives it alone"
         )
     graph = load(directory, device, stream=streamed)
-    tokenizer, config = read_tokenizer(directory), read_config(directory)
+    config = read_config(directory)
     found = weights_hash(directory)
     return LoadedModel(graph, tokenizer, str(directory), found, config, info(graph).weights)
+
+
+def read_saved_tokenizer(directory: Path) -> Tokenizer | None:
+    """The tokenizer that was saved with a graph, None where there is none."""
+    if not any((directory / name).exists() for name in _TOKENIZER_FILES):
+        return None
+    return read_tokenizer(directory)
 
 
 def _open_streamed(

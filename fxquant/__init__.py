@@ -1,5 +1,6 @@
 """fxquant: a torch.fx graph-transformation compiler for post-training quantization."""
 
+from fxquant import exports as exports
 from fxquant.analysis import Explanation as Explanation
 from fxquant.analysis import explain as explain
 from fxquant.analysis import plan as plan

@@ -61,6 +61,10 @@ class CheckpointError(FxquantError, ValueError):
     """A graph cannot be saved, or a saved one is damaged, foreign or from a newer version."""
 
 
+class ExportError(FxquantError, ValueError):
+    """A format cannot hold what a graph computes, or the engine computes something else from it."""
+
+
 class DistributedError(FxquantError, RuntimeError):
     """The processes of a run do not find each other, or one of them has ended."""
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,7 +35,7 @@ from fxquant.checkpoint.saved_graph import (
 )
 from fxquant.checkpoint.saved_info import check_info
 from fxquant.checkpoint.saved_names import check_path
-from fxquant.checkpoint.target import saving
+from fxquant.checkpoint.target import is_empty, partial_folder, put_in_place, saving
 from fxquant.errors import CheckpointError, FxquantError
 from fxquant.files.doors import Location, as_path, door, parse_json, reason
 from fxquant.files.tensor_file import storage_order
@@ -78,7 +76,7 @@ def _save(gm: GraphModule, target: Path, tokenizer: Tokenizer | None) -> None:
         _check_loadable(gm, text, tensors)
     except FxquantError as error:
         raise CheckpointError(f"the graph cannot be saved: {error}") from error
-    with _writing(target), _partial(target) as partial:
+    with _writing(target), partial_folder(target) as partial:
         (partial / GRAPH).write_text(text, encoding="utf-8")
         for number, group in enumerate(tensors.by_block(info(gm).blocks)):
             save_file(group, partial / f"weights-{number:05}.safetensors")
@@ -87,18 +85,7 @@ def _save(gm: GraphModule, target: Path, tokenizer: Tokenizer | None) -> None:
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         write_manifest(partial)
-        _put_in_place(partial, target)
-
-
-@contextlib.contextmanager
-def _partial(target: Path) -> Iterator[Path]:
-    """A new folder beside ``target``, gone with the block: Ctrl-C too must not leave half a
-    checkpoint behind."""
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    try:
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        put_in_place(partial, target)
 
 
 @contextlib.contextmanager
@@ -124,13 +111,13 @@ def _parsed(text: str | bytes) -> dict[str, Any]:
 def check_target(directory: Path) -> None:
     """Make the parent folder; raise CheckpointError where ``save`` could not write there or would
     replace what is no checkpoint."""
-    if directory.exists() and not (is_checkpoint(directory) or _is_empty(directory)):
+    if directory.exists() and not (is_checkpoint(directory) or is_empty(directory)):
         raise CheckpointError(
             f"{directory} exists and is not a checkpoint of fxquant; give another folder"
         )
     with _writing(directory, "give another folder"):
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with _partial(directory):  # the longest name that stands beside it
+        with partial_folder(directory):  # the longest name that stands beside it
             pass
 
 
@@ -184,26 +171,6 @@ def _describing(source: Path) -> Iterator[None]:
         raise CheckpointError(f"{source / GRAPH}: {error}; save it again") from error
     except OSError as error:
         raise CheckpointError(f"cannot read {source}: {reason(error)}") from error
-
-
-def _is_empty(directory: Path) -> bool:
-    return directory.is_dir() and not any(directory.iterdir())
-
-
-def _put_in_place(partial: Path, target: Path) -> None:
-    partial.chmod(0o755)  # mkdtemp's is private
-    if not target.exists():
-        partial.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-    target.rename(old / target.name)
-    try:
-        partial.rename(target)
-    except OSError:
-        (old / target.name).rename(target)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 class _Tensors:

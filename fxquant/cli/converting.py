@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 from torch.fx import GraphModule
+from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fxquant.cli.arguments import job_of
@@ -23,10 +24,11 @@ from fxquant.schemes.scheme import as_scheme
 
 @dataclass(frozen=True)
 class Converted:
-    """A converted graph and the tokenizer of its model."""
+    """A converted graph, and its model's tokenizer and generation config where it has them."""
 
     graph: GraphModule
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
+    generation_config: GenerationConfig | None = None
 
 
 def convert_as_asked(
@@ -62,4 +64,6 @@ def convert_as_asked(
     graph = loaded.graph
     if job.stream and workspace is not None:
         set_workspace(graph, Workspace(workspace))
-    return Converted(conversion.convert(graph, scheme, pipeline=pipeline), loaded.tokenizer)
+    generation_config = getattr(loaded.model, "generation_config", None)
+    converted = conversion.convert(graph, scheme, pipeline=pipeline)
+    return Converted(converted, loaded.tokenizer, generation_config)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from fxquant.cli import analysis_commands as analyses
-from fxquant.cli import convert_command, inspect_command
+from fxquant.cli import convert_command, export_command, inspect_command
 from fxquant.cli import report_command as report
 from fxquant.cli import safetensors_command as safetensors
 from fxquant.cli import sweep_commands as sweeps
@@ -45,6 +45,12 @@ COMMANDS = (
         "convert a model, printing passes as they run",
         convert_command.add_arguments,
         convert_command.run,
+    ),
+    Command(
+        "export",
+        "write a quantized model for another engine, checked",
+        export_command.add_arguments,
+        export_command.run,
     ),
     Command(
         "inspect",

@@ -1,0 +1,81 @@
+"""``fxquant export``: write what another engine loads, and show that it computes the same."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fxquant.checkpoint.manifest import is_checkpoint
+from fxquant.checkpoint.save_load import load
+from fxquant.checkpoint.target import held_target
+from fxquant.cli.arguments import (
+    add_cache_argument,
+    add_held_out_arguments,
+    add_model_arguments,
+    add_text_arguments,
+    place,
+)
+from fxquant.cli.converting import Converted, convert_as_asked
+from fxquant.errors import DataError, ExportError
+from fxquant.evaluation.models import read_saved_tokenizer
+from fxquant.exports.folder import output_folder
+from fxquant.exports.table import FORMATS, Format
+from fxquant.exports.target import refusing
+from fxquant.files.doors import as_path
+from fxquant.ir.streamed import workspace_folder
+from fxquant.schemes.scheme import as_scheme
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--to", required=True, choices=tuple(FORMATS), help="the format")
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--scheme",
+        help="such as w4-g128, or FILE.json: docs/schemes.md; none: a saved graph as it is",
+    )
+    add_text_arguments(parser)
+    add_held_out_arguments(parser)
+    add_cache_argument(parser)
+    parser.add_argument("--output", type=place, required=True, help="folder for what is written")
+    parser.add_argument(
+        "--stream", action="store_true", help="leave weights in their files: larger than memory"
+    )
+    parser.add_argument(
+        "--no-check",
+        action="store_false",
+        dest="check",
+        help="do not load what was written and compare its logits",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    format_ = FORMATS[options.to]
+    output_folder(options.output)
+    with held_target(options.output, ExportError), workspace_folder() as workspace:
+        if options.scheme is None:
+            found = _saved(options)
+        else:
+            found = _converted(options, format_, workspace)
+        exported = format_.export(
+            found.graph,
+            options.output,
+            tokenizer=found.tokenizer,
+            generation_config=found.generation_config,
+            check=options.check,
+        )
+    print(exported)
+    return 0
+
+
+def _converted(options: argparse.Namespace, format_: Format, workspace: Path) -> Converted:
+    options.level = format_.target.level
+    after_pass = refusing(format_.target, as_scheme(options.scheme))
+    return convert_as_asked(options, after_pass, workspace)
+
+
+def _saved(options: argparse.Namespace) -> Converted:
+    folder = as_path(options.model, "the model")
+    if not is_checkpoint(folder):
+        raise DataError(f"{options.model} is no saved graph: give --scheme, such as w4-g128")
+    graph = load(folder, options.device, stream=options.stream)
+    return Converted(graph, read_saved_tokenizer(folder), None)

@@ -1,0 +1,101 @@
+"""The folder of an export: checked before it stands there, replaced only by another."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from torch.fx import GraphModule
+from transformers import GenerationConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from fxquant.checkpoint.target import is_empty, partial_folder, put_in_place, saving
+from fxquant.errors import ExportError
+from fxquant.exports.check import Checked
+from fxquant.files.doors import Location, as_path, door, parse_json
+from fxquant.ir.graph import info
+
+RECORD = "fxquant_export.json"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Where an export lies, and what its check found."""
+
+    path: Path
+    target: str
+    checked: Checked
+
+    def __str__(self) -> str:
+        return f"{self.checked}\nwritten to {self.path} ({self.target})"
+
+
+def output_folder(given: Location) -> Path:
+    """The folder that an export goes to; its parent is made.
+
+    Raises ExportError where it cannot be written or holds anything but an earlier export.
+    """
+    target = as_path(given, "directory", ExportError)
+    if target.exists() and not (is_export(target) or is_empty(target)):
+        raise ExportError(f"{target} exists and is not an export of fxquant; give another folder")
+    with door(ExportError, f"cannot write {target}", (OSError,), "give another folder"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with partial_folder(target):  # the longest name that stands beside it
+            pass
+    return target
+
+
+def is_export(directory: Path) -> bool:
+    """Whether ``directory`` holds the record of an export."""
+    try:
+        data = parse_json((directory / RECORD).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and data.get("format") == "fxquant export"
+
+
+def write_export(
+    gm: GraphModule,
+    directory: Location,
+    name: str,
+    write: Callable[[Path], None],
+    check: Callable[[Path], Checked],
+    extras: tuple[Tokenizer | GenerationConfig | None, ...],
+) -> Exported:
+    """Let ``write`` fill a folder, ``check`` load it, and put it at ``directory`` if it is right.
+
+    ``extras`` are saved beside it. Raises ExportError where writing or the check fails, which
+    leaves what was there before.
+    """
+    target = output_folder(directory)
+    with saving(target, ExportError), _writing(target), partial_folder(target) as partial:
+        write(partial)
+        for each in extras:
+            if each is not None:
+                each.save_pretrained(partial)
+        found = check(partial)
+        if not found.passed:
+            raise ExportError(f"{name}: nothing is written to {target}: {found}")
+        record = {
+            "format": "fxquant export",
+            "target": name,
+            "model": info(gm).model,
+            "scheme": info(gm).scheme,
+            "written_by": {
+                each: importlib.metadata.version(each)
+                for each in ("fxquant", "torch", "transformers")
+            },
+            "checked": asdict(found),
+        }
+        (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        put_in_place(partial, target)
+    return Exported(target, name, found)
+
+
+def _writing(target: Path) -> contextlib.AbstractContextManager[None]:
+    return door(ExportError, f"cannot write {target}", (OSError, SafetensorError))

@@ -1,0 +1,24 @@
+"""Every format that a graph can be exported to, by the name that ``--to`` spells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fxquant.exports import compressed_file
+from fxquant.exports.folder import Exported
+from fxquant.exports.target import Target
+
+
+@dataclass(frozen=True)
+class Format:
+    """What a format holds, and the function that writes it."""
+
+    target: Target
+    export: Callable[..., Exported]
+
+
+FORMATS = {
+    format_.target.name: format_
+    for format_ in (Format(compressed_file.TARGET, compressed_file.compressed_tensors),)
+}

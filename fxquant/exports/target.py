@@ -1,0 +1,120 @@
+"""A format that a graph can be exported to: what it holds, and the refusal of what it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from torch.fx import GraphModule
+
+from fxquant.errors import ExportError
+from fxquant.ir.graph import Level, Site, info
+from fxquant.pipeline.pipeline import AfterPass, Pass
+from fxquant.schemes.scheme import Scheme
+from fxquant.schemes.specs import SiteSpec
+from fxquant.schemes.spelling import spell_site
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a format cannot hold something, and the nearest that it can, in words of a scheme."""
+
+    reason: str
+    nearest: str
+
+
+@dataclass(frozen=True)
+class Target:
+    """A format.
+
+    Attributes:
+        name: as ``--to`` spells it.
+        level: of the graph that it is written from.
+        needs_codes: whether a graph in float is refused.
+        check_site: why it cannot hold what a spec does at a site of this graph, None if it can.
+        check_graph: raises ExportError for what else stands in the graph and cannot be held.
+        never: passes whose work it can never hold, each with the reason.
+    """
+
+    name: str
+    level: Level
+    needs_codes: bool
+    check_site: Callable[[GraphModule, Site, SiteSpec], Refusal | None]
+    check_graph: Callable[[GraphModule], None]
+    never: dict[str, str]
+
+
+def check_scheme(target: Target, gm: GraphModule, scheme: Scheme) -> None:
+    """Raise ExportError for the first site at which ``scheme`` asks for what cannot be held.
+
+    ``gm``: the model's float graph with its sites named; nothing has been converted yet.
+    """
+    for name, _ in scheme.repairs:
+        if name in target.never:
+            raise _refused(target, f"scheme {scheme}", Refusal(target.never[name], _without(name)))
+    specs = [(site, scheme.spec_for(site.path, site.role)) for site in info(gm).sites]
+    _check_specs(target, gm, specs, str(scheme))
+
+
+def check_converted(target: Target, gm: GraphModule) -> None:
+    """Raise ExportError for what stands in a converted graph and cannot be held."""
+    facts = info(gm)
+    if facts.level not in (Level.QDQ, Level.INTEGER) and (
+        target.needs_codes or facts.level != Level.FLOAT
+    ):
+        raise ExportError(
+            f"{target.name}: the graph is at level {facts.level}, and nothing in it is quantized: "
+            "convert it under a scheme such as w8"
+        )
+    records = {
+        record.path: Scheme.parse(record.spec).spec
+        for record in facts.site_records
+        if not record.operand
+    }
+    specs = [(site, records.get(site.path, SiteSpec())) for site in facts.sites]
+    _check_specs(target, gm, specs, facts.scheme)
+    target.check_graph(gm)
+
+
+def refusing(target: Target, scheme: Scheme) -> AfterPass:
+    """A callback of the pipeline that raises ExportError as soon as a pass has made what cannot be
+    held: sites before any work, the rest behind the pass that makes it."""
+
+    def after(step: Pass, gm: GraphModule) -> None:
+        if step.name == "name_sites":
+            check_scheme(target, gm, scheme)
+        if step.name in target.never:
+            reason = target.never[step.name]
+            raise _refused(target, f"scheme {scheme}", Refusal(reason, _without(step.name)))
+
+    return after
+
+
+def _check_specs(
+    target: Target, gm: GraphModule, specs: Iterable[tuple[Site, SiteSpec]], scheme: str
+) -> None:
+    coded = 0
+    for site, spec in specs:
+        if spec.weight is None:
+            continue
+        coded += 1
+        found = target.check_site(gm, site, spec)
+        if found is not None:
+            raise _refused(target, f"{site.path} ({spell_site(spec)})", found)
+    if not coded and target.needs_codes:
+        raise ExportError(
+            f"{target.name}: scheme {scheme} quantizes no weight of a linear, so there is nothing "
+            "that the format is for: take a scheme such as w8, or save_pretrained for the float "
+            "model"
+        )
+
+
+def _without(name: str) -> str:
+    return f"the scheme without +{name}"
+
+
+def _refused(target: Target, where: str, refusal: Refusal) -> ExportError:
+    return ExportError(
+        f"{target.name} cannot hold {where}: {refusal.reason}; nearest that it can: "
+        f"{refusal.nearest}"
+    )
