@@ -55,6 +55,8 @@ def finished(
     Raises TimeoutExpired after BOUND seconds, when it and all that it has started are ended.
     """
     stdin = subprocess.DEVNULL if given is None else subprocess.PIPE
-    with started(command, stdin=stdin, stdout=stdout, **environment) as process:
+    with started(
+        command, stdin=stdin, stdout=stdout, interruptible=False, **environment
+    ) as process:
         out, err = process.communicate(given, timeout=BOUND)
     return subprocess.CompletedProcess(command, process.returncode, out, err)

@@ -23,7 +23,7 @@ import fxquant
 from fxquant.errors import ExportError
 from fxquant.exports import compressed_file, compressed_tensors
 from fxquant.exports.compressed_file import pack
-from fxquant.exports.sites import coded_sites
+from fxquant.exports.sites import CodedSite, coded_sites
 from tests.architectures import build, gpt2, randomize
 from tests.models import SMALL_OPT, small_opt
 
@@ -262,7 +262,7 @@ def test_nothing_is_written_where_the_engine_differs(
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
     honest = compressed_file.site_tensors
 
-    def damaged(site: compressed_file.CodedSite) -> dict[str, Tensor]:
+    def damaged(site: CodedSite) -> dict[str, Tensor]:
         found = honest(site)
         return {**found, "weight_scale": found["weight_scale"] * 1.001}
 

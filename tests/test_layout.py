@@ -201,7 +201,8 @@ def checkout(tmp_path: Path) -> Path:
 def wheel_of(checkout: Path) -> list[str]:
     """Names of the files that a wheel of the checkout holds."""
     out = checkout.parent / "dist"
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, checkout]
+    options = ["--wheel", "--no-isolation", "--outdir", str(out), str(checkout)]
+    build = [sys.executable, "-m", "build", *options]
     done = finished(build)
     assert done.returncode == 0, done.stderr
     (wheel,) = out.glob("*.whl")

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from fxquant.errors import ExportError
 from fxquant.ir.graph import Site, get_tensor, info, is_op, linear_sites
 from fxquant.ir.leaves import QuantizedParameters
-from fxquant.ir.levels import OPS
+from fxquant.ir.legal_forms import OPS
 from fxquant.ir.operands import operands
 from fxquant.numerics.weight_codes import WeightCodes
 from fxquant.schemes.scheme import Scheme
