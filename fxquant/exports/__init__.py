@@ -5,3 +5,4 @@ engine is imported only where an export is checked.
 """
 
 from fxquant.exports.compressed_file import compressed_tensors as compressed_tensors
+from fxquant.exports.onnx_file import onnx as onnx

@@ -23,7 +23,7 @@ from fxquant.exports.modules import Modules
 from fxquant.exports.shards import write_shards
 from fxquant.exports.sites import CodedSite, coded_sites
 from fxquant.exports.source import Source, converted, generation_of
-from fxquant.exports.target import Refusal, Target
+from fxquant.exports.target import Refusal, Target, nearest_group
 from fxquant.files.doors import Location
 from fxquant.formats.integer import IntegerGrid
 from fxquant.frontends.hub import without_notices
@@ -51,13 +51,9 @@ def refusal(gm: GraphModule, site: Site, spec: SiteSpec) -> Refusal | None:
         return Refusal("it codes nn.Linear only, and this is a Conv1D", "ONNX (--to onnx)")
     if not isinstance(weight.grid, IntegerGrid):
         return Refusal(f"codes of {weight.grid.name} are not written here", "w8 or w4-g128")
-    length = site.shape[1]
-    size = weight.group_size
-    if size is not None and length > size and length % size:
-        fits = max(each for each in range(1, size + 1) if length % each == 0)
-        asym = "-asym" if weight.grid.has_zero_point else ""
-        nearest = f"w{weight.grid.bits}-g{fits}{asym}" if fits > 1 else f"w{weight.grid.bits}{asym}"
-        return Refusal(f"groups of {size} do not divide its {length} columns", nearest)
+    ragged = nearest_group(weight, site.shape[1])
+    if ragged is not None:
+        return ragged
     if activation is None:
         return None
     if not isinstance(activation.tensor.grid, IntegerGrid) or activation.tensor.grid.bits != 8:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fxquant.exports import compressed_file
+from fxquant.exports import compressed_file, onnx_file
 from fxquant.exports.folder import Exported
 from fxquant.exports.target import Target
 
@@ -20,5 +20,8 @@ class Format:
 
 FORMATS = {
     format_.target.name: format_
-    for format_ in (Format(compressed_file.TARGET, compressed_file.compressed_tensors),)
+    for format_ in (
+        Format(compressed_file.TARGET, compressed_file.compressed_tensors),
+        Format(onnx_file.TARGET, onnx_file.onnx),
+    )
 }

@@ -11,7 +11,7 @@ from fxquant.errors import ExportError
 from fxquant.ir.graph import Level, Site, info
 from fxquant.pipeline.pipeline import AfterPass, Pass
 from fxquant.schemes.scheme import Scheme
-from fxquant.schemes.specs import SiteSpec
+from fxquant.schemes.specs import SiteSpec, TensorSpec
 from fxquant.schemes.spelling import spell_site
 
 
@@ -88,6 +88,17 @@ def refusing(target: Target, scheme: Scheme) -> AfterPass:
             raise _refused(target, f"scheme {scheme}", Refusal(reason, _without(step.name)))
 
     return after
+
+
+def nearest_group(weight: TensorSpec, length: int) -> Refusal | None:
+    """Why groups of ``weight`` do not fit rows of ``length``, with a size that does."""
+    size = weight.group_size
+    if size is None or length <= size or length % size == 0:
+        return None
+    fits = max(each for each in range(1, size + 1) if length % each == 0)
+    asym = "-asym" if weight.grid.has_zero_point else ""
+    nearest = f"w{weight.grid.bits}-g{fits}{asym}" if fits > 1 else f"w{weight.grid.bits}{asym}"
+    return Refusal(f"groups of {size} do not divide its {length} columns", nearest)
 
 
 def _check_specs(

@@ -1,0 +1,266 @@
+"""ONNX: a model that ONNX Runtime runs with integer products, of any batch and length."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch.fx import GraphModule
+from transformers import GenerationConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from fxquant.errors import ExportError
+from fxquant.exports.check import Checked, unchecked
+from fxquant.exports.folder import Exported, output_folder, write_export
+from fxquant.exports.onnx_prepare import ONNX_OPS, four_bit, groups, prepared
+from fxquant.exports.source import Source, converted, generation_of
+from fxquant.exports.target import Refusal, Target, nearest_group
+from fxquant.files.doors import Location
+from fxquant.formats.integer import IntegerGrid
+from fxquant.frontends.model_config import CONFIG
+from fxquant.ir.graph import Level, Site, info, is_op, tag
+from fxquant.ir.levels import OPS
+from fxquant.ir.streamed import streamed_device
+from fxquant.pipeline.arguments import checked_call
+from fxquant.run.batches import Batches
+from fxquant.schemes.scheme import SchemeLike
+from fxquant.schemes.specs import SiteSpec
+
+NAME: Final = "onnx"
+MODEL: Final = "model.onnx"
+OPSET: Final = 21
+INPUTS: Final = ("input_ids", "attention_mask")
+_WRITERS: Final = ("onnx", "onnxscript")
+_NO_ROW: Final = {
+    OPS.store_kv.default: "a session has no cache whose storage it could show",
+    OPS.grouped_gemm.default: "ONNX has no integer product with a scale a group",
+    OPS.choose_scale.default: "ONNX Runtime's processors have no products of that format",
+    OPS.quantize_to.default: "ONNX Runtime's processors have no products of that format",
+    OPS.decode.default: "ONNX Runtime's processors have no products of that format",
+}
+
+
+def refusal(gm: GraphModule, site: Site, spec: SiteSpec) -> Refusal | None:
+    """Why the format cannot hold ``spec`` at ``site``."""
+    weight, activation = spec.weight, spec.activation
+    assert weight is not None
+    if not isinstance(weight.grid, IntegerGrid):
+        return Refusal(f"codes of {weight.grid.name} are not written here", "w8 or w4-g128")
+    nearest = nearest_group(weight, site.shape[1])
+    if nearest is not None:
+        return nearest
+    if activation is None:
+        return None
+    if not isinstance(activation.tensor.grid, IntegerGrid):
+        return Refusal(f"inputs of {activation.tensor.grid.name} are not written here", "w8a8-...")
+    if groups(weight, site.shape[1]):
+        reason = "its integer product has no scale for each group of a weight"
+        return Refusal(reason, f"w{weight.grid.bits}/a8-dynamic-token, or the same without a8")
+    return None
+
+
+def check_graph(gm: GraphModule) -> None:
+    """Raise ExportError for an operator that has no form in ONNX, and for a streamed graph."""
+    for node in gm.graph.nodes:
+        for op, reason in _NO_ROW.items():
+            if is_op(node, op):
+                raise ExportError(
+                    f"{NAME} cannot hold {tag(node).site or node.name}: {reason}; nearest that it "
+                    f"can: the scheme without what {tag(node).origin} does there"
+                )
+    if streamed_device(gm) is not None:
+        raise ExportError(f"{NAME}: a streamed graph cannot be exported: load it without stream")
+
+
+_CACHE: Final = "a session has no cache whose storage it could show"
+TARGET: Final = Target(
+    NAME,
+    Level.INTEGER,
+    needs_codes=False,
+    check_site=refusal,
+    check_graph=check_graph,
+    never={"kv8": _CACHE, "kv4": _CACHE},
+)
+
+
+@checked_call(path="directory", output="directory")
+def onnx(
+    source: Source,
+    directory: Location,
+    *,
+    scheme: SchemeLike | None = None,
+    calibration: Batches | None = None,
+    tokenizer: Tokenizer | None = None,
+    generation_config: GenerationConfig | None = None,
+    check: bool = True,
+) -> Exported:
+    """Write model.onnx (opset 21, float32): input_ids and attention_mask int64 [batch, length] to
+    logits [batch, length, vocab], and the model's config and tokenizer beside it.
+
+    Args:
+        source: a graph of level qdq or integer, or a float model (or its graph) with a ``scheme``
+            ("fp" too), and ``calibration`` where that needs it.
+        directory: a folder that is not there, is empty or holds an earlier export.
+        check: run it in ONNX Runtime and compare logits and codes, before it is put in place.
+
+    Products of two codes are MatMulInteger, exact; weights alone DequantizeLinear and MatMul, which
+    the runtime makes one kernel. Sites' nodes carry their paths.
+
+    Raises ExportError: the packages are missing, something that the format cannot hold, with the
+    site (before any work where the scheme shows it); a folder that cannot be written; a check that
+    fails. Nothing is written.
+    """
+    target = output_folder(directory)
+    absent = [name for name in _WRITERS if importlib.util.find_spec(name) is None]
+    if absent:
+        raise ExportError(
+            f"{NAME} needs {' and '.join(absent)} to be installed: pip install fxquant[exports]"
+        )
+    gm = converted(source, TARGET, scheme, calibration)
+    return write_export(
+        gm,
+        target,
+        NAME,
+        write=lambda folder: _write(gm, folder),
+        check=lambda folder: _check(gm, folder, check),
+        extras=(tokenizer, generation_of(source, generation_config)),
+    )
+
+
+def _write(gm: GraphModule, folder: Path) -> None:
+    import onnx as library
+
+    copy = prepared(gm)
+    with _quietly():
+        exported = _exported(copy)
+        program = _translated(exported)
+    _name_sites(program.model, copy, exported)
+    _pack(program.model, four_bit(gm))
+    program.save(folder / MODEL)
+    library.checker.check_model(folder / MODEL)
+    inferred = folder / "inferred.onnx"
+    library.shape_inference.infer_shapes_path(folder / MODEL, inferred, strict_mode=True)
+    inferred.unlink()
+    if info(gm).config:
+        (folder / CONFIG).write_text(info(gm).config, encoding="utf-8")
+
+
+def _exported(copy: GraphModule) -> torch.export.ExportedProgram:
+    most = info(copy).max_positions or 64
+    ids = torch.zeros(2, min(7, most), dtype=torch.int64)
+    any_size = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    with torch.no_grad():
+        return torch.export.export(
+            copy,
+            (),
+            {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+            dynamic_shapes=dict.fromkeys(INPUTS, any_size),
+            strict=False,
+        )
+
+
+def _translated(exported: torch.export.ExportedProgram) -> Any:
+    from fxquant.exports.onnx_table import TABLE
+
+    return torch.onnx.export(
+        exported,
+        dynamo=True,
+        opset_version=OPSET,
+        custom_translation_table=TABLE,
+        input_names=list(INPUTS),
+        output_names=["logits"],
+        optimize=True,
+        verbose=False,
+    )
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what the exporter says of packages that are not installed."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
+
+
+def ours(gm: GraphModule) -> list[torch.fx.Node]:
+    """The nodes that call operators of fxquant, in order."""
+    kinds = (*(op for op in _NAMED),)
+    return [node for node in gm.graph.nodes if any(is_op(node, op) for op in kinds)]
+
+
+_NAMED: Final = {
+    OPS.quantize.default: "codes",
+    OPS.int_matmul.default: "sums",
+    ONNX_OPS.int_product.default: "sums",
+    ONNX_OPS.coded_linear.default: "y",
+    OPS.rescale.default: "rescaled",
+    OPS.add_bias.default: "y",
+}
+
+
+def code_names(gm: GraphModule) -> dict[str, str]:
+    """Name in ONNX of each node that makes codes, by the node's name in the prepared graph."""
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for node in ours(gm):
+        wanted = f"{tag(node).site}/{_NAMED[node.target]}"  # type: ignore[index]
+        number = 2
+        name = wanted
+        while name in taken:
+            name, number = f"{wanted}_{number}", number + 1
+        taken.add(name)
+        names[node.name] = name
+    return names
+
+
+def _name_sites(model: Any, copy: GraphModule, exported: torch.export.ExportedProgram) -> None:
+    """Let values and nodes of sites carry the paths; the exporter names them by operator."""
+    found = [node.name for node in ours(exported.graph_module)]
+    names = code_names(copy)
+    pairs = zip(found, (names[node.name] for node in ours(copy)), strict=True)
+    wanted = dict(pairs)
+    for node in model.graph:
+        for output in node.outputs:
+            if output.name in wanted:
+                output.name = wanted[output.name]
+                node.name = output.name
+        for value in node.inputs:
+            path, _, own = (value.name if value is not None else "").rpartition(".")
+            if own == "codes" and node.op_type in ("MatMulInteger", "DequantizeLinear"):
+                node.name = f"{path}/{node.op_type}"
+
+
+def _pack(model: Any, paths: set[str]) -> None:
+    """Store the codes and zero points of ``paths`` as INT4."""
+    import numpy as np
+    import onnx_ir as ir
+
+    for path in paths:
+        for own in ("codes", "zero_point"):
+            value = model.graph.initializers.get(f"{path}.{own}")
+            if value is None:
+                continue
+            codes = value.const_value.numpy().astype(np.int8)
+            packed = ir.tensor(codes.astype(ir.DataType.INT4.numpy()), name=value.name)
+            value.const_value, value.dtype = packed, ir.DataType.INT4
+
+
+def _check(gm: GraphModule, folder: Path, wanted: bool) -> Checked:
+    said = unchecked(gm, wanted, ("onnxruntime",))
+    if said is not None:
+        return said
+    from fxquant.exports.onnx_check import check
+
+    return check(gm, folder / MODEL)
