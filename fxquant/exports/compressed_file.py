@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fxquant.errors import ExportError
@@ -28,6 +28,7 @@ from fxquant.files.doors import Location
 from fxquant.formats.integer import IntegerGrid
 from fxquant.frontends.hub import without_notices
 from fxquant.frontends.model_config import CONFIG
+from fxquant.frontends.pretrained import read_written
 from fxquant.ir.graph import Level, Site, float_dtype
 from fxquant.ir.leaves import Conv1D
 from fxquant.numerics.quantization import group_count
@@ -263,9 +264,7 @@ def _check(gm: GraphModule, folder: Path, wanted: bool) -> Checked:
     if said is not None:
         return said
     with without_notices(), contextlib.redirect_stderr(io.StringIO()):  # its bars
-        engine: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-        ).eval()
+        engine = read_written(folder).eval()
         ruled = under_engine_rules(gm)
         own = take_buffers(ruled, gm, engine)
         return compared(

@@ -25,7 +25,7 @@ from fxquant.exports.onnx_prepare import prepared
 from fxquant.exports.sites import coded_sites
 from fxquant.ir.counted import counted
 from fxquant.ir.graph import is_op
-from fxquant.ir.levels import OPS
+from fxquant.ir.legal_forms import OPS
 from fxquant.ir.operands import operands
 from fxquant.run.execution import Executor
 from fxquant.run.probe import Probe

@@ -25,7 +25,7 @@ from fxquant.files.doors import Location
 from fxquant.formats.integer import IntegerGrid
 from fxquant.frontends.model_config import CONFIG
 from fxquant.ir.graph import Level, Site, info, is_op, tag
-from fxquant.ir.levels import OPS
+from fxquant.ir.legal_forms import OPS
 from fxquant.ir.streamed import streamed_device
 from fxquant.pipeline.arguments import checked_call
 from fxquant.run.batches import Batches

@@ -15,7 +15,7 @@ from fxquant.exports.check import in_float32
 from fxquant.exports.sites import CodedSite, coded_sites
 from fxquant.ir.graph import is_op, site_outputs
 from fxquant.ir.leaves import QuantizedParameters
-from fxquant.ir.levels import OPS
+from fxquant.ir.legal_forms import OPS
 from fxquant.ir.operands import operands
 from fxquant.numerics.gemm import CHUNK, float_int_gemm
 from fxquant.numerics.quantization import group_count

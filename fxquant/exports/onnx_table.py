@@ -16,7 +16,7 @@ import torch
 from onnxscript import opset21 as op
 
 from fxquant.exports.onnx_prepare import ONNX_OPS
-from fxquant.ir.levels import OPS
+from fxquant.ir.legal_forms import OPS
 from fxquant.numerics.quantization import MIN_SCALE
 
 FLOAT, INT32 = ir.DataType.FLOAT.value, ir.DataType.INT32.value

@@ -175,6 +175,19 @@ def read_model(
     return model
 
 
+def read_written(directory: Path) -> PreTrainedModel:
+    """What transformers makes of a folder that an export wrote, codes and all; float32."""
+    with _reading(str(directory), "weights"), without_bars(True):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            weights_only=True,
+        )
+    return model
+
+
 def _read_left(model: PreTrainedModel, found: Mapping[str, Stored], name: str) -> None:
     """What transformers leaves on meta: a tied weight that is stored as the head's alone."""
     left = {

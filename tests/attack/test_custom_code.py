@@ -188,7 +188,7 @@ def test_models_are_loaded_in_one_place_and_without_their_code() -> None:
             assert not found, f"{path} loads by itself: call fxquant.frontends.pretrained"
             assert "transformers.pipeline" not in path.read_text()
     found = [call for call in calls(door) if call.func.attr in loads]  # type: ignore[attr-defined]
-    assert len(found) == 6
+    assert len(found) == 7
     for call in found:
         flags = [k.value for k in call.keywords if k.arg == "trust_remote_code"]
         assert len(flags) == 1, f"line {call.lineno}"
