@@ -46,7 +46,7 @@ hypothesis.settings.load_profile("any machine")
 GOLDEN = Path(__file__).parent / "golden"
 # Seconds. No machine is too slow for them: what takes half a minute here takes minutes on a busy
 # one.
-BOUND, SLOW_BOUND = 900, 7200
+BOUND, SLOW_BOUND = 480, 7200
 _STDERR = pytest.StashKey[IO[str]]()
 
 
