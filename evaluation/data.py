@@ -31,6 +31,13 @@ def check_whole(name: str, value: object) -> None:
         raise DataError(f"{name} must be a whole number, got {value!r}, a {type(value).__name__}")
 
 
+def check_batch_size(size: int) -> None:
+    """Raise DataError for a number of windows that cannot be run together."""
+    check_whole("batch_size", size)
+    if not 1 <= size <= MOST:
+        raise DataError(f"batch size must be at least 1 and at most {MOST}, got {size}")
+
+
 def check_seed(seed: int) -> None:
     """Raise DataError for a seed that torch's generators do not take as it is."""
     check_whole("seed", seed)
@@ -49,9 +56,10 @@ def check_counts(
 
     ``what``: which windows ``length`` is of.
     """
-    for name, value in (("count", count), ("length", length), ("calibration", calibration)):
-        check_whole(name, 0 if value is None else value)
-    check_whole("stride", 1 if stride is None else stride)
+    check_whole("length" if what == "window" else "calibration_length", length)
+    check_whole("calibration", calibration)
+    for name, value in (("count", count), ("stride", stride)):
+        check_whole(name, 1 if value is None else value)
     windows = f"all {what}s" if count is None else counted(count, what)
     asked = f"{windows} of {counted(length, 'token')} and {calibration} to calibrate on"
     if (count is not None and count < 1) or length < 2 or calibration < 0:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from fxquant.analysis.inputs import as_windows
 from fxquant.errors import DataError
 from fxquant.evaluation import perplexity
-from fxquant.evaluation.data import check_whole, cut_windows
+from fxquant.evaluation.data import check_batch_size, cut_windows
 from fxquant.evaluation.datasets import check_dataset, looks_like_a_path, open_source
 from fxquant.evaluation.models import versions
 from fxquant.evaluation.overlap import calibrated_windows
@@ -43,6 +43,7 @@ Text = Location | Iterable[str]
 
 
 @checked_call(
+    *("count", "length", "calibration", "seed", "stride", "calibration_length"),
     windows="count",
     num_windows="count",
     n="count",
@@ -108,6 +109,7 @@ def _source(text: Text, data: Path | None) -> Source:
         check_text(text, "the text")
         return Source(_shown(text), (text,), None) if _is_prose(text) else open_source(text, data)
     listed = isinstance(text, Iterable) and not isinstance(text, Mapping)
+    listed = listed and getattr(text, "ndim", 1) > 0
     documents = tuple(text) if listed else ()
     if not documents or not all(isinstance(document, str) for document in documents):
         raise DataError(
@@ -211,7 +213,7 @@ class Evaluation:
         )
 
 
-@checked_call(windows="data", text="data", dataset="data", calibration="data")
+@checked_call("batch_size", windows="data", text="data", dataset="data", calibration="data")
 def evaluate(
     model: PreTrainedModel | GraphModule,
     data: Windows | Text | Batch | Iterable[Batch],
@@ -234,9 +236,7 @@ def evaluate(
     vocabulary, a text without a tokenizer, an observed graph, which would count what it is
     evaluated on) before any work, NonFiniteError where the model overflows, what ``trace`` raises.
     """
-    check_whole("batch_size", batch_size)
-    if batch_size < 1:
-        raise DataError(f"batch size must be at least 1, got {batch_size}")
+    check_batch_size(batch_size)
     cut = _cut(data, tokenizer)
     graph = model if isinstance(model, GraphModule) else trace(model)
     facts = info(graph)

@@ -16,11 +16,10 @@ from fxquant.checkpoint.manifest import is_checkpoint
 from fxquant.errors import DataError, SchemeError
 from fxquant.evaluation.converter import Converter, measure
 from fxquant.evaluation.data import (
-    MOST,
     Source,
+    check_batch_size,
     check_counts,
     check_seed,
-    check_whole,
     cut_windows,
     load_text,
 )
@@ -136,9 +135,7 @@ def check_job(job: Job) -> list[Scheme]:
     Raises FxquantError: SchemeError, CalibrationError, DataError or ModelError.
     """
     check_seed(job.seed)
-    check_whole("batch size", job.batch_size)
-    if not 1 <= job.batch_size <= MOST:
-        raise DataError(f"batch size must be at least 1 and at most {MOST}, got {job.batch_size}")
+    check_batch_size(job.batch_size)
     check_counts(job.windows, job.length, job.calibration_windows, job.stride)
     length = job.length if job.calibration_length is None else job.calibration_length
     check_counts(1, length, job.calibration_windows, what="calibration window")

@@ -99,12 +99,18 @@ def load_model(
     """Load ``name``: a hub name, a directory of save_pretrained, or ``package:DISTRIBUTION``.
 
     ``dtype`` "auto" is the stored one on CUDA and float32 on the CPU. A directory of fxquant.save
-    gives its graph, in the dtype that it has. ``streamed``: weights stay in their files. Raises
-    ModelError that says what is missing, CheckpointError for a damaged saved graph.
+    gives its graph, in the dtype that it has. ``revision`` is of a hub name; ``streamed``: weights
+    stay in their files. Raises ModelError that says what is missing, CheckpointError for a damaged
+    saved graph.
     """
     name = location(name, "name", ModelError)
     dtype = str(dtype).removeprefix("torch.")
     device = str(check_device(device))
+    if revision is not None and (Path(name).exists() or name.startswith(PACKAGE_PREFIX)):
+        raise ModelError(
+            f"revision {printable(revision)[:40]!r} is for a hub name, and {name} is none: leave "
+            "it out"
+        )
     if is_checkpoint(Path(name)):
         return _load_saved(Path(name), dtype, device, streamed)
     directory = model_directory(name)

@@ -15,7 +15,13 @@ import torch
 from torch.fx import GraphModule
 
 import fxquant
-from fxquant.errors import CheckpointError, FxquantError, GraphAttributeError, GraphCallError
+from fxquant.errors import (
+    CheckpointError,
+    FxquantError,
+    GraphAttributeError,
+    GraphCallError,
+    GraphError,
+)
 from fxquant.frontends.scoring import ScoringGraph
 from fxquant.ir.graph import clone_sharing_storage
 from tests.architectures import opt, padding_mask, token_ids
@@ -73,6 +79,69 @@ def test_what_a_graph_does_not_take(what: str, capsys: pytest.CaptureFixture[str
         call(graph())
     assert issubclass(GraphCallError, TypeError)
     assert capsys.readouterr().err == ""  # torch.fx prints of errors in generated code
+
+
+LEAF, NORM = "model.decoder.layers.0.fc1", "model.decoder.final_layer_norm"
+DOORS: dict[str, Callable[[GraphModule], object]] = {
+    "call": lambda g: g(IDS, MASK),
+    "evaluate": lambda g: fxquant.evaluate(g, IDS),
+    "explain": lambda g: fxquant.explain(g, "w8", data=IDS, methods=("alone",), worst=0),
+    "convert": lambda g: fxquant.convert(g, "w8"),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("path", [LEAF, NORM, "lm_head"])
+def test_a_leaf_that_was_moved_or_cast_by_itself(path: str, door: str) -> None:
+    """Also where torch would compute with what memory holds: a linear of a weight on meta."""
+    moved = fxquant.trace(opt())
+    moved.get_submodule(path).to("meta")
+    with pytest.raises(GraphError, match=r"\.weight of the graph is on device meta"):
+        DOORS[door](moved)
+    for dtype in (torch.float16, torch.float64):
+        cast = fxquant.trace(opt())
+        cast.get_submodule(path).to(dtype)
+        with pytest.raises(
+            GraphCallError,
+            match=rf"{path}\.(weight|bias) .*of (float16|float64|float32).*as a whole",
+        ):
+            DOORS[door](cast)
+
+
+def test_a_quantized_graph_that_was_moved_or_cast_in_part() -> None:
+    for path in (LEAF, "model.decoder.embed_tokens"):
+        moved = fxquant.convert(opt(), "w8a8-dynamic-token")
+        moved.get_submodule(path).to("meta")
+        for door in ("call", "evaluate"):
+            with pytest.raises(GraphError, match="on device meta"):
+                DOORS[door](moved)
+    with pytest.raises(GraphError, match="on device meta"):
+        str(fxquant.inspect(fxquant.convert(opt(), "w8").to("meta")))
+    cast = fxquant.convert(opt(), "w8a8-dynamic-token")
+    cast.get_submodule(NORM).double()
+    for door in ("call", "evaluate"):
+        with pytest.raises(GraphCallError, match=rf"{NORM}\.weight.*float64"):
+            DOORS[door](cast)
+
+
+def test_a_graph_as_a_whole_may_be_moved_and_cast() -> None:
+    assert graph()(IDS, MASK).dtype == torch.float32
+    shapes = fxquant.trace(opt()).to("meta")(IDS.to("meta"), MASK.to("meta"))
+    assert shapes.is_meta
+    assert shapes.shape == (*IDS.shape, shapes.shape[-1])
+    for dtype in (torch.float64, torch.bfloat16):
+        assert copy.deepcopy(graph()).to(dtype)(IDS, MASK).dtype == dtype
+
+
+def test_errors_of_other_causes_stay_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    cast = fxquant.trace(opt())
+    monkeypatch.setattr(
+        type(cast.get_submodule(LEAF)), "forward", lambda *_: torch.ones(2) + torch.ones(3)
+    )
+    for door in ("call", "evaluate"):
+        with pytest.raises(RuntimeError, match="size of tensor") as raised:
+            DOORS[door](cast)
+        assert not isinstance(raised.value, FxquantError)
 
 
 def test_the_docs_answer_where_the_errors_send() -> None:

@@ -30,11 +30,12 @@ from fxquant.schemes.specs import FLOAT
 Windows = Tensor | Iterable[Batch]
 
 
-def as_windows(data: Windows | None, graph: GraphModule) -> tuple[Tensor, ...]:
+def as_windows(data: Windows | None, graph: GraphModule, what: str = "data") -> tuple[Tensor, ...]:
     """Windows int64 [b, L] on the graph's device: a tensor [N, L] becomes N of them, and whatever
     is taken as calibration is taken here, without padding.
 
-    Raises DataError for anything else, for ids outside the vocabulary, and when nothing is there.
+    Raises DataError, about the argument ``what``, for anything else, for ids outside the
+    vocabulary, and when nothing is there.
     """
     if data is None:
         raise DataError(
@@ -42,10 +43,10 @@ def as_windows(data: Windows | None, graph: GraphModule) -> tuple[Tensor, ...]:
         )
     facts, device = info(graph), device_of(graph)
     check_present(graph)
-    given = enumerate(batches_of(data, "data", DataError))
+    given = enumerate(batches_of(data, what, DataError))
     parts = tuple(_window(part, f"window {index}").to(device) for index, part in given)
     if not parts:
-        raise DataError("data= holds no window")
+        raise DataError(f"{what}= holds no window")
     for index, ids in enumerate(parts):
         check_ids(ids, facts, f"window {index}")
     return parts

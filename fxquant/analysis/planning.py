@@ -153,7 +153,7 @@ def _unseen(
     """The windows that have no part in the plan; DataError where one of them is in ``windows``."""
     if held_out is None:
         return None
-    found = as_windows(held_out, graph)
+    found = as_windows(held_out, graph, "held_out")
     known = {tuple(row.tolist()) for ids in windows for row in ids}
     seen = sum(tuple(row.tolist()) in known for ids in found for row in ids)
     if seen:

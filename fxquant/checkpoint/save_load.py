@@ -47,7 +47,7 @@ from fxquant.pipeline.arguments import as_device, checked_call
 GRAPH, CONFIG = "graph.json", "config.json"
 
 
-@checked_call(path="directory")
+@checked_call("tokenizer", path="directory")
 def save(gm: GraphModule, directory: Location, tokenizer: Tokenizer | None = None) -> None:
     """Write ``gm`` (level float, qdq or integer) to ``directory``, whole or not at all.
 

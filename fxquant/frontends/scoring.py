@@ -12,6 +12,8 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from fxquant.errors import CheckpointError, GraphAttributeError, GraphCallError
 from fxquant.ir.graph import info
+from fxquant.ir.streamed import check_present
+from fxquant.run.apart import apart
 from fxquant.run.encodings import TAKEN as _INPUTS
 
 # What instances of transformers' models have besides their class's attributes.
@@ -43,7 +45,8 @@ class ScoringGraph(GraphModule):
     tokenizers return, is let go: causal models do not read it.
 
     Raises GraphAttributeError (an AttributeError, so ``hasattr`` is False) and GraphCallError (a
-    TypeError), also for ids that no table has and dtypes that torch has no kernel for. Copies and
+    TypeError), also for ids that no table has, dtypes that torch has no kernel for, and tensors of
+    the graph that were moved or cast by themselves; GraphError for those on meta. Copies and
     checkpoints keep the class. A pickle cannot hold a graph (torch.fx would trace its code anew,
     without sites, levels and history): pickling one, by ``torch.save`` too, raises
     CheckpointError, which names ``fxquant.save``.
@@ -86,12 +89,24 @@ class ScoringGraph(GraphModule):
                     f"a {type(value).__name__} as {name}: {_WHAT_IT_IS}; it takes what "
                     'tokenizer(text, return_tensors="pt") returns: graph(**that)'
                 )
+        if not torch.compiler.is_compiling():
+            self._check_values(args[0] if args else kwargs["input_ids"])
         try:
             return super().__call__(*args, **kwargs)
         except IndexError as error:
             raise self._beyond_its_tables(error, *args, **kwargs) from error
         except NotImplementedError as error:  # of a kernel: the message names it and the dtype
             raise GraphCallError(f"torch cannot compute the graph here: {error}") from error
+        except RuntimeError as error:
+            if (said := apart(self, error)) is None:
+                raise
+            raise GraphCallError(said) from error
+
+    def _check_values(self, input_ids: Any) -> None:
+        """GraphError for tensors on meta, with which torch computes linears of what memory holds;
+        a graph as a whole may be there, with its input."""
+        if not (isinstance(input_ids, Tensor) and input_ids.is_meta):
+            check_present(self)
 
     def _beyond_its_tables(
         self, error: IndexError, input_ids: Tensor, *_: Any, **__: Any

@@ -24,7 +24,7 @@ from fxquant.ir.streamed import Source, restream
 from fxquant.pipeline.arguments import as_device, checked_call
 
 
-@checked_call()
+@checked_call("attention")
 def stream(
     directory: Location,
     *,

@@ -16,6 +16,7 @@ from fxquant.inspection.shapes import UNKNOWN, Value
 from fxquant.ir.graph import Site, info
 from fxquant.ir.leaves import QuantizedParameters
 from fxquant.ir.records import NodeText, SiteRecord
+from fxquant.ir.streamed import check_present
 from fxquant.schemes.scheme import Scheme
 
 _BAR = 40
@@ -35,6 +36,8 @@ def site_view(gm: GraphModule, site: Site, history: History, values: Mapping[str
     parts += ["provenance\n" + "\n".join(_provenance(own, history))]
     module = None if site.role == "matmul" else gm.get_submodule(site.path)
     first = records[0] if records else None
+    if isinstance(module, QuantizedParameters):
+        check_present(gm)  # its scales are read
     lines = [_weight_scales(module, first)] if isinstance(module, QuantizedParameters) else []
     lines += [_static_range(record) for record in records if record.scale is not None]
     if lines:

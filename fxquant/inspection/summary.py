@@ -14,6 +14,7 @@ from fxquant.ir.coverage import float_share
 from fxquant.ir.graph import GraphInfo, LeftInFloat, Note, PassRecord, Site, SiteRecord, info
 from fxquant.ir.leaves import QuantizedParameters
 from fxquant.ir.size import Bytes, bits_per_weight, bytes_by_dtype
+from fxquant.ir.streamed import check_present
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ def _site_row(gm: GraphModule, site: Site, facts: GraphInfo) -> SiteRow:
         module := gm.get_submodule(site.path), QuantizedParameters
     ):
         scale = module.get_buffer("weight_scale").detach()
+        if scale.is_meta:
+            check_present(gm)
         scales = (float(scale.min()), float(scale.max()))
     return SiteRow(site.path, 1, site, records[0].spec if records else "fp", scales, records)
 

@@ -6,40 +6,87 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from typing import ParamSpec, TypeVar
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 import torch
 
 from fxquant.errors import ArgumentError, FxquantError
 from fxquant.files.doors import printable, reason
+from fxquant.pipeline.options import allowed, fits, shown
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def checked_call(**meant: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorate a public function: a call that does not fit its signature raises ArgumentError.
+def checked_call(*own: str, **meant: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorate a public function: a call that does not fit its signature raises ArgumentError, as
+    does an option whose value is not of the annotated kind, where any value of that kind may stand.
 
-    ``meant``: names that are not its own, and what they are called here (``windows="count"``).
+    ``own``: options that the function checks itself. ``meant``: names that are not its own, and
+    what they are called here (``windows="count"``).
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
+        hints = functools.cache(lambda: _plain_hints(function, signature, own))
 
         @functools.wraps(function)
         def called(*args: P.args, **kwargs: P.kwargs) -> R:
             try:
-                signature.bind(*args, **kwargs)
+                given = signature.bind(*args, **kwargs).arguments
             except TypeError as error:
                 unknown = [name for name in kwargs if name not in signature.parameters]
                 name = function.__name__
                 raise ArgumentError(_message(name, signature, unknown, meant, error)) from None
+            for name, hint in hints().items():
+                if name in given and not _taken(hint, given[name]):
+                    raise ArgumentError(
+                        f"{function.__name__}: {name} must be {allowed(hint)}, got "
+                        f"{printable(shown(given[name]))}"
+                    )
             return function(*args, **kwargs)
 
         return called
 
     return decorate
+
+
+def _plain_hints(
+    function: Callable[..., object], signature: inspect.Signature, own: tuple[str, ...]
+) -> dict[str, object]:
+    """Annotations that say all: of options, and of plain values and our own classes. What a path,
+    a dtype or a model may be is for the function to say."""
+    hints = typing.get_type_hints(function, include_extras=True)
+    options = (
+        name
+        for name, each in signature.parameters.items()
+        if name not in own and (each.default is not each.empty or each.kind is each.KEYWORD_ONLY)
+    )
+    return {name: hints[name] for name in options if _is_plain(hints[name])}
+
+
+def _is_plain(hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin is Callable:
+        return True
+    if arguments := typing.get_args(hint):
+        known = (typing.Union, types.UnionType, Annotated, Sequence)
+        return origin in known and all(
+            map(_is_plain, arguments[:1] if origin is Annotated else arguments)
+        )
+    room = getattr(hint, "__module__", "").partition(".")[0]
+    return hint in (bool, float, int, str, type(None)) or room in ("fxquant", "transformers")
+
+
+def _taken(hint: Any, value: object) -> bool:
+    """As ``fits``; which floats a number may be, infinite ones too, the function says."""
+    return fits(hint, value) or (
+        isinstance(value, float) and not math.isfinite(value) and fits(hint, 0.0)
+    )
 
 
 def _message(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import types
 import typing
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
@@ -53,24 +54,28 @@ def check_options(options: Any, name: str) -> None:
     hints = typing.get_type_hints(type(options), include_extras=True)
     for each in fields(options):
         value = getattr(options, each.name)
-        if not _fits(hints[each.name], value):
+        if not fits(hints[each.name], value):
             raise SchemeError(
-                f"{name}: {each.name} must be {_allowed(hints[each.name])}, got {_shown(value)}"
+                f"{name}: {each.name} must be {allowed(hints[each.name])}, got {shown(value)}"
             )
 
 
-def _fits(hint: Any, value: Any) -> bool:
+def fits(hint: Any, value: Any) -> bool:
+    """Whether the value is what the annotation allows; a list may be any sequence or set."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return _fits(arguments[0], value) and all(
+        return fits(arguments[0], value) and all(
             value in bounds for bounds in arguments[1:] if isinstance(bounds, Bounds)
         )
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(each, value) for each in arguments)
+        return any(fits(each, value) for each in arguments)
     if origin is Literal:
         return any(type(value) is type(each) and value == each for each in arguments)
     if origin is tuple:
         return isinstance(value, tuple) and _fits_each(arguments, value)
+    if origin is Sequence and arguments != (Any,):
+        listed = isinstance(value, Sequence | Set) and not isinstance(value, str | bytes)
+        return listed and all(fits(arguments[0], each) for each in value)
     if hint in (int, float):
         kinds = (int, float) if hint is float else (int,)
         return isinstance(value, kinds) and not isinstance(value, bool) and _is_finite(value)
@@ -80,7 +85,7 @@ def _fits(hint: Any, value: Any) -> bool:
 def _fits_each(hints: tuple[Any, ...], values: tuple[object, ...]) -> bool:
     if len(hints) == 2 and hints[1] is Ellipsis:
         hints = hints[:1] * len(values)
-    return len(hints) == len(values) and all(map(_fits, hints, values))
+    return len(hints) == len(values) and all(map(fits, hints, values))
 
 
 def _is_finite(value: float) -> bool:
@@ -90,25 +95,29 @@ def _is_finite(value: float) -> bool:
         return False
 
 
-def _allowed(hint: Any) -> str:
+def allowed(hint: Any) -> str:
     """What the annotation allows, in words."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         bounds = (str(each) for each in arguments[1:] if isinstance(each, Bounds))
-        return " ".join((_allowed(arguments[0]), *bounds))
+        return " ".join((allowed(arguments[0]), *bounds))
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_allowed(each) for each in arguments)
+        return " or ".join(allowed(each) for each in arguments)
     if origin is Literal:
         *others, last = (str(each) for each in arguments)
         return f"{', '.join(others)} or {last}" if others else last
     if origin is tuple:
-        each = " and ".join(_allowed(each) for each in arguments if each is not Ellipsis)
+        each = " and ".join(allowed(each) for each in arguments if each is not Ellipsis)
         return f"a tuple of {each}"
+    if origin is Sequence:
+        return f"a list of {allowed(arguments[0]).removeprefix('a ')}"
+    if origin is Callable:
+        return "a function"
     words = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
     return "none" if hint is type(None) else words.get(hint, f"a {getattr(hint, '__name__', hint)}")
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """The value, cut short; Python prints no int of thousands of digits."""
     if isinstance(value, int) and value.bit_length() > 256:
         return f"an integer of {value.bit_length()} bits"

@@ -15,6 +15,7 @@ from fxquant.files.doors import reason
 from fxquant.ir.graph import tag
 from fxquant.ir.operands import op_name
 from fxquant.ir.streamed import held
+from fxquant.run.apart import apart
 
 OnNode = Callable[[Node, Any], Any]
 # What torch raises for a row that a table lacks, and for a dtype that it has no kernel of.
@@ -37,8 +38,8 @@ class Executor:
     users, are not run. The caller chooses the grad mode. The graph must
     not change while an Executor of it is in use.
 
-    A run raises GraphCallError, naming the node, for a row that a table lacks and for a dtype that
-    torch has no kernel of.
+    A run raises GraphCallError, naming the node, for a row that a table lacks, a dtype that torch
+    has no kernel of, and tensors of the graph that were moved or cast by themselves.
     """
 
     def __init__(
@@ -131,3 +132,7 @@ class Executor:
                 f"node {node.name}{site}: {op_name(node) or node.target} cannot be computed here: "
                 f"{reason(error)}"
             ) from error
+        except RuntimeError as error:
+            if (said := apart(self._gm, error)) is None:
+                raise
+            raise GraphCallError(f"node {node.name}: {said}") from error
