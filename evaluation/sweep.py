@@ -282,7 +282,8 @@ class _Run:
             except Exception as error:
                 self.record(cell.failed(describe(error)))
                 continue
-            say_finished(f"{job.model}, {job.dataset}, {cell.scheme}", row)
+            seed = "" if cell.seed is None else f", seed {cell.seed}"
+            say_finished(f"{job.model}, {job.dataset}, {cell.scheme}{seed}", row)
             self.record(
                 replace(
                     cell.failed(""),

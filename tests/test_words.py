@@ -35,6 +35,22 @@ def test_what_is_said_of_many_sites_is_one_line() -> None:
     assert str(third) == "tail: last"
 
 
+def test_what_is_said_of_each_block_by_its_number_is_one_line() -> None:
+    entries = [
+        (f"h.{i}.{name}", f"{name} is fed by h.{i}.{source}, not by h.99.c")
+        for i in range(12)
+        for name, source in (("fc2", "fc1"), ("out", "v"))
+    ]
+    folded = [str(each) for each in fold(entries)]
+    assert folded == [
+        "h.0.fc2 … h.11.fc2 (12 sites): fc2 is fed by h.*.fc1, not by h.99.c",
+        "h.0.out … h.11.out (12 sites): out is fed by h.*.v, not by h.99.c",
+    ]
+    assert [str(each) for each in fold(entries[:2])] == [
+        f"{site}: {text}" for site, text in entries[:2]
+    ]
+
+
 def test_an_override_of_many_sites_and_notes_alike_are_one_line_each() -> None:
     """In the printout, unless every site is asked for, and on the page."""
     _, graph = traced("opt")

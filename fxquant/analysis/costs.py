@@ -35,6 +35,10 @@ def bits(site: Site, spec: SiteSpec) -> float:
 
 
 COSTS: dict[str, Cost] = {"bits": bits, "storage": storage}
+IN_WORDS = {
+    "bits": "bits a weight, those of the input that it multiplies included",
+    "storage": "stored bits a weight",
+}
 
 
 def mean_cost(cost: Cost, assignment: Sequence[tuple[Site, SiteSpec]]) -> float:

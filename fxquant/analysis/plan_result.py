@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from fxquant.analysis.costs import IN_WORDS
 from fxquant.ir.counted import counted
 from fxquant.run.loss import standard_error, window_losses
 from fxquant.schemes.scheme import Scheme
@@ -56,7 +57,8 @@ class Plan:
             spelled(self.counts),
             f"Δloss {self.chosen_on} that it was chosen on, verified, of at most "
             f"{self.budget:+.4f} ({self.cheapest_delta_loss:+.4f} with every site at the cheapest "
-            f"choice); {self.cost_name} {self.cost:.2f}; {self.forwards:.0f} forwards, "
+            f"choice); {self.cost:.2f} {IN_WORDS[self.cost_name]}; {self.forwards:.0f} forwards of "
+            "all windows to choose it, "
             f"{counted(self.verifications, 'plan')} verified",
         ]
         if self.held_out is not None:

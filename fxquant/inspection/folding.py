@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -25,8 +26,21 @@ class Remark:
 
 
 def fold(entries: Iterable[tuple[str, str]]) -> list[Remark]:
-    """(site, text) by text, in the order in which the texts first appear."""
-    sites: dict[str, list[str]] = {}
+    """(site, text) by text, in the order in which the texts first appear.
+
+    Texts that name the site's own block by its number are alike in all blocks: of several such the
+    remark has ``*`` for the number.
+    """
+    groups: dict[str, list[tuple[str, str]]] = {}
     for site, text in entries:
-        sites.setdefault(text, []).append(site)
-    return [Remark(tuple(found), text) for text, found in sites.items()]
+        groups.setdefault(_of_any_block(site, text), []).append((site, text))
+    return [
+        Remark(tuple(site for site, _ in found), found[0][1] if len(found) == 1 else text)
+        for text, found in groups.items()
+    ]
+
+
+def _of_any_block(site: str, text: str) -> str:
+    """``text`` with ``*`` in place of the number of the block that ``site`` stands in."""
+    block = re.match(r"(.*?\.)\d+\.", site)
+    return text if block is None else text.replace(block[0], f"{block[1]}*.")

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 GRAM = 4
-# Idioms, links and headings are shorter; boilerplate that texts copy of one another is not.
+# Measured with SmolLM2's tokenizer. Of the runs of n tokens in WikiText-2's validation text so many
+# occur twice: n = 8 5.2%, 16 0.63%, 32 0.11% (15 places), 64 0.02% (one pair), 96 none. CPython's
+# help says whole sections twice (32% at 64), but its two splits have no run of 24 in common.
 SURE = 64
 # Of rows shorter than twice as long, half counts, but no run below this unless it is all there is.
 LEAST = 32
@@ -28,8 +30,8 @@ def run_needed(row: int, window: int, same_text: bool = False) -> int:
     """Tokens in a row that make a window of ``window`` tokens a copy of a row of ``row`` tokens.
 
     64; half of the shorter one where that has fewer than 128, but at least 32, or all of it. In one
-    text, where positions are compared first, half of the shorter one: what a text says twice by
-    itself is shorter, and of a row that is cut in two, one window has half.
+    text, where positions are compared first, half of the shorter one: less than that a text may say
+    twice by itself, and of a row that is cut in two, one window has half.
     """
     shorter = min(row, window)
     half = max(LEAST, (shorter + 1) // 2)
