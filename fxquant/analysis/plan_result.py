@@ -26,8 +26,7 @@ class Measured:
 
     def __str__(self) -> str:
         error = "n/a" if self.error is None else f"{self.error:.4f}"
-        plural = "" if self.windows == 1 else "s"
-        return f"{self.delta:+.4f} ± {error} s.e. on {self.windows} window{plural}"
+        return f"{self.delta:+.4f} ± {error} s.e. on {counted(self.windows, 'window')}"
 
 
 @dataclass(frozen=True)
