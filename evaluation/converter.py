@@ -7,7 +7,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import Tensor
 from torch.fx import GraphModule
 
 from fxquant.errors import FxquantError
@@ -22,7 +21,6 @@ from fxquant.ir.size import bits_per_weight
 from fxquant.pipeline.recording import DrawnBatches
 from fxquant.recipes import conversion
 from fxquant.recipes.repairs import can_resume
-from fxquant.run.batches import Batches
 from fxquant.schemes.scheme import Scheme, brief
 
 
@@ -77,20 +75,15 @@ def measure(
 class Converter:
     """Converts one float graph to many schemes; calibrates once for all that observe alike.
 
-    ``calibration``: windows int64 [M, L], or batches of them; ``cache``: a folder for finished
+    ``calibration``: None where there are no windows for it; ``cache``: a folder for finished
     blocks of the repairs that keep them; ``as_it_is``: a saved graph, which is its own scheme's.
     """
 
     graph: GraphModule
-    calibration: Tensor | DrawnBatches | None
+    calibration: DrawnBatches | None
     cache: Path | None = None
     as_it_is: bool = False
     observed: dict[frozenset[str], GraphModule] = field(default_factory=dict)
-
-    def _batches(self) -> Batches | None:
-        if isinstance(self.calibration, Tensor):
-            return self.calibration.split(1) if len(self.calibration) else None
-        return self.calibration
 
     def convert(self, scheme: Scheme) -> GraphModule:
         if self.as_it_is:
@@ -99,7 +92,7 @@ class Converter:
             return conversion.convert(
                 self.graph,
                 scheme,
-                calibration=self._batches(),
+                calibration=self.calibration,
                 progress=True,
                 cache=self.cache if can_resume(scheme) else None,
             )
@@ -109,7 +102,7 @@ class Converter:
             self.observed[static] = conversion.convert(
                 self.graph,
                 scheme,
-                calibration=self._batches(),
+                calibration=self.calibration,
                 level="observed",
                 progress=True,
             )

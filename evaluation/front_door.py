@@ -27,6 +27,7 @@ from fxquant.evaluation.source import Source
 from fxquant.evaluation.statistics import Difference, WindowSums, paired_difference
 from fxquant.evaluation.token_windows import Windows
 from fxquant.files.doors import Location, as_path, check_text, location
+from fxquant.files.tensor_file import dtype_name
 from fxquant.frontends.tracing import trace
 from fxquant.ir.calibrated_rows import can_tell, seen_rows
 from fxquant.ir.calibration import UNKNOWN, Spans, calibration_words, version_words
@@ -311,7 +312,7 @@ def _digest(ids: Tensor, scored: tuple[int, ...]) -> str:
 
 
 def _setting(graph: GraphModule, batch_size: int) -> str:
-    dtype = str(float_dtype(graph)).removeprefix("torch.")
+    dtype = dtype_name(float_dtype(graph))
     used = version_words(versions())
     return (
         f"batch size {batch_size}, {dtype} on {device_of(graph)} "

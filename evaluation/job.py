@@ -40,6 +40,7 @@ from fxquant.evaluation.tables import LEGEND, format_table
 from fxquant.evaluation.token_windows import Windows
 from fxquant.files.doors import as_path
 from fxquant.files.locks import check_writable, hold_folder
+from fxquant.files.tensor_file import dtype_name
 from fxquant.ir.counted import counted
 from fxquant.ir.graph import Level, float_dtype, info, set_workspace
 from fxquant.ir.streamed import Workspace, workspace_folder
@@ -112,9 +113,7 @@ def run(job: Job, say: Callable[[str], None] = print) -> Outcome:
 
 def _run(job: Job, schemes: list[Scheme], say: Callable[[str], None]) -> Outcome:
     source, other = open_sources(job)
-    loaded = load_model(
-        job.model, dtype=job.dtype, device=job.device, revision=job.revision, streamed=job.stream
-    )
+    loaded = load(job)
     windows = cut(job, source, other, loaded)
     graph = loaded.graph
     torch.manual_seed(job.seed)
@@ -127,6 +126,13 @@ def _run(job: Job, schemes: list[Scheme], say: Callable[[str], None]) -> Outcome
             check_saved_apart(info(graph).calibration, windows, job.model)
     with workspace_for(graph, job.stream):
         return _rows(job, schemes, graph, windows, provenance, say)
+
+
+def load(job: Job) -> LoadedModel:
+    """The job's model; raises what ``load_model`` does."""
+    return load_model(
+        job.model, dtype=job.dtype, device=job.device, revision=job.revision, streamed=job.stream
+    )
 
 
 def check_job(job: Job) -> list[Scheme]:
@@ -306,7 +312,7 @@ def make_provenance(
         calibration="",
         calibration_windows=None,
         batch_size=job.batch_size,
-        dtype=str(float_dtype(graph)).removeprefix("torch."),
+        dtype=dtype_name(float_dtype(graph)),
         device=job.device,
         seed=None,
         threads=torch.get_num_threads(),

@@ -15,7 +15,7 @@ import torch
 from torch.fx import GraphModule
 from tqdm import tqdm
 
-from fxquant.errors import DistributedError, FxquantError, WriteError
+from fxquant.errors import DistributedError, FxquantError, WriteError, notes_of
 from fxquant.evaluation.converter import Converter, measure
 from fxquant.evaluation.data import Source
 from fxquant.evaluation.fingerprint import (
@@ -31,12 +31,13 @@ from fxquant.evaluation.job import (
     check_saved,
     check_windows,
     cut,
+    load,
     make_provenance,
     open_sources,
     workspace_for,
 )
 from fxquant.evaluation.journal import Journal, Result
-from fxquant.evaluation.models import LoadedModel, load_model
+from fxquant.evaluation.models import LoadedModel
 from fxquant.evaluation.progress import say_finished
 from fxquant.evaluation.statistics import WindowSums
 from fxquant.evaluation.sweep_tables import format_results
@@ -169,10 +170,9 @@ def _try(step: Callable[[], T]) -> T | str:
 
 def describe(error: Exception) -> str:
     """An exception in one line: its kind where it is not ours, its text and notes."""
-    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     text = " ".join(str(error).split()) or repr(error)
     kind = "" if isinstance(error, FxquantError) else f"{type(error).__name__}: "
-    return f"{kind}{text}{notes}"
+    return f"{kind}{text}{notes_of(error)}"
 
 
 def _open(sweep: Sweep, dataset: str) -> Sources:
@@ -245,7 +245,7 @@ class _Run:
         if not cells:
             return
         first = cells[0].job
-        loaded = _try(partial(_load, first))
+        loaded = _try(partial(load, first))
         if isinstance(loaded, str):
             self.unloaded[first.model] = loaded
             self.fail((cell.unavailable(loaded) for cell in cells), loaded)
@@ -302,9 +302,3 @@ class _Run:
         if result.figures is None:
             raise FxquantError("not run: the float model's evaluation on these windows failed")
         return result.figures.sums
-
-
-def _load(job: Job) -> LoadedModel:
-    return load_model(
-        job.model, dtype=job.dtype, device=job.device, revision=job.revision, streamed=job.stream
-    )

@@ -20,8 +20,8 @@ LEGEND = (
 )
 
 
-def format_table(rows: Sequence[Row], style: str = "github") -> str:
-    """The rows as text; ``style`` is one of tabulate's."""
+def format_table(rows: Sequence[Row]) -> str:
+    """The rows as text, in GitHub's form."""
     body = [
         (
             _scheme(row),
@@ -35,7 +35,7 @@ def format_table(rows: Sequence[Row], style: str = "github") -> str:
         for row in rows
     ]
     align = ("left", *("right",) * (len(HEADERS) - 1))
-    return tabulate(body, HEADERS, tablefmt=style, disable_numparse=True, colalign=align)
+    return tabulate(body, HEADERS, tablefmt="github", disable_numparse=True, colalign=align)
 
 
 def _scheme(row: Row) -> str:

@@ -83,3 +83,8 @@ class GraphAttributeError(FxquantError, AttributeError):
 
 class GraphCallError(FxquantError, TypeError):
     """A graph was called with other inputs than input_ids and attention_mask."""
+
+
+def notes_of(error: BaseException) -> str:
+    """What was noted on an error's way up, each in brackets, to stand behind its text."""
+    return "".join(f" ({note})" for note in getattr(error, "__notes__", ()))

@@ -172,7 +172,7 @@ def test_calibrating_once_for_many_schemes_changes_nothing() -> None:
         load_text("builtin"), tokenizer, count=1, length=LENGTH, calibration=3, seed=1
     )
     graph = fxquant.trace(model)
-    converter = Converter(graph, windows.calibration)
+    converter = Converter(graph, windows.batches)
     for text in ("w8a8-static", "w8a8-static:mse", "w8a8-static-asym:absmax"):
         shared = converter.convert(fxquant.Scheme.parse(text))
         alone = fxquant.convert(graph, text, calibration=windows.calibration.split(1))

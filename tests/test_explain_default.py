@@ -410,7 +410,7 @@ def test_an_interruption_without_output_keeps_nothing(
         "fxquant: interrupted by SIGTERM: 0 finished losses, and nothing is kept: --output DIR "
         "keeps finished losses"
     )
-    monkeypatch.setattr("fxquant.cli.analysis_commands.load_model", stop)
+    monkeypatch.setattr("fxquant.evaluation.job.load_model", stop)
     assert main([*COMMAND]) == 143
     assert "interrupted by SIGTERM before the first result" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -22,7 +22,6 @@ from fxquant.analysis.plan_result import Measured, Plan
 from fxquant.analysis.planning import PlanRequest, make_plan
 from fxquant.analysis.search import fewest
 from fxquant.analysis.upgrades import Rung, order_upgrades, rungs_of
-from fxquant.cli import analysis_commands
 from fxquant.cli.main import main
 from fxquant.errors import BudgetError, CalibrationError, DataError, SchemeError
 from fxquant.evaluation import cut_windows, evaluate, load_text
@@ -252,7 +251,7 @@ def test_command_line(
         return replace(load_model(str(SMALL_OPT), **options), name=name)
 
     # As for a package's model, whose directory is of no use to a reader.
-    monkeypatch.setattr(analysis_commands, "load_model", load)
+    monkeypatch.setattr("fxquant.evaluation.job.load_model", load)
     threads = torch.get_num_threads()
     short = ["--model", "package:small-opt", "--windows", "1", "--length", "48"]
     out = tmp_path / "plan"

@@ -116,7 +116,7 @@ def test_again_does_nothing(undisturbed: Undisturbed, monkeypatch: pytest.Monkey
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(sweep_module, "load_model", forbidden)
+    monkeypatch.setattr("fxquant.evaluation.job.load_model", forbidden)
     again = swept(sweep(), path)
     assert (again.before, again.now, again.results) == (5, 0, outcome.results)
     assert path.read_bytes() == before
@@ -331,7 +331,7 @@ def test_a_sweep_streams_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         workspaces.append(self.graph.meta.get("fxquant_workspace"))
         return convert(self, scheme)
 
-    monkeypatch.setattr(sweep_module, "load_model", load_model)
+    monkeypatch.setattr("fxquant.evaluation.job.load_model", load_model)
     monkeypatch.setattr(converter.Converter, "convert", converted)
     outcome = swept(read_sweep(file), tmp_path / "results.jsonl")
     assert outcome.failed == 0

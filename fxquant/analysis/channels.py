@@ -13,6 +13,7 @@ from fxquant.analysis.parts import CAUSES
 from fxquant.analysis.path import PathSite
 
 Decode = Callable[[int], str]
+_WORST = 4  # that are named of a site
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,7 @@ class Token:
     effect: float | None
 
 
-def worst_channels(
-    figures: LocalFigures, path: PathSite | None, count: int = 4
-) -> tuple[Channel, ...]:
+def worst_channels(figures: LocalFigures, path: PathSite | None) -> tuple[Channel, ...]:
     """The input channels with most blame for the error's energy, of all parts together."""
     if figures.peaks is None or figures.blame is None:
         return ()
@@ -69,7 +68,7 @@ def worst_channels(
             peak_over_median=float(figures.peaks[index]) / median,
             effect=None if effects is None else float(effects[index]),
         )
-        for index in figures.blame.topk(min(count, energy.numel())).indices.tolist()
+        for index in figures.blame.topk(min(_WORST, energy.numel())).indices.tolist()
     )
 
 
@@ -78,7 +77,6 @@ def worst_tokens(
     path: PathSite | None,
     windows: Sequence[Tensor],
     decode: Decode | None,
-    count: int = 4,
 ) -> tuple[Token, ...]:
     """The tokens with most blame for the error's energy."""
     total, blamed = (
@@ -87,14 +85,14 @@ def worst_tokens(
     )
     candidates: list[tuple[float, int, int]] = []
     for window, energy in enumerate(figures.token_blame):
-        best = energy.topk(min(count, energy.numel()))
+        best = energy.topk(min(_WORST, energy.numel()))
         candidates += [
             (float(value), window, int(index))
             for value, index in zip(best.values, best.indices, strict=True)
         ]
     candidates.sort(key=lambda c: (-c[0], c[1], c[2]))
     found = []
-    for blame, window, index in candidates[:count]:
+    for blame, window, index in candidates[:_WORST]:
         ids = windows[window]
         row, position = divmod(index, ids.shape[1])
         token = int(ids[row, position])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,8 +27,7 @@ class Measured:
 
     def __str__(self) -> str:
         error = "n/a" if self.error is None else f"{self.error:.4f}"
-        plural = "" if self.windows == 1 else "s"
-        return f"{self.delta:+.4f} ± {error} s.e. on {self.windows} window{plural}"
+        return f"{self.delta:+.4f} ± {error} s.e. on {counted(self.windows, 'window')}"
 
 
 @dataclass(frozen=True)
@@ -95,18 +94,13 @@ def spelled(counts: dict[str, int]) -> str:
 class Reference:
     """The float model's losses on some windows, to measure converted graphs against."""
 
-    def __init__(
-        self,
-        graph: GraphModule,
-        windows: Sequence[Tensor],
-        advance: Callable[[], object] = lambda: None,
-    ) -> None:
+    def __init__(self, graph: GraphModule, windows: Sequence[Tensor]) -> None:
         self.windows = windows
-        self._losses = _losses(graph, windows, advance)
+        self._losses = _losses(graph, windows)
 
     def measure(self, converted: GraphModule) -> Measured:
         """The loss difference of a converted graph, integers and all, by one loss function."""
-        ours = _losses(converted, self.windows, lambda: None)
+        ours = _losses(converted, self.windows)
         differences = [
             float((a.to(torch.float64) - b.to(torch.float64)).sum())
             for a, b in zip(ours, self._losses, strict=True)
@@ -116,13 +110,10 @@ class Reference:
         return Measured(delta, standard_error(differences, counts), len(counts))
 
 
-def _losses(
-    graph: GraphModule, windows: Sequence[Tensor], advance: Callable[[], object]
-) -> list[Tensor]:
+def _losses(graph: GraphModule, windows: Sequence[Tensor]) -> list[Tensor]:
     """Token losses by row of every window; each window [b, L] is run by itself."""
     found: list[Tensor] = []
     for ids in windows:
         for part in window_losses(lambda each: graph(input_ids=each), ids, len(ids)):
             found += part.unbind()
-        advance()
     return found

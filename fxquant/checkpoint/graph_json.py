@@ -21,6 +21,7 @@ from torch.nn import functional
 from fxquant.checkpoint.dataclass_json import from_json, to_json
 from fxquant.checkpoint.saved_names import OwnNames, check_name, check_path
 from fxquant.errors import CheckpointError
+from fxquant.files.tensor_file import DTYPES, dtype_name
 from fxquant.formats.table import GRIDS
 from fxquant.ir.functions import causal_mask, default_mask, hide, shared_heads
 from fxquant.ir.graph import Tag, set_tag, tag
@@ -83,13 +84,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 _NAMES = {function: name for name, function in _FUNCTIONS.items()}
 _METHOD_NAMES = frozenset(_METHODS.split())
 _KEYWORD_NAMES = frozenset(_KEYWORDS.split())
-_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
-        *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
-    )
-}
+_DTYPES = {dtype_name(dtype): dtype for dtype in DTYPES.values()}
 _OPS = ("placeholder", "get_attr", "call_function", "call_method", "call_module", "output")
 _INPUTS = ("input_ids", "attention_mask")
 
@@ -238,7 +233,7 @@ def _encode(value: Any, where: str) -> Any:
     if value is Ellipsis:
         return {"ellipsis": True}
     if isinstance(value, torch.dtype) and value in _DTYPES.values():
-        return {"dtype": str(value).removeprefix("torch.")}
+        return {"dtype": dtype_name(value)}
     raise CheckpointError(f"{where}: an argument of type {type(value).__name__} cannot be saved")
 
 

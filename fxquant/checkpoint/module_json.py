@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -24,8 +24,21 @@ from fxquant.ir.leaves import (
 from fxquant.ir.streamed import plain_type
 from fxquant.schemes.specs import TensorSpec
 
-PARAMETER, BUFFER, NONE = "parameter", "buffer", "none"
-ROLES = (PARAMETER, BUFFER, f"{NONE} {PARAMETER}", f"{NONE} {BUFFER}")
+
+class Role(NamedTuple):
+    """What a name of a module stands for; not ``there``: it is None."""
+
+    parameter: bool
+    there: bool
+
+
+ROLES = {
+    "parameter": Role(parameter=True, there=True),
+    "buffer": Role(parameter=False, there=True),
+    "none parameter": Role(parameter=True, there=False),
+    "none buffer": Role(parameter=False, there=False),
+}
+_SPELLED = {role: text for text, role in ROLES.items()}
 
 
 @dataclass(frozen=True)
@@ -101,13 +114,11 @@ def encode_module(path: str, module: nn.Module) -> dict[str, Any]:
             f"{path}: a module of class {type(module).__module__}.{name} cannot be saved: "
             f"known are {', '.join(KINDS)}"
         )
-    tensors: dict[str, str] = {}
-    registered: tuple[tuple[str, dict[str, Any]], ...] = (
-        (PARAMETER, module._parameters),
-        (BUFFER, module._buffers),
-    )
-    for role, values in registered:
-        tensors |= {n: f"{NONE} {role}" if v is None else role for n, v in values.items()}
+    tensors = {
+        name: _SPELLED[Role(values is module._parameters, value is not None)]
+        for values in (module._parameters, module._buffers)
+        for name, value in values.items()
+    }
     options = {option: to_json(getattr(module, option)) for option, _ in kind.attributes}
     encoded = {"kind": name, "options": options, "tensors": tensors}
     return {key: value for key, value in encoded.items() if value or key == "kind"}
@@ -180,15 +191,13 @@ def _named_grid(spec: Any) -> Any:
 
 
 def register_tensors(module: nn.Module, roles: dict[str, str], tensors: dict[str, Tensor]) -> None:
-    """Register ``tensors`` as the parameters and buffers that ``roles`` says."""
+    """Register ``tensors`` as the parameters and buffers that ``roles``, names of ROLES, says."""
     for name, role in roles.items():
-        if role.endswith(PARAMETER):
-            value = tensors.get(name)
+        value = tensors.get(name)
+        if ROLES[role].parameter:
             if value is not None and not value.is_floating_point():
                 raise CheckpointError(f"a parameter {name} of {value.dtype}, which floats are")
             parameter = value if isinstance(value, nn.Parameter | None) else nn.Parameter(value)
             module.register_parameter(name, parameter)
-        elif role.endswith(BUFFER):
-            module.register_buffer(name, tensors.get(name))
         else:
-            raise CheckpointError(f"a tensor is a parameter or a buffer, not {role!r}")
+            module.register_buffer(name, value)

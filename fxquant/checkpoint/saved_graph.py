@@ -13,7 +13,7 @@ from torch.fx import Graph, GraphModule
 
 from fxquant.checkpoint.dataclass_json import from_json
 from fxquant.checkpoint.graph_json import decode_nodes
-from fxquant.checkpoint.module_json import NONE, ROLES, decode_module, register_tensors
+from fxquant.checkpoint.module_json import ROLES, decode_module, register_tensors
 from fxquant.checkpoint.rehearsal import rehearse
 from fxquant.checkpoint.saved_info import check_info
 from fxquant.checkpoint.saved_names import check_name, check_path, check_texts
@@ -208,11 +208,11 @@ def _install(
     tensors: dict[str, Tensor] = {}
     streamed: dict[str, Source] = {}
     roles = data.get("tensors", {})
-    if not isinstance(roles, dict) or not all(role in ROLES for role in roles.values()):
+    if not isinstance(roles, dict) or not {*map(str, roles.values())} <= set(ROLES):
         raise CheckpointError(f"{path}: its tensors are not each one of {', '.join(ROLES)}")
     for name, role in roles.items():
         full = check_path(f"{path}.{name}" if path else name, "a tensor")
-        if "." in name or role.startswith(NONE):
+        if "." in name or not ROLES[role].there:
             continue
         if shapes_only:
             tensors[name] = files.shape(full)
@@ -223,7 +223,7 @@ def _install(
             streamed[name] = source
             tensors[name] = torch.empty(source.shape, dtype=source.dtype, device="meta")
         else:
-            tensors[name] = files.read(source, role == "parameter")
+            tensors[name] = files.read(source, ROLES[role].parameter)
     if not path:
         register_tensors(gm, roles, tensors)
         return

@@ -174,9 +174,9 @@ class _Form:
         elif is_op(codes, OPS.quantize.default):
             self.fail("its input is rounded to codes")
 
-    def _dequantized(self, node: object, spec: ActivationSpec, operand: str = "") -> None:
+    def _dequantized(self, node: object, spec: ActivationSpec) -> None:
         call = operands(self._is(node, OPS.dequantize.default))
-        self._input(call.codes, call.scale, call.zero_point, spec, operand)
+        self._input(call.codes, call.scale, call.zero_point, spec)
         if call.group_size != 0:
             self.fail(f"groups of {call.group_size!r} in its input")
 

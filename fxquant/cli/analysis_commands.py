@@ -30,8 +30,16 @@ from fxquant.cli.arguments import (
 from fxquant.cli.signals import INTERRUPTED, signal_name
 from fxquant.errors import DataError
 from fxquant.evaluation.data import Source
-from fxquant.evaluation.job import Job, check_job, check_windows, cut, make_provenance, open_sources
-from fxquant.evaluation.models import LoadedModel, check_float, load_model
+from fxquant.evaluation.job import (
+    Job,
+    check_job,
+    check_windows,
+    cut,
+    load,
+    make_provenance,
+    open_sources,
+)
+from fxquant.evaluation.models import LoadedModel, check_float
 from fxquant.evaluation.provenance import Provenance
 from fxquant.evaluation.token_windows import Windows
 from fxquant.files.locks import hold_folder
@@ -201,7 +209,7 @@ def _load(options: argparse.Namespace, held_out: int = 0) -> Material:
     check_job(job)
     check_float(job.model)
     source, other = open_sources(job)
-    loaded = load_model(job.model, dtype=job.dtype, device=job.device, revision=job.revision)
+    loaded = load(job)
     windows, unseen = _cut(job, source, other, loaded, held_out)
     graph = loaded.graph
     check_windows(windows, graph)

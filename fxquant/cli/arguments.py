@@ -56,14 +56,14 @@ def add_cache_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_held_out_arguments(parser: argparse.ArgumentParser, windows: int = 8) -> None:
+def add_held_out_arguments(parser: argparse.ArgumentParser) -> None:
     """Which windows of the text are for an evaluation, so that nothing is calibrated on them."""
     add = parser.add_argument
     add(
         "--windows",
         type=window_count,
-        default=windows,
-        help=f"kept for evaluation, not calibrated on, or all ({windows})",
+        default=8,
+        help="kept for evaluation, not calibrated on, or all (8)",
     )
     add("--stride", type=whole, help="of these windows (length)")
     _add_allow_overlap(parser)
@@ -77,10 +77,10 @@ def _add_allow_overlap(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_window_arguments(parser: argparse.ArgumentParser, windows: int = 8) -> None:
+def add_window_arguments(parser: argparse.ArgumentParser) -> None:
     """Which windows to evaluate."""
     add = parser.add_argument
-    add("--windows", type=window_count, default=windows, help=f"to evaluate, or all ({windows})")
+    add("--windows", type=window_count, default=8, help="to evaluate, or all (8)")
     add("--stride", type=whole, help="from window to window; only new tokens are scored (length)")
     add("--batch-size", type=whole, default=1, help="dynamic ranges depend on it (1)")
     _add_allow_overlap(parser)

@@ -12,8 +12,8 @@ from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fxquant.cli.arguments import job_of
-from fxquant.evaluation.job import check_job, cut, open_sources
-from fxquant.evaluation.models import check_float, load_model
+from fxquant.evaluation.job import check_job, cut, load, open_sources
+from fxquant.evaluation.models import check_float
 from fxquant.ir.graph import set_workspace
 from fxquant.ir.streamed import Workspace
 from fxquant.pipeline.pipeline import AfterPass
@@ -49,9 +49,7 @@ def convert_as_asked(
     conversion.recipe(scheme, calibration=available, level=options.level, cache=job.cache)
     calibrates = bool(job.calibration_windows and reads_calibration(scheme))
     sources = open_sources(job) if calibrates else None
-    loaded = load_model(
-        job.model, dtype=job.dtype, device=job.device, revision=job.revision, streamed=job.stream
-    )
+    loaded = load(job)
     batches = cut(job, *sources, loaded).batches if sources else None
     pipeline = conversion.recipe(
         scheme,

@@ -17,7 +17,7 @@ from fxquant.cli import sweep_commands as sweeps
 from fxquant.cli.arguments import add_arguments, evaluate_command
 from fxquant.cli.signals import INTERRUPTED, signal_name, terminable
 from fxquant.cli.terminal import printing
-from fxquant.errors import FxquantError
+from fxquant.errors import FxquantError, notes_of
 from fxquant.files.doors import is_utf8, printable
 
 FAILED = 2
@@ -142,6 +142,5 @@ def _run(options: argparse.Namespace) -> int:
         print(f"fxquant: interrupted by {name} before the first result", file=sys.stderr)
         return INTERRUPTED
     except FxquantError as error:
-        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-        print(f"fxquant: error: {error}{notes}", file=sys.stderr)
+        print(f"fxquant: error: {error}{notes_of(error)}", file=sys.stderr)
         return FAILED

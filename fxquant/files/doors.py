@@ -118,12 +118,12 @@ def is_utf8(text: str) -> bool:
     return True
 
 
-def check_text(text: str, what: str, error: type[FxquantError] = DataError) -> None:
-    """Raise ``error``, about ``what``, for text with half a character: nothing can encode it."""
+def check_text(text: str, what: str) -> None:
+    """Raise DataError, about ``what``, for text with half a character: nothing can encode it."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as encoding:
-        raise error(
+        raise DataError(
             f"{what} holds half a character, {printable(text[encoding.start])}, at position "
             f"{encoding.start}: read it anew with its right encoding"
         ) from encoding

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fxquant.errors import ModelError
 from fxquant.files.doors import check_regular, printable, reason
-from fxquant.files.tensor_file import DTYPES
+from fxquant.files.tensor_file import DTYPES, dtype_name
 
 # What torch's restricted unpickler raises for files that are damaged or hold more than tensors.
 _UNREADABLE: Final = (
@@ -63,7 +63,7 @@ def _wrong(name: object, value: object) -> str:
     if value.is_quantized:
         return "is a quantized tensor: store it dequantized"
     if value.dtype not in _KNOWN:
-        return f"is of type {str(value.dtype).removeprefix('torch.')}"
+        return f"is of type {dtype_name(value.dtype)}"
     return _not_stored(value)
 
 

@@ -36,6 +36,11 @@ DTYPES = {
 }
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float16``: as torch calls it, without its own name in front."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
 class Entry:
     """Where a tensor lies in the file, in bytes behind the header."""

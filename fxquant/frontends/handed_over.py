@@ -18,6 +18,7 @@ from torch.nn.modules import module as registries
 from transformers import PreTrainedModel
 
 from fxquant.errors import ModelError
+from fxquant.files.tensor_file import dtype_name
 from fxquant.frontends.settled import WEIGHT_HOOKS
 from fxquant.ir.graph import clone_sharing_storage
 from fxquant.ir.streamed import sources_of
@@ -104,7 +105,7 @@ def _check_weights(model: PreTrainedModel) -> None:
 def _check_float(place: str, weight: nn.Parameter) -> None:
     if not weight.dtype.is_floating_point or weight.element_size() < 2:
         raise ModelError(
-            f"{place} is {str(weight.dtype).removeprefix('torch.')}: the weights are quantized "
+            f"{place} is {dtype_name(weight.dtype)}: the weights are quantized "
             "already, and fxquant starts from the float model"
         )
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fxquant.errors import ModelError
+from fxquant.files.tensor_file import dtype_name
 from fxquant.frontends.weight_files import Stored, listed
 from fxquant.frontends.weight_renaming import renamed
 
@@ -115,7 +116,7 @@ def _check_kind(name: str, stored: Stored, wanted: Tensor) -> None:
         )
     if _kind(stored.dtype) != _kind(wanted.dtype):
         raise ModelError(
-            f"{name} is {_kind(stored.dtype)} ({str(stored.dtype).removeprefix('torch.')}) in "
+            f"{name} is {_kind(stored.dtype)} ({dtype_name(stored.dtype)}) in "
             f"{stored.path}, the model's is {_kind(wanted.dtype)}: a quantized checkpoint? fxquant "
             "starts from the float one"
         )

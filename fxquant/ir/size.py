@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from fxquant.files.tensor_file import dtype_name
 from fxquant.ir.coverage import block_matrices
 
 Bytes = tuple[tuple[str, int], ...]
@@ -40,5 +41,5 @@ def bytes_by_dtype(tensors: Iterable[Tensor]) -> Bytes:
 
 def short_dtype(dtype: torch.dtype) -> str:
     """``fp32``, ``bf16``, ``int8``."""
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     return _SHORT.get(name, name)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxquant.errors import FxquantError
+from fxquant.files.tensor_file import dtype_name
 from fxquant.ir.calibration import CalibrationRecord, Origin, Reading, joined, versions
 from fxquant.ir.graph import device_of, float_dtype, info, update_info
 from fxquant.ir.token_runs import written_runs
@@ -95,7 +96,7 @@ class Recording:
             tokens=self._tokens,
             ids_hash=f"sha256:{whole.hexdigest()}",
             readings=(Reading(name, self.taken),),
-            dtype=str(float_dtype(gm)).removeprefix("torch."),
+            dtype=dtype_name(float_dtype(gm)),
             device=str(device_of(gm)),
             versions=versions(),
             origin=origin,

@@ -246,8 +246,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_work(
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
-    for module in ("evaluation.job", "evaluation.sweep", "cli.converting", "cli.analysis_commands"):
-        monkeypatch.setattr(f"fxquant.{module}.load_model", forbidden)
+    monkeypatch.setattr("fxquant.evaluation.job.load_model", forbidden)
     outer = tmp_path / "place"
     with contextlib.ExitStack() as stack:
         if place == "read-only":
