@@ -20,6 +20,7 @@ class Kind(enum.Enum):
     PICK = ("getitem", "split", "chunk", "narrow", "select")
     SUM = ("add", "iadd", "add_")
     PRODUCT = ("mul", "multiply")
+    DIFFERENCE = ("sub", "subtract")
     QUOTIENT = ("truediv", "div")
     POWER = ("pow",)
     ROOT = ("sqrt", "rsqrt")
