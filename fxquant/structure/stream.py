@@ -87,8 +87,8 @@ def whole_norm(gm: GraphModule, node: Node, values: Values) -> Norm | None:
         module = gm.get_submodule(str(node.target))
         if not isinstance(module, nn.LayerNorm | nn.RMSNorm) or len(module.normalized_shape) != 1:
             return None
-        gain, bias = module.weight, getattr(module, "bias", None)
-        return Norm(node, node, node, isinstance(module, nn.LayerNorm), gain, bias)
+        bias = getattr(module, "bias", None)
+        return Norm(node, node, node, isinstance(module, nn.LayerNorm), module.weight, bias)
     if op_name(node) not in ("layer_norm", "rms_norm"):
         return None
     call = operands(node)
