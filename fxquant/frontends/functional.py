@@ -36,19 +36,17 @@ def make_functional(graph: Graph) -> None:
 
 def _is_own(value: object, user: Node) -> bool:
     """Whether ``value`` is fresh, by way of views of it, and nothing but ``user`` reads it."""
-    while isinstance(value, Node) and list(value.users) == [user]:
-        if op_name(value) in _MAKE:
-            return True
-        if op_name(value) not in _VIEW:
-            return False
-        value, user = value.args[0], value
-    return False
+    if not isinstance(value, Node) or list(value.users) != [user]:
+        return False
+    return op_name(value) in _MAKE or (
+        op_name(value) in _VIEW and bool(value.args) and _is_own(value.args[0], value)
+    )
 
 
 def _make_sum(graph: Graph, node: Node) -> None:
     """A number added in place: all that read the tensor afterwards read the sum."""
-    target, index, value = node.args
-    if index is not Ellipsis or not isinstance(target, Node) or not isinstance(value, Node):
+    target, value = node.args[0], node.args[2]
+    if not isinstance(target, Node) or not isinstance(value, Node) or node.args[1] != ...:
         return
     added = value.op == "call_function" and value.target in _ADD and value.args[0] is target
     number = value.args[1] if added else None
