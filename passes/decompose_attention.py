@@ -18,6 +18,7 @@ from fxquant.pipeline.pipeline import Pass
 from fxquant.run.execution import Executor
 from fxquant.run.probe import Probe
 from fxquant.structure.attention import attention_path, products_in_float, recount_products
+from fxquant.structure.batched_products import unbatch_products
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention
 
@@ -35,6 +36,7 @@ class DecomposeAttention(Pass):
     not (PyTorch's own math kernel scales its operands too). In half precision mask and softmax are
     in fp32, as in fused kernels: added to fp16's least number, as OPT's mask has it, a score would
     vanish. A row that sees nothing (a query of padding) gives 0, as the fused function does.
+    Attention that a model writes out by bmm or baddbmm becomes products of [batch, heads, ...].
     """
 
     name = "decompose_attention"
@@ -47,6 +49,7 @@ class DecomposeAttention(Pass):
         facts = _operands(gm, fused)
         for node in fused:
             _write_out(gm, node, facts)
+        unbatch_products(gm, self.name)
         recount_products(gm, before)
         return gm
 

@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from torch import nn
 from torch.fx import GraphModule
 
-from fxquant.ir.graph import Level, Site, info, install, linear_parameters, update_info
+from fxquant.ir.graph import Level, Site, info, install, update_info
+from fxquant.ir.operands import operands
 from fxquant.ir.weights import with_parameters
 from fxquant.pipeline.context import Context
 from fxquant.pipeline.pipeline import Pass
-from fxquant.structure.residual import Norm, residual_stream
-from fxquant.structure.rotations import check_rotatable, put_linear
+from fxquant.structure.residual import residual_stream
+from fxquant.structure.rotations import check_rotatable, put_linear, weights_of
+from fxquant.structure.stream import Norm
 
 
 @dataclass(frozen=True)
@@ -42,29 +44,31 @@ class FoldNorms(Pass):
 
 
 def _fold(gm: GraphModule, norm: Norm) -> None:
-    gain, bias = norm.gain, None
-    if norm.layer_norm is not None:
-        path = str(norm.layer_norm.target)
-        module = gm.get_submodule(path)
-        assert isinstance(module, nn.LayerNorm)
-        gain, bias = module.weight, module.bias
-        plain = with_parameters(module, weight=None, bias=None)
-        plain.elementwise_affine = False
-        install(gm, path, plain)
-    elif gain is not None:
+    if norm.gain is None and norm.bias is None:
+        return
+    if norm.call is None:
         norm.node.replace_all_uses_with(norm.normed)
         gm.graph.erase_node(norm.node)
-    if gain is None and bias is None:
-        return
+    elif norm.call.op == "call_module":
+        path = str(norm.call.target)
+        module = gm.get_submodule(path)
+        assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
+        plain = with_parameters(module, **dict.fromkeys(module._parameters))
+        plain.elementwise_affine = False
+        install(gm, path, plain)
+    else:
+        call = operands(norm.call)
+        norm.call.args = (call.input, call.normalized_shape)
+        norm.call.kwargs = {"eps": call.eps}
     for node in norm.readers:
-        weight, old = linear_parameters(gm.get_submodule(str(node.target)))
+        weight, old = weights_of(gm, node)
         folded = weight.double()
         new = None if old is None else old.double()
-        if bias is not None:
-            shift = folded @ bias.detach().double()
+        if norm.bias is not None:
+            shift = folded @ norm.bias.detach().double()
             new = shift if new is None else new + shift
-        if gain is not None:
-            folded = folded * gain.detach().double()
+        if norm.gain is not None:
+            folded = folded * norm.gain.detach().double()
         put_linear(gm, node, folded, new)
 
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxquant.errors import VerificationError
-from fxquant.ir.graph import LINEAR, Level, get_tensor, install, linear_parameters
-from fxquant.ir.weights import with_parameters
+from fxquant.errors import ModelError, VerificationError
+from fxquant.ir.builder import Builder
+from fxquant.ir.graph import Level, device_of, float_dtype, info, install, source_of
+from fxquant.ir.leaves import InverseScale
+from fxquant.ir.operands import operands
 from fxquant.numerics.hadamard import orthogonal_factors, random_signs
 from fxquant.passes.fold_norms import FoldNorms
 from fxquant.passes.rotate_inputs import RotateInputs
@@ -20,8 +22,20 @@ from fxquant.pipeline.options import Seed
 from fxquant.pipeline.pipeline import Pass
 from fxquant.pipeline.repair import Repair
 from fxquant.structure.outcome import Changed, Outcome
-from fxquant.structure.residual import ResidualStream, residual_stream
-from fxquant.structure.rotations import centred, check_rotatable, put_linear, readers_of, table_of
+from fxquant.structure.residual import residual_stream
+from fxquant.structure.rotations import (
+    CONTAINER,
+    centred,
+    check_rotatable,
+    fold_lookup_norm,
+    online_rotation,
+    put_linear,
+    put_table,
+    readers_of,
+    table_of,
+    weights_of,
+)
+from fxquant.structure.stream import ResidualStream, is_lookup
 
 
 @dataclass(frozen=True)
@@ -35,8 +49,9 @@ class Rotate(Repair):
     before, nor subtract a mean: that is taken out of everything that writes to the stream
     (SliceGPT, Ashkboos et al. 2024, section 3.2). Then writers W -> Q^T W, readers W -> W Q; a
     tied head is untied. Q is a Hadamard matrix with random signs where the width has one, else a
-    random orthogonal. ``online``: ``rotate_inputs`` follows, for what enters the linears that end
-    MLPs.
+    random orthogonal. What no weight writes, as the norm behind a sublayer does (Gemma 2, OLMo 2),
+    is rotated by nodes, and only if ``online``; ``rotate_inputs`` follows then, for what enters
+    the linears that end MLPs.
 
     Raises ModelError, naming the node, where the structure does not allow it.
     """
@@ -60,54 +75,86 @@ class Rotate(Repair):
     def apply(self, gm: GraphModule, context: Context) -> Iterator[Outcome]:
         stream = residual_stream(gm)
         check_rotatable(gm, stream)
+        if stream.turned and not self.online:
+            raise ModelError(
+                f"rotate: {info(gm).model}: no weight writes {stream.turned[0][0].name}, which is "
+                "added to the residual stream: it can be rotated by a node only; leave "
+                "online=false out"
+            )
+        fold_lookup_norm(gm, stream)
         take_mean = _without_mean(gm, stream)
         left, right, hadamard = orthogonal_factors(stream.width, self.seed)
-        rotation = random_signs(stream.width, self.seed)[:, None] * torch.kron(left, right)
+        signs = random_signs(stream.width, self.seed)
+        rotation = signs[:, None] * torch.kron(left, right)
         for node in stream.writers:
             _rotate_writer(gm, node, rotation, take_mean)
         for node in readers_of(stream):
-            weight, bias = linear_parameters(gm.get_submodule(str(node.target)))
+            weight, bias = weights_of(gm, node)
             put_linear(gm, node, weight.double() @ rotation.to(weight.device), bias)
+        for value, user in stream.turned:
+            _rotate_value(gm, value, user, signs, self.seed, take_mean)
+        gm.delete_all_unused_submodules()
         kind = "Hadamard" if hadamard else "random orthogonal"
-        yield "residual stream", Changed(f"{kind} of width {stream.width}")
+        nodes = f", {len(stream.turned)} values by nodes" if stream.turned else ""
+        yield "residual stream", Changed(f"{kind} of width {stream.width}{nodes}")
 
 
 def _without_mean(gm: GraphModule, stream: ResidualStream) -> bool:
     """Make LayerNorms without gain RMSNorms; whether there are any, so that writers lose it."""
     for norm in stream.norms:
-        if norm.layer_norm is None and norm.gain is None:
-            continue
-        path = str((norm.layer_norm or norm.node).target)
-        module = None if norm.layer_norm is None else gm.get_submodule(path)
-        if not isinstance(module, nn.LayerNorm) or module.elementwise_affine:
-            raise VerificationError(f"rotate: {path} scales channels: fold_norms goes before")
-        plain = nn.RMSNorm(module.normalized_shape, eps=module.eps, elementwise_affine=False)
-        install(gm, path, plain)
+        if norm.gain is not None or norm.bias is not None:
+            raise VerificationError(f"rotate: {norm.node} scales channels: fold_norms goes before")
+        if norm.call is not None and norm.centred:
+            _without_its_mean(gm, norm.call)
+    for node in stream.deviations:
+        node.replace_all_uses_with(source_of(node))
+    gm.graph.eliminate_dead_code()
     return centred(stream)
 
 
+def _without_its_mean(gm: GraphModule, node: Node) -> None:
+    if node.op == "call_module":
+        path = str(node.target)
+        module = gm.get_submodule(path)
+        if isinstance(module, nn.LayerNorm):  # else another call of it came first
+            plain = nn.RMSNorm(module.normalized_shape, eps=module.eps, elementwise_affine=False)
+            install(gm, path, plain)
+        return
+    call, path = operands(node), f"fxquant_norms.{node.name}"
+    plain = nn.RMSNorm(call.normalized_shape, eps=call.eps, elementwise_affine=False)
+    install(gm, path, plain.eval())
+    builder = Builder(gm, Rotate.name, node.name, (node,))
+    with gm.graph.inserting_before(node):
+        builder.replace(node, builder.module(path, call.input, name="rms_norm"))
+
+
 def _rotate_writer(gm: GraphModule, node: Node, rotation: Tensor, take_mean: bool) -> None:
-    path = str(node.target)
-    old = gm.get_submodule(path) if node.op == "call_module" else None
-    if isinstance(old, LINEAR):
-        weight, bias = linear_parameters(old)
-        columns = [weight.double()] + ([] if bias is None else [bias.double()[:, None]])
-        turned = [_turn(each.t(), rotation, take_mean).t() for each in columns]
-        put_linear(gm, node, turned[0], None if bias is None else turned[1][:, 0])
+    if is_lookup(gm, node):
+        table = table_of(gm, node)
+        put_table(gm, node, _turn(table.double(), rotation, take_mean).to(table.dtype))
         return
-    if old is not None:
-        assert isinstance(old, nn.Embedding)
-        rows, width = old.weight.shape
-        new = nn.Embedding(rows, width, padding_idx=old.padding_idx, device="meta")
-        turned_weight = _turn(old.weight.detach().double(), rotation, take_mean)
-        new.weight = nn.Parameter(turned_weight.to(old.weight.dtype), requires_grad=False)
-        install(gm, path, new)
-        return
-    operand = table_of(node)
-    table = get_tensor(gm, operand).detach()
-    owner, _, name = str(operand.target).rpartition(".")
-    turned_table = _turn(table.double(), rotation, take_mean).to(table.dtype)
-    install(gm, owner, with_parameters(gm.get_submodule(owner), **{name: turned_table}))
+    weight, bias = weights_of(gm, node)
+    columns = [weight.double()] + ([] if bias is None else [bias.double()[:, None]])
+    turned = [_turn(each.t(), rotation, take_mean).t() for each in columns]
+    put_linear(gm, node, turned[0], None if bias is None else turned[1][:, 0])
+
+
+def _rotate_value(
+    gm: GraphModule, value: Node, user: Node, signs: Tensor, seed: int, take_mean: bool
+) -> None:
+    """Let ``user`` add ``value`` [..., width] in the new basis."""
+    like = signs.to(device_of(gm), float_dtype(gm))
+    path = f"{CONTAINER}.signs{len(signs)}_seed{seed}"
+    if path not in dict(gm.named_modules()):
+        install(gm, path, InverseScale(like))
+    build = Builder(gm, Rotate.name, value.name)
+    with gm.graph.inserting_before(user):
+        x = value
+        if take_mean:
+            x = build.call(torch.sub, x, build.call(torch.mean, x, -1, True))
+        x = build.call(torch.mul, x, build.tensor(f"{path}.values", "signs"))
+        turned = build.module(online_rotation(gm, len(signs), seed, like), x, name="turned")
+    user.replace_input_with(value, turned)
 
 
 def _turn(rows: Tensor, rotation: Tensor, take_mean: bool) -> Tensor:

@@ -11,23 +11,19 @@ from fxquant.ir.builder import Builder
 from fxquant.ir.graph import (
     Level,
     info,
-    install,
     is_linear,
     linear_parameters,
     nodes_behind,
     source_of,
     tag,
 )
-from fxquant.ir.leaves import OnlineRotation
 from fxquant.numerics.hadamard import orthogonal_factors
 from fxquant.pipeline.context import Context
 from fxquant.pipeline.options import Seed
 from fxquant.pipeline.pipeline import Pass
 from fxquant.structure.residual import residual_stream
-from fxquant.structure.rotations import put_linear
+from fxquant.structure.rotations import online_rotation, put_linear
 from fxquant.structure.vocabulary import PRODUCTS, is_a
-
-CONTAINER = "fxquant_rotations"
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,9 @@ class RotateInputs(Pass):
     effect = "equivalent"
 
     def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
-        for node in residual_stream(gm).writers:
+        stream = residual_stream(gm)
+        behind = nodes_behind([value for value, _ in stream.turned], lambda n: is_linear(gm, n))
+        for node in (*stream.writers, *(n for n in behind if is_linear(gm, n))):
             if _ends_mlp(gm, node):
                 _rotate_input(gm, node, self.seed)
         return gm
@@ -69,9 +67,7 @@ def _rotate_input(gm: GraphModule, node: Node, seed: int) -> None:
     square = weight.double().unflatten(1, (left.shape[0], right.shape[0]))
     turned = (square.transpose(1, 2) @ left).transpose(1, 2) @ right
     put_linear(gm, node, turned.flatten(1), bias)
-    name = f"{CONTAINER}.width{width}_seed{seed}"
-    if name not in dict(gm.named_modules()):  # one for all layers of the width
-        install(gm, name, OnlineRotation(left.to(weight.dtype), right.to(weight.dtype)))
+    name = online_rotation(gm, width, seed, weight)
     builder = Builder(gm, RotateInputs.name, tag(node).site or path)
     with gm.graph.inserting_before(node):
         rotated = builder.module(name, source_of(node), name="rotated")

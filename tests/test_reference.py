@@ -71,12 +71,26 @@ def check_against_the_swap(
     # No padding: a dynamic range is of all that the operator sees, and eager attention is free
     # to put anything into padding rows.
     inputs = {"input_ids": token_ids(3, 17, seed=3)}
-    wanted, unquantized = swapped(**inputs).logits, model(**inputs).logits
+    check_codes_and_logits(
+        qmodel, swapped(**inputs).logits, model(**inputs).logits, reference.codes(swapped), inputs
+    )
+    assert bool(reference.codes(swapped)) == (PLAIN[scheme].activation is not None)
+
+
+def check_codes_and_logits(
+    qmodel: GraphModule,
+    wanted: Tensor,
+    unquantized: Tensor,
+    given: dict[str, Tensor],
+    inputs: dict[str, Tensor],
+) -> None:
+    """``wanted``: the swapped model's logits, ``given``: the codes that its sites read."""
     effect = float((wanted - unquantized).norm())
     assert effect > 1e-3 * float(unquantized.norm())  # else the comparison says nothing
 
-    given = reference.codes(swapped)
     found, flips = run_with_codes(qmodel, given, inputs)
+    assert flips.keys() <= given.keys()  # linears of one input share its codes
+    assert bool(flips) == bool(given)
     assert float((found - wanted).norm()) <= SAME_CODES * float(unquantized.norm())
     assert all(step <= 1 for _, step in flips.values())
     flipped, total = (
@@ -84,7 +98,6 @@ def check_against_the_swap(
         sum(map(torch.numel, given.values())),
     )
     assert flipped <= FLIPPED * total
-    assert bool(flips) == (PLAIN[scheme].activation is not None)
 
     free = float((qmodel(**inputs) - wanted).norm())
     # After a flip later layers round what follows anew: at most another draw of the same noise.

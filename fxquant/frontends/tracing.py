@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from fxquant.errors import GraphError, ModelError, NonFiniteError, TracingError
 from fxquant.frontends.attention import registered
 from fxquant.frontends.comparison import TESTED_TRANSFORMERS, Oracle, compare
+from fxquant.frontends.functional import make_functional
 from fxquant.frontends.handed_over import check_handed_over, own_copy
 from fxquant.frontends.leaves import as_leaf
 from fxquant.frontends.mixtures import make_dense
@@ -117,6 +118,7 @@ def _traced(model: PreTrainedModel, oracle: Oracle, facts: GraphInfo, frontend: 
     set_info(gm, _bounded(facts, longest))
     _drop_dropout(gm)
     _default_mask(gm)
+    make_functional(gm.graph)
     gm.graph.eliminate_dead_code()
     gm.delete_all_unused_submodules()
     gm.recompile()

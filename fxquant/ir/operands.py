@@ -13,6 +13,10 @@ _FUNCTIONS: dict[str, dict[str, Any]] = {
     "linear": {"input": None, "weight": None, "bias": None},
     "embedding": {"input": None, "weight": None},
     "matmul": {"input": None, "other": None},
+    "layer_norm": {
+        **{"input": None, "normalized_shape": None, "weight": None, "bias": None, "eps": 1e-5}
+    },
+    "rms_norm": {"input": None, "normalized_shape": None, "weight": None, "eps": None},
     "scaled_dot_product_attention": {
         **{"query": None, "key": None, "value": None, "attn_mask": None, "dropout_p": 0.0},
         **{"is_causal": False, "scale": None, "enable_gqa": False},

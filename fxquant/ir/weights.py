@@ -21,11 +21,17 @@ from fxquant.schemes.spelling import spell_weight
 
 
 def with_parameters(module: ModuleT, **values: Tensor | None) -> ModuleT:
-    """A copy of a leaf whose named parameters are ``values``; all else is shared."""
+    """A copy of a leaf whose parameters of these names are ``values``; all else is shared.
+
+    A name of a buffer stays one.
+    """
     other = copy.copy(module)
-    other._parameters = dict(module._parameters)
+    other._parameters, other._buffers = dict(module._parameters), dict(module._buffers)
     for name, value in values.items():
-        other._parameters[name] = None if value is None else nn.Parameter(value.detach(), False)
+        if name in other._buffers:
+            other._buffers[name] = None if value is None else value.detach()
+        else:
+            other._parameters[name] = None if value is None else nn.Parameter(value.detach(), False)
     return other
 
 

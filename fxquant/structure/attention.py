@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
@@ -13,10 +13,11 @@ from fxquant.ir.graph import LeftInFloat, info, is_linear, tag, update_info
 from fxquant.ir.operands import op_name
 from fxquant.structure.vocabulary import PRODUCTS, Kind, is_a
 
-# What may stand between the two products: a scale, a mask, a soft cap, the softmax and its casts.
+# What may stand between the two products: a scale, a mask, a soft cap, the softmax and its casts;
+# sinks that are joined to the scores and cut off behind the softmax.
 THROUGH = (
     *(Kind.SUM, Kind.PRODUCT, Kind.QUOTIENT, Kind.MASK, Kind.CAST, Kind.SQUASH, Kind.PICK),
-    *(Kind.SAME, Kind.SOFTMAX),
+    *(Kind.SAME, Kind.SOFTMAX, Kind.RESHAPE, Kind.JOIN, Kind.LARGER),
 )
 
 
@@ -34,7 +35,7 @@ def attention_products(gm: GraphModule) -> Iterator[Product]:
     """Every attention that is written out: a softmax between two matmuls, inside a block."""
     for node in gm.graph.nodes:
         if is_a(node, Kind.SOFTMAX):
-            scores, output = _backward(node), _forward(node)
+            scores, output = softmax_source(node, _is_matmul), behind(node, _is_matmul)
             path = None if output is None else attention_path(gm, output)
             if scores is not None and output is not None and path is not None:
                 yield Product(path, scores, output)
@@ -44,20 +45,30 @@ def _is_matmul(node: Node) -> bool:
     return op_name(node) == "matmul"
 
 
-def _backward(node: Node) -> Node | None:
+def softmax_source(node: Node, wanted: Callable[[Node], bool]) -> Node | None:
+    """The product whose scores the softmax ``node`` is of, by way of what may stand between."""
     while is_a(node, *THROUGH):
-        source = node.args[1 if op_name(node) == "where" else 0]
-        if not isinstance(source, Node):
+        source = through(node)
+        if source is None:
             return None
         node = source
-    return node if _is_matmul(node) else None
+    return node if wanted(node) else None
 
 
-def _forward(node: Node) -> Node | None:
+def through(node: Node) -> Node | None:
+    """The operand that carries the scores or probabilities: the first of what is joined."""
+    source = node.args[1 if op_name(node) == "where" else 0]
+    if is_a(node, Kind.JOIN) and isinstance(source, list | tuple):
+        source = source[0]
+    return source if isinstance(source, Node) else None
+
+
+def behind(node: Node, wanted: Callable[[Node], bool]) -> Node | None:
+    """The product that takes the probabilities, which the softmax ``node`` gives, as its left."""
     for user in node.users:
-        if _is_matmul(user) and user.args[0] is node:
+        if wanted(user) and user.args[0] is node:
             return user
-        found = _forward(user) if is_a(user, *THROUGH) else None
+        found = behind(user, wanted) if is_a(user, *THROUGH) else None
         if found is not None:
             return found
     return None

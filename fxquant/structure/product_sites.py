@@ -14,13 +14,13 @@ from fxquant.ir.builder import Builder
 from fxquant.ir.graph import Site, SiteRecord, device_of, install, is_op
 from fxquant.ir.leaves import QuantizedParameters
 from fxquant.ir.legal_forms import OPS
-from fxquant.ir.operands import op_name, operands
+from fxquant.ir.operands import operands
 from fxquant.numerics.observers import HistogramObserver
 from fxquant.numerics.static_input import static_input
 from fxquant.schemes.scheme import Scheme, matches
 from fxquant.schemes.specs import ActivationSpec, TensorSpec
 from fxquant.schemes.spelling import spell_activation
-from fxquant.structure.attention import THROUGH
+from fxquant.structure.attention import THROUGH, through
 from fxquant.structure.vocabulary import Kind, is_a
 
 
@@ -82,7 +82,7 @@ def is_transposed(node: Node) -> bool:
     while isinstance(operand, Node) and is_a(operand, *THROUGH):
         if is_a(operand, Kind.SOFTMAX):
             return False
-        operand = operand.args[1 if op_name(operand) == "where" else 0]
+        operand = through(operand)
     return True
 
 

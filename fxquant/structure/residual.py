@@ -1,56 +1,46 @@
 """The residual stream of a graph, found by dataflow: who writes to it, who reads it, what is odd.
 
 Every value is classed by what an orthogonal change of basis of the stream does to it. The token
-embedding starts the stream; sums, casts, reshapes and scalar factors keep it; a mean of squares
-does not change; a linear ends it; what is added to it is traced back to what wrote it.
+embedding starts the stream; sums, casts, reshapes and factors that all channels share keep it; a
+mean of squares does not change; a linear ends it; what is added to it is traced back to what wrote
+it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxquant.errors import ModelError
 from fxquant.ir.blocks import block_of
-from fxquant.ir.graph import LINEAR, device_of, info
+from fxquant.ir.graph import device_of, info
 from fxquant.ir.operands import op_name
 from fxquant.run.execution import Executor
 from fxquant.run.probe import Probe
+from fxquant.structure.stream import (
+    SCALE,
+    Norm,
+    ResidualStream,
+    is_linear_call,
+    is_lookup,
+    is_mean,
+    is_square,
+    keeps,
+    uncast,
+    weight_of,
+    whole_norm,
+)
 from fxquant.structure.vocabulary import Kind, is_a
 
-_SCALE = (Kind.PRODUCT, Kind.QUOTIENT)
-_KEEP = (Kind.CAST, Kind.SAME, Kind.RESHAPE)
-_SCALAR = (*_SCALE, Kind.SUM, Kind.ROOT, Kind.POWER)
-
-
-@dataclass
-class Norm:
-    """One normalization of the stream, whose result ``node`` the linears ``readers`` take.
-
-    ``layer_norm`` is a LayerNorm's node; None for an RMSNorm written out, where ``node`` may be
-    the product of ``normed`` and a vector ``gain`` [width].
-    """
-
-    node: Node
-    layer_norm: Node | None
-    normed: Node
-    gain: Tensor | None = None
-    readers: list[Node] = field(default_factory=list)
-
-
-@dataclass
-class ResidualStream:
-    """``writers``: linears and embeddings whose output is added; ``norms``: what reads through a
-    normalization; ``readers``: linears that read the stream itself."""
-
-    width: int
-    writers: list[Node] = field(default_factory=list)
-    norms: list[Norm] = field(default_factory=list)
-    readers: list[Node] = field(default_factory=list)
+_SCALAR = (*SCALE, Kind.SUM, Kind.ROOT, Kind.POWER)
+# A value's kind: what its square and its mean are, and which two make a norm by their product.
+# "deviation" is the stream without its mean; a scalar or a variance is one number for each token.
+_SQUARES: Final = {"stream": "squares", "deviation": "squared deviations"}
+_MEANS: Final = {"stream": "mean", "squares": "scalar", "squared deviations": "variance"}
+_NORMED: Final = ({"stream", "scalar"}, {"deviation", "variance"})
 
 
 def residual_stream(gm: GraphModule) -> ResidualStream:
@@ -58,29 +48,35 @@ def residual_stream(gm: GraphModule) -> ResidualStream:
     return _Analysis(gm).run()
 
 
+def token_lookup(gm: GraphModule) -> Node | None:
+    """The node that looks tokens up, by a module or by a function."""
+    path = info(gm).embeddings
+    for node in gm.graph.nodes:
+        if not is_lookup(gm, node):
+            continue
+        table = weight_of(node)
+        if path == (str(node.target) if table is None else str(table.target).rpartition(".")[0]):
+            return node  # type: ignore[no-any-return]
+    return None
+
+
 class _Analysis:
     def __init__(self, gm: GraphModule) -> None:
         self.gm = gm
-        self.values = _probe_values(gm)
-        self.kind: dict[Node, str] = {}  # stream, normed, gained, squares, scalar
+        self.values = probe_values(gm)
+        self.kind: dict[Node, str] = {}  # those of the tables above, "normed" and "gained"
         self.norm_of: dict[Node, Norm] = {}
 
     def run(self) -> ResidualStream:
-        start = next(
-            (
-                n
-                for n in self.gm.graph.nodes
-                if n.op == "call_module" and n.target == info(self.gm).embeddings
-            ),
-            None,
-        )
+        start = token_lookup(self.gm)
         if start is None:
             raise ModelError(
-                f"rotate: {info(self.gm).model} looks tokens up otherwise than by an embedding "
-                "module"
+                f"rotate: {info(self.gm).model} looks tokens up otherwise than in a table of one "
+                "weight, where a rotated stream could start"
             )
         self.stream = ResidualStream(int(self.values[start].shape[-1]), [start])
         self.kind[start] = "stream"
+        self._start_behind_a_norm(start)
         for node in self.gm.graph.nodes:
             if node is not start and node.op != "output":
                 self._visit(node)
@@ -88,6 +84,20 @@ class _Analysis:
                 self._refuse(node, "the output is the residual stream itself, no head reads it")
         self._check_blocks()
         return self.stream
+
+    def _start_behind_a_norm(self, start: Node) -> None:
+        """A module that normalizes the embedding, and whose result starts the stream."""
+        readers = [user for user in start.users if not is_a(user, Kind.SHAPE)]
+        if len(readers) != 1 or readers[0].op != "call_module":
+            return
+        if whole_norm(self.gm, readers[0], self.values) and self._is_stream(readers[0]):
+            self.stream.lookup_norm = readers[0]
+            self.kind[readers[0]] = "stream"
+
+    def _is_stream(self, node: Node) -> bool:
+        """Whether sums or norms read ``node``: what a linear alone reads is a norm's result."""
+        readers = [user for user in node.users if not is_a(user, Kind.SHAPE)]
+        return any(not is_linear_call(self.gm, user) for user in readers)
 
     def _refuse(self, node: Node, why: str) -> None:
         raise ModelError(
@@ -98,7 +108,9 @@ class _Analysis:
     def _check_blocks(self) -> None:
         readers = [r for norm in self.stream.norms for r in norm.readers] + self.stream.readers
         blocks = info(self.gm).blocks
-        reading = {block_of(str(reader.target), blocks) for reader in readers}
+        reading = {
+            block_of(str((weight_of(reader) or reader).target), blocks) for reader in readers
+        }
         for block in blocks:
             if block not in reading:
                 raise ModelError(
@@ -116,95 +128,85 @@ class _Analysis:
         kinds = {self.kind[n] for n in operands}
         if is_a(node, Kind.SHAPE):
             return
-        if node.op == "call_module":
-            self._visit_module(node, operands[0])
+        if is_linear_call(self.gm, node):
+            self._read(node, operands)
+        elif (norm := whole_norm(self.gm, node, self.values)) is not None:
+            if kinds != {"stream"}:
+                self._refuse(node, f"a norm reads the {' and '.join(sorted(kinds))}")
+            self.stream.norms.append(norm)
+            self._follow(node, "gained", norm)
+        elif node.op == "call_module":
+            module = self.gm.get_submodule(str(node.target))
+            self._refuse(node, f"a {type(module).__name__} reads the {self.kind[operands[0]]}")
         elif (kind := self._invariant(node, operands, kinds)) is not None:
             self.kind[node] = kind
-        elif kinds == {"stream", "scalar"} and is_a(node, Kind.PRODUCT):
-            self._start_norm(node)
+        elif kinds in _NORMED and is_a(node, Kind.PRODUCT):
+            norm = Norm(node, node, centred="deviation" in kinds)
+            self.stream.norms.append(norm)
+            self._follow(node, "normed", norm)
         elif kinds == {"normed"} and is_a(node, Kind.PRODUCT) and self._gain(node) is not None:
             norm = self.norm_of[operands[0]]
             norm.node, norm.normed, norm.gain = node, operands[0], self._gain(node)
             self._follow(node, "gained", norm)
-        elif len(kinds) == 1 and self._keeps(node, operands[0]):
-            self.kind[node] = self.kind[operands[0]]
-            if operands[0] in self.norm_of:
-                self.norm_of[node] = self.norm_of[operands[0]]
+        elif len(kinds) == 1 and keeps(node, operands[0], self.values):
+            self._keep(node, operands[0])
         elif kinds == {"stream"} and is_a(node, Kind.SUM):
             self._add(node)
+        elif is_a(node, Kind.SUM) and kinds <= {"stream", "normed", "gained"}:
+            self._refuse(node, "adds to what a norm gives: the norms stand in the stream itself")
         else:
             what = " and ".join(sorted(kinds))
             self._refuse(node, f"reads the {what} in a way that does not commute with a rotation")
 
-    def _invariant(self, node: Node, operands: list[Node], kinds: set[str]) -> str | None:
-        """ "squares" of the stream, or a "scalar": their mean and what is computed from it."""
-        if kinds == {"stream"} and self._is_square(node):
-            return "squares"
-        if kinds == {"squares"} and is_a(node, Kind.MEAN) and _last_dim(node):
-            return "scalar"
-        return "scalar" if kinds == {"scalar"} and self._is_scalar(node, operands) else None
+    def _read(self, node: Node, operands: list[Node]) -> None:
+        """A linear ends the stream, or what a norm of it gives."""
+        kind = self.kind[operands[0]]
+        if kind in ("normed", "gained"):
+            self.norm_of[operands[0]].readers.append(node)
+        elif kind == "stream":
+            self.stream.readers.append(node)
+        else:
+            self._refuse(node, f"a linear reads the {kind}")
 
-    def _start_norm(self, node: Node) -> None:
-        norm = Norm(node, None, node)
-        self.stream.norms.append(norm)
-        self._follow(node, "normed", norm)
+    def _invariant(self, node: Node, operands: list[Node], kinds: set[str]) -> str | None:
+        """What squares, means and scalars of the stream are, and its deviation from the mean."""
+        if kinds == {"stream", "mean"} and self._is_deviation(node):
+            self.stream.deviations.append(node)
+            return "deviation"
+        if len(kinds) != 1:
+            return None
+        kind = next(iter(kinds))
+        if is_square(node) and kind in _SQUARES:
+            return _SQUARES[kind]
+        if is_mean(node) and kind in _MEANS:
+            return _MEANS[kind]
+        return kind if kind in ("scalar", "variance") and _is_scalar(node, operands) else None
+
+    def _is_deviation(self, node: Node) -> bool:
+        """Whether the node is x - mean(x) of one x."""
+        if not is_a(node, Kind.DIFFERENCE) or len(node.args) != 2 or node.kwargs:
+            return False
+        x, mean = node.args
+        assert isinstance(mean, Node)
+        return self.kind.get(mean) == "mean" and uncast(x) is uncast(mean.args[0])
 
     def _follow(self, node: Node, kind: str, norm: Norm) -> None:
         self.kind[node], self.norm_of[node] = kind, norm
 
-    def _visit_module(self, node: Node, source: Node) -> None:
-        module = self.gm.get_submodule(str(node.target))
-        kind = self.kind[source]
-        if isinstance(module, nn.LayerNorm) and kind == "stream":
-            norm = Norm(node, node, node)
-            self.stream.norms.append(norm)
-            self._follow(node, "gained", norm)
-        elif isinstance(module, nn.RMSNorm) and module.weight is None and kind == "stream":
-            self._start_norm(node)
-        elif isinstance(module, LINEAR) and kind in ("normed", "gained"):
-            self.norm_of[source].readers.append(node)
-        elif isinstance(module, LINEAR) and kind == "stream":
-            self.stream.readers.append(node)
-        else:
-            self._refuse(node, f"a {type(module).__name__} reads the {kind}")
-
-    def _is_square(self, node: Node) -> bool:
-        args = node.args
-        if is_a(node, Kind.POWER):
-            return len(args) > 1 and bool(args[1] == 2)
-        return is_a(node, Kind.PRODUCT) and args[0] is args[1]
-
-    def _is_scalar(self, node: Node, operands: list[Node]) -> bool:
-        return is_a(node, *_SCALAR) and all(n in operands for n in node.all_input_nodes)
+    def _keep(self, node: Node, source: Node) -> None:
+        self.kind[node] = self.kind[source]
+        norm = self.norm_of.get(source)
+        if norm is None:
+            return
+        if norm.bias is not None and is_a(node, *SCALE):
+            self._refuse(node, "scales what a norm with a bias gives, which its readers would take")
+        self.norm_of[node] = norm
 
     def _gain(self, node: Node) -> Tensor | None:
         """The vector [width] by which a normed value is multiplied."""
         others = [n for n in node.all_input_nodes if n not in self.kind]
         value = self.values.get(others[0]) if len(others) == 1 else None
         return value if isinstance(value, Tensor) and value.dim() == 1 else None
-
-    def _keeps(self, node: Node, source: Node) -> bool:
-        """A cast, a reshape that leaves the last dimension, or a scalar factor."""
-        before, after = self.values.get(source), self.values.get(node)
-        if not (isinstance(before, Tensor) and isinstance(after, Tensor)):
-            return False
-        if before.shape[-1:] != after.shape[-1:]:
-            return False
-        if is_a(node, *_KEEP):
-            return True
-        if op_name(node) == "getitem":
-            index = node.args[1]
-            full = slice(None, None, None)
-            return isinstance(index, tuple) and len(index) == before.dim() and index[-1] == full
-        return is_a(node, *_SCALE) and self._constant_factor(node, source)
-
-    def _constant_factor(self, node: Node, source: Node) -> bool:
-        if is_a(node, Kind.QUOTIENT) and node.args[0] is not source:
-            return False
-        values = (
-            self.values[a] if isinstance(a, Node) else a for a in node.args if a is not source
-        )
-        return all(not isinstance(v, Tensor) or v.dim() == 0 for v in values)
 
     def _add(self, node: Node) -> None:
         for operand in node.args:
@@ -215,42 +217,51 @@ class _Analysis:
         self.kind[node] = "stream"
 
     def _trace_back(self, node: Node, user: Node) -> None:
-        """Find what wrote ``node``, which is added to the stream."""
-        users = [u for u in node.users if not is_a(u, Kind.SHAPE)]
-        if users != [user]:
-            self._refuse(node, "is added to the residual stream, and also read elsewhere")
-        module = None
-        if node.op == "call_module":
-            module = self.gm.get_submodule(str(node.target))
-        if isinstance(module, (*LINEAR, nn.Embedding)) or op_name(node) == "embedding":
+        """Find what wrote ``node``, which is added to the stream; if no weight did, it is turned.
+
+        A value that is read elsewhere too keeps its basis, so that it is turned where it is added.
+        """
+        alone = [u for u in node.users if not is_a(u, Kind.SHAPE)] == [user]
+        nodes = [a for a in node.args if isinstance(a, Node)]
+        if alone and (is_linear_call(self.gm, node) or is_lookup(self.gm, node)):
             self.stream.writers.append(node)
-        elif is_a(node, Kind.SUM) and all(isinstance(a, Node) for a in node.args):
-            for operand in node.args:
-                assert isinstance(operand, Node)
+            self.kind[node] = "stream"
+        elif alone and is_a(node, Kind.SUM) and self._same_shape(node, nodes):
+            for operand in nodes:
                 self._trace_back(operand, node)
-        elif node.args and isinstance(node.args[0], Node) and self._keeps(node, node.args[0]):
-            self._trace_back(node.args[0], node)
-        elif node.args and isinstance(node.args[-1], Node) and self._keeps(node, node.args[-1]):
-            self._trace_back(node.args[-1], node)
+            self.kind[node] = "stream"
+        elif alone and nodes and keeps(node, nodes[0], self.values):
+            self._trace_back(nodes[0], node)
+            self.kind[node] = "stream"
+        elif alone and nodes and keeps(node, nodes[-1], self.values):
+            self._trace_back(nodes[-1], node)
+            self.kind[node] = "stream"
         else:
-            self._refuse(
-                node, "is added to the residual stream, but neither a linear nor an embedding is"
-            )
-        self.kind[node] = "stream"
+            self._turn(node, user)
+
+    def _same_shape(self, node: Node, operands: list[Node]) -> bool:
+        """Whether nothing but values [..., width] are summed."""
+        widths = [getattr(self.values.get(each), "shape", (0,))[-1:] for each in operands]
+        return len(operands) == len(node.args) and set(widths) == {(self.stream.width,)}
+
+    def _turn(self, node: Node, user: Node) -> None:
+        value = self.values.get(node)
+        if not isinstance(value, Tensor) or value.shape[-1:] != (self.stream.width,):
+            self._refuse(node, "is added to the residual stream, but is no vector for each token")
+        if (node, user) not in self.stream.turned:
+            self.stream.turned.append((node, user))
+
+
+def _is_scalar(node: Node, operands: list[Node]) -> bool:
+    return is_a(node, *_SCALAR) and all(n in operands for n in node.all_input_nodes)
 
 
 def _name(node: Node) -> str:
     return str(node.target) if node.op == "call_module" else node.name
 
 
-def _last_dim(node: Node) -> bool:
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    keep = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim")
-    return dim in (-1, [-1], (-1,)) and keep is True
-
-
 @torch.no_grad()
-def _probe_values(gm: GraphModule) -> dict[Node, Any]:
+def probe_values(gm: GraphModule) -> dict[Node, Any]:
     """Every node's value on a tiny batch: shapes, and parameters that are computed."""
     facts, values = info(gm), {}
     probe = Probe.random(facts.vocab_size, device_of(gm), length=min(5, facts.max_positions or 5))

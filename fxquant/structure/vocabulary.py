@@ -20,6 +20,7 @@ class Kind(enum.Enum):
     PICK = ("getitem", "split", "chunk", "narrow", "select")
     SUM = ("add", "iadd", "add_")
     PRODUCT = ("mul", "multiply")
+    DIFFERENCE = ("sub", "subtract")
     QUOTIENT = ("truediv", "div")
     POWER = ("pow",)
     ROOT = ("sqrt", "rsqrt")
@@ -27,6 +28,8 @@ class Kind(enum.Enum):
     NEGATION = ("neg",)
     RELU = ("relu", "relu_")
     SQUASH = ("tanh",)
+    JOIN = ("cat",)
+    LARGER = ("max", "maximum")
     MASK = ("where", "masked_fill", "hide")
     # The second is what decompose_attention writes: 0, not NaN, for a row that attends to nothing.
     SOFTMAX = ("softmax", "_safe_softmax.default")
