@@ -18,7 +18,7 @@ from fxquant.numerics.quantization import group_count
 ITEMS = 2**14  # in a tuple with all that it holds: splits, groups
 _PRODUCTS = {
     *(nn.functional.linear, torch.matmul, torch.bmm, torch.mm, torch.baddbmm, torch.outer),
-    *(operator.matmul, nn.functional.scaled_dot_product_attention),
+    *(operator.matmul, nn.functional.scaled_dot_product_attention, OPS.attention.default),
 }
 _PIECES = {"unbind", "split", "chunk"}
 

@@ -31,7 +31,7 @@ class Kind(enum.Enum):
     # The second is what decompose_attention writes: 0, not NaN, for a row that attends to nothing.
     SOFTMAX = ("softmax", "_safe_softmax.default")
     MATMUL = ("matmul", "bmm", "baddbmm", "einsum")
-    ATTENTION = ("scaled_dot_product_attention",)
+    ATTENTION = ("attention.default", "scaled_dot_product_attention")
     SHAPE = ("size", "dim", "ndim", "numel", "stride", "getattr", "new_zeros", "new_ones")
 
 
