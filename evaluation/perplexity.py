@@ -19,7 +19,7 @@ from fxquant.ir.graph import device_of, tag
 from fxquant.run.batched import is_streamed, run_batches
 from fxquant.run.distributed import complete, is_main, shard
 from fxquant.run.execution import Executor
-from fxquant.run.loss import token_nll
+from fxquant.run.loss import highest_id, token_nll
 
 
 def from_loss(loss: float) -> float:
@@ -60,11 +60,12 @@ class Perplexity:
 
 
 def _shared_out(
-    gm: GraphModule, batches: Sequence[Tensor], label: str
+    gm: GraphModule, batches: Sequence[Tensor], highest: int, label: str
 ) -> tuple[Tensor, float | None]:
-    """Losses [N, L - 1] of all batches and the share clipped, whichever process computes them."""
+    """Losses [N, L - 1] of all batches, whose ids go up to ``highest``, and the share clipped,
+    whichever process computes them."""
     mine = shard(batches)
-    steps = _batch_results(gm, [ids for _, ids in mine], label)
+    steps = _batch_results(gm, [ids for _, ids in mine], highest, label)
     quiet = None if is_main() else True
     bar = tqdm(steps, label, len(mine), unit="batch", leave=False, disable=quiet)
     losses = [
@@ -81,7 +82,7 @@ def _shared_out(
 
 @torch.no_grad()
 def _batch_results(
-    gm: GraphModule, batches: Sequence[Tensor], label: str
+    gm: GraphModule, batches: Sequence[Tensor], highest: int, label: str
 ) -> Iterator[tuple[Tensor, tuple[int, int]]]:
     """Each batch's losses; how many activation elements were clipped and how many quantized."""
     quantizers = Quantizers.of(gm)
@@ -95,7 +96,7 @@ def _batch_results(
         pairs = zip(inputs, watchers, strict=True)
         outputs = (executor.run(watcher, **each) for each, watcher in pairs)
     for ids, counter, logits in zip(batches, counters, outputs, strict=True):
-        yield token_nll(logits, ids), counter.result()
+        yield token_nll(logits, ids, highest), counter.result()
 
 
 def evaluate(
@@ -115,7 +116,8 @@ def evaluate(
     """
     device = device_of(gm)
     started = time.perf_counter()
-    losses, share = _shared_out(gm, windows.to(device).split(batch_size), label)
+    batches = windows.to(device).split(batch_size)
+    losses, share = _shared_out(gm, batches, highest_id(windows), label)
     seconds = time.perf_counter() - started
     if not bool(torch.isfinite(losses).all()):
         bad = int((~torch.isfinite(losses)).any(1).nonzero()[0])

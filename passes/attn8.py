@@ -20,7 +20,7 @@ from fxquant.structure.outcome import Blocked, Changed, Outcome
 class Attn8(Repair):
     """Make attention's products sites, which quantize and integerize lower like linears.
 
-    before:  y = scaled_dot_product_attention(q, k, v, ...)
+    before:  y = attention(q, k, v, mask, s)
     after:   scores = matmul(q, k^T)          site self_attn.qk, role "matmul"
              y = matmul(softmax(...), v)      site self_attn.pv
     integer: rescale(int_matmul(q_q, k_q), q_scale, k_scale)

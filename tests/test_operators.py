@@ -25,6 +25,7 @@ from fxquant.numerics.gemm import CHUNK
 OPS = torch.ops.fxquant
 SEEDS = st.integers(0, 2**32 - 1)
 NAMES = (
+    "attention",
     "choose_qparams",
     "quantize",
     "dequantize",
@@ -56,7 +57,9 @@ def calls(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
     """One call of each operator that uses all of its tensors, activations in ``dtype``."""
     x, like = torch.randn(2, 3, 16).to(dtype), torch.empty(0, dtype=dtype)
     token, shift = scales(2, 3, 1), int32(2, 3, 1)
+    heads = [torch.randn(2, 4, 3, 8).to(dtype) for _ in "qkv"]
     return {
+        "attention": (*heads, torch.randn(2, 1, 3, 3).to(dtype), 0.4),
         "choose_qparams": (x, "token", False, -128, 127),
         "quantize": (x, token, shift, -128, 127, torch.int8),
         "dequantize": (int8(2, 3, 16), token, shift, 0, like),

@@ -23,7 +23,7 @@ from fxquant.checkpoint.saved_names import OwnNames, check_name, check_path
 from fxquant.errors import CheckpointError
 from fxquant.files.tensor_file import DTYPES, dtype_name
 from fxquant.formats.table import GRIDS
-from fxquant.ir.functions import causal_mask, default_mask, hide, shared_heads
+from fxquant.ir.functions import attended_keys, causal_mask, default_mask, hide, shared_heads
 from fxquant.ir.graph import Tag, set_tag, tag
 from fxquant.ir.legal_forms import LEGAL
 
@@ -79,7 +79,10 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "aten._safe_softmax.default": torch.ops.aten._safe_softmax.default,
     "getattr": getattr,
     "default_mask": default_mask,
-    **{f"attention.{form.__name__}": form for form in (causal_mask, hide, shared_heads)},
+    **{
+        f"attention.{form.__name__}": form
+        for form in (attended_keys, causal_mask, hide, shared_heads)
+    },
 }
 _NAMES = {function: name for name, function in _FUNCTIONS.items()}
 _METHOD_NAMES = frozenset(_METHODS.split())

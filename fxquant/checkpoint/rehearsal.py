@@ -62,7 +62,8 @@ def rehearse(
     """Run ``graph`` on fakes; CheckpointError names the first node that does more than compute.
 
     Within a FakeTensorMode. What a node makes may grow with batch * length**2, as attention does,
-    and no faster; each of its extents grows evenly, so that this holds at all sizes.
+    and no faster; each of its extents grows evenly, so that this holds at all sizes. It is run
+    without an attention mask too, which a graph may then not make.
 
     Args:
         tensors, leaves: what get_attr and call_module nodes may reach, fake, by path.
@@ -72,6 +73,7 @@ def rehearse(
     sizes = sizes_up_to(facts.max_positions)
     made: dict[Node, int] = {}
     found = [_Rehearsal(graph, stored, size, made).run() for size in sizes.tried]
+    _Rehearsal(graph, stored, sizes.tried[0], made, masked=False).run()
     for node in graph.nodes:
         if node.op not in ("placeholder", "output"):
             _check_evenly(node, sizes, [each[node] for each in found])
@@ -90,9 +92,15 @@ class _Rehearsal:
     """One input size. ``made``: each node's elements at the first size, filled there."""
 
     def __init__(
-        self, graph: Graph, stored: _Stored, size: tuple[int, int], made: dict[Node, int]
+        self,
+        graph: Graph,
+        stored: _Stored,
+        size: tuple[int, int],
+        made: dict[Node, int],
+        masked: bool = True,
     ) -> None:
         self.graph, self.stored, self.size, self.made = graph, stored, size, made
+        self.masked = masked
         self.first = not made
         self.bounds: dict[Node, Bound] = {}
         self.known: dict[Any, Any] = {}
@@ -101,8 +109,9 @@ class _Rehearsal:
     def run(self) -> dict[Node, tuple[Any, ...]]:
         """The extents of what each node makes."""
         ids = torch.zeros(self.size, dtype=torch.int64)
-        inputs = {"input_ids": ids, "attention_mask": ids.clone()}
-        kept = (*self.stored.tensors.values(), *inputs.values())
+        inputs = {"input_ids": ids, "attention_mask": ids.clone() if self.masked else None}
+        given = (each for each in inputs.values() if each is not None)
+        kept = (*self.stored.tensors.values(), *given)
         versions = [value._version for value in kept]
         nodes = list(self.graph.nodes)
         last = {used: node for node in nodes for used in node.all_input_nodes}

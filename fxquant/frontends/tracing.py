@@ -26,6 +26,7 @@ from fxquant.frontends.comparison import TESTED_TRANSFORMERS, Oracle, compare
 from fxquant.frontends.functional import make_functional
 from fxquant.frontends.handed_over import check_handed_over, own_copy
 from fxquant.frontends.leaves import as_leaf
+from fxquant.frontends.masks import fuse_masks
 from fxquant.frontends.mixtures import make_dense
 from fxquant.frontends.patching import exclusive, no_mask_left_out, tracing
 from fxquant.frontends.recorder.record import Recorded, record
@@ -119,6 +120,7 @@ def _traced(model: PreTrainedModel, oracle: Oracle, facts: GraphInfo, frontend: 
     _drop_dropout(gm)
     _default_mask(gm)
     make_functional(gm.graph)
+    fuse_masks(gm)
     gm.graph.eliminate_dead_code()
     gm.delete_all_unused_submodules()
     gm.recompile()

@@ -111,6 +111,11 @@ def _rescale(a: Sequence[str]) -> str:
     return " * ".join(part for part in (corrected, scale, weight_scale) if part != "None")
 
 
+def _attention(a: Sequence[str]) -> str:
+    mask = "causal" if a[3] == "None" else f"mask={a[3]}"
+    return ", ".join((*a[:3], mask, *(() if a[4] == "None" else (f"scale={a[4]}",))))
+
+
 _FORMULAS: dict[str, tuple[int, Callable[[Sequence[str]], str]]] = {
     "fxquant.choose_qparams": (5, _choose_qparams),
     "fxquant.quantize": (6, _quantize),
@@ -122,6 +127,7 @@ _FORMULAS: dict[str, tuple[int, Callable[[Sequence[str]], str]]] = {
     "fxquant.code_sum": (1, lambda a: f"sum of {a[0]} over columns"),
     "fxquant.int_gemm": (3, _int_gemm),
     "fxquant.int_matmul": (2, lambda a: f"{a[0]} @ {a[1]}"),
+    "fxquant.attention": (5, _attention),
     "fxquant.store_kv": (2, lambda a: f"{a[0]}, {a[1]} bits, each token and head"),
     "hide": (2, lambda a: f"{a[0]} where {a[1]}, else -inf"),
     "fxquant.grouped_gemm": (7, _grouped_gemm),

@@ -8,8 +8,11 @@ from torch import Tensor
 
 def causal_mask(query: Tensor, key: Tensor) -> Tensor:
     """Boolean [queries, keys], True on and below the diagonal, as is_causal has it."""
-    ones = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device)
-    return ones.tril()
+    return _lower_triangle(query.shape[-2], key.shape[-2], query.device)
+
+
+def _lower_triangle(rows: int, columns: int, device: torch.device) -> Tensor:
+    return torch.ones(rows, columns, dtype=torch.bool, device=device).tril()
 
 
 def shared_heads(x: Tensor, query: Tensor) -> Tensor:
@@ -17,8 +20,22 @@ def shared_heads(x: Tensor, query: Tensor) -> Tensor:
     return x.repeat_interleave(query.shape[1] // x.shape[1], dim=1)
 
 
-def hide(scores: Tensor, mask: Tensor) -> Tensor:
-    """-infinity where the boolean mask is False."""
+def attended_keys(attention_mask: Tensor | None) -> Tensor | None:
+    """Boolean [batch, 1, length, length]: each token sees those up to itself that are no padding.
+
+    None where no mask [batch, length] is given: then all see all before them, which attention
+    knows without one.
+    """
+    if attention_mask is None:
+        return None
+    keys = attention_mask.to(torch.int64).to(torch.bool)
+    return _lower_triangle(keys.shape[-1], keys.shape[-1], keys.device) & keys[:, None, None, :]
+
+
+def hide(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """-infinity where the boolean mask is False; above the diagonal where there is none."""
+    if mask is None:
+        mask = _lower_triangle(scores.shape[-2], scores.shape[-1], scores.device)
     return scores.masked_fill(mask.logical_not(), -torch.inf)
 
 

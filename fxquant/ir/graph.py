@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxquant.errors import GraphError, VerificationError
+from fxquant.errors import GraphError
 from fxquant.ir.calibration import Calibration
+from fxquant.ir.functions import default_mask
 from fxquant.ir.leaves import Conv1D, QuantizedParameters
 from fxquant.ir.records import PassRecord as PassRecord
 from fxquant.ir.records import SiteRecord as SiteRecord
@@ -304,13 +305,12 @@ def device_of(gm: GraphModule) -> torch.device:
 
 
 def attention_mask_node(gm: GraphModule) -> Node:
-    """The node that holds the attention mask with its default filled in."""
-    placeholder = next(
-        node
-        for node in gm.graph.nodes
-        if node.op == "placeholder" and node.target == "attention_mask"
-    )
-    filled: Node | None = next(iter(placeholder.users), None)
+    """The node that holds the attention mask with its default filled in; made where none does."""
+    ids, mask = (node for node in gm.graph.nodes if node.op == "placeholder")
+    filled: Node | None = next((u for u in mask.users if u.target is default_mask), None)
     if filled is not None:
         return filled
-    raise VerificationError(f"{info(gm).model}: the graph does not read attention_mask")
+    with gm.graph.inserting_after(mask):
+        filled = gm.graph.call_function(default_mask, (mask, ids))
+    set_tag(filled, Tag())
+    return filled

@@ -40,6 +40,7 @@ LEGAL = (
     Form("dequantize", OPS.dequantize.default, (Q, I), "codes to float; at integer: weights only"),
     Form("code_sum", OPS.code_sum.default, (I,), "row sums of codes, for weight zero points"),
     Form("int_matmul", OPS.int_matmul.default, (I,), "two activations' codes to exact int32"),
+    Form("attention", OPS.attention.default, (F, O, Q, I), "fused; causal where it has no mask"),
     Form("store_kv", OPS.store_kv.default, (F, O, Q, I), "a cache's storage error, simulated"),
     Form("int_gemm", OPS.int_gemm.default, (I,), "int8 codes to exact int32"),
     Form("grouped_gemm", OPS.grouped_gemm.default, (I,), "int32 per group, rescaled per group"),

@@ -94,6 +94,19 @@ def _cpu_int8(codes: Tensor) -> bool:
     return codes.device.type == "cpu" and cpu_int8.exact_int_mm()
 
 
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor:
+    """softmax(query key^T * scale) value of [batch, heads, length, width]; scale None: width^-1/2.
+
+    mask [batch or 1, heads or 1, length, length]: True where a query attends, or float scores to
+    add; None: causal, by a kernel that needs no mask.
+    """
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale
+    )
+
+
 def store_kv(x: Tensor, bits: int) -> Tensor:
     """``x`` [batch, heads, tokens, width] as a cache of ``bits`` bits would give it back.
 
@@ -207,6 +220,8 @@ _COMPOSITE = {
     "decode(Tensor stored, str grid, int length) -> Tensor": decode,
     "int_gemm(Tensor x_codes, Tensor weight_codes, int chunk) -> Tensor": int_gemm,
     "int_matmul(Tensor left_codes, Tensor right_codes) -> Tensor": int_matmul,
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float? scale)"
+    " -> Tensor": attention,
     "store_kv(Tensor x, int bits) -> Tensor": store_kv,
     "code_sum(Tensor codes) -> Tensor": code_sum,
     "grouped_gemm(Tensor x_codes, Tensor weight_codes, Tensor weight_scale, Tensor? zero_point,"

@@ -13,14 +13,15 @@ from fxquant.errors import ModelError
 ROWS = 32
 
 
-def token_nll(logits: Tensor, input_ids: Tensor) -> Tensor:
+def token_nll(logits: Tensor, input_ids: Tensor, highest: int | None = None) -> Tensor:
     """Negative log likelihood (nats) of each token given those before it: float32 [batch, L - 1].
 
     logits [batch, L, vocab] of any float dtype, input_ids int64 [batch, L]. The logits of the
-    last position predict nothing here and are left out. Raises ModelError for what are no logits
-    of these tokens, saying which.
+    last position predict nothing here and are left out. ``highest``: the largest id, of these or of
+    all windows that they come from, where the caller knows it; reading it here waits for the device.
+    Raises ModelError for what are no logits of these tokens, saying which.
     """
-    check_logits(logits, input_ids)
+    check_logits(logits, input_ids, highest)
     predicted, wanted = logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()
     # On the CPU rows in small parts: log-softmax's temporary stays in the cache.
     rows = ROWS if logits.device.type == "cpu" else max(1, len(wanted))
@@ -32,9 +33,14 @@ def token_nll(logits: Tensor, input_ids: Tensor) -> Tensor:
     return torch.cat(losses).view(input_ids.shape[0], -1)
 
 
-def check_logits(found: object, input_ids: Tensor) -> None:
+def highest_id(input_ids: Tensor) -> int:
+    """The largest of ``input_ids``, -1 where there is none."""
+    return int(input_ids.max()) if input_ids.numel() else -1
+
+
+def check_logits(found: object, input_ids: Tensor, highest: int | None = None) -> None:
     """Raise ModelError where ``found``, a model's result, is anything but dense floating-point
-    logits [batch, length, vocab] of ``input_ids`` int64 [batch, length]."""
+    logits [batch, length, vocab] of ``input_ids`` int64 [batch, length], none over ``highest``."""
     if not isinstance(found, Tensor):
         raise _no_logits(f"a {type(found).__name__}", input_ids)
     if found.is_nested or found.layout != torch.strided or found.is_quantized or found.is_meta:
@@ -43,7 +49,7 @@ def check_logits(found: object, input_ids: Tensor) -> None:
         raise _no_logits(f"a tensor of {found.dtype}", input_ids)
     if found.dim() != 3 or found.shape[:2] != input_ids.shape:
         raise _no_logits(f"a tensor {list(found.shape)}", input_ids)
-    highest = int(input_ids.max()) if input_ids.numel() else -1
+    highest = highest_id(input_ids) if highest is None else highest
     if found.shape[2] <= highest:
         raise _no_logits(f"logits of {found.shape[2]} tokens", input_ids, f" of over {highest}")
 
@@ -61,8 +67,9 @@ def window_losses(
     forward: Callable[[Tensor], Tensor], windows: Tensor, batch_size: int = 1
 ) -> Iterator[Tensor]:
     """token_nll of each batch of windows, on the CPU; ``forward`` maps input_ids to logits."""
+    highest = highest_id(windows)
     for ids in windows.split(batch_size):
-        yield token_nll(forward(ids), ids).cpu()
+        yield token_nll(forward(ids), ids, highest).cpu()
 
 
 def standard_error(differences: Sequence[float], tokens: Sequence[int]) -> float | None:

@@ -11,7 +11,8 @@ from torch.fx import GraphModule, Node
 from tqdm import tqdm
 
 from fxquant.errors import CalibrationError
-from fxquant.ir.graph import attention_mask_node, device_of, info
+from fxquant.ir.functions import default_mask
+from fxquant.ir.graph import device_of, info
 from fxquant.numerics.observers import Observer
 from fxquant.run.batched import is_streamed, run_batches
 from fxquant.run.batches import Batches, model_inputs
@@ -40,7 +41,7 @@ def observe_nodes(
             f"{label} needs calibration data: pass calibration=batches (LongTensors "
             "[batch, length])"
         )
-    facts, device, mask_node = info(gm), device_of(gm), attention_mask_node(gm)
+    facts, device = info(gm), device_of(gm)
     for observer in observers.values():
         observer.to(device)  # also one that sees nothing here: processes merge on the device
     shared = all(merges_exactly(observer) for observer in observers.values())
@@ -57,12 +58,12 @@ def observe_nodes(
     )
     if is_streamed(gm):
         inputs = list(checked)
-        watchers = [_watcher(observers, mask_node) for _ in inputs]
+        watchers = [_watcher(observers, **each) for each in inputs]
         if inputs:
             list(run_batches(gm, inputs, watchers, until))
     else:
         for each in checked:
-            executor.advance(executor.start(**each), until, _watcher(observers, mask_node))
+            executor.advance(executor.start(**each), until, _watcher(observers, **each))
     if shared:
         merge_observers(observers.values())
     if all(int(observer.tokens) == 0 for observer in observers.values()):
@@ -72,15 +73,15 @@ def observe_nodes(
         )
 
 
-def _watcher(observers: Mapping[Node, Observer], mask_node: Node) -> OnNode:
+def _watcher(
+    observers: Mapping[Node, Observer], input_ids: Tensor, attention_mask: Tensor | None = None
+) -> OnNode:
     """Shows one batch's values to the observers."""
-    mask: list[Tensor] = []
+    mask = default_mask(attention_mask, input_ids)
 
     def on_node(node: Node, value: Any) -> Any:
-        if node is mask_node:
-            mask.append(value)
         if node in observers:
-            observers[node](value, mask[0])
+            observers[node](value, mask)
         return value
 
     return on_node

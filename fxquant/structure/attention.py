@@ -110,6 +110,7 @@ def products_in_float(gm: GraphModule) -> list[LeftInFloat]:
     products: dict[str, int] = {}
     for node in gm.graph.nodes:
         if is_a(node, *PRODUCTS) and not tag(node).is_output:
-            products[op_name(node)] = products.get(op_name(node), 0) + 1
+            name = op_name(node).removesuffix(".default")
+            products[name] = products.get(name, 0) + 1
     reason = "products of activations (attention and rotary tables)"
     return [LeftInFloat(f"{name} x{count}", reason) for name, count in products.items()]

@@ -90,7 +90,8 @@ def attention_value(node: Node) -> Node | None:
     """V, where ``node`` is an attention's product of probabilities and values; else None."""
     if is_a(node, Kind.ATTENTION):
         attention = operands(node)
-        value = None if attention.enable_gqa else attention.value
+        shares_heads = getattr(attention, "enable_gqa", False)
+        value = None if shares_heads else attention.value
     elif is_a(node, Kind.MATMUL) and len(node.args) == 2 and is_softmax(node.args[0]):
         value = node.args[1]
     else:

@@ -35,7 +35,7 @@ class Kind(enum.Enum):
     SOFTMAX = ("softmax", "_safe_softmax.default")
     LINEAR = ("linear",)
     MATMUL = ("matmul", "bmm", "baddbmm", "mm", "einsum")
-    ATTENTION = ("scaled_dot_product_attention",)
+    ATTENTION = ("attention.default", "scaled_dot_product_attention")
     SHAPE = ("size", "dim", "ndim", "numel", "stride", "getattr", "new_zeros", "new_ones")
 
 
