@@ -20,7 +20,8 @@ from fxquant.numerics.clipping import clipped_codes, count_clipped, unclipped_ra
 
 @dataclass(frozen=True)
 class Quantizers:
-    """The quantize nodes of a graph with their operands, and which values to keep until when.
+    """The nodes of a graph that make codes of activations, with their operands, and which values to
+    keep until when.
 
     ``static_ends``: what each static one lets through, worked out when it is first met.
     """
@@ -31,7 +32,12 @@ class Quantizers:
 
     @classmethod
     def of(cls, gm: GraphModule) -> Quantizers:
-        calls = {n: operands(n) for n in gm.graph.nodes if is_op(n, OPS.quantize.default)}
+        kinds = (OPS.quantize, OPS.quantize_static, OPS.quantize_rows)
+        calls = {
+            node: operands(node)
+            for node in gm.graph.nodes
+            if any(is_op(node, kind.default) for kind in kinds)
+        }
         return cls(calls, {used: node for node in calls for used in node.all_input_nodes})
 
 
@@ -54,29 +60,35 @@ class ClippingCounter:
         if node in self._quantizers.kept_until:
             self._values[node] = value
         if node in self._quantizers.calls:
-            self._see(node)
+            self._see(node, value)
             for used in node.all_input_nodes:
                 if self._quantizers.kept_until[used] is node:
                     del self._values[used]
         return value
 
-    def _see(self, node: Node) -> None:
+    def _see(self, node: Node, value: Any) -> None:
         call = self._quantizers.calls[node]
-        x, scale, zero_point = (
-            self._values.get(each, each) for each in (call.x, call.scale, call.zero_point)
-        )
+        x = self._values[call.x]
         self._total += x.numel()
-        dynamic = _dynamic_range(call.scale)
-        if dynamic is None:
-            ends = self._quantizers.static_ends.get(node)
-            if ends is None:
-                ends = unclipped_range(scale, zero_point, call.qmin, call.qmax)
-                self._quantizers.static_ends[node] = ends
-            self._see_static(x, *ends)
+        if is_op(node, OPS.quantize_rows.default):
+            _, scale, zero_point, _ = value
+            self._see_dynamic(x, scale, zero_point, call)
             return
+        scale, zero_point = (self._values.get(each, each) for each in (call.scale, call.zero_point))
+        dynamic = _dynamic_range(call.scale)
+        if dynamic is not None:
+            self._see_dynamic(x, scale, zero_point, dynamic)
+            return
+        ends = self._quantizers.static_ends.get(node)
+        if ends is None:
+            ends = unclipped_range(scale, zero_point, call.qmin, call.qmax)
+            self._quantizers.static_ends[node] = ends
+        self._see_static(x, *ends)
+
+    def _see_dynamic(self, x: Tensor, scale: Tensor, zero_point: Any, chosen: Any) -> None:
         self._finite.append(torch.isfinite(scale).all())
-        if not dynamic.symmetric:
-            self._clipped.append(clipped_codes(x, scale, zero_point, call.qmin, call.qmax))
+        if not chosen.symmetric:
+            self._clipped.append(clipped_codes(x, scale, zero_point, chosen.qmin, chosen.qmax))
 
     def _see_static(self, x: Tensor, low: Tensor, high: Tensor) -> None:
         # Two vectorized reductions read twice, and are still faster than one aminmax.

@@ -13,6 +13,7 @@ from fxquant.passes.decompose_attention import DecomposeAttention as DecomposeAt
 from fxquant.passes.equalize import Equalize as Equalize
 from fxquant.passes.fold_norms import FoldNorms as FoldNorms
 from fxquant.passes.fp32_gemm import Fp32Gemm as Fp32Gemm
+from fxquant.passes.fuse_kernels import FuseKernels as FuseKernels
 from fxquant.passes.gptq import Gptq as Gptq
 from fxquant.passes.integerize import Integerize as Integerize
 from fxquant.passes.kv4 import Kv4 as Kv4

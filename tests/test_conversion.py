@@ -667,9 +667,8 @@ def test_bad_calibration(what: str) -> None:
 BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown level": (
         {"level": "int"},
-        "unknown level 'int': known are float, observed, qdq, integer",
+        "unknown level 'int': known are float, observed, qdq, integer, kernels",
     ),
-    "kernels": ({"level": "kernels"}, "level 'kernels' .* does not exist yet: use level='integer'"),
     "repair": ({"scheme": "w8+smoth"}, r"unknown pass in scheme w8\+smoth: smoth; known: "),
     "repairs": (
         {"scheme": "w8a8-dynamic+smoth(alpha=0.5)+qptg"},

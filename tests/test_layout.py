@@ -19,7 +19,7 @@ from tests.processes import finished
 ROOT = Path(__file__).parent.parent
 # Each room may import the rooms before it and its own members.
 ORDER = (
-    *("errors", "files", "formats", "schemes", "numerics", "ir", "run", "structure"),
+    *("errors", "files", "formats", "schemes", "numerics", "kernels", "ir", "run", "structure"),
     *("pipeline", "frontends", "passes", "recipes", "inspection", "analysis", "checkpoint"),
     *("exports", "evaluation", "cli"),
 )
@@ -35,6 +35,7 @@ LIBRARIES: dict[str, frozenset[str]] = {
     "formats": frozenset(),
     "schemes": frozenset(),
     "numerics": frozenset(),
+    "kernels": frozenset({"triton"}),
     "ir": frozenset({"safetensors"}),
     "structure": frozenset(),
     "pipeline": frozenset({"tqdm"}),

@@ -59,7 +59,7 @@ def run(name: str, scheme: str, level: str, value: float) -> tuple[Tensor, Tenso
     return output(True), output(False)
 
 
-@pytest.mark.parametrize("level", ["qdq", "integer"])
+@pytest.mark.parametrize("level", ["qdq", "integer", "kernels"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", BUILDERS)
 def test_nan_stays_nan(name: str, scheme: str, level: str) -> None:
@@ -71,7 +71,7 @@ def test_nan_stays_nan(name: str, scheme: str, level: str) -> None:
         assert torch.equal(spoiled[others], plain[others])
 
 
-@pytest.mark.parametrize("level", ["qdq", "integer"])
+@pytest.mark.parametrize("level", ["qdq", "integer", "kernels"])
 def test_infinity_is_clipped_by_a_static_range(level: str) -> None:
     spoiled, _ = run("llama", "w8a8-static", level, float("inf"))
     assert bool(spoiled.isfinite().all())

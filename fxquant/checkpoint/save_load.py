@@ -52,7 +52,8 @@ def save(gm: GraphModule, directory: Location, tokenizer: Tokenizer | None = Non
     """Write ``gm`` (level float, qdq or integer) to ``directory``, whole or not at all.
 
     Tied tensors are written once. An earlier checkpoint there is replaced; any other folder with
-    something in it is not. A streamed graph is written block by block.
+    something in it is not. A streamed graph is written block by block. A graph
+    of level kernels is refused: FuseKernels makes it again from the integer graph, bit for bit.
 
     Raises CheckpointError before anything is written: a node or module that the format does not
     know (named, with its target), a folder that is in use or cannot be written; and where writing

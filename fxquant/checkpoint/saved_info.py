@@ -8,7 +8,7 @@ from fxquant.checkpoint.size_rule import LONGEST
 from fxquant.errors import CheckpointError
 from fxquant.files.doors import parse_json, reason
 from fxquant.ir.calibration import CalibrationRecord, Spans
-from fxquant.ir.graph import GraphInfo
+from fxquant.ir.graph import GraphInfo, Level
 from fxquant.ir.token_runs import KnownRuns
 from fxquant.schemes.scheme import ROLES
 
@@ -16,8 +16,14 @@ _LARGEST = 2**48  # of a count: more bytes than any model has
 
 
 def check_info(facts: GraphInfo) -> None:
-    """Raise CheckpointError for a count out of bounds, a path that is none, a scheme, site or
-    calibration record that cannot be; SchemeError for a scheme that does not parse."""
+    """Raise CheckpointError for a level that is not saved, a count out of bounds, a path that is
+    none, a scheme, site or calibration record that cannot be; SchemeError for a scheme that does
+    not parse."""
+    if facts.level == Level.KERNELS:
+        raise CheckpointError(
+            "info: a graph of level kernels is not saved: save it at level integer, from which "
+            "fxquant.passes.FuseKernels()(fxquant.load(path)) makes it again, bit for bit"
+        )
     counts = [facts.vocab_size, facts.parameters, *(size for _, size in facts.float_bytes)]
     counts += [extent for site in facts.sites for extent in site.shape]
     if not all(0 <= count < _LARGEST for count in counts):

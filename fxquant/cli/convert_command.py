@@ -82,6 +82,11 @@ def check_output(options: argparse.Namespace) -> None:
             "--output: an observed graph holds statistics, which are not saved; leave out "
             "--output or give another --level"
         )
+    if options.level == Level.KERNELS:
+        raise CheckpointError(
+            "--output: a graph of level kernels is not saved; leave out --output, or give --level "
+            "integer, from which fxquant.passes.FuseKernels makes it again"
+        )
 
 
 def dump_after(wanted: list[str], say: Callable[[str], None]) -> AfterPass:

@@ -116,6 +116,30 @@ def _attention(a: Sequence[str]) -> str:
     return ", ".join((*a[:3], mask, *(() if a[4] == "None" else (f"scale={a[4]}",))))
 
 
+def _int_linear(a: Sequence[str]) -> str:
+    codes, weight, scale, weight_scale, zero_point, weight_sum, weight_zero_point, bias = a[:8]
+    pairs = [(zero_point, weight_sum), (weight_zero_point, f"sum({codes})")]
+    product = f"{_minus(f'{codes} @ {weight}.T', pairs)} * {scale} * {weight_scale}"
+    return product + _plus(bias)
+
+
+def _grouped_int_linear(a: Sequence[str]) -> str:
+    codes, weight, scale, weight_scale, zero_point, weight_sum, shift, bias, _, group_size, _ = a
+    grouped = (codes, weight, weight_scale, zero_point, weight_sum, shift, group_size)
+    product, _, columns = _grouped_gemm(grouped).rpartition(", ")
+    return f"{product} * {scale}{_plus(bias)}, {columns}"
+
+
+def _dequant_linear(a: Sequence[str]) -> str:
+    x, weight, scale, zero_point, bias, group_size, _ = a
+    number, *groups = _dequantize((weight, scale, zero_point, group_size, x)).split(", ")
+    return ", ".join((f"{x} @ ({number}).T{_plus(bias)}", *groups))
+
+
+def _plus(bias: str) -> str:
+    return "" if bias == "None" else f" + {bias}"
+
+
 _FORMULAS: dict[str, tuple[int, Callable[[Sequence[str]], str]]] = {
     "fxquant.choose_qparams": (5, _choose_qparams),
     "fxquant.quantize": (6, _quantize),
@@ -133,5 +157,10 @@ _FORMULAS: dict[str, tuple[int, Callable[[Sequence[str]], str]]] = {
     "fxquant.grouped_gemm": (7, _grouped_gemm),
     "fxquant.rescale": (8, _rescale),
     "fxquant.add_bias": (3, lambda a: f"{a[0]} + {a[1]}"),
-    "linear": (3, lambda a: f"{a[0]} @ {a[1]}.T" + ("" if a[2] == "None" else f" + {a[2]}")),
+    "fxquant.quantize_rows": (5, _choose_qparams),
+    "fxquant.quantize_static": (5, lambda a: _quantize((*a, ""))),
+    "fxquant.int_linear": (11, _int_linear),
+    "fxquant.grouped_int_linear": (11, _grouped_int_linear),
+    "fxquant.dequant_linear": (7, _dequant_linear),
+    "linear": (3, lambda a: f"{a[0]} @ {a[1]}.T{_plus(a[2])}"),
 }

@@ -20,7 +20,12 @@ WIDTH = 100
 _GAP = "  "
 _NODE = 12  # longer names lean into the site's column
 _REFERENCE = re.compile(r"%(\w+)")
-_PARTS = {"0": "scale", "1": "zero_point"}
+# What the items of an operator that gives several are called.
+_PARTS = {
+    "fxquant.choose_qparams": ("scale", "zero_point"),
+    "fxquant.quantize_rows": ("codes", "scale", "zero_point", "nan"),
+    "fxquant.quantize_static": ("codes", "nan"),
+}
 _INLINED = ("getitem", "contiguous")
 
 
@@ -137,8 +142,9 @@ class Names:
             return None
         if node.target == "flatten" and source.op == "get_attr":
             return self.reference(source, reader)
-        if node.target == "getitem" and source.target == "fxquant.choose_qparams":
-            return f"{self._qualified(source, reader)}.{_PARTS[node.args[1]]}"
+        if node.target == "getitem" and source.target in _PARTS:
+            part = _PARTS[source.target][int(node.args[1])]
+            return f"{self._qualified(source, reader)}.{part}"
         if node.target not in _INLINED or node.tag.is_output or node.name in self._returned:
             return None
         args = [self._words(text, reader) for text in node.args]

@@ -94,8 +94,10 @@ def _value(a: Any, b: Any, sizes: _Sizes) -> Value:
         return Value(_shape(a.shape, b.shape, sizes), short_dtype(a.dtype))
     if isinstance(a, tuple) and any(isinstance(part, Tensor) for part in a):
         parts = [_value(x, y, sizes) for x, y in zip(a, b, strict=True)]
-        if len(parts) == 2:
+        if len(parts) == 2 and parts[0].dtype != "int8":
             return Value(f"{parts[0].shape}, {parts[1].shape}", "pair")
+        if len(set(parts)) > 1:
+            return Value(f"{parts[0].shape} etc.", parts[0].dtype)
         return Value(f"{len(parts)} x {parts[0].shape}", "tuple")
     return Value(scalar=_scalar(a, b, sizes))
 

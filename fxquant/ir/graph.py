@@ -41,6 +41,7 @@ class Level(enum.StrEnum):
     OBSERVED = "observed"
     QDQ = "qdq"
     INTEGER = "integer"
+    KERNELS = "kernels"
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,11 @@ def lowered_already(facts: GraphInfo) -> str:
             f"the graph has observers already (level {facts.level}): {source}, or finish this one: "
             "fxquant.Pipeline((Quantize(scheme), Integerize())).run(graph)"
         )
-    rest = ", Integerize()(graph) takes it to integers" if facts.level == Level.QDQ else ""
+    further = {
+        Level.QDQ: ", Integerize()(graph) takes it to integers",
+        Level.INTEGER: ", FuseKernels()(graph) fuses it into kernels",
+    }
+    rest = further.get(facts.level, "")
     return (
         f"the graph is quantized already ({scheme}): {source}{rest}; as it is it can be called, "
         "inspected, saved and evaluated"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-import fxquant.ir.operators  # noqa: F401  (registers torch.ops.fxquant)
+import fxquant.ir.fused  # noqa: F401  (registers torch.ops.fxquant, with the plain ones)
 from fxquant.errors import VerificationError
 from fxquant.ir.graph import Level, get_tensor, info, is_op, site_outputs, source_of, tag
 from fxquant.ir.leaves import QuantizedParameters
@@ -16,7 +17,7 @@ from fxquant.ir.operands import operands
 from fxquant.numerics.observers import Observer
 
 OPS: Any = torch.ops.fxquant
-F, O, Q, I = Level.FLOAT, Level.OBSERVED, Level.QDQ, Level.INTEGER  # noqa: E741
+F, O, Q, I, K = Level  # noqa: E741
 
 
 @dataclass(frozen=True)
@@ -31,21 +32,28 @@ class Form:
 
 LEGAL = (
     Form("observer", Observer, (O,), "sees its input, has no users"),
-    Form("choose_qparams", OPS.choose_qparams.default, (Q, I), "dynamic scale and zero point"),
-    Form("quantize", OPS.quantize.default, (Q, I), "float to integer codes"),
-    Form("choose_scale", OPS.choose_scale.default, (Q, I), "dynamic scale for another grid"),
-    Form("quantize_to", OPS.quantize_to.default, (Q, I), "float to codes of another grid"),
-    Form("decode", OPS.decode.default, (Q, I), "codes of another grid to its numbers"),
-    Form("unpack_int4", OPS.unpack_int4.default, (Q, I), "two codes a byte to int8 codes"),
-    Form("dequantize", OPS.dequantize.default, (Q, I), "codes to float; at integer: weights only"),
-    Form("code_sum", OPS.code_sum.default, (I,), "row sums of codes, for weight zero points"),
-    Form("int_matmul", OPS.int_matmul.default, (I,), "two activations' codes to exact int32"),
-    Form("attention", OPS.attention.default, (F, O, Q, I), "fused; causal where it has no mask"),
-    Form("store_kv", OPS.store_kv.default, (F, O, Q, I), "a cache's storage error, simulated"),
-    Form("int_gemm", OPS.int_gemm.default, (I,), "int8 codes to exact int32"),
-    Form("grouped_gemm", OPS.grouped_gemm.default, (I,), "int32 per group, rescaled per group"),
-    Form("rescale", OPS.rescale.default, (I,), "int32 to float"),
-    Form("add_bias", OPS.add_bias.default, (I,), "bias in fp32, then one cast"),
+    Form("choose_qparams", OPS.choose_qparams.default, (Q, I, K), "dynamic scale and zero point"),
+    Form("quantize", OPS.quantize.default, (Q, I, K), "float to integer codes"),
+    Form("choose_scale", OPS.choose_scale.default, (Q, I, K), "dynamic scale for another grid"),
+    Form("quantize_to", OPS.quantize_to.default, (Q, I, K), "float to codes of another grid"),
+    Form("decode", OPS.decode.default, (Q, I, K), "codes of another grid to its numbers"),
+    Form("unpack_int4", OPS.unpack_int4.default, (Q, I, K), "two codes a byte to int8 codes"),
+    Form(
+        "dequantize", OPS.dequantize.default, (Q, I, K), "codes to float; at integer: weights only"
+    ),
+    Form("code_sum", OPS.code_sum.default, (I, K), "row sums of codes, for weight zero points"),
+    Form("int_matmul", OPS.int_matmul.default, (I, K), "two activations' codes to exact int32"),
+    Form("attention", OPS.attention.default, (F, O, Q, I, K), "fused; causal where it has no mask"),
+    Form("store_kv", OPS.store_kv.default, (F, O, Q, I, K), "a cache's storage error, simulated"),
+    Form("int_gemm", OPS.int_gemm.default, (I, K), "int8 codes to exact int32"),
+    Form("grouped_gemm", OPS.grouped_gemm.default, (I, K), "int32 per group, rescaled per group"),
+    Form("rescale", OPS.rescale.default, (I, K), "int32 to float"),
+    Form("add_bias", OPS.add_bias.default, (I, K), "bias in fp32, then one cast"),
+    Form("quantize_rows", OPS.quantize_rows.default, (K,), "dynamic range and codes in one"),
+    Form("quantize_static", OPS.quantize_static.default, (K,), "codes, and the rows with NaN"),
+    Form("int_linear", OPS.int_linear.default, (K,), "int_gemm, rescale and add_bias in one"),
+    Form("grouped_int_linear", OPS.grouped_int_linear.default, (K,), "the same by groups of K"),
+    Form("dequant_linear", OPS.dequant_linear.default, (K,), "dequantize and linear in one"),
 )
 
 
@@ -65,6 +73,9 @@ def verify(gm: GraphModule, after: str) -> None:
             _check_dequantize(gm, node, level, after)
         if is_op(node, OPS.rescale.default):
             _check_rescale(gm, node, after)
+        if is_op(node, OPS.int_linear.default):
+            call = operands(node)
+            _check_scales(gm, node, call.weight_scale, get_tensor(gm, call.weight).shape[0], after)
     _check_sites(gm, after)
     _check_orphans(gm, after)
 
@@ -114,8 +125,8 @@ def _check_order(gm: GraphModule, after: str) -> None:
 def _check_dequantize(gm: GraphModule, node: Node, level: Level, after: str) -> None:
     call = operands(node)
     codes, scale, group_size = call.codes, call.scale, call.group_size
-    if level is I and is_op(codes, OPS.quantize.default) and not _on_another_grid(node):
-        _fail(after, node, "an activation is still dequantized at level integer")
+    if level in (I, K) and _of_an_activation(codes) and not _on_another_grid(node):
+        _fail(after, node, f"an activation is still dequantized at level {level}")
     attributes = [n for n in (codes, scale) if isinstance(n, Node) and n.op == "get_attr"]
     if len(attributes) < 2:
         return
@@ -124,6 +135,13 @@ def _check_dequantize(gm: GraphModule, node: Node, level: Level, after: str) -> 
     groups = -(-shape[-1] // group_size) if group_size else 1
     if scales not in ((), (shape[0], groups)):
         _fail(after, node, f"scale of shape {list(scales)} does not fit codes {list(shape)}")
+
+
+def _of_an_activation(codes: object) -> bool:
+    """Whether they are the integer codes of an activation."""
+    made = source_of(codes) if is_op(codes, operator.getitem) else codes
+    fused = (OPS.quantize_rows.default, OPS.quantize_static.default)
+    return any(is_op(made, op) for op in (OPS.quantize.default, *fused))
 
 
 def _on_another_grid(dequantized: Node) -> bool:
@@ -138,8 +156,11 @@ def _check_rescale(gm: GraphModule, node: Node, after: str) -> None:
     sums, row = operands(node).sums, operands(node).weight_scale
     if row is None or is_op(sums, OPS.int_matmul.default):
         return  # grouped_gemm's sums carry the weight scales; a product has two activations'
-    rows = int_gemm_rows(gm, sums)
-    scales = get_tensor(gm, source_of(row)).numel()
+    _check_scales(gm, node, source_of(row), int_gemm_rows(gm, sums), after)
+
+
+def _check_scales(gm: GraphModule, node: Node, scale: Node, rows: int, after: str) -> None:
+    scales = get_tensor(gm, scale).numel()
     if scales not in (1, rows):
         _fail(after, node, f"{scales} weight scales for {rows} output columns")
 

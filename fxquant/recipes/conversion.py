@@ -12,7 +12,15 @@ from fxquant.errors import CalibrationError, GraphError, SchemeError, WriteError
 from fxquant.files.doors import Location, as_path
 from fxquant.frontends.tracing import trace
 from fxquant.ir.graph import Level, info, lowered_already
-from fxquant.passes import Calibrate, Fp32Gemm, Integerize, NameSites, Observe, Quantize
+from fxquant.passes import (
+    Calibrate,
+    Fp32Gemm,
+    FuseKernels,
+    Integerize,
+    NameSites,
+    Observe,
+    Quantize,
+)
 from fxquant.pipeline.arguments import checked_call
 from fxquant.pipeline.context import Context
 from fxquant.pipeline.pipeline import AfterPass, Pass, Pipeline
@@ -62,11 +70,6 @@ def recipe(
 def _levels(start: str, level: str) -> list[Level]:
     """The levels whose passes run: those behind ``start``, up to ``level``."""
     for name in (start, level):
-        if name == "kernels":
-            raise SchemeError(
-                "level 'kernels' (packed or fused kernels) does not exist yet: use "
-                "level='integer', whose results are exact"
-            )
         if name not in LEVELS:
             raise SchemeError(f"unknown level {name!r}: known are {', '.join(LEVELS)}")
     first, last = LEVELS.index(start), LEVELS.index(level)
@@ -86,6 +89,7 @@ def _stages(scheme: Scheme, level: str) -> dict[Level, tuple[Pass, ...]]:
         Level.OBSERVED: late,
         Level.QDQ: (),
         Level.INTEGER: (),
+        Level.KERNELS: (),
     }
     if scheme.fp32_gemm:
         stages[Level.OBSERVED] = (*late, Fp32Gemm())
@@ -96,6 +100,7 @@ def _stages(scheme: Scheme, level: str) -> dict[Level, tuple[Pass, ...]]:
             stages[Level.OBSERVED] = (Observe(), *late)
         stages[Level.QDQ] = (Quantize(),)
         stages[Level.INTEGER] = (Integerize(),)
+        stages[Level.KERNELS] = (FuseKernels(),)
     return stages
 
 
@@ -144,7 +149,7 @@ def convert(
         calibration: iterable of LongTensor [batch, length] or dicts of input_ids and
             attention_mask, such as what a tokenizer returns; one of the latter, or a tensor of
             windows [N, length]. Needed by static schemes, read once.
-        level: "float", "observed", "qdq" or "integer".
+        level: "float", "observed", "qdq", "integer" or "kernels", the same bits by fused operators.
         pipeline: runs instead of the scheme's own.
         progress: progress bars, on a terminal.
         cache: a folder in which gptq and refine keep finished blocks, so that the same call goes

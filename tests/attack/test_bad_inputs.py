@@ -69,7 +69,7 @@ OTHERS = [
     ("plan", "--budget=1", "--choices", "w8"), ("plan", "--budget=1", "--cost=gold"),
     ("inspect", "--scheme=w8", "--layer=99"), ("inspect", "--scheme=w8", "--layer=-9"),
     ("inspect", "--scheme=w8", "--layer=" + "9" * 19), ("inspect", "--scheme=w8", "--layer=x"),
-    ("inspect", "--scheme=w8", "--site=no"), ("convert", "--scheme=w8", "--level=kernels"),
+    ("inspect", "--scheme=w8", "--site=no"), ("convert", "--scheme=w8", "--level=fused"),
     ("explain", "--scheme=w8a8-static", "--seed=18446744073709551616"),
     ("plan", "--budget=1", "--calibration-length=0"), ("convert", "--scheme=w8", "--seed=-1"),
 ]  # fmt: skip

@@ -1,0 +1,84 @@
+"""Triton's kernels without a GPU: interpreted to the same bits, compiled to the right machine code.
+
+Each runs in a process of its own, see tests/triton_calls.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from fxquant.kernels import cuda, table
+from tests.fused_calls import SINGLE, Calls
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed: fxquant[cuda]")
+
+
+def run(*arguments: str, interpreted: bool = True) -> str:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"} if interpreted else dict(os.environ)
+    if not interpreted:
+        environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.triton_calls", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+SEEDS = [(0, 3), *(pytest.param(n, n + 20, marks=pytest.mark.slow) for n in (3, 23, 43))]
+
+
+@needs_triton
+@pytest.mark.parametrize(("first", "last"), SEEDS)
+def test_interpreted_calls_give_the_same_bits(first: int, last: int) -> None:
+    assert "calls agree" in run("agree", str(first), str(last))
+
+
+@needs_triton
+def test_interpreted_graphs_give_the_same_bits() -> None:
+    assert "8 graphs agree" in run("graphs")
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", ["90", *(pytest.param("80", marks=pytest.mark.slow),)])
+def test_compiled_without_a_gpu(capability: str) -> None:
+    assert run("compiled", capability, interpreted=False).count(f"sm_{capability}") == 6
+
+
+def row_reasons(name: str, *operands: Any) -> str:
+    (row,) = (row for row in table.TABLE if (row.operator, row.device) == (name, "cuda"))
+    return row.why_not(*operands)
+
+
+def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why a call is not Triton's, as far as it can be told without the device."""
+    monkeypatch.setattr(cuda, "missing_library", lambda: "triton is not installed")
+    grouped = Calls(1, (3, 70), SINGLE).site(8, 5, True)
+    assert row_reasons("grouped_int_linear", *grouped, 5, True) == (
+        "groups of 5 codes begin in the middle of a byte"
+    )
+    site = Calls(1, (3, 70), SINGLE).site(8, 0, False)
+    assert row_reasons("int_linear", *site, 0, False) == "triton is not installed"
+    double = (*site[:8], site[8].double())
+    assert row_reasons("int_linear", *double, 0, False) == "no kernel for torch.float64"
+    huge = torch.empty(1, dtype=torch.int8).expand(2**31, 1)
+    monkeypatch.setattr(cuda, "_without", lambda *_: "")
+    assert "sums or more" in row_reasons("int_linear", huge, *site[1:], 0, False)
+    assert row_reasons("quantize_rows", torch.empty(0, 4), "tensor", True, -127, 127)
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert cuda.missing_library.__wrapped__() == (
+        "triton is not installed: pip install 'fxquant[cuda]'"
+    )

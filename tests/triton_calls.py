@@ -1,0 +1,163 @@
+"""Triton's kernels against the plain operators, in a process of its own: Triton asks how it is to
+run when it is imported.
+
+    TRITON_INTERPRET=1 python -m tests.triton_calls agree FIRST LAST    calls of these seeds
+    TRITON_INTERPRET=1 python -m tests.triton_calls graphs              whole graphs
+    python -m tests.triton_calls compiled 80 90                         machine code, without a GPU
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import fxquant
+from fxquant.formats.packing import unpack_int4
+from fxquant.ir import fused, operators
+from fxquant.kernels import cuda, table, triton_gemm, triton_quantize
+from fxquant.passes import FuseKernels
+from tests.architectures import llama, opt, token_ids
+from tests.fused_calls import BRAIN, DTYPES, GRAINS, SINGLE, Calls, same
+
+LEADS = ((), (3,), (2, 5), (37,), (0,), (1,))
+
+
+def calls(seed: int, dtype: torch.dtype) -> Iterator[tuple[str, Any, Any]]:
+    """Name, what Triton gives and what the composition gives, on random operands."""
+    calls = Calls(seed, (*LEADS[seed % len(LEADS)], 1 + seed * 37 % 197), dtype)
+    x, columns, group = calls.input(), 1 + seed * 29 % 61, 2 * (1 + seed * 11 % 70)
+    for grain in GRAINS if x.numel() else ("token",):
+        for symmetric, qmin in ((True, -127), (False, -128)):
+            operands = (x, grain, symmetric, qmin, 127)
+            codes, scale, zero, nan = triton_quantize.quantize_rows(*operands)
+            wanted = fused.quantize_rows(*operands)
+            # NaN as an int32 is what the device makes of it.
+            finite = scale.isfinite()
+            ours = (codes, scale, zero * finite, nan)
+            yield "quantize_rows", ours, (*wanted[:2], wanted[2] * finite, wanted[3])
+    for shift in (None, torch.tensor(5, dtype=torch.int32)):
+        operands = (x, torch.tensor(0.013), shift, -128, 127)
+        yield (
+            "quantize_static",
+            triton_quantize.quantize_static(*operands),
+            fused.quantize_static(*operands),
+        )
+    for packed in (False, True):
+        for size, name in ((0, "int_linear"), (group, "grouped_int_linear")):
+            operands = calls.site(columns, size, packed)
+            if dtype == BRAIN:  # the interpreter's cast to bf16 truncates: compared before it
+                operands = (*operands[:8], operands[8].float())
+            found = getattr(triton_gemm, name)(*operands, size, packed)
+            yield name, found, getattr(fused, name)(*operands, size or 1024, packed)
+            yield "weight", *weights(calls.weight_only(columns, size, packed), dtype)
+
+
+def weights(operands: tuple[Any, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    x, stored, scale, shift, _, size, packed = operands
+    scale = scale.expand(stored.shape[0], -1) if scale.dim() else scale.expand(stored.shape[0], 1)
+    shift = None if shift is None else shift.expand(scale.shape)
+    length, wide = x.shape[-1], SINGLE if dtype == BRAIN else dtype
+    found = triton_gemm.dequantized_weight(stored, scale, shift, length, size, packed, wide)
+    codes = unpack_int4(stored, length) if packed else stored
+    return found, operators.dequantize(codes, scale, shift, size, x.new_empty(0, dtype=wide))
+
+
+def agree(first: int, last: int) -> None:
+    assert cuda.differs(torch.device("cpu")) == ""
+    with mock.patch.object(triton_gemm, "_stride", return_value=0):
+        assert cuda.differs(torch.device("cpu")) == "int_linear", "the first test must see it"
+    count = 0
+    for seed in range(first, last):
+        for dtype in DTYPES:
+            for name, found, wanted in calls(seed, dtype):
+                assert same(found, wanted), (name, seed, dtype)
+                count += 1
+    print(f"{count} calls agree")
+
+
+def graphs() -> None:
+    """Every fused operator by Triton, as on CUDA, from the table to the logits."""
+    rows = tuple(
+        replace(row, device="cpu", why_not=lambda *_: "")
+        for row in table.TABLE
+        if row.device == "cuda"
+    )
+    ids, count = token_ids(2, 7), 0
+    for build in (opt, llama):
+        traced = fxquant.trace(build(num_hidden_layers=1))
+        for scheme in (
+            "w8a8-dynamic-token-asym",
+            "w4-g12-asym/a8-static",
+            "w8a8-dynamic",
+            "w4-g12",
+        ):
+            plain = fxquant.convert(traced, scheme, calibration=[token_ids(2, 9)])
+            with torch.no_grad(), mock.patch.object(table, "TABLE", rows):
+                found = FuseKernels()(plain)(ids)
+            with torch.no_grad():
+                assert same(found, plain(ids)), (build, scheme)
+            count += 1
+    print(f"{count} graphs agree")
+
+
+def compiled(capabilities: list[int]) -> None:
+    """No product and sum in one rounding, IEEE quotients, int8 tensor cores."""
+    for capability in capabilities:
+        for name, kernel, constants in kernels():
+            pointers = {"x": "*bf16", "w": "*i8", "codes": "*i8", "y": "*bf16", "out": "*fp16"}
+            whole = ("M", "N", "K", "length", "groups", "group_size")
+            signature = {}
+            for each in kernel.arg_names:
+                kind = "i32" if each in whole or each.endswith("_stride") else "*fp32"
+                kind = "*i32" if each in ("zero", "w_sum", "shift", "zero_points") else kind
+                signature[each] = pointers.get(each, kind) if each not in constants else "constexpr"
+            if name == "grouped_kernel":
+                signature["x"] = "*i8"
+            if name == "linear_kernel":
+                signature["x"] = "*i8"
+            source = ASTSource(kernel, signature=signature, constexprs=constants)
+            target = GPUTarget("cuda", capability, 32)
+            found = triton.compile(source, target=target, options={"enable_fp_fusion": False})
+            text = found.asm["ptx"]
+            assert not re.search(r"\bfma\.rn\.f32|mad\.f32", text), (name, capability)
+            if name in ("token_kernel", "static_kernel"):
+                assert "div.rn.f32" in text, (name, capability)
+                assert "div.full" not in text
+            if name in ("linear_kernel", "grouped_kernel"):
+                assert re.search(r"mma.*s32.*s8|wgmma.*s32.s8", text), (name, capability)
+            print(f"sm_{capability} {name}")
+
+
+def kernels() -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Each kernel with its constants."""
+    ends = {"QMIN": -128, "QMAX": 127, "BLOCK": 256}
+    yield "token_kernel", triton_quantize.token_kernel, {**ends, "SYMMETRIC": False}
+    yield "ends_kernel", triton_quantize.ends_kernel, {"BLOCK": 256}
+    static = {**ends, "AFFINE": True, "FIND_NAN": True}
+    yield "static_kernel", triton_quantize.static_kernel, static
+    flags = {"HAS_ZERO": True, "HAS_SHIFT": True, "HAS_BIAS": True}
+    tiles = {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8}
+    yield "linear_kernel", triton_gemm.linear_kernel, {**flags, **tiles, "PACKED": False}
+    yield "grouped_kernel", triton_gemm.grouped_kernel, {**flags, **tiles, "PACKED": True}
+    weight = {"HAS_SHIFT": True, "PACKED": True, "BLOCK": 256}
+    yield "weight_kernel", triton_gemm.weight_kernel, weight
+
+
+if __name__ == "__main__":
+    what, numbers = sys.argv[1], [int(each) for each in sys.argv[2:]]
+    if what == "agree":
+        agree(*numbers)
+    elif what == "graphs":
+        graphs()
+    else:
+        compiled(numbers)
