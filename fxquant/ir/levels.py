@@ -34,8 +34,13 @@ LEGAL = (
     Form("choose_qparams", OPS.choose_qparams.default, (Q, I), "dynamic scale and zero point"),
     Form("quantize", OPS.quantize.default, (Q, I), "float to integer codes"),
     Form("choose_scale", OPS.choose_scale.default, (Q, I), "dynamic scale for another grid"),
+    Form("choose_global_scale", OPS.choose_global_scale.default, (Q, I), "what groups share"),
+    Form("choose_group_scales", OPS.choose_group_scales.default, (Q, I), "scales of groups"),
+    Form("decode_scales", OPS.decode_scales.default, (Q, I), "scales as stored to fp32"),
     Form("quantize_to", OPS.quantize_to.default, (Q, I), "float to codes of another grid"),
     Form("decode", OPS.decode.default, (Q, I), "codes of another grid to its numbers"),
+    Form("code_gemm", OPS.code_gemm.default, (I,), "codes of any grids to sums of products"),
+    Form("grouped_code_gemm", OPS.grouped_code_gemm.default, (I,), "the same, group by group"),
     Form("unpack_int4", OPS.unpack_int4.default, (Q, I), "two codes a byte to int8 codes"),
     Form("dequantize", OPS.dequantize.default, (Q, I), "codes to float; at integer: weights only"),
     Form("code_sum", OPS.code_sum.default, (I,), "row sums of codes, for weight zero points"),
@@ -113,7 +118,7 @@ def _check_order(gm: GraphModule, after: str) -> None:
 def _check_dequantize(gm: GraphModule, node: Node, level: Level, after: str) -> None:
     call = operands(node)
     codes, scale, group_size = call.codes, call.scale, call.group_size
-    if level is I and is_op(codes, OPS.quantize.default) and not _on_another_grid(node):
+    if level is I and _is_input(codes):
         _fail(after, node, "an activation is still dequantized at level integer")
     attributes = [n for n in (codes, scale) if isinstance(n, Node) and n.op == "get_attr"]
     if len(attributes) < 2:
@@ -125,12 +130,11 @@ def _check_dequantize(gm: GraphModule, node: Node, level: Level, after: str) -> 
         _fail(after, node, f"scale of shape {list(scales)} does not fit codes {list(shape)}")
 
 
-def _on_another_grid(dequantized: Node) -> bool:
-    """Whether the weights that meet this input are on a grid that has no exact integer product."""
-    linears = (n for n in dequantized.users if n.target is torch.nn.functional.linear)
-    factors = (operands(linear).weight for linear in linears)
-    weights = [operands(w).codes for w in factors if is_op(w, OPS.dequantize.default)]
-    return bool(weights) and all(is_op(weight, OPS.decode.default) for weight in weights)
+def _is_input(codes: object) -> bool:
+    """Whether these are codes, or the numbers of codes, that the graph itself makes."""
+    if is_op(codes, OPS.decode.default):
+        codes = operands(codes).stored
+    return is_op(codes, OPS.quantize.default) or is_op(codes, OPS.quantize_to.default)
 
 
 def _check_rescale(gm: GraphModule, node: Node, after: str) -> None:
@@ -144,8 +148,9 @@ def _check_rescale(gm: GraphModule, node: Node, after: str) -> None:
 
 
 def int_gemm_rows(gm: GraphModule, sums: Node) -> int:
-    """N of an int_gemm node."""
-    codes = operands(sums).weight_codes
+    """N of an int_gemm or a code_gemm node."""
+    call = operands(sums)
+    codes = call.weight_codes if is_op(sums, OPS.int_gemm.default) else call.weight
     if is_op(codes, OPS.unpack_int4.default):
         codes = operands(codes).packed
     return get_tensor(gm, codes).shape[0]
