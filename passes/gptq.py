@@ -43,6 +43,7 @@ class Gptq(Layerwise):
             damping=self.damping,
             order=self.order,
             grid=None if start is None else (start.scales, start.zero_points),
+            global_scale=None if start is None else start.global_scale,
         )
         if found.damping > self.damping:
             raised = f"; damping raised from {self.damping:g} to {found.damping:g}"

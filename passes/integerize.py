@@ -11,13 +11,16 @@ from torch.fx import GraphModule, Node
 from fxquant.errors import VerificationError
 from fxquant.formats.packing import unpack_int4
 from fxquant.ir.builder import Builder
-from fxquant.ir.graph import Level, Site, get_tensor, is_op, site_outputs
+from fxquant.ir.graph import Level, Site, get_tensor, info, is_op, site_outputs
 from fxquant.ir.legal_forms import OPS
 from fxquant.ir.operands import operands
 from fxquant.numerics.gemm import MAX_LENGTH, certified_chunk, reduced_precision
 from fxquant.numerics.quantization import expand_groups, split_groups
 from fxquant.pipeline.context import Context
 from fxquant.pipeline.pipeline import Pass
+from fxquant.schemes.scheme import Scheme
+from fxquant.schemes.specs import FLOAT
+from fxquant.structure.code_sites import has_integer_product, lower_codes
 from fxquant.structure.product_sites import integerize_product
 
 
@@ -31,6 +34,7 @@ class Integerize(Pass):
 
     By algebra: scales leave the sum, zero points become corrections by row sums of codes (Jacob et
     al. 2018, equation 7). Group scales cannot leave the sum: grouped_gemm rescales each group.
+    Codes that are no integers, and inputs in groups, meet in code_gemm and grouped_code_gemm.
     """
 
     name = "integerize"
@@ -44,8 +48,17 @@ class Integerize(Pass):
         return super().tolerance(torch.bfloat16 if reduced else dtype)
 
     def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
+        specs = {
+            record.path: Scheme.parse(record.spec).spec
+            for record in info(gm).site_records
+            if not record.operand
+        }
         for site, node in list(site_outputs(gm)):
             if integerize_product(gm, site, node):
+                continue
+            spec = specs.get(site.path, FLOAT)
+            if spec.activation is not None and not has_integer_product(spec):
+                lower_codes(gm, site.path, node, spec)
                 continue
             pattern = match(node)
             if pattern is not None:
@@ -82,8 +95,8 @@ def match(node: Node) -> Pattern | None:
     if not (is_op(x, OPS.dequantize.default) and is_op(w, OPS.dequantize.default)):
         return None
     activation, weight = operands(x), operands(w)
-    if not is_op(activation.codes, OPS.quantize.default) or is_op(weight.codes, OPS.decode.default):
-        return None  # one of them is on a grid that is no integer's
+    if not is_op(activation.codes, OPS.quantize.default):
+        return None
     quantized = operands(activation.codes)
     return Pattern(
         output=node,

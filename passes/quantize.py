@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxquant.errors import CalibrationError
-from fxquant.formats.grid import Grid
-from fxquant.formats.integer import IntegerGrid
 from fxquant.ir.builder import Builder
 from fxquant.ir.graph import (
     Level,
@@ -28,13 +25,14 @@ from fxquant.ir.leaves import QuantizedParameters
 from fxquant.ir.legal_forms import OPS, erase_observers
 from fxquant.ir.weights import site_codes
 from fxquant.numerics.static_input import StaticRange, static_input
-from fxquant.numerics.weight_codes import min_max_codes
+from fxquant.numerics.weight_codes import GLOBAL_SCALE, min_max_codes
 from fxquant.passes.observe import observer_of
 from fxquant.pipeline.context import Context
 from fxquant.pipeline.pipeline import Pass
 from fxquant.schemes.scheme import Scheme, matches
 from fxquant.schemes.specs import ActivationSpec, SiteSpec, TensorSpec
 from fxquant.schemes.spelling import spell_site
+from fxquant.structure.code_nodes import choose, decoded, input_codes, unpacked, weight_node
 from fxquant.structure.product_sites import lower_product, operand_spec
 
 
@@ -120,61 +118,13 @@ class _Inputs:
             scale, zero_point = builder.attribute("input_scale"), None
             if spec.tensor.grid.has_zero_point:
                 zero_point = builder.attribute("input_zero_point")
-        numbers = _input_numbers(builder, source, spec.tensor.grid, scale, zero_point)
+        numbers = input_codes(builder, source, spec.tensor, scale, zero_point)
+        size = spec.tensor.group_size or 0
         result = builder.call(
-            OPS.dequantize.default, numbers, scale, zero_point, 0, source, name="x_dq"
+            OPS.dequantize.default, numbers, scale, zero_point, size, source, name="x_dq"
         )
         self.done[source, spec] = result
         return result
-
-
-def choose(builder: Builder, x: Node, spec: TensorSpec) -> tuple[Node, Node | None]:
-    """Nodes of the dynamic scale and zero point of x."""
-    grid = spec.grid
-    if not isinstance(grid, IntegerGrid):
-        scale = builder.call(
-            OPS.choose_scale.default, x, spec.granularity, grid.name, name="input_scale"
-        )
-        return scale, None
-    chosen = builder.call(
-        OPS.choose_qparams.default,
-        x,
-        spec.granularity,
-        not grid.has_zero_point,
-        *grid.codes,
-        name="qparams",
-    )
-    scale = builder.item(chosen, 0, "input_scale")
-    return scale, builder.item(chosen, 1, "input_zero_point") if grid.has_zero_point else None
-
-
-def _input_numbers(
-    builder: Builder, x: Node, grid: Grid, scale: Node, zero_point: Node | None
-) -> Node:
-    if isinstance(grid, IntegerGrid):
-        return builder.call(
-            OPS.quantize.default, x, scale, zero_point, *grid.codes, torch.int8, name="x_q"
-        )
-    codes = builder.call(OPS.quantize_to.default, x, scale, grid.name, name="x_q")
-    return builder.call(OPS.decode.default, codes, grid.name, 0, name="x_v")
-
-
-def _unpacked(builder: Builder, grid: Grid, stored: Node, length: int) -> Node:
-    """Numbers of the grid, one an element, from codes as they are stored."""
-    if not isinstance(grid, IntegerGrid):
-        return builder.call(OPS.decode.default, stored, grid.name, length, name="w_q")
-    if grid.packed:
-        return builder.call(OPS.unpack_int4.default, stored, length, name="w_q")
-    return stored
-
-
-def _weight_node(builder: Builder, spec: TensorSpec, length: int, like: Node) -> Node:
-    codes = _unpacked(builder, spec.grid, builder.attribute("weight"), length)
-    scale = builder.attribute("weight_scale")
-    zero_point = builder.attribute("weight_zero_point") if spec.grid.has_zero_point else None
-    return builder.call(
-        OPS.dequantize.default, codes, scale, zero_point, spec.group_size or 0, like, name="w"
-    )
 
 
 def _lower_linear(
@@ -196,7 +146,7 @@ def _lower_linear(
         x = source
         if spec.activation is not None:
             x = inputs.dequantized(builder, source, spec.activation, parameters)
-        w = _weight_node(builder, spec.weight, site.shape[1], source)
+        w = weight_node(builder, spec.weight, site.shape[1], source)
         b = None if bias is None else builder.attribute("bias")
         y = builder.call(nn.functional.linear, x, w, b, name="y", is_output=True)
     builder.replace(node, y)
@@ -221,12 +171,13 @@ def _lower_embedding(gm: GraphModule, site: Site, node: Node, spec: TensorSpec) 
         return builder.call(nn.functional.embedding, node.args[0], table, name=f"{name}_rows")
 
     with gm.graph.inserting_before(node):
-        stored = rows("weight")
+        stored, scales = rows("weight"), rows("weight_scale")
         assert stored is not None
+        assert scales is not None
         y = builder.call(
             OPS.dequantize.default,
-            _unpacked(builder, spec.grid, stored, site.shape[1]),
-            rows("weight_scale"),
+            unpacked(builder, spec.grid, stored, site.shape[1]),
+            decoded(builder, scales, rows(GLOBAL_SCALE), spec, "w_scale"),
             rows("weight_zero_point"),
             spec.group_size or 0,
             builder.attribute("like"),

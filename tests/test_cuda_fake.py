@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 import fxquant
-from fxquant.ir import operators
+from fxquant.ir import grid_operators, operators
 from fxquant.ir.graph import clone_sharing_storage
 from fxquant.numerics import gemm
 from tests.architectures import ARCHITECTURES, gpt2, llama, opt, token_ids
@@ -28,6 +28,9 @@ HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 CASES = [("opt", scheme, dtype) for scheme in GRAPHS for dtype in (HALF, BRAIN)]
 CASES += [("gpt2", scheme, HALF) for scheme in ("fp", "fp32-gemm", *FEW)]
 CASES += [("llama", scheme, dtype) for scheme in FEW for dtype in (BRAIN, SINGLE)]
+OF_OTHER_GRIDS = ("fp8", "fp8-static", "mxfp6", "nvfp4", "wmxfp4", "wnf4-g16/a8-dynamic-g8")
+CASES += [("llama", scheme, BRAIN) for scheme in OF_OTHER_GRIDS]
+CASES += [("opt", "nvfp4", HALF), ("llama", "fp8", SINGLE)]
 ONE_LAYER: dict[str, Callable[[], PreTrainedModel]] = {
     "opt": functools.partial(opt, num_hidden_layers=1),
     "gpt2": functools.partial(gpt2, n_layer=1),
@@ -105,7 +108,8 @@ class NoGuards(TorchFunctionMode):
         if func is Tensor.contiguous:
             return torch.ops.aten.contiguous(*args)
         name = getattr(func, "_qualified_op_name", "")
-        inner = getattr(operators, name.removeprefix("fxquant::").partition(".")[0], None)
+        functions = {**vars(operators), **vars(grid_operators)}
+        inner = functions.get(name.removeprefix("fxquant::").partition(".")[0])
         if name.startswith("fxquant::") and inner is not None:
             with self:
                 return inner(*args, **(kwargs or {}))

@@ -199,10 +199,17 @@ def test_every_grid_in_the_table_keeps_its_promises() -> None:
     for name, grid in GRIDS.items():
         assert isinstance(grid, Grid)
         assert grid.name == name
-        first, last = grid.codes
-        codes = torch.arange(first, last + 1).to(grid.storage).view(1, -1)
-        numbers = grid.decode(codes)
+        numbers = torch.tensor(grid.levels)
+        assert bool((numbers.diff() > 0).all())
+        assert (float(numbers[0]), float(numbers[-1])) == (grid.lowest, grid.highest)
         assert torch.equal(grid.nearest_(numbers.clone()), numbers)
-        assert torch.equal(grid.encode(numbers), codes)
-        assert (float(numbers[0, 0]), float(numbers[0, -1])) == (grid.lowest, grid.highest)
-        assert torch.equal(grid.unpack(grid.pack(codes), codes.shape[1]), codes)
+        codes = grid.encode(numbers)
+        assert codes.dtype == grid.storage
+        assert grid.valid(codes)
+        assert torch.equal(grid.decode(codes), numbers)
+        table = codes.view(1, -1)
+        unpacked = grid.unpack(grid.pack(table), table.shape[1])
+        assert torch.equal(grid.decode(unpacked), numbers[None])
+        quanta = numbers.double() / grid.quantum
+        assert torch.equal(quanta, quanta.round())
+        assert bool((quanta / 2 != (quanta / 2).round()).any())  # and of no larger power of two

@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxquant.formats.packing import pack_int4
-from fxquant.ir import operators
+from fxquant.ir import grid_operators, operators
 from fxquant.numerics import cpu_int8, quantization
 from fxquant.numerics.gemm import CHUNK
 
@@ -30,8 +30,13 @@ NAMES = (
     "quantize",
     "dequantize",
     "choose_scale",
+    "choose_global_scale",
+    "choose_group_scales",
+    "decode_scales",
     "quantize_to",
     "decode",
+    "code_gemm",
+    "grouped_code_gemm",
     "unpack_int4",
     "int_gemm",
     "code_sum",
@@ -58,14 +63,23 @@ def calls(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
     x, like = torch.randn(2, 3, 16).to(dtype), torch.empty(0, dtype=dtype)
     token, shift = scales(2, 3, 1), int32(2, 3, 1)
     heads = [torch.randn(2, 4, 3, 8).to(dtype) for _ in "qkv"]
+    packed = torch.randint(0, 256, (5, 8), dtype=torch.uint8)
     return {
         "attention": (*heads, torch.randn(2, 1, 3, 3).to(dtype), 0.4),
         "choose_qparams": (x, "token", False, -128, 127),
         "quantize": (x, token, shift, -128, 127, torch.int8),
         "dequantize": (int8(2, 3, 16), token, shift, 0, like),
         "choose_scale": (x, "token", "int4"),
-        "quantize_to": (x, token, "int8"),
+        "choose_global_scale": (x, "e2m1", "e4m3"),
+        "choose_group_scales": (x, torch.tensor(0.01), "e2m1", "e4m3", 6),
+        "decode_scales": (torch.randint(100, 150, (5, 3), dtype=torch.uint8), None, "e8m0"),
+        "quantize_to": (x, scales(2, 3, 3), "e2m1", 6),
         "decode": (torch.randint(0, 256, (5, 8), dtype=torch.uint8), "int4", 15),
+        "code_gemm": (int8(2, 3, 16), int8(5, 16), shift, int32(5, 1), "int8", "int8-asym"),
+        "grouped_code_gemm": (
+            *(torch.randint(0, 16, (2, 3, 15), dtype=torch.uint8), packed),
+            *(scales(2, 3, 3), scales(5, 2), None, None, "e2m1", "e2m1", 6, 9),
+        ),
         "unpack_int4": (torch.randint(0, 256, (5, 8), dtype=torch.uint8), 15),
         "int_gemm": (int8(2, 3, 16), int8(5, 16), 0),
         "code_sum": (int8(2, 3, 16),),
@@ -108,7 +122,7 @@ def test_an_operator_equals_its_plain_function(name: str) -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         args = calls(dtype)[name]
         ours = tensors(getattr(OPS, name)(*args))
-        plain = tensors(getattr(operators, name)(*args))
+        plain = tensors({**vars(operators), **vars(grid_operators)}[name](*args))
         for a, b in zip(ours, plain, strict=True):
             assert a.dtype == b.dtype
             assert torch.equal(a, b)
@@ -119,10 +133,14 @@ def test_every_operator_gives_a_result_that_depends_on_its_input() -> None:
         first = tensors(getattr(OPS, name)(*args))
         changed = tuple(a + 1 if torch.is_tensor(a) else a for a in args)
         second = tensors(getattr(OPS, name)(*changed))
-        if name not in ("choose_qparams", "quantize", "choose_scale", "quantize_to"):
+        if name not in ROUNDED:
             assert any(not torch.equal(a, b) for a, b in zip(first, second, strict=True)), name
 
 
+ROUNDED = (
+    *("choose_qparams", "quantize", "choose_scale", "choose_global_scale", "choose_group_scales"),
+    "quantize_to",
+)
 NO_OP_CASTS: dict[str, tuple[Any, ...]] = {
     "sums that are fp32 already": (OPS.rescale, torch.randn(2, 5), torch.ones(()), *[None] * 6),
     "rescale by ones": (
@@ -139,6 +157,12 @@ NO_OP_CASTS: dict[str, tuple[Any, ...]] = {
     "one column": (OPS.code_sum, int8(3, 1)),
     "one group": (OPS.grouped_gemm, int8(2, 4), int8(3, 4), torch.ones(3, 1), *[None] * 3, 4),
     "codes times one": (OPS.dequantize, int8(2, 3), torch.ones(()), None, 0, torch.empty(0)),
+    "scales as they are": (OPS.decode_scales, torch.ones(3), None, "fp32"),
+    "one group of codes": (
+        *(OPS.grouped_code_gemm, int8(2, 4), int8(3, 4), None, torch.ones(3, 1), None, None),
+        *("int8", "int8", 0, 4),
+    ),
+    "unscaled sums": (OPS.rescale, torch.randn(2, 5), *[None] * 7),
     "absolute maxima": (OPS.choose_qparams, torch.rand(3, 1), "token", True, -1, 1),
 }
 
@@ -430,8 +454,8 @@ TENSOR_ARGUMENTS = [
     (name, place)
     for name, args in calls().items()
     for place, value in enumerate(args)
-    # One tensor alone cannot be on two devices; ``like`` gives a dtype only.
-    if torch.is_tensor(value) and value.numel() and len(tensors(args)) > 1
+    # One tensor alone cannot be on two devices, a 0-dim one may; ``like`` gives a dtype only.
+    if torch.is_tensor(value) and value.numel() and value.dim() and len(tensors(args)) > 1
 ]
 
 

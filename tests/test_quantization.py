@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fxquant.errors import NonFiniteError, SchemeError
 from fxquant.formats.integer import integer
+from fxquant.formats.scales import MIN_SCALE
 from fxquant.numerics.quantization import (
-    MIN_SCALE,
     activation_qparams_from_range,
     calc_qparams_symmetric,
     check_finite,

@@ -396,13 +396,15 @@ def test_percent_and_percentile_go_together() -> None:
         Estimator("absmax", 99.9)
 
 
-@pytest.mark.parametrize("granularity", ["channel", "group"])
-def test_activations_have_no_channel_scales(granularity: Granularity) -> None:
-    tensor = TensorSpec(
-        integer(8, symmetric=True), granularity, group_size=4 if granularity == "group" else None
-    )
-    for estimator in (None, DEFAULT_ESTIMATOR):
-        with pytest.raises(SchemeError, match=f"not per {granularity}"):
+def test_activations_have_no_channel_scales_and_static_ones_no_groups() -> None:
+    channel = TensorSpec(integer(8, symmetric=True), "channel")
+    group = TensorSpec(integer(8, symmetric=True), "group", 4)
+    for tensor, estimator in (
+        (channel, None),
+        (channel, DEFAULT_ESTIMATOR),
+        (group, DEFAULT_ESTIMATOR),
+    ):
+        with pytest.raises(SchemeError, match=f"not per {tensor.granularity}"):
             ActivationSpec(tensor, estimator)
 
 

@@ -12,7 +12,7 @@ FLOAT_BITS = 16  # what an operand in float counts as: half precision
 
 
 def storage(site: Site, spec: SiteSpec) -> float:
-    """Stored bits of the site's weight: codes (4 or 8 bits), fp32 scales, int32 zero points."""
+    """Stored bits of the site's weight: codes (4 or 8 bits), scales, int32 zero points."""
     rows, columns = site.shape
     if spec.weight is None:
         return float(FLOAT_BITS * rows * columns)
@@ -24,7 +24,8 @@ def _scales(site: Site, spec: TensorSpec) -> int:
     rows, columns = site.shape
     groups = -(-columns // spec.group_size) if spec.group_size else 1
     count = 1 if spec.granularity == "tensor" else rows * groups
-    return count * (64 if spec.grid.has_zero_point else 32)
+    shared = 32 if spec.scale.two_level else 0
+    return count * (spec.scale.bits + (32 if spec.grid.has_zero_point else 0)) + shared
 
 
 def bits(site: Site, spec: SiteSpec) -> float:

@@ -15,7 +15,8 @@ from typing import Any
 
 from fxquant.errors import CheckpointError
 from fxquant.formats.grid import Grid
-from fxquant.formats.table import GRIDS
+from fxquant.formats.scales import ScaleFormat
+from fxquant.formats.table import GRIDS, SCALES
 
 PRIMITIVES = (str, bool, int, float, type(None))
 
@@ -26,12 +27,12 @@ def to_json(value: object) -> Any:
 
     Raises CheckpointError for any other type.
     """
-    if dataclasses.is_dataclass(value) and not isinstance(value, Grid | type):
+    if dataclasses.is_dataclass(value) and not isinstance(value, Grid | ScaleFormat | type):
         fields = dataclasses.fields(value)
         return {field.name: to_json(getattr(value, field.name)) for field in fields}
     if isinstance(value, enum.Enum):
         return value.value
-    if isinstance(value, Grid):
+    if isinstance(value, Grid | ScaleFormat):
         return value.name
     if isinstance(value, tuple | list):
         return [to_json(item) for item in value]
@@ -49,6 +50,8 @@ def from_json(hint: Any, data: Any) -> Any:
     """
     if hint is Grid:
         return _checked(hint, data, lambda: GRIDS[data])
+    if hint is ScaleFormat:
+        return _checked(hint, data, lambda: SCALES[data])
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return _record(hint, data)

@@ -51,6 +51,8 @@ def run_call(
     function: Callable[..., Any] = node.target  # type: ignore[assignment]
     if function is OPS.grouped_gemm.default:
         return _grouped_gemm(*args)
+    if function is OPS.grouped_code_gemm.default:
+        return _grouped_code_gemm(*args)
     if function is OPS.int_matmul.default:
         _check_dtypes(args)
         return torch.matmul(*args).to(torch.int32)  # without its loop over the length
@@ -80,6 +82,38 @@ def _grouped_gemm(
     shift = 0 if zero_point is None else zero_point * scale[:, 0]
     result: Tensor = first.to(torch.float32) * scale[:, 0] - shift
     return result
+
+
+def _grouped_code_gemm(
+    x: Tensor,
+    weight: Tensor,
+    x_scale: Tensor | None,
+    weight_scale: Tensor | None,
+    zero_point: Tensor | None,
+    weight_zero_point: Tensor | None,
+    x_grid: str,
+    weight_grid: str,
+    x_group: int,
+    weight_group: int,
+) -> Tensor:
+    """The operator's result without its loop over groups, as above."""
+    rows, length = weight.shape[0], x.shape[-1]
+    for scale, size, lead in (
+        (x_scale, x_group, tuple(x.shape[:-1])),
+        (weight_scale, weight_group, (rows,)),
+    ):
+        if type(size) is not int or size < 0 or bool(size) is (scale is None):
+            raise ValueError(f"groups of {size!r}")
+        if scale is not None and tuple(scale.shape) != (*lead, group_count(length, size)):
+            raise ValueError(f"scales {list(scale.shape)} of groups of {size}")
+    if not x_group and not weight_group:
+        raise ValueError("no groups")
+    sums: Tensor = OPS.code_gemm.default(x, weight, zero_point, None, x_grid, weight_grid)
+    if weight_zero_point is not None:
+        groups = group_count(length, weight_group) if weight_group else 1
+        if tuple(weight_zero_point.shape) not in ((), (rows, 1), (rows, groups)):
+            raise ValueError(f"zero points {list(weight_zero_point.shape)}")
+    return sums.to(torch.float32)
 
 
 def _guard(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

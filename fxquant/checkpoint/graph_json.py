@@ -22,9 +22,10 @@ from fxquant.checkpoint.dataclass_json import from_json, to_json
 from fxquant.checkpoint.saved_names import OwnNames, check_name, check_path
 from fxquant.errors import CheckpointError
 from fxquant.files.tensor_file import DTYPES, dtype_name
-from fxquant.formats.table import GRIDS
+from fxquant.formats.table import GRIDS, SCALES
 from fxquant.ir.functions import attended_keys, causal_mask, default_mask, hide, shared_heads
 from fxquant.ir.graph import Tag, set_tag, tag
+from fxquant.ir.grid_operators import COMPOSITE
 from fxquant.ir.legal_forms import LEGAL
 
 _OPERATOR = """abs add and_ eq floordiv ge getitem gt iadd invert le lshift lt matmul mod mul ne neg
@@ -65,7 +66,8 @@ _TEXTS: dict[str, tuple[str, ...]] = {
     "fxquant.choose_qparams.default": ("tensor", "token"),
     "fxquant.choose_scale.default": ("tensor", "token"),
 }
-_NAME_A_GRID = {f"fxquant.{name}.default" for name in ("choose_scale", "quantize_to", "decode")}
+# What names grids and formats of scales among its arguments.
+_NAME_A_FORMAT = {f"fxquant.{schema.split('(')[0]}.default" for schema in COMPOSITE}
 _EQUATION = re.compile(r"[A-Za-z ]+,?[A-Za-z ]*->[A-Za-z ]*")  # at most two operands of einsum
 _LARGEST, _NESTING, _NODES = 2**63, 6, 100_000
 # Functions of models that the tracer keeps whole: imported only where a graph calls them.
@@ -213,7 +215,8 @@ def _check_literal(op: str, target: str, value: Any, where: str) -> None:
         _check_literal(op, target, [value.start, value.stop, value.step], where)
     elif isinstance(value, str):
         plain = op in ("call_function", "call_method") and value in _TEXTS.get(target, ())
-        plain = plain or (op == "call_function" and target in _NAME_A_GRID and value in GRIDS)
+        known = value in GRIDS or value in SCALES
+        plain = plain or (op == "call_function" and target in _NAME_A_FORMAT and known)
         if not plain and not (target == "torch.einsum" and _EQUATION.fullmatch(value)):
             raise CheckpointError(f"{where}: {target} does not take the text {value[:80]!r}")
     elif type(value) is int and not -_LARGEST <= value < _LARGEST:

@@ -6,27 +6,30 @@ integerize write for that text, over the site's own codes, scales and recorded r
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxquant.checkpoint.saved_specs import expected_specs
+from fxquant.checkpoint.site_parts import SiteParts
 from fxquant.errors import CheckpointError
-from fxquant.formats.integer import IntegerGrid
-from fxquant.ir.graph import Level, Site, SiteRecord, get_tensor, info, is_op, site_outputs
+from fxquant.ir.graph import Level, info, is_op, site_outputs
 from fxquant.ir.leaves import Conv1D, Fp32Linear, QuantizedParameters
 from fxquant.ir.legal_forms import OPS
 from fxquant.ir.operands import operands
 from fxquant.schemes.scheme import Scheme
 from fxquant.schemes.specs import ActivationSpec, TensorSpec
+from fxquant.structure.code_sites import has_integer_product
 from fxquant.structure.product_sites import operand_spec
 
 _CODES = (OPS.quantize.default, OPS.quantize_to.default)
-_CHOICES = (OPS.choose_qparams.default, OPS.choose_scale.default)
+_CHOICES = (
+    *(OPS.choose_qparams.default, OPS.choose_scale.default),
+    *(OPS.choose_group_scales.default, OPS.choose_global_scale.default),
+)
 
 
 def check_forms(gm: GraphModule) -> None:
@@ -67,35 +70,8 @@ def _check_cache(gm: GraphModule) -> None:
             raise CheckpointError(f"info: {name} is in the history, but nothing stores its cache")
 
 
-def _stored(node: object) -> str:
-    """Path of the tensor that is read, flattened, unpacked or looked up in; "" for another node."""
-    while isinstance(node, Node) and node.op == "call_function":
-        if is_op(node, OPS.unpack_int4.default):
-            node = operands(node).packed
-        elif is_op(node, OPS.decode.default):
-            node = operands(node).stored
-        elif is_op(node, nn.functional.embedding):
-            node = operands(node).weight
-        elif is_op(node, torch.flatten):
-            node = node.args[0]
-        else:
-            return ""
-    return str(node.target) if isinstance(node, Node) and node.op == "get_attr" else ""
-
-
-class _Form:
-    """One site. ``seen``: the nodes that make codes of inputs, of all sites that were checked."""
-
-    def __init__(
-        self,
-        gm: GraphModule,
-        site: Site,
-        scheme: Scheme,
-        records: dict[tuple[str, str], SiteRecord],
-        seen: set[Node],
-    ) -> None:
-        self.gm, self.site, self.scheme = gm, site, scheme
-        self.records, self.seen = records, seen
+class _Form(SiteParts):
+    """One site: what its nodes are at each level."""
 
     def check(self, node: Node, coded: bool) -> None:
         if self.site.role == "matmul":
@@ -107,34 +83,13 @@ class _Form:
         if not coded or spec.weight is None:
             self._float(node)
         elif self.site.role == "embeddings":
-            self._weight(operands(self._is(node, OPS.dequantize.default)), spec.weight)
-        elif (
-            spec.activation is None
-            or info(self.gm).level == Level.QDQ
-            or not isinstance(spec.weight.grid, IntegerGrid)
-            or not isinstance(spec.activation.tensor.grid, IntegerGrid)
-        ):
+            self._dequantized_weight(node, spec.weight)
+        elif spec.activation is None or info(self.gm).level == Level.QDQ:
             self._linear(node, spec.weight, spec.activation)
-        else:
+        elif has_integer_product(spec):
             self._integer(node, spec.weight, spec.activation)
-
-    def fail(self, what: str) -> NoReturn:
-        raise CheckpointError(
-            f"{self.site.path}: {what}, which is not what scheme {self.scheme} means there; the "
-            "file was changed or is damaged"
-        )
-
-    def _is(self, node: object, *targets: Any) -> Node:
-        if not (isinstance(node, Node) and node.target in targets):
-            found = getattr(node, "target", node)
-            self.fail(f"{getattr(node, 'name', 'an operand')} is {str(found)[:80]}")
-        return node
-
-    def _own(self, node: object, name: str, wanted: bool = True) -> None:
-        """Whether ``node`` reads the site's own tensor, or is None where there is none."""
-        path = f"{self.site.path}.{name}"
-        if (_stored(node) != path) if wanted else node is not None:
-            self.fail(f"{_stored(node) or node} stands for its {name}")
+        else:
+            self._coded(node, spec.weight, spec.activation)
 
     def _float(self, node: Node) -> None:
         module = self.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -149,50 +104,72 @@ class _Form:
         if shape != self.site.shape:
             self.fail(f"a weight of {list(shape)}, recorded as {list(self.site.shape)}")
 
-    def _weight(self, call: Any, spec: TensorSpec) -> None:
-        """Codes, scale, zero point and groups, by a dequantize's or a GEMM's operands."""
-        names = vars(call)
-        codes = names["codes"] if "codes" in names else names["weight_codes"]
-        scale = names["scale"] if "codes" in names else names["weight_scale"]
-        shift = names["zero_point"] if "codes" in names else names["weight_zero_point"]
-        self._own(codes, "weight")
-        self._own(scale, "weight_scale")
-        self._own(shift, "weight_zero_point", spec.grid.has_zero_point)
-        if call.group_size != (spec.group_size or 0):
-            self.fail(f"groups of {call.group_size!r}")
-
     def _bias(self, node: object) -> None:
         self._own(node, "bias", self.site.bias)
 
     def _linear(self, node: Node, weight: TensorSpec, spec: ActivationSpec | None) -> None:
         call = operands(self._is(node, nn.functional.linear))
-        self._weight(operands(self._is(call.weight, OPS.dequantize.default)), weight)
+        self._dequantized_weight(call.weight, weight)
         self._bias(call.bias)
         codes = operands(call.input).codes if is_op(call.input, OPS.dequantize.default) else None
         if spec is not None:
             self._dequantized(call.input, spec)
-        elif is_op(codes, OPS.quantize.default):
+        elif is_op(codes, OPS.quantize.default) or is_op(codes, OPS.decode.default):
             self.fail("its input is rounded to codes")
 
-    def _dequantized(self, node: object, spec: ActivationSpec) -> None:
+    def _dequantized_weight(self, node: object, spec: TensorSpec) -> None:
         call = operands(self._is(node, OPS.dequantize.default))
-        self._input(call.codes, call.scale, call.zero_point, spec)
-        if call.group_size != 0:
-            self.fail(f"groups of {call.group_size!r} in its input")
+        self._weight(call.codes, call.scale, call.zero_point, spec)
+        self._groups(call.group_size, spec)
 
-    def _integer(self, node: Node, weight: TensorSpec, spec: ActivationSpec) -> None:
-        result = node
+    def _dequantized(self, node: object, spec: ActivationSpec, operand: str = "") -> None:
+        call = operands(self._is(node, OPS.dequantize.default))
+        codes = self._decoded(call.codes, spec.tensor)
+        self._input(codes, call.scale, call.zero_point, spec, operand)
+        self._groups(call.group_size, spec.tensor)
+
+    def _rescaled(self, node: Node) -> Any:
+        """The operands of the site's rescale, behind its bias."""
+        result: object = node
         if self.site.bias:
             call = operands(self._is(node, OPS.add_bias.default))
             self._bias(call.bias)
             result = call.y
-        found = operands(self._is(result, OPS.rescale.default))
+        return operands(self._is(result, OPS.rescale.default))
+
+    def _coded(self, node: Node, weight: TensorSpec, spec: ActivationSpec) -> None:
+        found, x = self._rescaled(node), spec.tensor
+        grouped = bool(weight.group_size or x.group_size)
+        kernel = OPS.grouped_code_gemm.default if grouped else OPS.code_gemm.default
+        gemm = operands(self._is(found.sums, kernel))
+        corrections = (found.zero_point, found.weight_sum, found.weight_zero_point, found.x_sum)
+        if any(each is not None for each in corrections):
+            self.fail("it is corrected twice")
+        if (gemm.x_grid, gemm.weight_grid) != (x.grid.name, weight.grid.name):
+            self.fail(f"products of {gemm.x_grid} by {gemm.weight_grid}")
+        if grouped:
+            self._groups(gemm.x_group, x)
+            self._groups(gemm.weight_group, weight)
+        if not (isinstance(gemm.weight, Node) and gemm.weight.op == "get_attr"):
+            self.fail("its codes are not read as they are stored")
+        inside = gemm.weight_scale if grouped else None
+        scale, other = (inside, found.weight_scale)[:: 1 if weight.group_size else -1]
+        self._same(other, None)
+        self._weight(gemm.weight, scale, gemm.weight_zero_point, weight)
+        inside = gemm.x_scale if grouped else None
+        scale, other = (inside, found.scale)[:: 1 if x.group_size else -1]
+        self._same(other, None)
+        self._input(gemm.x_codes, scale, gemm.zero_point, spec)
+
+    def _integer(self, node: Node, weight: TensorSpec, spec: ActivationSpec) -> None:
+        found = self._rescaled(node)
         grouped = weight.group_size is not None
         kernel = OPS.grouped_gemm.default if grouped else OPS.int_gemm.default
         gemm = operands(self._is(found.sums, kernel))
         shifted, moved = spec.tensor.grid.has_zero_point, weight.grid.has_zero_point
         if grouped:
-            self._weight(gemm, weight)
+            self._weight(gemm.weight_codes, gemm.weight_scale, gemm.weight_zero_point, weight)
+            self._groups(gemm.group_size, weight)
             self._own(gemm.weight_sum, "weight_sum", shifted)
             zero_point = gemm.zero_point
             rest = (found.weight_scale, found.zero_point, found.weight_sum, found.x_sum)
@@ -229,77 +206,6 @@ class _Form:
             own = dict(dict(expected_specs(self.scheme, self.site))[operand])[text]
             assert own is not None
             self._input(_turned(codes), _turned(scale), None, own, operand)
-
-    def _same(self, one: object, other: object) -> None:
-        if one is not other:
-            self.fail(f"{one} stands beside {other}")
-
-    def _input(
-        self, codes: object, scale: object, shift: object, spec: ActivationSpec, operand: str = ""
-    ) -> None:
-        """The codes of its input: their ends, their scale and zero point, and where those are
-        from."""
-        grid = spec.tensor.grid
-        if isinstance(grid, IntegerGrid):
-            made = self._is(codes, OPS.quantize.default)
-            call = operands(made)
-            self._same(call.zero_point, shift)
-            if (call.qmin, call.qmax) != grid.codes:
-                self.fail(f"codes {call.qmin!r}..{call.qmax!r} of its input")
-        else:
-            decoded = operands(self._is(codes, OPS.decode.default))
-            made = self._is(decoded.stored, OPS.quantize_to.default)
-            call = operands(made)
-            if {decoded.grid, call.grid} != {grid.name}:
-                self.fail(f"its input in {call.grid}")
-        self._same(call.scale, scale)
-        self.seen.add(made)
-        if spec.dynamic:
-            self._chosen(call.x, scale, shift, spec.tensor)
-        else:
-            self._recorded(scale, shift, operand)
-
-    def _chosen(self, x: Node, scale: object, shift: object, spec: TensorSpec) -> None:
-        grid = spec.grid
-        wanted: tuple[Any, ...] = (x, spec.granularity)
-        if isinstance(grid, IntegerGrid):
-            chosen = self._item(scale, 0)
-            wanted += (not grid.has_zero_point, *grid.codes)
-            if grid.has_zero_point:
-                self._same(self._item(shift, 1), chosen)
-        else:
-            chosen = self._is(scale, OPS.choose_scale.default)
-            wanted += (grid.name,)
-        self._same(None if grid.has_zero_point else shift, None)
-        self.seen.add(chosen)
-        found = tuple(vars(operands(chosen)).values())
-        if found != wanted:
-            self.fail(f"its dynamic range is by {found[1:]}")
-
-    def _item(self, node: object, index: int) -> Node:
-        item = self._is(node, operator.getitem)
-        if item.args[1] != index:
-            self.fail(f"{item.name} is item {item.args[1]!r}")
-        return self._is(item.args[0], OPS.choose_qparams.default)
-
-    def _recorded(self, scale: object, shift: object, operand: str) -> None:
-        """A static scale is that of the site's own record; sites that read one input share it."""
-        record = self.records[self.site.path, operand]
-        name = f"{operand or 'input'}_scale"
-        owner, _, last = _stored(scale).rpartition(".")
-        if last != name or (operand and owner != self.site.path):
-            self.fail(f"the scale of its input is {_stored(scale) or scale}")
-        assert isinstance(scale, Node)
-        value = float(get_tensor(self.gm, scale))
-        if record.scale != value:
-            self.fail(f"the scale {value:g} of its input is recorded as {record.scale}")
-        if isinstance(shift, Node):
-            if _stored(shift) != f"{owner}.input_zero_point":
-                self.fail(f"the zero point of its input is {_stored(shift) or shift}")
-            if record.zero_point != int(get_tensor(self.gm, shift)):
-                self.fail(f"its zero point is recorded as {record.zero_point}")
-        elif shift is not None or record.zero_point:
-            self.fail("it has no zero point")
 
 
 def _turned(node: object) -> object:

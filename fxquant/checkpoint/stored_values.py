@@ -12,18 +12,23 @@ from torch.fx import GraphModule, Node
 
 from fxquant.errors import CheckpointError
 from fxquant.formats.integer import IntegerGrid
+from fxquant.formats.scales import FP32, ScaleFormat
 from fxquant.formats.table import GRIDS
 from fxquant.ir.graph import get_tensor, info, is_op
 from fxquant.ir.leaves import CodedLinear, InverseScale, OutlierIndex, QuantizedParameters
 from fxquant.ir.legal_forms import OPS
 from fxquant.ir.operands import operands
 from fxquant.numerics.quantization import group_count, split_groups
+from fxquant.numerics.weight_codes import GLOBAL_SCALE
 from fxquant.schemes.scheme import Scheme
 from fxquant.schemes.specs import TensorSpec
 
 _RANGES = {grid.codes for grid in GRIDS.values() if isinstance(grid, IntegerGrid)}
 _SCALES = ("input_scale", "left_scale", "right_scale")
-_NAMES = ("weight", "weight_scale", "weight_zero_point", "weight_sum", "input_zero_point", "bias")
+_NAMES = (
+    *("weight", "weight_scale", "weight_zero_point", "weight_sum", "input_zero_point", "bias"),
+    GLOBAL_SCALE,
+)
 _ELEMENTS = 2**22  # of codes that are unpacked at once
 
 
@@ -67,7 +72,10 @@ def _check_numbers(gm: GraphModule) -> None:
             value = getattr(module, name)
             if value is None or not value.is_floating_point() or not value.numel():
                 continue
-            low, high = (float(end) for end in torch.aminmax(value.detach()))
+            value = value.detach()
+            if value.element_size() == 1:  # float8, which has no minimum
+                value = value.to(torch.float32)
+            low, high = (float(end) for end in torch.aminmax(value))
             if math.isfinite(low) and math.isfinite(high):
                 continue
             learned = name in module._parameters or isinstance(module, QuantizedParameters)
@@ -113,7 +121,7 @@ def _check_site(path: str, module: QuantizedParameters, coded: _Coded | None) ->
         raise CheckpointError(f"{path}: a quantized site has no {', '.join(sorted(strangers))}")
     for name in _SCALES:
         if name in tensors:
-            _check_scale(path, name, tensors[name], ())
+            _check_scale(path, name, tensors[name], (), FP32)
     shift = tensors.get("input_zero_point")
     if shift is not None and (shift.dtype != torch.int32 or shift.dim()):
         _fail(path, "input_zero_point", "one int32")
@@ -121,14 +129,16 @@ def _check_site(path: str, module: QuantizedParameters, coded: _Coded | None) ->
         if coded is None:
             raise CheckpointError(f"{path}: it holds codes, but nothing records their spec")
         _check_codes(path, tensors, coded)
-    elif {"weight_scale", "weight_zero_point", "weight_sum"} & set(tensors):
+    elif {"weight_scale", "weight_zero_point", "weight_sum", GLOBAL_SCALE} & set(tensors):
         raise CheckpointError(f"{path}: it holds scales, but no codes")
 
 
-def _check_scale(path: str, name: str, scale: Tensor, shape: tuple[int, ...]) -> None:
-    if scale.dtype != torch.float32 or tuple(scale.shape) != shape:
-        _fail(path, name, f"float32 of shape {list(shape)}")
-    if not bool((scale > 0).all()):
+def _check_scale(
+    path: str, name: str, scale: Tensor, shape: tuple[int, ...], kept: ScaleFormat
+) -> None:
+    if scale.dtype != kept.storage or tuple(scale.shape) != shape:
+        _fail(path, name, f"{kept.storage} of shape {list(shape)}")
+    if not kept.valid(scale):
         _fail(path, name, "positive scales")
 
 
@@ -144,8 +154,12 @@ def _check_codes(path: str, tensors: dict[str, Tensor], coded: _Coded) -> None:
     if spec.group_size is not None:
         shape = (rows, group_count(columns, spec.group_size))
     if "weight_scale" not in tensors:
-        _fail(path, "weight_scale", f"float32 of shape {list(shape)}")
-    _check_scale(path, "weight_scale", tensors["weight_scale"], shape)
+        _fail(path, "weight_scale", f"{spec.scale.storage} of shape {list(shape)}")
+    _check_scale(path, "weight_scale", tensors["weight_scale"], shape, spec.scale)
+    if (GLOBAL_SCALE in tensors) is not spec.scale.two_level:
+        _fail(path, GLOBAL_SCALE, "one exactly where the scales of groups share it")
+    if spec.scale.two_level:
+        _check_scale(path, GLOBAL_SCALE, tensors[GLOBAL_SCALE], (), FP32)
     shift, (low, high) = tensors.get("weight_zero_point"), grid.codes
     if (shift is None) is grid.has_zero_point:
         _fail(path, "weight_zero_point", "one exactly where codes are asymmetric")
@@ -156,8 +170,8 @@ def _check_codes(path: str, tensors: dict[str, Tensor], coded: _Coded) -> None:
     sums = []
     for some in codes.split(max(1, _ELEMENTS // max(1, columns))):
         block = grid.unpack(some, columns)
-        if not _within(block, low, high):
-            _fail(path, "weight", f"codes within {low}..{high}")
+        if not grid.valid(block):
+            _fail(path, "weight", f"codes of {grid.name}, {low}..{high}")
         if "weight_sum" in tensors:
             sums.append(_sums(block, spec.group_size))
     if sums:

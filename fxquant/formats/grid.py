@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -24,6 +26,7 @@ class Grid(abc.ABC):
         bits: what an element needs.
         has_zero_point: whether ranges need not be symmetric about 0.
         lowest, highest: the ends of the grid.
+        levels: every number, ascending.
         storage: dtype of the codes, one an element.
     """
 
@@ -32,6 +35,7 @@ class Grid(abc.ABC):
     has_zero_point: bool
     lowest: float
     highest: float
+    levels: tuple[float, ...]
     storage: torch.dtype = torch.int8
 
     @property
@@ -67,7 +71,22 @@ class Grid(abc.ABC):
     @property
     @abc.abstractmethod
     def codes(self) -> tuple[int, int]:
-        """The lowest and highest code as integers."""
+        """The lowest and highest code as integers; bit patterns where a code is no integer."""
+
+    @functools.cached_property
+    def quantum(self) -> float:
+        """The largest power of two of which every number is a multiple."""
+        return 1.0 / max(level.as_integer_ratio()[1] for level in map(float, self.levels))
+
+    @property
+    def top_exponent(self) -> int:
+        """floor(log2(reach)): emax in the definition of MX."""
+        return math.frexp(self.reach)[1] - 1
+
+    def valid(self, codes: Tensor) -> bool:
+        """Whether each of these codes, of dtype ``storage``, stands for a number."""
+        low, high = self.codes
+        return bool(((codes >= low) & (codes <= high)).all())
 
     def pack(self, codes: Tensor) -> Tensor:
         """Codes [N, K] as they are kept: two a byte, uint8 [N, ceil(K / 2)], where they fit."""

@@ -39,6 +39,15 @@ class IntegerGrid(Grid):
         return self.codes[1]
 
     @property
+    def levels(self) -> tuple[float, ...]:  # type: ignore[override]
+        low, high = self.codes
+        return tuple(map(float, range(low, high + 1)))
+
+    @property
+    def quantum(self) -> float:
+        return 1.0
+
+    @property
     def storage(self) -> torch.dtype:  # type: ignore[override]
         return torch.int8 if self.bits <= 8 else torch.int32
 

@@ -69,7 +69,50 @@ def _choose_qparams(a: Sequence[str]) -> str:
 def _choose_scale(a: Sequence[str]) -> str:
     x, granularity, grid = a
     each = "each token" if granularity == "'token'" else "the tensor"
-    return f"max|x| of {x}, {each}, to the ends of {grid.strip(chr(39))}"
+    return f"max|x| of {x}, {each}, to the ends of {_bare(grid)}"
+
+
+def _bare(name: str) -> str:
+    """A format's name without the quotes that a text has."""
+    return name.strip(chr(39))
+
+
+def _choose_group_scales(a: Sequence[str]) -> str:
+    x, shared, grid, scale, size = a
+    under = "" if shared == "None" else f" under {shared}"
+    return (
+        f"max|x| of {size} columns of {x}, to the ends of {_bare(grid)}, in {_bare(scale)}{under}"
+    )
+
+
+def _quantize_to(a: Sequence[str]) -> str:
+    groups = "" if a[3] == "0" else f", {a[3]} columns a scale"
+    return f"{a[0]} / {a[1]}, nearest of {_bare(a[2])}{groups}"
+
+
+def _decode_scales(a: Sequence[str]) -> str:
+    return f"{a[0]}, the scale of each {_bare(a[2])} code" + (
+        "" if a[1] == "None" else f" * {a[1]}"
+    )
+
+
+def _code_gemm(a: Sequence[str]) -> str:
+    x, w = (
+        number if shift == "None" else f"({number} - {shift})"
+        for number, shift in ((a[0], a[2]), (a[1], a[3]))
+    )
+    return f"{x} @ {w}.T, {_bare(a[4])} by {_bare(a[5])}"
+
+
+def _grouped_code_gemm(a: Sequence[str]) -> str:
+    x, weight, x_scale, weight_scale, *shifts, x_grid, weight_grid, x_group, weight_group = a
+    product = _code_gemm((x, weight, *shifts, x_grid, weight_grid))
+    scales = "".join(
+        f" * {scale} ({size} columns)"
+        for scale, size in ((x_scale, x_group), (weight_scale, weight_group))
+        if scale != "None"
+    )
+    return f"{product}{scales}"
 
 
 def _quantize(a: Sequence[str]) -> str:
@@ -144,8 +187,13 @@ _FORMULAS: dict[str, tuple[int, Callable[[Sequence[str]], str]]] = {
     "fxquant.choose_qparams": (5, _choose_qparams),
     "fxquant.quantize": (6, _quantize),
     "fxquant.choose_scale": (3, _choose_scale),
-    "fxquant.quantize_to": (3, lambda a: f"{a[0]} / {a[1]}, nearest of {a[2].strip(chr(39))}"),
-    "fxquant.decode": (3, lambda a: f"{a[0]}, the number of each {a[1].strip(chr(39))} code"),
+    "fxquant.choose_global_scale": (3, lambda a: f"max|x| of {a[0]}, to the ends of both formats"),
+    "fxquant.choose_group_scales": (5, _choose_group_scales),
+    "fxquant.decode_scales": (3, _decode_scales),
+    "fxquant.quantize_to": (4, _quantize_to),
+    "fxquant.decode": (3, lambda a: f"{a[0]}, the number of each {_bare(a[1])} code"),
+    "fxquant.code_gemm": (6, _code_gemm),
+    "fxquant.grouped_code_gemm": (10, _grouped_code_gemm),
     "fxquant.dequantize": (5, _dequantize),
     "fxquant.unpack_int4": (2, lambda a: f"{a[0]}, two codes a byte"),
     "fxquant.code_sum": (1, lambda a: f"sum of {a[0]} over columns"),

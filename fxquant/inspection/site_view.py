@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from fxquant.formats.integer import IntegerGrid
+from fxquant.formats.scales import FP32
 from fxquant.inspection.history import History
 from fxquant.inspection.printer import HEAD, WIDTH, Section, lay_out, row
 from fxquant.inspection.shapes import UNKNOWN, Value
+from fxquant.inspection.summary import weight_scales
 from fxquant.ir.graph import Site, info
 from fxquant.ir.leaves import QuantizedParameters
 from fxquant.ir.records import NodeText, SiteRecord
@@ -83,10 +86,12 @@ def _provenance(own: Sequence[NodeText], history: History) -> list[str]:
 
 
 def _weight_scales(module: QuantizedParameters, record: SiteRecord | None) -> str:
-    scale = module.get_buffer("weight_scale").detach().float().reshape(-1)
+    values, kept, shared = weight_scales(module, record)
+    scale = values.float().reshape(-1)
     low, middle, high = (float(scale.quantile(q)) for q in (0.0, 0.5, 1.0))
     text = f"weight: {scale.numel()} scales, smallest {low:.3g}, median {middle:.3g}, "
-    text += f"largest {high:.3g}"
+    text += f"largest {high:.3g}" + ("" if kept == FP32 else f", each kept in {kept.name}")
+    text += "" if shared is None else f" under {float(shared):.3g} for all"
     sqnr = None if record is None else record.weight_sqnr
     return text if sqnr is None else f"{text}; SQNR {sqnr:.1f} dB"
 
@@ -121,15 +126,17 @@ def _activation(record: SiteRecord) -> str:
 def _weight(module: QuantizedParameters, site: Site, record: SiteRecord) -> str:
     spec = Scheme.parse(record.spec).spec.weight
     assert spec is not None
-    codes: Tensor = spec.grid.unpack(module.get_buffer("weight"), site.shape[1])
-    qmin, qmax = spec.grid.codes
-    width = math.ceil((qmax - qmin + 1) / _ROWS)
-    index = (codes.detach().reshape(-1).to(torch.int64) - qmin) // width
-    counts = torch.bincount(index, minlength=math.ceil((qmax - qmin + 1) / width)).tolist()
+    codes: Tensor = spec.grid.unpack(module.get_buffer("weight").detach(), site.shape[1])
+    levels = torch.tensor(spec.grid.levels, device=codes.device)
+    width = math.ceil(len(levels) / _ROWS)
+    places = torch.searchsorted(levels, spec.grid.decode(codes).reshape(-1)) // width
+    counts = torch.bincount(places, minlength=math.ceil(len(levels) / width)).tolist()
     lines = [
-        _bar(f"{qmin + i * width:10d}", count, max(counts), "#") for i, count in enumerate(counts)
+        _bar(f"{spec.grid.levels[i * width]:10.4g}", count, max(counts), "#")
+        for i, count in enumerate(counts)
     ]
-    return "\n".join(["codes of the weight (bars logarithmic)", *lines])
+    what = "codes" if isinstance(spec.grid, IntegerGrid) else f"{spec.grid.name} numbers"
+    return "\n".join([f"{what} of the weight (bars logarithmic)", *lines])
 
 
 def _bar(label: str, count: int, most: int, mark: str) -> str:

@@ -6,8 +6,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
 from torch.fx import GraphModule
 
+from fxquant.formats.scales import FP32, ScaleFormat
 from fxquant.ir.blocks import block_of
 from fxquant.ir.calibration import Calibration
 from fxquant.ir.coverage import float_share
@@ -15,6 +17,8 @@ from fxquant.ir.graph import GraphInfo, LeftInFloat, Note, PassRecord, Site, Sit
 from fxquant.ir.leaves import QuantizedParameters
 from fxquant.ir.size import Bytes, bits_per_weight, bytes_by_dtype
 from fxquant.ir.streamed import check_present
+from fxquant.numerics.weight_codes import GLOBAL_SCALE
+from fxquant.schemes.scheme import Scheme
 
 
 @dataclass(frozen=True)
@@ -87,11 +91,22 @@ def _site_row(gm: GraphModule, site: Site, facts: GraphInfo) -> SiteRow:
     if site.role != "matmul" and isinstance(
         module := gm.get_submodule(site.path), QuantizedParameters
     ):
-        scale = module.get_buffer("weight_scale").detach()
-        if scale.is_meta:
+        if module.get_buffer("weight_scale").is_meta:
             check_present(gm)
+        scale, _, _ = weight_scales(module, records[0] if records else None)
         scales = (float(scale.min()), float(scale.max()))
     return SiteRow(site.path, 1, site, records[0].spec if records else "fp", scales, records)
+
+
+def weight_scales(
+    module: QuantizedParameters, record: SiteRecord | None
+) -> tuple[Tensor, ScaleFormat, Tensor | None]:
+    """The scales of a site's weight, float32, how they are kept, and what they share."""
+    stored = module.get_buffer("weight_scale").detach()
+    spec = None if record is None else Scheme.parse(record.spec).spec.weight
+    kept = FP32 if spec is None else spec.scale
+    shared = module.get_buffer(GLOBAL_SCALE).detach() if kept.two_level else None
+    return kept.decode(stored, shared), kept, shared
 
 
 def _folded(found: Sequence[SiteRow], blocks: Sequence[str]) -> list[SiteRow]:

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from fxquant.ir.blocks import block_of
 from fxquant.ir.graph import info
 from fxquant.ir.leaves import FloatColumns, QuantizedParameters
+from fxquant.numerics.weight_codes import GLOBAL_SCALE
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,6 @@ def _of_site(gm: GraphModule, path: str) -> tuple[Tensor, ...]:
     module = gm.get_submodule(path)
     names = ["weight"]
     if isinstance(module, QuantizedParameters):
-        names += ["weight_scale", "weight_zero_point"]
+        names += ["weight_scale", "weight_zero_point", GLOBAL_SCALE]
     found = (module._parameters.get(n, module._buffers.get(n)) for n in names)
     return tuple(value for value in found if isinstance(value, Tensor))

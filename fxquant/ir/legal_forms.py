@@ -37,6 +37,11 @@ LEGAL = (
     Form("choose_scale", OPS.choose_scale.default, (Q, I, K), "dynamic scale for another grid"),
     Form("quantize_to", OPS.quantize_to.default, (Q, I, K), "float to codes of another grid"),
     Form("decode", OPS.decode.default, (Q, I, K), "codes of another grid to its numbers"),
+    Form("choose_global_scale", OPS.choose_global_scale.default, (Q, I, K), "what groups share"),
+    Form("choose_group_scales", OPS.choose_group_scales.default, (Q, I, K), "scales of groups"),
+    Form("decode_scales", OPS.decode_scales.default, (Q, I, K), "scales as stored to fp32"),
+    Form("code_gemm", OPS.code_gemm.default, (I, K), "codes of any grids to sums of products"),
+    Form("grouped_code_gemm", OPS.grouped_code_gemm.default, (I, K), "the same, group by group"),
     Form("unpack_int4", OPS.unpack_int4.default, (Q, I, K), "two codes a byte to int8 codes"),
     Form(
         "dequantize", OPS.dequantize.default, (Q, I, K), "codes to float; at integer: weights only"
@@ -125,7 +130,7 @@ def _check_order(gm: GraphModule, after: str) -> None:
 def _check_dequantize(gm: GraphModule, node: Node, level: Level, after: str) -> None:
     call = operands(node)
     codes, scale, group_size = call.codes, call.scale, call.group_size
-    if level in (I, K) and _of_an_activation(codes) and not _on_another_grid(node):
+    if level in (I, K) and _is_input(codes):
         _fail(after, node, f"an activation is still dequantized at level {level}")
     attributes = [n for n in (codes, scale) if isinstance(n, Node) and n.op == "get_attr"]
     if len(attributes) < 2:
@@ -137,19 +142,13 @@ def _check_dequantize(gm: GraphModule, node: Node, level: Level, after: str) -> 
         _fail(after, node, f"scale of shape {list(scales)} does not fit codes {list(shape)}")
 
 
-def _of_an_activation(codes: object) -> bool:
-    """Whether they are the integer codes of an activation."""
+def _is_input(codes: object) -> bool:
+    """Whether these are codes, or the numbers of codes, that the graph itself makes."""
+    if is_op(codes, OPS.decode.default):
+        codes = operands(codes).stored
     made = source_of(codes) if is_op(codes, operator.getitem) else codes
     fused = (OPS.quantize_rows.default, OPS.quantize_static.default)
-    return any(is_op(made, op) for op in (OPS.quantize.default, *fused))
-
-
-def _on_another_grid(dequantized: Node) -> bool:
-    """Whether the weights that meet this input are on a grid that has no exact integer product."""
-    linears = (n for n in dequantized.users if n.target is torch.nn.functional.linear)
-    factors = (operands(linear).weight for linear in linears)
-    weights = [operands(w).codes for w in factors if is_op(w, OPS.dequantize.default)]
-    return bool(weights) and all(is_op(weight, OPS.decode.default) for weight in weights)
+    return any(is_op(made, op) for op in (OPS.quantize.default, OPS.quantize_to.default, *fused))
 
 
 def _check_rescale(gm: GraphModule, node: Node, after: str) -> None:
@@ -166,8 +165,9 @@ def _check_scales(gm: GraphModule, node: Node, scale: Node, rows: int, after: st
 
 
 def int_gemm_rows(gm: GraphModule, sums: Node) -> int:
-    """N of an int_gemm node."""
-    codes = operands(sums).weight_codes
+    """N of an int_gemm or a code_gemm node."""
+    call = operands(sums)
+    codes = call.weight_codes if is_op(sums, OPS.int_gemm.default) else call.weight
     if is_op(codes, OPS.unpack_int4.default):
         codes = operands(codes).packed
     return get_tensor(gm, codes).shape[0]

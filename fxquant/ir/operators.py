@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fxquant.formats.integer import integer
 from fxquant.formats.packing import unpack_int4
-from fxquant.formats.table import grid_named
+from fxquant.ir import grid_operators
 from fxquant.numerics import cpu_int8, gemm, quantization
 
 _LIBRARY = torch.library.Library("fxquant", "DEF")
@@ -45,27 +45,6 @@ def dequantize(
     if scale.dim() == 0 and codes.dim() > 1 and codes.shape == like.shape:
         values = _with_nan_of(values, like)
     return values.to(like.dtype)
-
-
-def choose_scale(x: Tensor, granularity: str, grid: str) -> Tensor:
-    """Dynamic scale (fp32) for a grid that is no integer's: () or, for "token", [..., 1]."""
-    reach = grid_named(grid).reach
-    return quantization.calc_qparams_symmetric(x, reach, None if granularity == "tensor" else -1)
-
-
-def quantize_to(x: Tensor, scale: Tensor, grid: str) -> Tensor:
-    """Codes of ``x`` on a grid that is no integer's, granularity by the scale's shape."""
-    found = grid_named(grid)
-    return found.encode(found.nearest_(torch.div(x.to(torch.float32), scale)))
-
-
-def decode(stored: Tensor, grid: str, length: int) -> Tensor:
-    """float32 [..., length]: the numbers of a grid that is no integer's, before their scale.
-
-    length 0: the codes are not packed.
-    """
-    found = grid_named(grid)
-    return found.decode(found.unpack(stored, length) if length else stored)
 
 
 def int_gemm(x_codes: Tensor, weight_codes: Tensor, chunk: int) -> Tensor:
@@ -180,7 +159,7 @@ def _with_nan_of(y: Tensor, x: Tensor) -> Tensor:
 
 def rescale(
     sums: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     weight_scale: Tensor | None,
     zero_point: Tensor | None,
     weight_sum: Tensor | None,
@@ -190,13 +169,16 @@ def rescale(
 ) -> Tensor:
     """fp32 ``corrected sums * scale * weight_scale``, cast to like's dtype where given.
 
-    sums int32 [..., N]; scale () or [..., 1]; weight_scale () or [N] (None after grouped_gemm,
-    whose sums carry it); weight_sum and weight_zero_point int32 () or [N]; x_sum int32 [..., 1].
+    sums int32 [..., N], of code_gemm float; scale () or [..., 1], weight_scale () or [N], each None
+    where the sums of a grouped GEMM carry it already; weight_sum and weight_zero_point int32 () or
+    [N]; x_sum int32 [..., 1].
     """
     corrected = _correct(sums, zero_point, weight_sum, weight_zero_point, x_sum)
     # A conversion is a fresh tensor to write in; sums that are fp32 already are not ours.
     converted = corrected.dtype != torch.float32
-    y = corrected.to(torch.float32).mul_(scale) if converted else corrected * scale
+    y = corrected.to(torch.float32) if converted else corrected.clone()
+    if scale is not None:
+        y = y.mul_(scale)
     if weight_scale is not None:
         y = y.mul_(weight_scale)
     return y if like is None else _with_nan_of(y, like).to(like.dtype)
@@ -215,9 +197,6 @@ _COMPOSITE = {
     "dequantize(Tensor codes, Tensor scale, Tensor? zero_point, int group_size, Tensor like)"
     " -> Tensor": dequantize,
     "unpack_int4(Tensor packed, int length) -> Tensor": unpack_int4,
-    "choose_scale(Tensor x, str granularity, str grid) -> Tensor": choose_scale,
-    "quantize_to(Tensor x, Tensor scale, str grid) -> Tensor": quantize_to,
-    "decode(Tensor stored, str grid, int length) -> Tensor": decode,
     "int_gemm(Tensor x_codes, Tensor weight_codes, int chunk) -> Tensor": int_gemm,
     "int_matmul(Tensor left_codes, Tensor right_codes) -> Tensor": int_matmul,
     "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float? scale)"
@@ -226,10 +205,11 @@ _COMPOSITE = {
     "code_sum(Tensor codes) -> Tensor": code_sum,
     "grouped_gemm(Tensor x_codes, Tensor weight_codes, Tensor weight_scale, Tensor? zero_point,"
     " Tensor? weight_sum, Tensor? weight_zero_point, int group_size) -> Tensor": grouped_gemm,
-    "rescale(Tensor sums, Tensor scale, Tensor? weight_scale, Tensor? zero_point,"
+    "rescale(Tensor sums, Tensor? scale, Tensor? weight_scale, Tensor? zero_point,"
     " Tensor? weight_sum, Tensor? weight_zero_point, Tensor? x_sum, Tensor? like)"
     " -> Tensor": rescale,
     "add_bias(Tensor y, Tensor bias, Tensor like) -> Tensor": add_bias,
+    **grid_operators.COMPOSITE,
 }
 
 for _schema, _function in _COMPOSITE.items():

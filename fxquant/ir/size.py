@@ -12,7 +12,10 @@ from fxquant.files.tensor_file import dtype_name
 from fxquant.ir.coverage import block_matrices
 
 Bytes = tuple[tuple[str, int], ...]
-_SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
+_SHORT = {
+    **{"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"},
+    **{"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"},
+}
 
 
 def bits_per_weight(gm: GraphModule) -> float:

@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import NonFiniteError
-
-# The smallest scale: the reciprocal of any smaller (subnormal) number may be infinite.
-MIN_SCALE = torch.finfo(torch.float32).tiny
+from fxquant.formats.scales import safe_scale
 
 
 def check_finite(x: Tensor, what: str, site: str) -> None:
@@ -31,11 +29,6 @@ def check_finite(x: Tensor, what: str, site: str) -> None:
             "quantization needs finite numbers: check the checkpoint and the dtype "
             "(fp16 overflows beyond 65504)"
         )
-
-
-def _safe_scale(scale: Tensor) -> Tensor:
-    """Scale 1 where the range is empty (all zeros), never subnormal elsewhere."""
-    return torch.where(scale == 0, 1.0, scale.clamp(min=MIN_SCALE))
 
 
 def calc_qparams_symmetric(
@@ -58,7 +51,7 @@ def calc_qparams_symmetric(
         # Two reductions read twice but write no |x|: faster than one of a large temporary.
         axes, keep = ((), False) if dim is None else (dim, True)
         magnitude = torch.maximum(x.amax(axes, keepdim=keep), -x.amin(axes, keepdim=keep))
-    return _safe_scale(magnitude.to(torch.float32) / qmax)
+    return safe_scale(magnitude.to(torch.float32) / qmax)
 
 
 def activation_qparams_from_range(
@@ -73,7 +66,7 @@ def activation_qparams_from_range(
     high = high.to(torch.float32).clamp(min=0)
     steps = qmax - qmin
     # Divided before they are subtracted: high - low may overflow float32.
-    scale = _safe_scale(high / steps - low / steps)
+    scale = safe_scale(high / steps - low / steps)
     zero_point = torch.round(qmin - low / scale).clamp(qmin, qmax)
     return scale, zero_point.to(torch.int32)
 

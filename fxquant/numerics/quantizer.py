@@ -9,24 +9,46 @@ from torch import Tensor
 
 from fxquant.formats.grid import Grid
 from fxquant.formats.integer import IntegerGrid
+from fxquant.formats.scales import FP32, ScaleFormat
 from fxquant.numerics.quantization import (
     activation_qparams_from_range,
-    calc_qparams_symmetric,
     choose_qparams,
     expand_groups,
+    group_ranges,
     split_groups,
 )
 from fxquant.schemes.specs import TensorSpec
 
 
-def range_qparams(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
+def range_qparams(
+    low: Tensor,
+    high: Tensor,
+    grid: Grid,
+    scale: ScaleFormat = FP32,
+    global_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """Scale (float32) and zero point (int32, None without one) of ranges [low, high], elementwise.
 
-    Without a zero point the larger magnitude counts.
+    Without a zero point the larger magnitude counts, and the scale is one that ``scale`` stores.
     """
     if not grid.has_zero_point:
-        return calc_qparams_symmetric(torch.maximum(-low, high), grid.reach, ()), None
+        largest = torch.maximum(-low, high).abs()
+        return scale.scales(largest, grid, global_scale), None
     return activation_qparams_from_range(low, high, *grid.codes)
+
+
+def largest_of(x: Tensor, group_size: int) -> Tensor:
+    """float32 [..., G]: max|x| of each group of the last dimension."""
+    low, high = group_ranges(x, group_size)
+    return torch.maximum(-low, high).abs().to(torch.float32)
+
+
+def global_scale_of(x: Tensor, spec: TensorSpec) -> Tensor | None:
+    """The scale that all groups of x share, float32 (); None where the spec's scales have none."""
+    if not spec.scale.two_level:
+        return None
+    low, high = torch.aminmax(x)
+    return spec.scale.global_scale(torch.maximum(-low, high).abs(), spec.grid)
 
 
 @dataclass(frozen=True)
@@ -58,6 +80,10 @@ class Quantizer:
         if self.scale is not None:
             return self.scale, self.zero_point
         grid = self.spec.grid
+        if self.spec.scale != FP32:
+            assert self.spec.group_size is not None
+            largest = largest_of(x, self.spec.group_size)
+            return self.spec.scale.scales(largest, grid, global_scale_of(x, self.spec)), None
         ends = grid.codes if grid.has_zero_point else (-grid.reach, grid.reach)
         scale, zero_point = choose_qparams(
             x,
@@ -92,8 +118,8 @@ class Quantizer:
         """x clipped into its range, and rounded."""
         scale, zero_point = self.qparams(x)
         shift = 0 if zero_point is None else zero_point
-        grid = self.spec.grid
-        low, high = (grid.lowest - shift) * scale, (grid.highest - shift) * scale
+        grid, spread = self.spec.grid, self._spread(scale, x)
+        low, high = (grid.lowest - shift) * spread, (grid.highest - shift) * spread
         clipped = x.to(torch.float32).clamp(low, high).to(x.dtype)
         return Split(clipped, self.rounded(x, scale, zero_point))
 

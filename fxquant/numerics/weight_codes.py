@@ -11,12 +11,16 @@ from torch import Tensor
 
 from fxquant.errors import SchemeError
 from fxquant.formats.grid import Grid
+from fxquant.formats.scales import FP32
 from fxquant.numerics.quantization import check_finite, expand_groups, split_groups
-from fxquant.numerics.quantizer import Quantizer, range_qparams
+from fxquant.numerics.quantizer import Quantizer, global_scale_of, range_qparams
 from fxquant.schemes.specs import TensorSpec
 
 # Shares of the min-max range that are tried. Below 0.4 even 3-bit codes clip too much.
 SHRINKS = tuple(1 - 0.04 * step for step in range(16))
+# Scales that are rounded themselves: the next above may serve a group better than the nearest.
+WIDENED = (1.25, 1.5, 2.0)
+GLOBAL_SCALE = "weight_global_scale"
 _CHUNK_ELEMENTS = 2**18  # a chunk of rows and its temporaries stay in the cache
 
 
@@ -25,9 +29,10 @@ class WeightCodes:
     """A weight [N, K] as codes.
 
     ``codes`` [N, K] of the grid's storage dtype, ``scales`` float32 and ``zero_points`` int32 (None
-    where the grid has none), both () per tensor, [N, 1] per channel, [N, G] per group. ``damping``
-    is what the Hessian's diagonal was raised by, as a share of its mean; 0 where no factorization
-    was needed. ``note``: what there is to say about them.
+    where the grid has none), both () per tensor, [N, 1] per channel, [N, G] per group. Scales lie
+    where the spec's format can store them; ``global_scale`` float32, () or [N, 1], is what they
+    share where it has two levels. ``damping`` is what the Hessian's diagonal was raised by, as a
+    share of its mean; 0 where no factorization was needed. ``note``: what there is to say.
     """
 
     codes: Tensor
@@ -36,18 +41,24 @@ class WeightCodes:
     spec: TensorSpec
     damping: float = 0.0
     note: str = ""
+    global_scale: Tensor | None = None
 
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor], spec: TensorSpec, length: int) -> WeightCodes:
         """The inverse of ``tensors``; ``length`` is K."""
-        codes = spec.grid.unpack(tensors["weight"], length)
-        return cls(codes, tensors["weight_scale"], tensors.get("weight_zero_point"), spec)
+        codes, shared = spec.grid.unpack(tensors["weight"], length), tensors.get(GLOBAL_SCALE)
+        scales = spec.scale.decode(tensors["weight_scale"], shared)
+        zeros = tensors.get("weight_zero_point")
+        return cls(codes, scales, zeros, spec, global_scale=shared)
 
     def tensors(self) -> dict[str, Tensor]:
         """The buffers that a quantized site holds: codes packed up to 4 bits, scale, zero point."""
-        found = {"weight": self.spec.grid.pack(self.codes), "weight_scale": self.scales}
+        scales = self.spec.scale.encode(self.scales, self.global_scale)
+        found = {"weight": self.spec.grid.pack(self.codes), "weight_scale": scales}
         if self.zero_points is not None:
             found["weight_zero_point"] = self.zero_points
+        if self.global_scale is not None:  # of one site: all rows have the same
+            found[GLOBAL_SCALE] = self.global_scale.reshape(-1)[0].clone()
         return found
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -72,7 +83,14 @@ class WeightCodes:
         if self.scales.dim() == 0:
             return replace(self, codes=self.codes[which])
         zeros = None if self.zero_points is None else self.zero_points[which]
-        return replace(self, codes=self.codes[which], scales=self.scales[which], zero_points=zeros)
+        shared = self.global_scale
+        return replace(
+            self,
+            codes=self.codes[which],
+            scales=self.scales[which],
+            zero_points=zeros,
+            global_scale=shared if shared is None or not shared.dim() else shared[which],
+        )
 
 
 def stacked(parts: tuple[WeightCodes, ...]) -> WeightCodes:
@@ -80,20 +98,27 @@ def stacked(parts: tuple[WeightCodes, ...]) -> WeightCodes:
     if len(parts) == 1:
         return parts[0]
     zeros = [part.zero_points for part in parts if part.zero_points is not None]
+    shared = [
+        part.global_scale.expand(len(part.codes), 1)
+        for part in parts
+        if part.global_scale is not None
+    ]
     return replace(
         parts[0],
         codes=torch.cat([part.codes for part in parts]),
         scales=torch.cat([part.scales for part in parts]),
         zero_points=torch.cat(zeros) if zeros else None,
+        global_scale=torch.cat(shared) if shared else None,
     )
 
 
 def round_to_nearest(
     weight: Tensor, spec: TensorSpec, scales: Tensor, zero_points: Tensor | None
 ) -> WeightCodes:
-    """The nearest codes of ``weight`` [N, K] under the given scales."""
+    """The nearest codes of ``weight`` [N, K] under scales that were chosen for it."""
     codes = Quantizer(spec).codes(weight, scales, zero_points)
-    return WeightCodes(codes, scales, zero_points, spec)
+    shared = global_scale_of(weight, spec)
+    return WeightCodes(codes, scales, zero_points, spec, global_scale=shared)
 
 
 def min_max_codes(weight: Tensor, spec: TensorSpec, site: str) -> WeightCodes:
@@ -116,7 +141,8 @@ def search_scales(
     """Scales and zero points that minimize ``sum_k importance_k (w_k - Q(w)_k)^2``.
 
     weight float [N, K]; importance float [K], not negative. The min-max range of each row (or
-    group, or the tensor) is shrunk evenly by SHRINKS; ties keep the wider range. Returns float32
+    group, or the tensor) is shrunk evenly by SHRINKS; ties keep the wider range, and scales that
+    the spec rounds are tried with WIDENED ranges too. Returns float32
     and int32 (None where the grid has none) of the shape that ``spec`` asks for.
     """
     if spec.granularity == "token":
@@ -127,19 +153,26 @@ def search_scales(
     factors = factors / factors.max().clamp(min=torch.finfo(torch.float32).tiny)
     if spec.granularity == "tensor":
         factors = factors.expand(len(weight), -1).reshape(1, 1, -1)
-        scale, zero_point = _search(weights.reshape(1, 1, -1), factors, spec.grid)
+        scale, zero_point = _search(weights.reshape(1, 1, -1), factors, spec)
         return scale.view(()), None if zero_point is None else zero_point.view(())
     step = max(1, _CHUNK_ELEMENTS // max(1, weight.shape[1]))
-    found = [_search(chunk, factors, spec.grid) for chunk in weights.split(step)]
+    shared = global_scale_of(weight, spec)
+    found = [_search(chunk, factors, spec, shared) for chunk in weights.split(step)]
     zeros = [zero for _, zero in found if zero is not None]
     return torch.cat([scale for scale, _ in found]), torch.cat(zeros) if zeros else None
 
 
-def _search(weights: Tensor, factors: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
+def _search(
+    weights: Tensor, factors: Tensor, spec: TensorSpec, global_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Best scale and zero point [n, G] of weights [n, G, g] under factors [G, g]."""
     low, high = weights.amin(-1), weights.amax(-1)
-    grids = (range_qparams(low * shrink, high * shrink, grid) for shrink in SHRINKS)
-    return least_error(grids, lambda s, z: _weighted_error(weights, factors, s, z, grid))
+    shares = SHRINKS if spec.scale == FP32 else (*SHRINKS, *WIDENED)
+    grids = (
+        range_qparams(low * share, high * share, spec.grid, spec.scale, global_scale)
+        for share in shares
+    )
+    return least_error(grids, lambda s, z: _weighted_error(weights, factors, s, z, spec.grid))
 
 
 def least_error(

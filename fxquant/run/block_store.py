@@ -45,6 +45,15 @@ class Expected:
             return ()
         return rows, group_count(columns, self.spec.group_size or columns)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the tensors that a file has for it."""
+        more = {
+            "zero_points": self.spec.grid.has_zero_point,
+            "global_scale": self.spec.scale.two_level,
+        }
+        return ("codes", "scales", *(name for name, there in more.items() if there))
+
     def check(self, site: str, found: WeightCodes) -> None:
         """Raise ValueError where a solver would never have chosen this."""
         grid, codes, scales = self.spec.grid, found.codes, found.scales
@@ -57,13 +66,15 @@ class Expected:
         ]
         if zero_points is not None:
             tensors.append(("zero_points", zero_points, torch.int32, self.grid_shape))
+        if found.global_scale is not None:
+            tensors.append(("global_scale", found.global_scale, torch.float32, ()))
         for name, value, dtype, shape in tensors:
             if value.dtype != dtype or tuple(value.shape) != shape:
                 is_now = f"{value.dtype} {tuple(value.shape)}"
                 raise ValueError(f"{site}.{name} is {is_now}, not {dtype} {shape}")
         low, high = grid.codes
-        if not bool(((codes >= low) & (codes <= high)).all()):
-            raise ValueError(f"{site}.codes leave {low}..{high}")
+        if not grid.valid(codes):
+            raise ValueError(f"{site}.codes are not all codes of {grid.name}")
         if not bool((torch.isfinite(scales) & (scales > 0)).all()):
             raise ValueError(f"{site}.scales are not all finite and positive")
         if zero_points is not None and not bool(
@@ -119,22 +130,19 @@ class BlockStore:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if notes.pop(CHECKSUM, None) != self._checksum(block, tensors, notes):
             raise ValueError("its checksum is missing or does not fit its content")
-        places = [
-            f"{site}.{name}"
-            for site, each in expected.items()
-            for name in ("codes", "scales", *(["zero_points"] * each.spec.grid.has_zero_point))
-        ]
+        places = [f"{site}.{name}" for site, each in expected.items() for name in each.names]
         if notes.keys() != expected.keys() or set(places) != set(tensors):
             raise ValueError("it holds other sites than the block")
         found = {}
         for site, each in expected.items():
-            shift = tensors.get(f"{site}.zero_points")
+            own = {name: tensors[f"{site}.{name}"].to(device) for name in each.names}
             read = WeightCodes(
-                tensors[f"{site}.codes"].to(device),
-                tensors[f"{site}.scales"].to(device),
-                None if shift is None else shift.to(device),
+                own["codes"],
+                own["scales"],
+                own.get("zero_points"),
                 each.spec,
                 note=notes[site],
+                global_scale=own.get("global_scale"),
             )
             each.check(site, read)
             found[site] = read
@@ -151,6 +159,8 @@ class BlockStore:
             tensors[f"{site}.scales"] = one.scales.contiguous()
             if one.zero_points is not None:
                 tensors[f"{site}.zero_points"] = one.zero_points.contiguous()
+            if one.global_scale is not None:
+                tensors[f"{site}.global_scale"] = one.global_scale.reshape(-1)[0].clone()
         notes = {site: one.note for site, one in chosen.items()}
         notes[CHECKSUM] = self._checksum(block, tensors, notes)
         advice = (

@@ -1,6 +1,6 @@
 """Scheme: what to do at the sites of a model, as a frozen dataclass, as text and as JSON.
 
-    scheme = ("fp" | "fp32-gemm" | alias | weight ["/" activation]) {"+" pass}
+    scheme = ("fp" | "fp32-gemm" | alias | format | weight ["/" activation]) {"+" pass}
 
 docs/schemes.md has the whole grammar; ``Scheme.parse`` and ``str`` are inverse to each other.
 """
@@ -89,7 +89,8 @@ class Scheme:
             return cls.from_json(text)
         scanner = Scanner(expand_alias(text))
         fp32_gemm = scanner.accept("fp32-gemm")
-        spec = FLOAT if fp32_gemm or scanner.accept("fp") else scan_site(scanner)
+        float_ = fp32_gemm or (not scanner.peek("fp8") and scanner.accept("fp"))
+        spec = FLOAT if float_ else scan_site(scanner)
         repairs = []
         while scanner.accept("+"):
             repairs.append(scan_repair(scanner))

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fxquant.errors import SchemeError
+from fxquant.formats.floating import FloatGrid
 from fxquant.formats.grid import Grid
+from fxquant.formats.scales import FP32, PowerScale, ScaleFormat
 
 Granularity = Literal["tensor", "channel", "token", "group"]
 EstimatorKind = Literal["absmax", "percentile", "mse", "entropy"]
@@ -19,18 +21,27 @@ class TensorSpec:
     ``grid``: the numbers that an element may be, before its scale: ``integer(8)``.
     ``granularity``: "tensor", "channel" (rows of a weight), "token" (rows of an activation), or
     "group" (``group_size`` columns of each row share a scale, the last group may be shorter).
+    ``scale``: how the scales of groups are kept; fp32 for all others.
     Raises SchemeError when the parts do not go together.
     """
 
     grid: Grid
     granularity: Granularity = "channel"
     group_size: int | None = None
+    scale: ScaleFormat = FP32
 
     def __post_init__(self) -> None:
         if (self.granularity == "group") != (self.group_size is not None):
             raise SchemeError("granularity 'group' and group_size go together")
         if self.group_size is not None and self.group_size < 1:
             raise SchemeError(f"group_size must be at least 1, got {self.group_size}")
+        if self.scale != FP32 and (self.granularity != "group" or self.grid.has_zero_point):
+            raise SchemeError(
+                f"scales in {self.scale.name} are those of groups without zero points"
+            )
+        even = isinstance(self.scale, PowerScale) and self.scale.rule == "even"
+        if even and not isinstance(self.grid, FloatGrid):
+            raise SchemeError(f"the rule even rounds to a mantissa, which {self.grid.name} has not")
 
 
 @dataclass(frozen=True)
@@ -58,12 +69,14 @@ class ActivationSpec:
     estimator: Estimator | None = None
 
     def __post_init__(self) -> None:
-        allowed = ("tensor",) if self.estimator else ("tensor", "token")
+        allowed = ("tensor",) if self.estimator else ("tensor", "token", "group")
         if self.tensor.granularity not in allowed:
             raise SchemeError(
                 f"a {'static' if self.estimator else 'dynamic'} activation is "
                 f"per {' or '.join(allowed)}, not per {self.tensor.granularity}"
             )
+        if self.tensor.granularity == "group" and self.tensor.grid.has_zero_point:
+            raise SchemeError("groups of an activation have no zero points")
 
     @property
     def dynamic(self) -> bool:

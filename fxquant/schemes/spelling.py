@@ -1,8 +1,11 @@
 """The spelling of schemes: a scanner whose errors point at the place, and the way back to text.
 
-weight     = "w" element ["-tensor" | "-g" size] ["-asym"]
+site       = name | weight ["/" activation]           name: fp8, mxfp4 ... (schemes/named.py)
+weight     = "w" (name | element ["-tensor" | groups] ["-asym"])
+activation = "a" (name | element ("-dynamic" ["-token" | groups] | "-static") ["-asym"]
+             [":" estimator])
+groups     = "-g" size ["-" scale]                    scale: e8m0, e8m0-rceil ..., e4m3
 element    = bits | name of a grid (fxquant/formats/table.py)
-activation = "a" element ("-dynamic" ["-token"] | "-static") ["-asym"] [":" estimator]
 estimator  = "absmax" | "p" percent | "mse" | "entropy"
 pass       = name ["(" option "=" value {"," option "=" value} ")"]
 """
@@ -16,12 +19,13 @@ from typing import NoReturn
 from fxquant.errors import SchemeError, SpellingError
 from fxquant.formats.grid import Grid
 from fxquant.formats.integer import IntegerGrid, integer
-from fxquant.formats.table import GRIDS
+from fxquant.formats.scales import FP32, ScaleFormat
+from fxquant.formats.table import GRIDS, SCALES
+from fxquant.schemes.named import LONGEST_FIRST, NAMED, Named
 from fxquant.schemes.specs import (
     DEFAULT_ESTIMATOR,
     ActivationSpec,
     Estimator,
-    Granularity,
     SiteSpec,
     TensorSpec,
 )
@@ -38,7 +42,8 @@ _LARGEST = 2**64 - 1  # of a seed, which is the largest number that an option ca
 
 EXAMPLES = (
     "fp, fp32-gemm, w8, w4-g128-asym, w8a8-dynamic, w8a8-dynamic-token, w8a8-static, "
-    "w8a8-static:absmax|p99.99|mse|entropy, w8a8-static-asym, w4-g128/a8-dynamic-token"
+    "w8a8-static:absmax|p99.99|mse|entropy, w8a8-static-asym, w4-g128/a8-dynamic-token, "
+    "we4m3/ae4m3-dynamic-token, we2m1-g32-e8m0, fp8, fp8-static, mxfp8, mxfp6, mxfp4, nvfp4, wmxfp4"
 )
 
 
@@ -90,8 +95,11 @@ class Scanner:
 
 
 def scan_site(scanner: Scanner) -> SiteSpec:
-    """Read ``weight ["/" activation]`` or the short ``w8a8-...``."""
+    """Read ``weight ["/" activation]``, the short ``w8a8-...`` or the name of a format."""
     start = scanner.position
+    both = _scan_name(scanner)
+    if both is not None:
+        return SiteSpec(both.weight, both.activation)
     try:
         weight = _scan_weight(scanner)
         # "w8a8" is short for "w8/a8"; behind "-g128" the slash must stand.
@@ -105,6 +113,11 @@ def scan_site(scanner: Scanner) -> SiteSpec:
         scanner.fail(str(error), at=start)
 
 
+def _scan_name(scanner: Scanner) -> Named | None:
+    """A format that has a name of its own, None where there stands none."""
+    return next((NAMED[name] for name in LONGEST_FIRST if scanner.accept(name)), None)
+
+
 def _scan_element(scanner: Scanner) -> Grid:
     """A number of bits, or the name of a grid that is no integer's."""
     others = [name for name, grid in GRIDS.items() if not isinstance(grid, IntegerGrid)]
@@ -112,7 +125,7 @@ def _scan_element(scanner: Scanner) -> Grid:
         if scanner.accept(name):
             return GRIDS[name]
     start = scanner.position
-    bits = int(scanner.match(_DIGITS, "a number of bits"))
+    bits = int(scanner.match(_DIGITS, "a number of bits or a grid such as e4m3"))
     if not 2 <= bits <= 8:
         scanner.fail(f"bits must be 2..8, got {bits}", at=start)
     return integer(bits)
@@ -130,29 +143,55 @@ def _scan_zero_point(scanner: Scanner, grid: Grid) -> Grid:
 
 def _scan_weight(scanner: Scanner) -> TensorSpec:
     if not scanner.accept("w"):
-        scanner.fail('expected "fp", "fp32-gemm" or a weight such as "w8"')
+        scanner.fail(
+            'expected "fp", "fp32-gemm" or a weight such as "w8", or a format such as "fp8"'
+        )
+    named = None if scanner.peek("fp8-static") else _scan_name(scanner)
+    if named is not None:
+        return named.weight
     element = _scan_element(scanner)
-    granularity: Granularity = "channel"
-    group_size = None
     if scanner.accept("-tensor"):
-        granularity = "tensor"
-    elif scanner.accept("-g"):
-        granularity = "group"
-        start = scanner.position
-        group_size = int(scanner.match(_DIGITS, "a group size"))
-        if group_size < 1:
-            scanner.fail(f"a group size must be at least 1, got {group_size}", at=start)
-    return TensorSpec(_scan_zero_point(scanner, element), granularity, group_size)
+        return TensorSpec(_scan_zero_point(scanner, element), "tensor")
+    if scanner.peek("-g"):
+        return _scan_groups(scanner, element)
+    return TensorSpec(_scan_zero_point(scanner, element))
+
+
+def _scan_groups(scanner: Scanner, element: Grid) -> TensorSpec:
+    """Read ``-g32``, ``-g32-e8m0`` and a zero point behind either."""
+    scanner.accept("-g")
+    start = scanner.position
+    group_size = int(scanner.match(_DIGITS, "a group size"))
+    if group_size < 1:
+        scanner.fail(f"a group size must be at least 1, got {group_size}", at=start)
+    start = scanner.position
+    found = [name for name in SCALES if name != FP32.name and scanner.peek(f"-{name}")]
+    scale: ScaleFormat = FP32
+    if found:
+        name = max(found, key=len)
+        scanner.accept(f"-{name}")
+        scale = SCALES[name]
+    try:
+        return TensorSpec(_scan_zero_point(scanner, element), "group", group_size, scale)
+    except SpellingError:
+        raise
+    except SchemeError as error:
+        scanner.fail(str(error), at=start)
 
 
 def _scan_activation(scanner: Scanner) -> ActivationSpec:
     if not scanner.accept("a"):
         scanner.fail('expected an activation such as "a8-dynamic"')
+    named = _scan_name(scanner)
+    if named is not None:
+        return named.activation
     element = _scan_element(scanner)
     if not scanner.peek("-static|-dynamic"):
         scanner.fail('expected "-dynamic" or "-static"')
     static = scanner.accept("-static")
-    token = not static and scanner.accept("-dynamic") and scanner.accept("-token")
+    if not static and scanner.accept("-dynamic") and scanner.peek("-g"):
+        return ActivationSpec(_scan_groups(scanner, element))
+    token = not static and scanner.accept("-token")
     grid = _scan_zero_point(scanner, element)
     estimator = None
     if scanner.peek(":") and not static:
@@ -240,12 +279,19 @@ def spell_site(spec: SiteSpec) -> str:
     weight = spell_weight(spec.weight)
     if spec.activation is None:
         return weight
-    return weight + ("" if weight[1:].isdigit() else "/") + spell_activation(spec.activation)
+    short = weight[1:].isdigit() and isinstance(spec.activation.tensor.grid, IntegerGrid)
+    return weight + ("" if short else "/") + spell_activation(spec.activation)
 
 
 def spell_weight(spec: TensorSpec) -> str:
-    grain = {"tensor": "-tensor", "group": f"-g{spec.group_size}"}.get(spec.granularity, "")
+    grain = "-tensor" if spec.granularity == "tensor" else _spell_groups(spec)
     return f"w{_spell_element(spec.grid)}{grain}{'-asym' if spec.grid.has_zero_point else ''}"
+
+
+def _spell_groups(spec: TensorSpec) -> str:
+    if spec.granularity != "group":
+        return ""
+    return f"-g{spec.group_size}" + (f"-{spec.scale.name}" if spec.scale != FP32 else "")
 
 
 def _spell_element(grid: Grid) -> str:
@@ -255,7 +301,7 @@ def _spell_element(grid: Grid) -> str:
 def spell_activation(spec: ActivationSpec) -> str:
     grid = spec.tensor.grid
     text = f"a{_spell_element(grid)}-{'dynamic' if spec.dynamic else 'static'}"
-    text += "-token" if spec.tensor.granularity == "token" else ""
+    text += "-token" if spec.tensor.granularity == "token" else _spell_groups(spec.tensor)
     text += "-asym" if grid.has_zero_point else ""
     if spec.estimator is not None and spec.estimator != DEFAULT_ESTIMATOR:
         text += f":{spell_estimator(spec.estimator)}"

@@ -28,8 +28,8 @@ def operand_spec(scheme: Scheme, site: Site) -> ActivationSpec | None:
     """How a product's operands become codes; None where the scheme leaves it in float.
 
     8 bits, symmetric; static or dynamic, per tensor or per token, as the scheme's activations
-    are; dynamic per token under a weight-only scheme. An override without activations, such as
-    "fp", leaves the product in float.
+    are; dynamic per token under a weight-only scheme, and where inputs are in groups. An override
+    without activations, such as "fp", leaves the product in float.
     """
     spec, chosen = scheme.spec, False
     for pattern, override in scheme.overrides:
@@ -40,6 +40,8 @@ def operand_spec(scheme: Scheme, site: Site) -> ActivationSpec | None:
     if spec.activation is None:
         return ActivationSpec(TensorSpec(integer(8), granularity="token"))
     granularity = spec.activation.tensor.granularity
+    if granularity == "group":  # of a head's channels there are too few for groups
+        granularity = "token"
     return ActivationSpec(
         TensorSpec(integer(8), granularity=granularity), spec.activation.estimator
     )

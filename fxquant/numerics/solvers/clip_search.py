@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fxquant.numerics.quantization import split_groups
-from fxquant.numerics.quantizer import range_qparams
+from fxquant.numerics.quantizer import global_scale_of, range_qparams
 from fxquant.numerics.weight_codes import WeightCodes, least_error, round_to_nearest
 from fxquant.schemes.specs import TensorSpec
 
@@ -27,8 +27,9 @@ def clipped_codes(weight: Tensor, spec: TensorSpec, gram: Tensor) -> WeightCodes
     if spec.granularity == "tensor":
         low, high, largest = low.amin(), high.amax(), largest.amax()
     limits = (largest * shrink for shrink in SHRINKS)
+    stored = (spec.grid, spec.scale, global_scale_of(weight, spec))
     grids = (
-        range_qparams(torch.maximum(low, -limit), torch.minimum(high, limit), spec.grid)
+        range_qparams(torch.maximum(low, -limit), torch.minimum(high, limit), *stored)
         for limit in limits
     )
     best = least_error(grids, lambda s, z: _output_error(grouped, s, z, spec, gram))

@@ -11,6 +11,7 @@ from torch import Tensor
 from fxquant.errors import CalibrationError
 from fxquant.formats.grid import Grid
 from fxquant.numerics.quantization import check_finite
+from fxquant.numerics.quantizer import global_scale_of
 from fxquant.numerics.weight_codes import WeightCodes, search_scales
 from fxquant.schemes.specs import TensorSpec
 
@@ -29,6 +30,7 @@ def gptq(
     damping: float = 0.01,
     order: Order = "none",
     grid: tuple[Tensor, Tensor | None] | None = None,
+    global_scale: Tensor | None = None,
 ) -> WeightCodes:
     """Codes of ``weight`` that keep ``tr((W - Q) H (W - Q)^T)`` small.
 
@@ -49,17 +51,13 @@ def gptq(
         grid: scales float32 and zero points int32 as ``spec`` has them, chosen before. Without,
             they minimize ``sum_i ((w_i - q_i) / U_ii)^2``: GPTQ's own objective, where the paper
             takes the min-max range.
+        global_scale: that of the grid's scales, where the spec's scales have one.
 
     Columns that no input reaches (diagonal 0) have no influence and are rounded to nearest.
     Returns WeightCodes on the weight's device. Raises CalibrationError for a Hessian that is all
     zero, not finite, or not positive definite at any damping; NonFiniteError for the weight.
     """
-    if weight.dim() != 2 or hessian.shape != (weight.shape[1],) * 2:
-        raise ValueError(
-            f"expected a weight [N, K] and a Hessian [K, K], got {list(weight.shape)} and "
-            f"{list(hessian.shape)}"
-        )
-    check_finite(weight, "the weight", "gptq")
+    _check(weight, hessian)
     columns = weight.shape[1]
     places = torch.arange(columns, device=weight.device)
     if order == "static":
@@ -68,7 +66,9 @@ def gptq(
     upper, used, alive = inverse_factor(hessian, damping)
     back = places.argsort()
     importance = upper.diagonal().square().reciprocal() * alive
-    scales, zeros = grid or search_scales(weight, spec, importance[back])
+    if grid is None:
+        grid, global_scale = _searched(weight, spec, importance[back])
+    scales, zeros = grid
     codes = _round_columns(
         weight.to(torch.float32).t()[places],
         upper,
@@ -78,7 +78,24 @@ def gptq(
         spec.grid,
         min(block_size, columns),
     )
-    return WeightCodes(codes[back].t().contiguous(), scales, zeros, spec, used)
+    found = codes[back].t().contiguous()
+    return WeightCodes(found, scales, zeros, spec, used, global_scale=global_scale)
+
+
+def _check(weight: Tensor, hessian: Tensor) -> None:
+    if weight.dim() != 2 or hessian.shape != (weight.shape[1],) * 2:
+        raise ValueError(
+            f"expected a weight [N, K] and a Hessian [K, K], got {list(weight.shape)} and "
+            f"{list(hessian.shape)}"
+        )
+    check_finite(weight, "the weight", "gptq")
+
+
+def _searched(
+    weight: Tensor, spec: TensorSpec, importance: Tensor
+) -> tuple[tuple[Tensor, Tensor | None], Tensor | None]:
+    """Scales, zero points and what the scales share."""
+    return search_scales(weight, spec, importance), global_scale_of(weight, spec)
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float, Tensor]:

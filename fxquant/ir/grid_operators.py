@@ -1,0 +1,143 @@
+"""Operators of ``torch.ops.fxquant`` for grids that are no integer's and for groups of an input.
+
+``grid`` and ``scale`` operands are names out of fxquant/formats/table.py. ``operators`` registers
+what stands here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxquant.formats.grid import Grid
+from fxquant.formats.table import grid_named, scales_named
+from fxquant.numerics import code_products, quantization
+from fxquant.numerics.quantizer import largest_of
+
+
+def choose_scale(x: Tensor, granularity: str, grid: str) -> Tensor:
+    """Dynamic scale (fp32) for a grid that is no integer's: () or, for "token", [..., 1]."""
+    reach = grid_named(grid).reach
+    return quantization.calc_qparams_symmetric(x, reach, None if granularity == "tensor" else -1)
+
+
+def choose_global_scale(x: Tensor, grid: str, scale: str) -> Tensor:
+    """float32 (): what the scales of all groups of ``x`` share, where they have two levels."""
+    found = scales_named(scale).global_scale(x.abs().amax(), grid_named(grid))
+    if found is None:
+        raise ValueError(f"scales in {scale} share none")
+    return found
+
+
+def choose_group_scales(
+    x: Tensor, global_scale: Tensor | None, grid: str, scale: str, group_size: int
+) -> Tensor:
+    """Dynamic scales [..., G] of groups of the last dimension, as ``scale`` stores them."""
+    stored = scales_named(scale)
+    found = stored.scales(largest_of(x, group_size), grid_named(grid), global_scale)
+    return stored.encode(found, global_scale)
+
+
+def decode_scales(stored: Tensor, global_scale: Tensor | None, scale: str) -> Tensor:
+    """float32: the scales that stored ones stand for."""
+    found = scales_named(scale).decode(stored, global_scale)
+    return found.clone() if found is stored else found
+
+
+def quantize_to(x: Tensor, scale: Tensor, grid: str, group_size: int) -> Tensor:
+    """Codes of ``x`` on a grid, granularity by the scale's shape; group_size 0: no groups."""
+    found = grid_named(grid)
+    spread = quantization.expand_groups(scale, x.shape[-1], group_size or None)
+    return found.encode(found.nearest_(torch.div(x.to(torch.float32), spread)))
+
+
+def decode(stored: Tensor, grid: str, length: int) -> Tensor:
+    """float32 [..., length]: the numbers of a grid, before their scale.
+
+    length 0: the codes are not packed.
+    """
+    found = grid_named(grid)
+    return found.decode(found.unpack(stored, length) if length else stored)
+
+
+def code_gemm(
+    x_codes: Tensor,
+    weight: Tensor,
+    zero_point: Tensor | None,
+    weight_zero_point: Tensor | None,
+    x_grid: str,
+    weight_grid: str,
+) -> Tensor:
+    """[..., N] of codes [..., K] by codes [N, K] as they are stored: sums of products of numbers.
+
+    Zero points, where a grid has them, are subtracted first: the input's () or [..., 1], the
+    weight's () or [N, 1]. float32 where that is exact, else float64: see numerics.code_products.
+    """
+    x, w = _numbers(x_codes, weight, zero_point, x_grid, weight_grid)
+    if weight_zero_point is not None:
+        w = w - weight_zero_point
+    dtype = code_products.exact_dtype(grid_named(x_grid), grid_named(weight_grid), x.shape[-1])
+    return code_products.product(x, w, dtype)
+
+
+def grouped_code_gemm(
+    x_codes: Tensor,
+    weight: Tensor,
+    x_scale: Tensor | None,
+    weight_scale: Tensor | None,
+    zero_point: Tensor | None,
+    weight_zero_point: Tensor | None,
+    x_grid: str,
+    weight_grid: str,
+    x_group: int,
+    weight_group: int,
+) -> Tensor:
+    """fp32 [..., N]: the sums of each group of K, rescaled by the group's scales, added in order.
+
+    x_scale [..., G] and weight_scale [N, G] are those of groups of ``x_group`` and ``weight_group``
+    columns, None and 0 where an operand has none; weight_zero_point is () [N, 1] or [N, G]. Where
+    the groups differ, sums are over what lies in one group of each.
+    """
+    x, w = _numbers(x_codes, weight, zero_point, x_grid, weight_grid)
+    if weight_zero_point is not None:
+        shift = quantization.expand_groups(weight_zero_point, w.shape[-1], weight_group or None)
+        w = w - shift
+    grids = grid_named(x_grid), grid_named(weight_grid)
+    total: Tensor | None = None
+    for start, end in code_products.runs(x.shape[-1], x_group, weight_group):
+        dtype = code_products.exact_dtype(*grids, end - start)
+        xs, ws = (each.narrow(-1, start, end - start) for each in (x, w))
+        part = code_products.product(xs, ws, dtype).to(torch.float32)
+        if weight_scale is not None:
+            part = part * weight_scale.select(-1, start // weight_group)
+        if x_scale is not None:
+            part = part * x_scale.narrow(-1, start // x_group, 1)
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
+
+
+def _numbers(
+    x_codes: Tensor, weight: Tensor, zero_point: Tensor | None, x_grid: str, weight_grid: str
+) -> tuple[Tensor, Tensor]:
+    """float32 [..., K] and [N, K], the first less its zero point."""
+    x = grid_named(x_grid).decode(x_codes)
+    found: Grid = grid_named(weight_grid)
+    w = found.decode(found.unpack(weight, x.shape[-1]))
+    return (x if zero_point is None else x - zero_point), w
+
+
+COMPOSITE = {
+    "choose_scale(Tensor x, str granularity, str grid) -> Tensor": choose_scale,
+    "choose_global_scale(Tensor x, str grid, str scale) -> Tensor": choose_global_scale,
+    "choose_group_scales(Tensor x, Tensor? global_scale, str grid, str scale, int group_size)"
+    " -> Tensor": choose_group_scales,
+    "decode_scales(Tensor stored, Tensor? global_scale, str scale) -> Tensor": decode_scales,
+    "quantize_to(Tensor x, Tensor scale, str grid, int group_size) -> Tensor": quantize_to,
+    "decode(Tensor stored, str grid, int length) -> Tensor": decode,
+    "code_gemm(Tensor x_codes, Tensor weight, Tensor? zero_point, Tensor? weight_zero_point,"
+    " str x_grid, str weight_grid) -> Tensor": code_gemm,
+    "grouped_code_gemm(Tensor x_codes, Tensor weight, Tensor? x_scale, Tensor? weight_scale,"
+    " Tensor? zero_point, Tensor? weight_zero_point, str x_grid, str weight_grid, int x_group,"
+    " int weight_group) -> Tensor": grouped_code_gemm,
+}

@@ -1,0 +1,238 @@
+"""Graphs of other grids: an independent float64 reference, both levels, saved and loaded."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxquant
+from fxquant.checkpoint.manifest import MANIFEST, write_manifest
+from fxquant.errors import CheckpointError
+from fxquant.formats.table import GRIDS
+from fxquant.ir.graph import info, is_op
+from fxquant.ir.legal_forms import OPS
+from fxquant.ir.operands import operands
+from fxquant.ir.size import bits_per_weight
+from fxquant.schemes.scheme import Scheme
+from fxquant.schemes.specs import TensorSpec
+from tests.architectures import llama, opt, token_ids
+
+SCHEMES = (
+    *("fp8", "fp8-static", "mxfp8", "mxfp6-ceil", "mxfp4-rceil", "nvfp4", "wmxfp4", "wnf4-g16"),
+    *("w4-g16/ae4m3-dynamic-token", "wmxfp4/amxfp8", "we4m3/a8-static-asym:absmax"),
+    *("w3-g8-asym/ae2m3-dynamic-g4", "w4-g16-e8m0/a8-dynamic-token", "w4-g16/a8-dynamic-g12"),
+    *("we4m3-tensor/ae5m2-dynamic", "we3m2-g9-e8m0-even/ae2m1-dynamic-g6-e4m3", "w8-asym/afp8"),
+)
+BLOCKS = tuple(s for s in SCHEMES if "static" not in s)
+
+
+def bits_of(scheme: str, level: str = "integer") -> Any:
+    ids = token_ids(2, 9)
+    return fxquant.convert(llama(), scheme, calibration=[ids], level=level)
+
+
+def in_groups(x: Tensor, spec: TensorSpec) -> list[Tensor]:
+    """Slices of the last dimension that share a scale."""
+    return list(x.split(spec.group_size or x.shape[-1], -1))
+
+
+def power(largest: float, grid: Any, rule: str) -> float:
+    if not largest:
+        return 1.0
+    exponent = math.floor(math.log2(largest))
+    if rule == "rceil":
+        return 2.0 ** math.ceil(math.log2(largest / grid.reach))
+    exponent += rule == "ceil" and 2.0**exponent != largest
+    exponent += rule == "even" and largest >= 2.0**exponent * (2 - 0.5 ** (grid.mantissa + 1))
+    return math.ldexp(1.0, exponent - grid.top_exponent)
+
+
+def scale_of(largest: Tensor, spec: TensorSpec, whole: float) -> Tensor:
+    """float64 scales of groups by their largest magnitudes, one by one."""
+    grid, name = spec.grid, spec.scale.name
+    if name == "fp32":
+        return torch.where(largest == 0, 1.0, (largest / grid.reach)).float().double()
+    if name == "e4m3":
+        shared = torch.tensor(whole / (448 * grid.reach)).float().double()
+        wanted = (largest / grid.reach / shared).clamp(2.0**-6, 448)
+        return on_levels(wanted, GRIDS["e4m3"]) * shared
+    rule = name.removeprefix("e8m0").removeprefix("-") or "floor"
+    return largest.clone().apply_(lambda value: power(value, grid, rule))
+
+
+def on_levels(steps: Tensor, grid: Any) -> Tensor:
+    """The nearest level, float64; of two at one distance that with the even code."""
+    levels = torch.tensor(grid.levels, dtype=torch.float64)
+    even = [int(c) % 2 for c in grid.encode(levels.float()).view(torch.uint8).tolist()]
+    distance = (steps[..., None] - levels).abs() + torch.tensor(even) * 1e-13
+    return levels[distance.argmin(-1)]
+
+
+def coded(x: Tensor, spec: TensorSpec, peak: Tensor | None = None) -> Tensor:
+    """x float64 as codes of ``spec`` stand for it; ``peak``: the largest of a static range."""
+    grid, x = spec.grid, x.float().double()
+    if grid.has_zero_point:
+        return affine(x, spec)
+    whole = float(x.abs().max())
+    parts = []
+    for part in in_groups(x, spec):
+        largest = part.abs().amax(-1, keepdim=True)
+        if spec.granularity == "tensor":
+            largest = part.abs().max() if peak is None else peak
+        scale = scale_of(largest, spec, whole)
+        parts.append(on_levels((part.float() / scale.float()).double(), grid) * scale)
+    return torch.cat(parts, -1)
+
+
+def affine(x: Tensor, spec: TensorSpec) -> Tensor:
+    first, last = spec.grid.codes
+    parts = []
+    for part in in_groups(x, spec):
+        low, high = part.amin(-1, keepdim=True), part.amax(-1, keepdim=True)
+        if spec.granularity == "tensor":
+            low, high = part.min(), part.max()
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scale = ((high - low) / (last - first)).float().double()
+        shift = (first - low / scale).round().clamp(first, last)
+        codes = ((part.float() / scale.float()).double().round() + shift).clamp(first, last)
+        parts.append((codes - shift) * scale)
+    return torch.cat(parts, -1)
+
+
+def reference(text: str, ids: Tensor) -> Tensor:
+    """Logits float64 of the model whose linears are swapped as ``text`` says."""
+    model = llama().double()
+    spec = Scheme.parse(text).spec
+    assert spec.weight is not None
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for name, layer in linears.items():
+        if name == "lm_head":
+            continue
+        layer.weight.data = coded(layer.weight.data, spec.weight)
+        if spec.activation is not None:
+            own = spec.activation.tensor
+            layer.register_forward_pre_hook(lambda _, args, own=own: (coded(args[0], own),))
+    logits: Tensor = model(input_ids=ids).logits
+    return logits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", BLOCKS)
+def test_logits_are_those_of_a_module_swap(text: str) -> None:
+    ids = token_ids(2, 9)
+    plain = llama().double()(input_ids=ids).logits
+    wanted, found = reference(text, ids), bits_of(text)(ids)
+    # A value near a middle may flip by a float32 rounding before it, and few codes are coarse.
+    assert float((found.double() - wanted).norm() / (wanted - plain).norm()) < 0.05
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", SCHEMES)
+def test_both_levels_compute_the_same(text: str) -> None:
+    ids = token_ids(2, 9)
+    plain = llama()(input_ids=ids).logits
+    low, high = bits_of(text)(ids), bits_of(text, "qdq")(ids)
+    assert float((low - high).norm() / (low - plain).norm()) < 1e-4
+
+
+def nodes_of(gm: Any, op: Any) -> list[Any]:
+    return [operands(node) for node in gm.graph.nodes if is_op(node, op)]
+
+
+def test_the_steps_stand_apart_and_codes_are_bytes() -> None:
+    fp8 = bits_of("fp8")
+    (call, *_) = nodes_of(fp8, OPS.code_gemm.default)
+    assert is_op(call.x_codes, OPS.quantize_to.default)
+    assert is_op(operands(call.x_codes).scale, OPS.choose_scale.default)
+    assert len(nodes_of(fp8, OPS.rescale.default)) == len(nodes_of(fp8, OPS.code_gemm.default))
+    path = "model.layers.0.self_attn.q_proj"
+    site = fp8.get_submodule(path)
+    assert site.weight.dtype == torch.float8_e4m3fn
+    nvfp4 = bits_of("nvfp4")
+    site = nvfp4.get_submodule(path)
+    assert site.weight.dtype == torch.uint8
+    assert tuple(site.weight.shape) == (32, 16)
+    assert site.weight_scale.dtype == torch.float8_e4m3fn
+    assert tuple(site.weight_scale.shape) == (32, 2)
+    assert tuple(site.weight_global_scale.shape) == ()
+    assert bits_of("mxfp4").get_submodule(path).weight_scale.dtype == torch.uint8
+    biased = fxquant.convert(opt(), "fp8")
+    assert nodes_of(biased, OPS.add_bias.default)
+    assert nodes_of(biased, OPS.code_gemm.default)
+
+
+def test_bits_count_what_scales_occupy() -> None:
+    found = {s: bits_per_weight(bits_of(s)) for s in ("wmxfp4", "wnvfp4", "wmxfp8", "w4-g32")}
+    assert found["wmxfp4"] == 4.25
+    assert found["wmxfp8"] == 8.25
+    assert 4.5 < found["wnvfp4"] < 4.6  # and one scale for each of the small matrices
+    assert found["w4-g32"] == 5.0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("fp8-static", "wnf4-g16", "w3-g8-asym/ae2m3-dynamic-g4", "mxfp4+gptq", "wnvfp4+refine"),
+        '{"scheme": "nvfp4", "overrides": {"head": "wmxfp4", "embeddings": "wnvfp4"}}',
+        '{"scheme": "fp8", "overrides": {"embeddings": "we4m3", "head": "we3m2/a8-dynamic"}}',
+    ],
+)
+def test_what_is_saved_is_loaded(text: str, tmp_path: Path) -> None:
+    ids = token_ids(2, 9)
+    for level in ("qdq", "integer"):
+        qmodel = bits_of(text, level)
+        fxquant.save(qmodel, tmp_path / level)
+        again = fxquant.load(tmp_path / level)
+        assert torch.equal(again(ids), qmodel(ids))
+        assert info(again).scheme == info(qmodel).scheme
+        assert "level" in str(fxquant.inspect(again).layer(0))
+    page = fxquant.inspect(qmodel).site("model.layers.0.mlp.down_proj")
+    assert "of the weight (bars logarithmic)" in page
+
+
+@pytest.mark.parametrize(
+    ("scheme", "name", "change", "message"),
+    [
+        ("fp8", "weight", lambda v: v.view(torch.uint8).fill_(0x7F), "finite"),
+        ("nvfp4", "weight_scale", lambda v: v.view(torch.uint8).fill_(0x80), "positive scales"),
+        ("nvfp4", "weight_global_scale", lambda v: v.fill_(-1.0), "positive scales"),
+        ("mxfp4", "weight_scale", lambda v: v.fill_(255), "positive scales"),
+        ("mxfp6", "weight", lambda v: v.fill_(64), "codes of e2m3"),
+    ],
+)
+def test_a_changed_tensor_is_refused(
+    scheme: str, name: str, change: Any, message: str, tmp_path: Path
+) -> None:
+    qmodel = bits_of(scheme)
+    change(qmodel.get_submodule("model.layers.0.self_attn.q_proj").get_buffer(name))
+    with pytest.raises(CheckpointError, match=f"q_proj.{name}: expected .*{message}"):
+        fxquant.save(qmodel, tmp_path / "bad")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"e8m0"', '"e8m0-ceil"', "dynamic range is by .*e8m0-ceil"),
+        ('"e2m1", "e8m0", 32', '"e2m1", "e8m0", 16', "chosen otherwise|dynamic range|groups"),
+        ('"e2m1", "e2m1", 32, 32', '"e2m1", "e2m1", 32, 16', "groups"),
+        ('"e2m1", "e2m1", 32, 32', '"e2m1", "e3m2", 32, 32', "e3m2|computed"),
+    ],
+)
+def test_a_changed_node_is_refused(old: str, new: str, message: str, tmp_path: Path) -> None:
+    folder = tmp_path / "changed"
+    fxquant.save(bits_of("mxfp4"), folder)
+    path = folder / "graph.json"
+    text = path.read_text()
+    compact = old if old in text else old.replace(", ", ",")
+    assert compact in text
+    path.write_text(text.replace(compact, new, 1))
+    (folder / MANIFEST).unlink()
+    write_manifest(folder)
+    with pytest.raises(CheckpointError, match=message):
+        fxquant.load(folder)

@@ -1,0 +1,124 @@
+"""Schemes of every grid: spelled, named, read back; and what has no spelling."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from fxquant.errors import SchemeError, SpellingError
+from fxquant.formats.integer import IntegerGrid
+from fxquant.formats.scales import FP32
+from fxquant.formats.table import GRIDS, SCALES
+from fxquant.schemes.named import NAMED
+from fxquant.schemes.scheme import Scheme
+from fxquant.schemes.specs import ActivationSpec, Estimator, SiteSpec, TensorSpec
+from fxquant.schemes.spelling import spell_site
+
+STANDS_FOR = {
+    "fp8": "we4m3/ae4m3-dynamic-token",
+    "fp8-static": "we4m3/ae4m3-static:absmax",
+    "mxfp8": "we4m3-g32-e8m0/ae4m3-dynamic-g32-e8m0",
+    "mxfp6": "we2m3-g32-e8m0/ae2m3-dynamic-g32-e8m0",
+    "mxfp4": "we2m1-g32-e8m0/ae2m1-dynamic-g32-e8m0",
+    "mxfp4-rceil": "we2m1-g32-e8m0-rceil/ae2m1-dynamic-g32-e8m0-rceil",
+    "nvfp4": "we2m1-g16-e4m3/ae2m1-dynamic-g16-e4m3",
+    "wfp8": "we4m3",
+    "wmxfp4": "we2m1-g32-e8m0",
+    "wmxfp8-even": "we4m3-g32-e8m0-even",
+    "wnvfp4": "we2m1-g16-e4m3",
+    "wmxfp4/amxfp8": "we2m1-g32-e8m0/ae4m3-dynamic-g32-e8m0",
+    "wfp8/a8-static": "we4m3/a8-static",
+    "w8/afp8": "w8/ae4m3-dynamic-token",
+    "w4-g128/afp8-static": "w4-g128/ae4m3-static:absmax",
+    "fp8+smooth(alpha=0.5)": "we4m3/ae4m3-dynamic-token+smooth(alpha=0.5)",
+}
+
+
+@pytest.mark.parametrize("text", STANDS_FOR)
+def test_a_name_prints_what_it_stands_for(text: str) -> None:
+    scheme = Scheme.parse(text)
+    assert str(scheme) == STANDS_FOR[text]
+    assert Scheme.parse(str(scheme)) == scheme
+
+
+def test_names_stand_in_overrides_too() -> None:
+    text = '{"scheme": "fp8", "overrides": {"head": "wnvfp4", "*.down_proj": "w4-g128/afp8"}}'
+    scheme = Scheme.parse(text)
+    assert '"head": "we2m1-g16-e4m3"' in str(scheme)
+    assert Scheme.parse(str(scheme)) == scheme
+    assert (
+        scheme.spec_for("a.down_proj", "linear").activation == Scheme.parse("fp8").spec.activation
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "message"),
+    [
+        ("fp8x", 3, "unexpected text"),
+        ("fp8-dynamic", 3, "unexpected text"),
+        ("wfp8-static", 1, "a number of bits or a grid"),
+        ("we4m3-asym", 5, "e4m3 has no zero point"),
+        ("we4m3ae4m3-dynamic", 5, "unexpected text"),
+        ("we9", 1, "a number of bits or a grid"),
+        ("we2m1-g0-e8m0", 7, "a group size must be at least 1"),
+        ("we2m1-g16-e5m2", 9, "unexpected text"),
+        ("we2m1-e8m0", 5, "unexpected text"),
+        ("w4-g32-e8m0-asym", 6, "groups without zero points"),
+        ("w4-g32-e8m0-even", 6, "the rule even"),
+        ("we4m3/ae4m3-static-g32", 18, "unexpected text"),
+        ("we4m3/a8-dynamic-g32-asym", 0, "groups of an activation have no zero points"),
+        ("we4m3/ae4m3-dynamic:absmax", 19, "for static activations only"),
+        ("mxfp4-floor", 5, "unexpected text"),
+        ("ae4m3-static", 0, "or a format"),
+    ],
+)
+def test_errors_point_at_the_place(text: str, place: int, message: str) -> None:
+    with pytest.raises(SpellingError) as caught:
+        Scheme.parse(text)
+    said = str(caught.value).splitlines()
+    assert message in said[0]
+    assert said[1] == f"  {text}"
+    assert said[2] == "  " + " " * place + "^"
+
+
+def test_specs_that_cannot_be_are_refused_by_their_parts() -> None:
+    e2m1, e8m0 = GRIDS["e2m1"], SCALES["e8m0"]
+    with pytest.raises(SchemeError, match="those of groups"):
+        TensorSpec(e2m1, "channel", scale=e8m0)
+    with pytest.raises(SchemeError, match="zero points"):
+        TensorSpec(GRIDS["int4-asym"], "group", 32, e8m0)
+    with pytest.raises(SchemeError, match="static activation is per tensor"):
+        ActivationSpec(TensorSpec(e2m1, "group", 32, e8m0), Estimator("absmax"))
+
+
+def a_tensor(random_: random.Random, grains: tuple[str, ...]) -> TensorSpec:
+    grid = random_.choice(list(GRIDS.values()))
+    grain = random_.choice(grains)
+    if grain != "group":
+        return TensorSpec(grid, grain)  # type: ignore[arg-type]
+    kept = [FP32] if grid.has_zero_point else list(SCALES.values())
+    kept = [each for each in kept if "even" not in each.name or not isinstance(grid, IntegerGrid)]
+    kept = [each for each in kept if "even" not in each.name or grid.name != "nf4"]
+    return TensorSpec(grid, "group", random_.choice((1, 16, 32, 100)), random_.choice(kept))
+
+
+def test_random_schemes_of_all_grids_are_read_back() -> None:
+    random_ = random.Random()
+    for _ in range(2000):
+        weight = a_tensor(random_, ("tensor", "channel", "group"))
+        activation: ActivationSpec | None = None
+        if random_.random() < 0.7:
+            static = random_.random() < 0.3
+            tensor = a_tensor(random_, ("tensor",) if static else ("tensor", "token", "group"))
+            if tensor.granularity == "group" and tensor.grid.has_zero_point:
+                continue
+            activation = ActivationSpec(tensor, Estimator("mse") if static else None)
+        spec = SiteSpec(weight, activation)
+        assert Scheme.parse(spell_site(spec)).spec == spec, spell_site(spec)
+
+
+def test_every_name_is_a_scheme_of_its_weight_and_its_input() -> None:
+    for name, named in NAMED.items():
+        assert Scheme.parse(name).spec == SiteSpec(named.weight, named.activation)
+        assert Scheme.parse(f"w8/a{name}").spec.activation == named.activation
