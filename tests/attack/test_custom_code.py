@@ -163,7 +163,7 @@ def test_yes_on_a_pipe(tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     folder = plant(write_model(tmp_path / "model"), canary)
     edit_json(folder / "config.json", of_config)
-    command = [*FXQUANT, "evaluate", "--model", folder, "--schemes", "w8"]
+    command = [*FXQUANT, "evaluate", "--model", str(folder), "--schemes", "w8"]
     done = finished(command, "yes\n" * 1000)
     assert done.returncode == 2
     assert done.stderr.count("error: ") == 1
