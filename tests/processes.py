@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -26,13 +26,13 @@ def _interruptible() -> None:
 @contextlib.contextmanager
 def started(
     command: Command, *, stdin: int = subprocess.DEVNULL, stdout: IO[str] | int = subprocess.PIPE,
-    interruptible: bool = False, **environment: str,
+    interruptible: bool = False, environment: Mapping[str, str] | None = None,
 ) -> Iterator[subprocess.Popen[str]]:  # fmt: skip
     """``command`` in this checkout; it is over when the block is, with all that it has started."""
     process = subprocess.Popen(
         command,
         stdin=stdin, stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
         preexec_fn=_interruptible if interruptible else None, start_new_session=True,
     )  # fmt: skip
     try:
@@ -55,8 +55,6 @@ def finished(
     Raises TimeoutExpired after BOUND seconds, when it and all that it has started are ended.
     """
     stdin = subprocess.DEVNULL if given is None else subprocess.PIPE
-    with started(
-        command, stdin=stdin, stdout=stdout, interruptible=False, **environment
-    ) as process:
+    with started(command, stdin=stdin, stdout=stdout, environment=environment) as process:
         out, err = process.communicate(given, timeout=BOUND)
     return subprocess.CompletedProcess(command, process.returncode, out, err)

@@ -202,9 +202,8 @@ def checkout(tmp_path: Path) -> Path:
 def wheel_of(checkout: Path) -> list[str]:
     """Names of the files that a wheel of the checkout holds."""
     out = checkout.parent / "dist"
-    options = ["--wheel", "--no-isolation", "--outdir", str(out), str(checkout)]
-    build = [sys.executable, "-m", "build", *options]
-    done = finished(build)
+    build = (sys.executable, "-m", "build", "--wheel", "--no-isolation")
+    done = finished([*build, "--outdir", str(out), str(checkout)])
     assert done.returncode == 0, done.stderr
     (wheel,) = out.glob("*.whl")
     return sorted(n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n)

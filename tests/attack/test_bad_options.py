@@ -39,8 +39,8 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "calibration": (*TEXT, *NUMBER, -1, None, True), "seed": (*TEXT, *NUMBER, -1, None, True),
     "stride": (*TEXT, *NUMBER, 0, True), "calibration_length": (*TEXT, *NUMBER, 0, True),
 }  # fmt: skip
-EXPLAIN = {"model": GRAPH, "scheme": "w8", "data": IDS, "methods": ("alone",)}
-PLAN = {"model": GRAPH, "data": IDS, "budget": 1.0, "choices": ("w8", "fp")}
+EXPLAIN: dict[str, Any] = {"model": GRAPH, "scheme": "w8", "data": IDS, "methods": ("alone",)}
+PLAN: dict[str, Any] = {"model": GRAPH, "data": IDS, "budget": 1.0, "choices": ("w8", "fp")}
 CALLS: dict[str, tuple[Callable[..., object], dict[str, Any], tuple[str, ...]]] = {
     "recipe": (fxquant.recipe, {"scheme": "w8"}, ("start", "level", "progress", "after_pass")),
     "convert": (
