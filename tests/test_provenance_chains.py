@@ -288,6 +288,16 @@ def test_plan_and_what_is_converted_by_it(text: Path, tmp_path: Path) -> None:
     made, rows = written(out)
     assert made == truth(text, evaluate, **calibrated(3, 2))
     check_record(rows[-1]["calibration"][0], text, 2 * LENGTH, seed=2)
+    assert (data["chosen_on"]["windows"], data["held_out"]["windows"]) == (2, 4)
+    scheme = str(tmp_path / "p" / "scheme.json")
+    assert json.loads(Path(scheme).read_text())["made_by"]["provenance"] == data["provenance"]
+    convert = ["convert", *common(text), "--calibration-windows", "3", "--seed", "5"]
+    run([*convert, "--scheme", scheme, "--output", str(tmp_path / "s")])
+    command = ["evaluate", *common(text, tmp_path / "s"), "--output", str(tmp_path / "t")]
+    run(command)
+    made, (row,) = written(tmp_path / "t")
+    assert made == truth(text, command, model=str(tmp_path / "s"), **calibrated(3, 5))
+    check_record(row["calibration"][0], text, 2 * LENGTH, seed=5)
 
 
 # --- several calibrations of one graph ------------------------------------------------------------
