@@ -18,9 +18,8 @@ def token_nll(logits: Tensor, input_ids: Tensor, highest: int | None = None) -> 
 
     logits [batch, L, vocab] of any float dtype, input_ids int64 [batch, L]. The logits of the
     last position predict nothing here and are left out. ``highest``: the largest id, of these or of
-    all windows that they come from, where the caller knows it: reading it here waits for the
-    device.
-    Raises ModelError for what are no logits of these tokens, saying which.
+    all windows that they come from, where the caller knows it: to read it here waits for the
+    device. Raises ModelError for what are no logits of these tokens, saying which.
     """
     check_logits(logits, input_ids, highest)
     predicted, wanted = logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()
