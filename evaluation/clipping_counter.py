@@ -12,10 +12,21 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxquant.errors import NonFiniteError
+from fxquant.formats.table import grid_named
 from fxquant.ir.graph import is_op, source_of, tag
 from fxquant.ir.legal_forms import OPS
 from fxquant.ir.operands import operands
-from fxquant.numerics.clipping import clipped_codes, count_clipped, unclipped_range
+from fxquant.numerics.clipping import (
+    beyond_grid,
+    clipped_codes,
+    count_clipped,
+    unclipped_range,
+)
+
+_QUANTIZE = (
+    *(OPS.quantize.default, OPS.quantize_to.default),
+    *(OPS.quantize_static.default, OPS.quantize_rows.default),
+)
 
 
 @dataclass(frozen=True)
@@ -32,12 +43,7 @@ class Quantizers:
 
     @classmethod
     def of(cls, gm: GraphModule) -> Quantizers:
-        kinds = (OPS.quantize, OPS.quantize_static, OPS.quantize_rows)
-        calls = {
-            node: operands(node)
-            for node in gm.graph.nodes
-            if any(is_op(node, kind.default) for kind in kinds)
-        }
+        calls = {n: operands(n) for n in gm.graph.nodes if n.target in _QUANTIZE}
         return cls(calls, {used: node for node in calls for used in node.all_input_nodes})
 
 
@@ -68,6 +74,9 @@ class ClippingCounter:
 
     def _see(self, node: Node, value: Any) -> None:
         call = self._quantizers.calls[node]
+        if is_op(node, OPS.quantize_to.default):
+            self._see_grid(call)
+            return
         x = self._values[call.x]
         self._total += x.numel()
         if is_op(node, OPS.quantize_rows.default):
@@ -89,6 +98,15 @@ class ClippingCounter:
         self._finite.append(torch.isfinite(scale).all())
         if not chosen.symmetric:
             self._clipped.append(clipped_codes(x, scale, zero_point, chosen.qmin, chosen.qmax))
+
+    def _see_grid(self, call: Any) -> None:
+        """Of another grid, whose groups may be clipped by a scale that was rounded."""
+        x, scale = (self._values.get(each, each) for each in (call.x, call.scale))
+        self._total += x.numel()
+        static = call.scale.op == "get_attr"
+        self._finite.append(torch.isfinite(x if static else scale).all())
+        grid, size = grid_named(call.grid), call.group_size or None
+        self._clipped.append(beyond_grid(x, scale, grid, size))
 
     def _see_static(self, x: Tensor, low: Tensor, high: Tensor) -> None:
         # Two vectorized reductions read twice, and are still faster than one aminmax.

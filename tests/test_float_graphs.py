@@ -18,6 +18,7 @@ from fxquant.ir.graph import info, is_op
 from fxquant.ir.legal_forms import OPS
 from fxquant.ir.operands import operands
 from fxquant.ir.size import bits_per_weight
+from fxquant.numerics.clipping import beyond_grid
 from fxquant.schemes.scheme import Scheme
 from fxquant.schemes.specs import TensorSpec
 from tests.architectures import llama, opt, token_ids
@@ -203,7 +204,7 @@ def test_what_is_saved_is_loaded(text: str, tmp_path: Path) -> None:
         ("nvfp4", "weight_scale", lambda v: v.view(torch.uint8).fill_(0x80), "positive scales"),
         ("nvfp4", "weight_global_scale", lambda v: v.fill_(-1.0), "positive scales"),
         ("mxfp4", "weight_scale", lambda v: v.fill_(255), "positive scales"),
-        ("mxfp6", "weight", lambda v: v.fill_(64), "codes of e2m3"),
+        ("mxfp6", "weight", lambda v: v.fill_(64), "those of e2m3"),
     ],
 )
 def test_a_changed_tensor_is_refused(
@@ -236,3 +237,19 @@ def test_a_changed_node_is_refused(old: str, new: str, message: str, tmp_path: P
     write_manifest(folder)
     with pytest.raises(CheckpointError, match=message):
         fxquant.load(folder)
+
+
+@pytest.mark.parametrize("text", ["mxfp4-even", "nvfp4", "fp8-static"])
+def test_explain_takes_them_apart(text: str) -> None:
+    why = fxquant.explain(
+        llama(), text, data=[token_ids(2, 9)], calibration=[token_ids(2, 12, seed=5)]
+    )
+    assert why.causes is not None
+    assert sum(why.causes.values()) == pytest.approx(why.delta_loss, abs=1e-5)
+
+
+def test_saturation_beyond_half_a_spacing_is_clipping() -> None:
+    x = torch.tensor([[6.9, -7.1, 7.1, 0.1], [12.5, 14.1, -15.0, 1.0]])
+    scale = torch.tensor([[1.0, 1.0], [2.0, 2.0]])
+    assert int(beyond_grid(x, scale, GRIDS["e2m1"], 2)) == 4
+    assert int(beyond_grid(x, torch.tensor(100.0), GRIDS["e2m1"])) == 0

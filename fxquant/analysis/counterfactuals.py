@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -82,8 +82,8 @@ def _quantizers(
     spec = site.spec.activation
     assert spec is not None
     yield "16-bit activation, same range", own.with_bits(16)
-    token = ActivationSpec(replace(spec.tensor, granularity="token"))
-    tensor = ActivationSpec(replace(spec.tensor, granularity="tensor"))
+    token = ActivationSpec(TensorSpec(spec.tensor.grid, "token"))
+    tensor = ActivationSpec(TensorSpec(spec.tensor.grid, "tensor"))
     others: list[tuple[str, ActivationSpec]] = [
         ("dynamic per token", token),
         ("dynamic per tensor", tensor),

@@ -14,6 +14,7 @@ from fxquant.analysis.floor import floor_energy
 from fxquant.analysis.lab import Lab
 from fxquant.analysis.parts import CAUSES, EVERY_PART, Cause
 from fxquant.analysis.sites import LinearSite, SimulatedSite
+from fxquant.numerics.quantization import expand_groups
 from fxquant.numerics.quantizer import Quantizer
 
 
@@ -163,6 +164,7 @@ def _record_inputs(figures: LocalFigures, site: LinearSite, rows: Tensor) -> Non
         step = site.quantizer.qparams(rows)[0]
         split = site.quantizer.split(rows)
         figures.inputs += rows.numel()
+        step = expand_groups(step, rows.shape[-1], site.quantizer.spec.group_size)
         figures.clipped += int(((split.clipped - rows).abs() > step / 2).sum())
         figures.flushed += int(((split.rounded == 0) & (rows != 0)).sum())
         rounding = (split.rounded - split.clipped).to(torch.float32).square() * columns
@@ -170,6 +172,8 @@ def _record_inputs(figures: LocalFigures, site: LinearSite, rows: Tensor) -> Non
         added["rounding"] = rounding.sum(0)
         if site.quantizer.spec.granularity == "token":
             by_channel = (stretch(rows.abs()).T @ rounding.sum(-1).double()).to(torch.float32)
+        elif site.quantizer.spec.granularity == "group":
+            by_channel = rounding.sum(0)  # a group is narrow: each column answers for its own
         else:
             within = reach(site.quantizer, rows).amax(0)
             by_channel = rounding.sum() * stretch(within).to(torch.float32)

@@ -171,7 +171,7 @@ def _check_codes(path: str, tensors: dict[str, Tensor], coded: _Coded) -> None:
     for some in codes.split(max(1, _ELEMENTS // max(1, columns))):
         block = grid.unpack(some, columns)
         if not grid.valid(block):
-            _fail(path, "weight", f"codes of {grid.name}, {low}..{high}")
+            _fail(path, "weight", f"codes within {low}..{high}, those of {grid.name}")
         if "weight_sum" in tensors:
             sums.append(_sums(block, spec.group_size))
     if sums:

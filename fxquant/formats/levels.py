@@ -52,6 +52,11 @@ class LevelGrid(Grid):
     def _table(self, device: torch.device) -> Tensor:
         return torch.tensor(self.levels, dtype=torch.float32, device=device)
 
+    def _at(self, places: Tensor) -> Tensor:
+        """The numbers at these places."""
+        table = self._table(places.device)
+        return table.index_select(0, places.reshape(-1)).view(places.shape)
+
     def _places(self, values: Tensor) -> Tensor:
         """Place of the nearest number, int64."""
         ends = zip(self.levels[:-1], self.levels[1:], strict=True)
@@ -64,13 +69,13 @@ class LevelGrid(Grid):
     def rounder(self, zero_point: Tensor | None = None) -> Rounder:
         if zero_point is not None:
             raise ValueError(f"{self.name} has no zero point")
-        return lambda steps: steps.copy_(self._table(steps.device)[self._places(steps)])
+        return lambda steps: steps.copy_(self._at(self._places(steps)))
 
     def encode(self, values: Tensor) -> Tensor:
         return (self._places(values) + self.codes[0]).to(self.storage)
 
     def decode(self, codes: Tensor) -> Tensor:
-        return self._table(codes.device)[codes.to(torch.int64) - self.codes[0]]
+        return self._at(codes.to(torch.int64) - self.codes[0])
 
 
 # The quantiles of a normal distribution that QLoRA takes (Dettmers et al. 2023, appendix E).

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxquant.numerics.quantization import rounded_codes
+from fxquant.formats.grid import Grid
+from fxquant.numerics.quantization import expand_groups, rounded_codes
 
 # x / scale rounds by half an ulp and so does the guess below; one more for each, and the tie.
 _NEIGHBOURS = 4
@@ -61,3 +62,15 @@ def clipped_codes(
 def _outside(x: Tensor, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int) -> Tensor:
     codes = rounded_codes(x, scale, zero_point)
     return (codes < qmin) | (codes > qmax)
+
+
+def beyond_grid(x: Tensor, scale: Tensor, grid: Grid, group_size: int | None = None) -> Tensor:
+    """How many elements of x [..., K] saturate by more than they would be rounded: int64, 0-dim.
+
+    Those whose ``x / scale`` lies beyond an end of the grid by over half of its last spacing.
+    """
+    low, *_, high = grid.levels
+    low += (low - grid.levels[1]) / 2
+    high += (high - grid.levels[-2]) / 2
+    steps = x.to(torch.float32) / expand_groups(scale, x.shape[-1], group_size)
+    return torch.count_nonzero((steps < low) | (steps > high))

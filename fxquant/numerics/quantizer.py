@@ -127,7 +127,7 @@ class Quantizer:
         """The same range, or the same rule for it, on integers of ``bits`` bits (any number)."""
         old = self.spec.grid
         grid = IntegerGrid(bits, old.has_zero_point)
-        spec = replace(self.spec, grid=grid)
+        spec = replace(self.spec, grid=grid, scale=FP32)
         if self.scale is None:
             return replace(self, spec=spec)
         steps = (old.highest - old.lowest) / (grid.highest - grid.lowest)
