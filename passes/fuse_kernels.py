@@ -237,7 +237,7 @@ def _fuse_input(gm: GraphModule, codes: Node) -> _Input:
                 for index, name in enumerate(("x_q", "input_scale", "input_zero_point", "nan"))
             ]
         for item in list(quantizer.users):
-            builder.replace(item, parts[(1, 2)[item.args[1]]])
+            builder.replace(item, parts[1 if item.args[1] == 0 else 2])
     else:
         builder = Builder(gm, FuseKernels.name, site, (codes,))
         ends = (made.scale, made.zero_point, made.qmin, made.qmax)

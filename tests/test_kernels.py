@@ -17,7 +17,7 @@ import fxquant
 from fxquant.errors import CheckpointError, VerificationError
 from fxquant.evaluation.perplexity import evaluate
 from fxquant.ir import fused
-from fxquant.ir.graph import Level, info, is_op, site_outputs, tag, update_info
+from fxquant.ir.graph import Level, info, is_op, site_outputs, source_of, tag, update_info
 from fxquant.ir.legal_forms import OPS, verify
 from fxquant.kernels import table
 from fxquant.numerics import cpu_int8
@@ -222,7 +222,7 @@ def edited() -> Iterator[tuple[str, GraphModule]]:
     for what in ("read twice", "other codes"):
         graph = fxquant.convert(traced("opt", SINGLE), "w8a8-static", calibration=[token_ids(2, 9)])
         node = next(n for n in graph.graph.nodes if is_op(n, OPS.rescale.default))
-        sums = node.args[0]
+        sums = source_of(node)
         if what == "read twice":
             with graph.graph.inserting_after(node):
                 other = graph.graph.call_function(torch.add, (node, 0.0))
@@ -236,7 +236,7 @@ def edited() -> Iterator[tuple[str, GraphModule]]:
                     user.replace_input_with(reader, total)
         else:
             with graph.graph.inserting_before(sums):
-                copy = graph.graph.call_method("clone", (sums.args[0],))
+                copy = graph.graph.call_method("clone", (source_of(sums),))
             sums.args = (copy, *sums.args[1:])
         graph.recompile()
         yield what, graph
@@ -264,7 +264,7 @@ def test_scales_must_fit() -> None:
     graph = FuseKernels()(integer("opt", "w8a8-dynamic-token"))
     node = next(n for n in graph.graph.nodes if is_op(n, OPS.int_linear.default))
     owner = graph.get_submodule(tag(node).site or "")
-    owner.weight_scale = owner.weight_scale[1:]
+    owner.weight_scale = owner.get_buffer("weight_scale")[1:]
     with pytest.raises(VerificationError, match="31 weight scales for 32 output columns"):
         verify(graph, "a test")
 

@@ -46,19 +46,16 @@ def calls(seed: int, dtype: torch.dtype) -> Iterator[tuple[str, Any, Any]]:
             ours = (codes, scale, zero * finite, nan)
             yield "quantize_rows", ours, (*wanted[:2], wanted[2] * finite, wanted[3])
     for shift in (None, torch.tensor(5, dtype=torch.int32)):
-        operands = (x, torch.tensor(0.013), shift, -128, 127)
-        yield (
-            "quantize_static",
-            triton_quantize.quantize_static(*operands),
-            fused.quantize_static(*operands),
-        )
+        static = (x, torch.tensor(0.013), shift, -128, 127)
+        found = triton_quantize.quantize_static(*static)
+        yield "quantize_static", found, fused.quantize_static(*static)
     for packed in (False, True):
         for size, name in ((0, "int_linear"), (group, "grouped_int_linear")):
-            operands = calls.site(columns, size, packed)
+            site = calls.site(columns, size, packed)
             if dtype == BRAIN:  # the interpreter's cast to bf16 truncates: compared before it
-                operands = (*operands[:8], operands[8].float())
-            found = getattr(triton_gemm, name)(*operands, size, packed)
-            yield name, found, getattr(fused, name)(*operands, size or 1024, packed)
+                site = (*site[:8], site[8].float())
+            found = getattr(triton_gemm, name)(*site, size, packed)
+            yield name, found, getattr(fused, name)(*site, size or 1024, packed)
             yield "weight", *weights(calls.weight_only(columns, size, packed), dtype)
 
 

@@ -144,15 +144,17 @@ def differs(device: torch.device) -> str:
     one = scales.narrow(1, 0, 1).contiguous()
     exact = gemm.reference_int_gemm(codes.cpu(), weight.cpu()).to(device, torch.int32)
     wanted = (exact - zero * sums).to(torch.float32) * scale * one.flatten() + bias
-    given = (codes, weight, scale, one, zero, sums, None, bias, nan)
-    if not torch.equal(int_linear(*given, 0, False), wanted):
+    found = int_linear(codes, weight, scale, one, zero, sums, None, bias, nan, 0, False)
+    if not torch.equal(found, wanted):
         return "int_linear"
     total = torch.zeros_like(wanted)
     pairs = zip(codes.cpu().split(group, 1), weight.cpu().split(group, 1), strict=True)
     for g, (left, right) in enumerate(pairs):
         part = gemm.reference_int_gemm(left, right).to(device, torch.int32)
         total += part.to(torch.float32) * scales.select(1, g)
-    given = (codes, weight, scale, scales, None, None, None, bias, nan)
-    if not torch.equal(grouped_int_linear(*given, group, False), total * scale + bias):
+    given = (None, None, None, bias, nan, group, False)
+    if not torch.equal(
+        grouped_int_linear(codes, weight, scale, scales, *given), total * scale + bias
+    ):
         return "grouped_int_linear"
     return ""

@@ -225,14 +225,12 @@ def _multiply(
         flags = (zero_point is not None, weight_zero_point is not None, bias is not None, packed)
         tiles = _tiles(M, group_size or K)
         grid = (triton.cdiv(M, tiles["BM"]) * triton.cdiv(N, tiles["BN"]),)
-        strides = (_stride(scale), _stride(weight_scale), _stride(zero_point))
+        x_stride, w_stride, zero_stride = map(_stride, (scale, weight_scale, zero_point))
         if group_size:
-            groups = (triton.cdiv(K, group_size), group_size)
-            grouped_kernel[grid](
-                *tensors, M, N, K, strides[0], strides[2], *groups, *flags, **tiles
-            )
+            sizes = (M, N, K, x_stride, zero_stride, triton.cdiv(K, group_size), group_size)
+            grouped_kernel[grid](*tensors, *sizes, *flags, **tiles)
         else:
-            strides = (*strides, _stride(weight_zero_point))
+            strides = (x_stride, w_stride, zero_stride, _stride(weight_zero_point))
             linear_kernel[grid](*tensors, M, N, K, *strides, *flags, **tiles)
     return y.view(*codes.shape[:-1], N)
 
