@@ -16,8 +16,8 @@ import torch
 from onnxscript import opset21 as op
 
 from fxquant.exports.onnx_prepare import ONNX_OPS
+from fxquant.formats.scales import MIN_SCALE
 from fxquant.ir.legal_forms import OPS
-from fxquant.numerics.quantization import MIN_SCALE
 
 FLOAT, INT32 = ir.DataType.FLOAT.value, ir.DataType.INT32.value
 UINT8 = ir.DataType.UINT8.value
