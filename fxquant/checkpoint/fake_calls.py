@@ -125,7 +125,7 @@ def _guard(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(isinstance(each, Tensor) and each.is_floating_point() for each in args):
             raise TypeError("the bits of a float")
     elif is_a(node, Kind.LINEAR, *PRODUCTS):
-        named = (value for name, value in kwargs.items() if name != "attn_mask")
+        named = (value for name, value in kwargs.items() if name not in ("attn_mask", "mask"))
         _check_dtypes((*args[:3], *named))
     elif op_name(node) in _PIECES:
         _check_pieces(op_name(node), args, kwargs)
