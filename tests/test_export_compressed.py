@@ -23,7 +23,7 @@ import fxquant
 from fxquant.errors import ExportError
 from fxquant.exports import compressed_file, compressed_tensors
 from fxquant.exports.compressed_file import pack
-from fxquant.exports.sites import coded_sites
+from fxquant.exports.sites import CodedSite, coded_sites
 from tests.architectures import build, gpt2, randomize
 from tests.models import SMALL_OPT, small_opt
 
@@ -56,7 +56,7 @@ def tiny_llama(tied: bool = True, dtype: torch.dtype = torch.float32) -> PreTrai
     return model.to(dtype)
 
 
-@pytest.fixture(scope="module", params=["llama", "opt"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("opt", marks=pytest.mark.slow)])
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return tiny_llama() if request.param == "llama" else small_opt()[0]
 
@@ -112,6 +112,15 @@ def test_norms_that_were_folded_do_nothing(tmp_path: Path) -> None:
     assert json.loads((found.path / "config.json").read_text())["tie_word_embeddings"] is False
     gains = load_file(found.path / "model.safetensors")["model.norm.weight"]
     assert torch.equal(gains, torch.ones(64))
+
+
+@ENGINE
+@pytest.mark.parametrize("scheme", ["w4-g32-asym", "w8a8-dynamic-token"])
+def test_biases_and_inputs_without_a_batch(scheme: str, tmp_path: Path) -> None:
+    """OPT's second half of a block gives its linears [tokens, K]."""
+    found = compressed_tensors(small_opt()[0], tmp_path / "out", scheme=scheme).checked
+    assert found.under_rules <= 1e-6 * found.largest
+    assert ("an input [tokens, K] has one scale there" in found.cause) is ("a8" in scheme)
 
 
 @ENGINE
@@ -262,7 +271,7 @@ def test_nothing_is_written_where_the_engine_differs(
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
     honest = compressed_file.site_tensors
 
-    def damaged(site: compressed_file.CodedSite) -> dict[str, Tensor]:
+    def damaged(site: CodedSite) -> dict[str, Tensor]:
         found = honest(site)
         return {**found, "weight_scale": found["weight_scale"] * 1.001}
 
