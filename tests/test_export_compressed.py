@@ -56,7 +56,7 @@ def tiny_llama(tied: bool = True, dtype: torch.dtype = torch.float32) -> PreTrai
     return model.to(dtype)
 
 
-@pytest.fixture(scope="module", params=["llama", "opt"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("opt", marks=pytest.mark.slow)])
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return tiny_llama() if request.param == "llama" else small_opt()[0]
 
@@ -112,6 +112,15 @@ def test_norms_that_were_folded_do_nothing(tmp_path: Path) -> None:
     assert json.loads((found.path / "config.json").read_text())["tie_word_embeddings"] is False
     gains = load_file(found.path / "model.safetensors")["model.norm.weight"]
     assert torch.equal(gains, torch.ones(64))
+
+
+@ENGINE
+@pytest.mark.parametrize("scheme", ["w4-g32-asym", "w8a8-dynamic-token"])
+def test_biases_and_inputs_without_a_batch(scheme: str, tmp_path: Path) -> None:
+    """OPT's second half of a block gives its linears [tokens, K]."""
+    found = compressed_tensors(small_opt()[0], tmp_path / "out", scheme=scheme).checked
+    assert found.under_rules <= 1e-6 * found.largest
+    assert ("an input [tokens, K] has one scale there" in found.cause) is ("a8" in scheme)
 
 
 @ENGINE

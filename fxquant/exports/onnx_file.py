@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from fxquant.errors import ExportError
 from fxquant.exports.check import Checked, unchecked
 from fxquant.exports.folder import Exported, output_folder, write_export
-from fxquant.exports.onnx_prepare import ONNX_OPS, four_bit, groups, prepared
+from fxquant.exports.onnx_names import INPUTS, name_sites
+from fxquant.exports.onnx_prepare import four_bit, groups, prepared
 from fxquant.exports.source import Source, converted, generation_of
 from fxquant.exports.target import Refusal, Target, nearest_group
 from fxquant.files.doors import Location
@@ -35,7 +36,6 @@ from fxquant.schemes.specs import SiteSpec
 NAME: Final = "onnx"
 MODEL: Final = "model.onnx"
 OPSET: Final = 21
-INPUTS: Final = ("input_ids", "attention_mask")
 _WRITERS: Final = ("onnx", "onnxscript")
 _NO_ROW: Final = {
     OPS.store_kv.default: "a session has no cache whose storage it could show",
@@ -140,7 +140,7 @@ def _write(gm: GraphModule, folder: Path) -> None:
     with _quietly():
         exported = _exported(copy)
         program = _translated(exported)
-    _name_sites(program.model, copy, exported)
+    name_sites(program.model, copy, exported.graph_module)
     _pack(program.model, four_bit(gm))
     program.save(folder / MODEL)
     library.checker.check_model(folder / MODEL)
@@ -192,54 +192,6 @@ def _quietly() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(before)
-
-
-def ours(gm: GraphModule) -> list[torch.fx.Node]:
-    """The nodes that call operators of fxquant, in order."""
-    kinds = (*(op for op in _NAMED),)
-    return [node for node in gm.graph.nodes if any(is_op(node, op) for op in kinds)]
-
-
-_NAMED: Final = {
-    OPS.quantize.default: "codes",
-    OPS.int_matmul.default: "sums",
-    ONNX_OPS.int_product.default: "sums",
-    ONNX_OPS.coded_linear.default: "y",
-    OPS.rescale.default: "rescaled",
-    OPS.add_bias.default: "y",
-}
-
-
-def code_names(gm: GraphModule) -> dict[str, str]:
-    """Name in ONNX of each node that makes codes, by the node's name in the prepared graph."""
-    names: dict[str, str] = {}
-    taken: set[str] = set()
-    for node in ours(gm):
-        wanted = f"{tag(node).site}/{_NAMED[node.target]}"  # type: ignore[index]
-        number = 2
-        name = wanted
-        while name in taken:
-            name, number = f"{wanted}_{number}", number + 1
-        taken.add(name)
-        names[node.name] = name
-    return names
-
-
-def _name_sites(model: Any, copy: GraphModule, exported: torch.export.ExportedProgram) -> None:
-    """Let values and nodes of sites carry the paths; the exporter names them by operator."""
-    found = [node.name for node in ours(exported.graph_module)]
-    names = code_names(copy)
-    pairs = zip(found, (names[node.name] for node in ours(copy)), strict=True)
-    wanted = dict(pairs)
-    for node in model.graph:
-        for output in node.outputs:
-            if output.name in wanted:
-                output.name = wanted[output.name]
-                node.name = output.name
-        for value in node.inputs:
-            path, _, own = (value.name if value is not None else "").rpartition(".")
-            if own == "codes" and node.op_type in ("MatMulInteger", "DequantizeLinear"):
-                node.name = f"{path}/{node.op_type}"
 
 
 def _pack(model: Any, paths: set[str]) -> None:

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from fxquant.exports.check import in_float32
 from fxquant.exports.sites import CodedSite, coded_sites
-from fxquant.ir.graph import is_op, site_outputs
+from fxquant.ir.graph import is_op, site_outputs, source_of
 from fxquant.ir.leaves import QuantizedParameters
 from fxquant.ir.legal_forms import OPS
 from fxquant.ir.operands import operands
@@ -65,8 +65,8 @@ for _schema, _function in _SCHEMAS.items():
 def prepared(gm: GraphModule) -> GraphModule:
     """The copy, float32, on the CPU; ``gm`` is at level integer, or float."""
     copy = in_float32(gm)
-    for site in list(coded_sites(copy)):
-        _transpose(copy, site)
+    for coded in list(coded_sites(copy)):
+        _transpose(copy, coded)
     for site, node in list(site_outputs(copy)):
         if site.role == "embeddings" and is_op(node, OPS.dequantize.default):
             _unpack_table(copy, site.path, node, site.shape[1])
@@ -95,6 +95,7 @@ def groups(spec: TensorSpec, length: int) -> int:
 
 def _transpose(gm: GraphModule, site: CodedSite) -> None:
     held = site.codes()
+    behind: tuple[Any, ...]
     buffers = {CODES: held.codes.t().contiguous()}
     output = site.output
     if site.quantize is None:
@@ -103,18 +104,18 @@ def _transpose(gm: GraphModule, site: CodedSite) -> None:
         if held.zero_points is not None:
             buffers["zero_point"] = _as_read(held.zero_points, rows, size).to(torch.int8)
         product, call = output, operands(output)
-        rest = ("scale", "zero_point")
         target, x, behind = ONNX_OPS.coded_linear.default, call.input, (call.bias, size)
     else:
         bare = operands(output).y if is_op(output, OPS.add_bias.default) else output
         product = operands(bare).sums
-        target, x, behind, rest = ONNX_OPS.int_product.default, site.quantize, (), ()
+        target, x, behind = ONNX_OPS.int_product.default, site.quantize, ()
     module = gm.get_submodule(site.path)
     for name, value in buffers.items():
         module.register_buffer(name, value)
     with gm.graph.inserting_before(product):
         read = {name: gm.graph.get_attr(f"{site.path}.{name}") for name in buffers}
-        arguments: tuple[Any, ...] = (x, read[CODES], *(read.get(name) for name in rest), *behind)
+        scales = (read["scale"], read.get("zero_point")) if behind else ()
+        arguments: tuple[Any, ...] = (x, read[CODES], *scales, *behind)
         new = gm.graph.create_node("call_function", target, arguments)
     new.meta = dict(product.meta)
     product.replace_all_uses_with(new)
@@ -133,13 +134,13 @@ def _unpack_table(gm: GraphModule, path: str, node: Node, length: int) -> None:
     unpack = operands(node).codes
     if not is_op(unpack, OPS.unpack_int4.default):
         return
-    rows = unpack.args[0]
+    rows = operands(unpack).packed
     module = gm.get_submodule(path)
     table = torch.ops.fxquant.unpack_int4(module.weight, length)
     module.register_buffer("table", table)
     with gm.graph.inserting_before(rows):
         new = gm.graph.call_function(
-            nn.functional.embedding, (rows.args[0], gm.graph.get_attr(f"{path}.table"))
+            nn.functional.embedding, (source_of(rows), gm.graph.get_attr(f"{path}.table"))
         )
     unpack.replace_all_uses_with(new)
 

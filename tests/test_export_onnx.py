@@ -1,0 +1,179 @@
+"""ONNX models: what stands in them, and that ONNX Runtime computes the graph's logits and codes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import fxquant
+from fxquant.errors import ExportError
+from fxquant.exports.onnx_file import MODEL
+from fxquant.exports.onnx_file import onnx as export
+from fxquant.exports.onnx_prepare import prepared
+from fxquant.exports.sites import coded_sites
+from tests.architectures import build, gpt2, randomize
+from tests.models import small_opt
+from tests.test_export_compressed import Untouched, batches, fresh_tokens
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+RUNTIME = pytest.mark.needs_program(
+    all(find_spec(name) for name in PACKAGES), f"{', '.join(PACKAGES)}, of the exports extra"
+)
+
+
+def one_block() -> PreTrainedModel:
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    model = build(LlamaForCausalLM, config)
+    randomize(model, 3)
+    return model
+
+
+def run(folder: Path, ids: Tensor, mask: Tensor) -> Tensor:
+    """Apart from the export's own check."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    session = onnxruntime.InferenceSession(folder / MODEL, options)
+    given = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
+    return torch.from_numpy(session.run(["logits"], given)[0])
+
+
+def operators(folder: Path) -> Counter[str]:
+    import onnx
+
+    return Counter(node.op_type for node in onnx.load(folder / MODEL).graph.node)
+
+
+NORMAL = (
+    '{"scheme": "w4-g32-asym", "overrides": {"embeddings": "w4-g32", "*.o_proj": "w8a8-static"}}',
+)
+SLOW = (
+    "fp", "w8", "w4", "w3-asym", "w8/a5-dynamic-token", "w8-tensor", "w4-g32", "w8a8-static",
+    "w8a8-static-asym",
+    "w8a8-dynamic", "w8a8-dynamic-token", "w8-asym/a8-dynamic-token", "w4/a8-dynamic-token",
+    "w8a8-dynamic-token-asym", "w8a8-dynamic-token+attn8", "w8a8-static+attn8", "w4-g32+gptq",
+    "w8a8-static+smooth(alpha=0.7,where=all)", "w8+rotate", "w8+correct_bias",
+)  # fmt: skip
+
+
+def compare(model: PreTrainedModel, scheme: str, folder: Path) -> Any:
+    graph = fxquant.convert(model, scheme, calibration=batches(model))
+    exported = export(graph, folder, scheme="fp") if scheme == "fp" else export(graph, folder)
+    found = exported.checked
+    assert found.under_rules <= 1e-5 * found.largest
+    if "differ" in found.cause:
+        return exported
+    ids = fresh_tokens(model)
+    for batch in (ids, ids[:1, :1], ids.repeat(2, 1)[:3, :9]):
+        mask = torch.ones_like(batch)
+        if "a8-dynamic" not in scheme or "token" in scheme:
+            mask[0, : batch.shape[1] // 3] = 0
+        with torch.no_grad():
+            expected = graph(input_ids=batch, attention_mask=mask)[mask.bool()]
+        apart = (run(exported.path, batch, mask)[mask.bool()] - expected).abs()
+        # A code at the edge moves single logits; rounding moves none by more than this.
+        assert float(apart.median()) <= 1e-6 * float(expected.abs().max())
+    return exported
+
+
+@RUNTIME
+@pytest.mark.parametrize("scheme", NORMAL)
+def test_logits_and_codes_are_the_graphs(scheme: str, tmp_path: Path) -> None:
+    compare(one_block(), scheme, tmp_path / "out")
+
+
+@RUNTIME
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["llama", "opt", "gpt2"])
+@pytest.mark.parametrize("scheme", SLOW)
+def test_every_scheme(which: str, scheme: str, tmp_path: Path) -> None:
+    if which == "gpt2" and "rotate" in scheme:
+        pytest.skip("GPT-2's embeddings of positions are not rotated alone")
+    model = {"llama": one_block(), "opt": small_opt()[0], "gpt2": gpt2()}[which]
+    compare(model, scheme, tmp_path / "out")
+
+
+@RUNTIME
+def test_what_stands_in_the_model(tmp_path: Path) -> None:
+    import onnx
+
+    model = one_block()
+    scheme = {"scheme": "w8a8-dynamic-token-asym", "overrides": {"*.self_attn.*": "w4-g32"}}
+    exported = export(model, tmp_path / "out", scheme=scheme)
+    found = onnx.load(exported.path / MODEL)
+    kinds = operators(exported.path)
+    assert kinds["MatMulInteger"] == 3
+    assert kinds["DequantizeLinear"] == 4
+    assert [entry.version for entry in found.opset_import] == [21]
+    names = {node.name for node in found.graph.node}
+    assert "model.layers.0.mlp.down_proj/MatMulInteger" in names
+    assert "model.layers.0.self_attn.q_proj/DequantizeLinear" in names
+    stored = {tensor.name: tensor for tensor in found.graph.initializer}
+    four = stored["model.layers.0.self_attn.q_proj.codes"]
+    assert four.data_type == onnx.TensorProto.INT4
+    assert list(four.dims) == [64, 64]
+    assert len(four.raw_data) == 64 * 64 // 2
+    assert stored["model.layers.0.mlp.up_proj.codes"].data_type == onnx.TensorProto.INT8
+
+
+@RUNTIME
+def test_nothing_is_written_where_the_engine_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fxquant.exports import onnx_file
+
+    def damaged(graph: GraphModule) -> GraphModule:
+        copy = prepared(graph)
+        for name, value in copy.named_buffers():
+            if name.endswith("mlp.up_proj.scale"):
+                value.mul_(1.01)
+        return copy
+
+    monkeypatch.setattr(onnx_file, "prepared", damaged)
+    with pytest.raises(ExportError, match=r"nothing is written.*largest difference"):
+        export(one_block(), tmp_path / "out", scheme="w8")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("scheme", ["w8a8-static-asym", "w4-g32-asym", "w8-tensor-asym"])
+def test_the_prepared_graph_computes_the_same(scheme: str) -> None:
+    """Without any engine: transposed weights, unpacked, in one operator a site."""
+    model = one_block()
+    graph = fxquant.convert(model, scheme, calibration=batches(model))
+    copy = prepared(graph)
+    assert len(list(coded_sites(graph))) == 7
+    ids = fresh_tokens(model)
+    with torch.no_grad():
+        expected, found = graph(input_ids=ids), copy(input_ids=ids)
+    assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
+REFUSED = {
+    "w4-g7": ("groups of 7 do not divide its 64 columns", "w4-g4"),
+    "w8+kv8": ("cache", "without +kv8"),
+    "w4-g32/a8-dynamic-token": ("no scale for each group", "w4/a8-dynamic-token"),
+}
+
+
+@RUNTIME
+@pytest.mark.parametrize("scheme", REFUSED)
+def test_refused_before_work(scheme: str, tmp_path: Path) -> None:
+    model = one_block()
+    with pytest.raises(ExportError) as refused:
+        export(model, tmp_path / "out", scheme=scheme, calibration=Untouched(batches(model)))
+    for part in REFUSED[scheme]:
+        assert part in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
