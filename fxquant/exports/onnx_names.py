@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 
 from fxquant.exports.onnx_prepare import ONNX_OPS
 from fxquant.ir.graph import is_op, tag
-from fxquant.ir.levels import OPS
+from fxquant.ir.legal_forms import OPS
 
 INPUTS: Final = ("input_ids", "attention_mask")
 _NAMED: Final = {
