@@ -1,0 +1,243 @@
+"""Level kernels on a CUDA device: GEMMs, forwards of OPT-1.3B's shapes, and the main job.
+
+    python -m benchmarks.cuda [--output FILE.json] [--model NAME] [--minutes 5]
+    python -m benchmarks.cuda --dry-run    the same steps, tiny, on the CPU: no figures
+
+Writes JSON: what was measured, on what, and what was skipped and why. A step that would begin after
+``--minutes`` is skipped and listed. Each candidate alternates with eager fp16, and a ratio is that
+of medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from transformers import OPTConfig, OPTForCausalLM
+
+import fxquant
+from benchmarks.memory import MODEL
+from benchmarks.speed import Step, interleaved
+from fxquant.errors import FxquantError
+from fxquant.evaluation.data import cut_windows, load_text
+from fxquant.evaluation.models import load_model, versions
+from fxquant.evaluation.perplexity import evaluate
+from fxquant.kernels import cuda as kernels
+
+SCHEMES = (
+    *("fp", "w8a8-static:absmax", "w8a8-dynamic-token", "w8a8-dynamic", "w8", "w4-g128"),
+    "w4-g128/a8-dynamic-token",
+)
+LEVELS = ("integer", "kernels")
+PEERS = ("torchao", "bitsandbytes")  # measured by their own tools: said to be there or not
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured: the real thing, or the dry run of a test."""
+
+    device: str
+    dtype: torch.dtype
+    gemms: tuple[tuple[int, int, int], ...]
+    hidden: int
+    layers: int
+    vocabulary: int
+    batches: tuple[int, ...]
+    length: int
+    windows: int
+    rounds: int
+
+
+REAL = Size(
+    device="cuda",
+    dtype=torch.float16,
+    gemms=((2048, 2048, 2048), (2048, 2048, 8192), (2048, 8192, 2048), (8192, 8192, 8192)),
+    hidden=2048,
+    layers=24,
+    vocabulary=50272,
+    batches=(1, 4),
+    length=2048,
+    windows=64,
+    rounds=7,
+)
+TINY = Size("cpu", torch.float32, ((17, 64, 32),), 64, 1, 96, (1,), 16, windows=2, rounds=1)
+
+
+@dataclass
+class Report:
+    """What is known so far; ``skipped``: step by reason."""
+
+    until: float
+    figures: dict[str, Any] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def step(self, name: str, measure: Callable[[], Any]) -> None:
+        """Keep what ``measure`` finds, or why it was not measured."""
+        if time.monotonic() > self.until:
+            self.skipped[name] = "the time was up"
+            return
+        try:
+            self.figures[name] = measure()
+        except (FxquantError, torch.OutOfMemoryError) as error:
+            self.skipped[name] = str(error)
+
+
+def timed(steps: dict[str, Step], size: Size) -> dict[str, float]:
+    """Median milliseconds of each, waiting for the device."""
+
+    def waiting(step: Step) -> Step:
+        def run() -> None:
+            step()
+            if size.device == "cuda":
+                torch.cuda.synchronize()
+
+        return run
+
+    found = interleaved({name: waiting(step) for name, step in steps.items()}, size.rounds)
+    return {name: 1e3 * seconds for name, seconds in found.items()}
+
+
+def gemm(size: Size, rows: int, length: int, columns: int) -> dict[str, float]:
+    """One product in the model's dtype, by codes alone, and by the fused operators."""
+    ops = torch.ops.fxquant
+    x = torch.randn(rows, length, device=size.device, dtype=size.dtype)
+    weight = torch.randint(-127, 128, (columns, length), device=size.device, dtype=torch.int8)
+    dense, scale = weight.to(size.dtype), torch.rand(columns, 1, device=size.device)
+    made = ops.quantize_rows(x, "token", True, -127, 127)
+    rest = (None, None, None, None, made[3], 1024, False)
+    steps: dict[str, Step] = {
+        "float": lambda: torch.nn.functional.linear(x, dense),
+        "int_gemm": lambda: ops.int_gemm(made[0], weight, 1024),
+        "quantize_rows": lambda: ops.quantize_rows(x, "token", True, -127, 127),
+        "int_linear": lambda: ops.int_linear(made[0], weight, made[1], scale, *rest),
+    }
+    return timed(steps, size)
+
+
+def opt_model(size: Size) -> OPTForCausalLM:
+    """OPT-1.3B's shapes with random weights."""
+    config = OPTConfig(
+        hidden_size=size.hidden,
+        word_embed_proj_dim=size.hidden,
+        ffn_dim=4 * size.hidden,
+        num_hidden_layers=size.layers,
+        num_attention_heads=max(1, size.hidden // 64),
+        vocab_size=size.vocabulary,
+        max_position_embeddings=size.length,
+    )
+    torch.manual_seed(0)
+    model = OPTForCausalLM(config).eval().to(size.dtype).to(size.device)
+    assert isinstance(model, OPTForCausalLM)
+    return model
+
+
+def forwards(model: OPTForCausalLM, scheme: str, size: Size) -> list[dict[str, Any]]:
+    """A row for each batch: eager and both levels in ms, ratios to eager, the same bits or not."""
+    high = model.config.vocab_size
+    batches = [torch.randint(3, high, (1, size.length), device=size.device) for _ in range(2)]
+    graphs = {
+        level: fxquant.convert(model, scheme, calibration=batches, level=level) for level in LEVELS
+    }
+    rows = []
+    for batch in size.batches:
+        ids = torch.randint(3, high, (batch, size.length), device=size.device)
+        steps: dict[str, Step] = {"eager": partial(model, input_ids=ids, use_cache=False)}
+        for level, graph in graphs.items():
+            steps[level] = partial(graph, input_ids=ids)
+        found = timed(steps, size)
+        rows.append(
+            {
+                **{"scheme": scheme, "batch": batch, "length": size.length, "ms": found},
+                "ratio": {level: found[level] / found["eager"] for level in LEVELS},
+                "same bits": torch.equal(*(graph(input_ids=ids) for graph in graphs.values())),
+            }
+        )
+    return rows
+
+
+def main_job(name: str, scheme: str, size: Size) -> dict[str, Any]:
+    """Seconds of the evaluation at both levels, and its loss, on the real model."""
+    loaded = load_model(name, dtype=str(size.dtype).removeprefix("torch."), device=size.device)
+    length = min(1024, 16 * size.length)
+    windows = cut_windows(
+        load_text("builtin"),
+        loaded.tokenizer,
+        count=size.windows,
+        length=length,
+        calibration=0,
+        seed=0,
+    )
+    found: dict[str, Any] = {"scheme": scheme, "windows": size.windows, "length": length}
+    for level in LEVELS:
+        graph = fxquant.convert(loaded.model, scheme, level=level)
+        result = evaluate(graph, windows.evaluation)
+        found[level] = {"seconds": result.seconds, "loss": result.loss}
+    return found
+
+
+@torch.no_grad()
+def measure(size: Size, model_name: str, minutes: float) -> dict[str, Any]:
+    """Everything, in the order of what is wanted most."""
+    report = Report(time.monotonic() + 60 * minutes)
+    missing = kernels.missing_library()
+    if missing or size.device != "cuda":
+        report.skipped["Triton's kernels"] = missing or "a dry run on the CPU"
+    for shape in size.gemms:
+        report.step("gemm " + "x".join(map(str, shape)), partial(gemm, size, *shape))
+    model = opt_model(size)
+    for scheme in SCHEMES:
+        report.step(scheme, partial(forwards, model, scheme, size))
+    del model
+    for scheme in ("fp", "w8a8-dynamic-token"):
+        report.step(f"evaluate {scheme}", partial(main_job, model_name, scheme, size))
+    for peer in PEERS:
+        there = importlib.util.find_spec(peer) is not None
+        report.skipped[peer] = "not compared here" if there else "not installed"
+    device = torch.cuda.get_device_name() if size.device == "cuda" else platform.machine()
+    return {
+        **{"device": device, "dtype": str(size.dtype), "rounds": size.rounds},
+        **{"model": model_name, "versions": versions(), "dry_run": size is TINY},
+        **{"figures": report.figures, "skipped": report.skipped},
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The forwards' ratios to eager, a row for each scheme and batch."""
+    rows = [
+        (row["scheme"], f"{row['batch']}×{row['length']}", *row["ratio"].values(), row["same bits"])
+        for found in result["figures"].values()
+        if isinstance(found, list)
+        for row in found
+    ]
+    head = ("scheme", "batch × length", *LEVELS, "same bits")
+    return tabulate(rows, head, tablefmt="github", floatfmt=".2f")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--model", default=MODEL, help="the real model of the main job")
+    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU, for a test")
+    options = parser.parse_args()
+    if not options.dry_run and not torch.cuda.is_available():
+        parser.error("no CUDA device here; --dry-run goes through the steps on the CPU")
+    result = measure(TINY if options.dry_run else REAL, options.model, options.minutes)
+    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(table(result))
+    for name, why in result["skipped"].items():
+        print(f"skipped: {name}: {why}")
+
+
+if __name__ == "__main__":
+    main()
