@@ -116,7 +116,7 @@ _SITE = (
     "Tensor codes, Tensor weight, Tensor scale, Tensor weight_scale, Tensor? zero_point, "
     "Tensor? weight_sum, Tensor? weight_zero_point, Tensor? bias, Tensor nan"
 )
-_FUSED: dict[str, Callable[..., Any]] = {
+COMPOSED: dict[str, Callable[..., Any]] = {
     "quantize_rows(Tensor x, str granularity, bool symmetric, int qmin, int qmax)"
     " -> (Tensor, Tensor, Tensor, Tensor)": quantize_rows,
     "quantize_static(Tensor x, Tensor scale, Tensor? zero_point, int qmin, int qmax)"
@@ -137,7 +137,7 @@ def _fastest(name: str, composition: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-for _schema, _function in _FUSED.items():
+for _schema, _function in COMPOSED.items():
     _LIBRARY.define(_schema)
     _name = _schema.split("(")[0]
     _LIBRARY.impl(_name, _fastest(_name, _function), "CompositeImplicitAutograd")
