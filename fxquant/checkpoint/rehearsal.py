@@ -26,6 +26,7 @@ from fxquant.checkpoint.size_numbers import IN_PLACE, SEQUENCES, Bound, check_nu
 from fxquant.checkpoint.size_rule import Sizes, extents, sizes_up_to
 from fxquant.errors import CheckpointError
 from fxquant.files.doors import printable
+from fxquant.frontends.patching import exclusive
 from fxquant.ir.graph import GraphInfo
 
 _DEPTH = 6
@@ -53,6 +54,7 @@ class _Stored:
 
 
 @torch.no_grad()
+@exclusive  # a trace in another thread replaces what torch's rules for shapes call
 def rehearse(
     graph: Graph,
     tensors: Mapping[str, Tensor],

@@ -141,6 +141,7 @@ def token_ids(tokenizer: Tokenizer, text: str) -> Tensor:
     return ids.to(torch.int64)
 
 
+@exclusive
 def read_model(
     source: str | Path,
     *,
