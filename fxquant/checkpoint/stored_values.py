@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxquant.errors import CheckpointError
+from fxquant.files.tensor_file import dtype_name
 from fxquant.formats.integer import IntegerGrid
 from fxquant.formats.scales import FP32, ScaleFormat
 from fxquant.formats.table import GRIDS
@@ -137,7 +138,7 @@ def _check_scale(
     path: str, name: str, scale: Tensor, shape: tuple[int, ...], kept: ScaleFormat
 ) -> None:
     if scale.dtype != kept.storage or tuple(scale.shape) != shape:
-        _fail(path, name, f"{kept.storage} of shape {list(shape)}")
+        _fail(path, name, f"{dtype_name(kept.storage)} of shape {list(shape)}")
     if not kept.valid(scale):
         _fail(path, name, "positive scales")
 
@@ -154,7 +155,7 @@ def _check_codes(path: str, tensors: dict[str, Tensor], coded: _Coded) -> None:
     if spec.group_size is not None:
         shape = (rows, group_count(columns, spec.group_size))
     if "weight_scale" not in tensors:
-        _fail(path, "weight_scale", f"{spec.scale.storage} of shape {list(shape)}")
+        _fail(path, "weight_scale", f"{dtype_name(spec.scale.storage)} of shape {list(shape)}")
     _check_scale(path, "weight_scale", tensors["weight_scale"], shape, spec.scale)
     if (GLOBAL_SCALE in tensors) is not spec.scale.two_level:
         _fail(path, GLOBAL_SCALE, "one exactly where the scales of groups share it")

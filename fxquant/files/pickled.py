@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fxquant.errors import ModelError
 from fxquant.files.doors import check_regular, printable, reason
-from fxquant.files.tensor_file import DTYPES, dtype_name
+from fxquant.files.tensor_file import WEIGHTS, dtype_name
 
 # What torch's restricted unpickler raises for files that are damaged or hold more than tensors.
 _UNREADABLE: Final = (
@@ -21,7 +21,7 @@ _UNREADABLE: Final = (
 )  # fmt: skip
 # A view of fewer stored elements is written out up to here.
 REPEATED_BYTES: Final = 2**20
-_KNOWN: Final = frozenset(DTYPES.values())
+_KNOWN: Final = frozenset(WEIGHTS.values())
 
 
 def read_pickled(file: Path) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from fxquant.errors import CheckpointError
 from fxquant.files.doors import parse_json
 
 OWN_PAGES = 2**20
-DTYPES = {
+WEIGHTS = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -33,9 +33,10 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F32": torch.float32,
     "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
 }
+# Numbers that mean something with their scales alone: of saved graphs, and of no float model.
+CODES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+DTYPES = WEIGHTS | CODES
 
 
 def dtype_name(dtype: torch.dtype) -> str:

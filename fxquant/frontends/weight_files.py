@@ -19,7 +19,7 @@ from torch import Tensor
 from fxquant.errors import CheckpointError, ModelError
 from fxquant.files.doors import check_regular, kind_of, printable, read_object
 from fxquant.files.pickled import read_pickled
-from fxquant.files.tensor_file import TensorFile
+from fxquant.files.tensor_file import CODES, TensorFile
 
 WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
@@ -100,6 +100,14 @@ def _open(path: Path) -> TensorFile:
         file = TensorFile.open(path)
     except CheckpointError as error:
         raise ModelError(f"{path.parent} cannot be read: {error}") from error
+    codes = [
+        n for n, dtype in CODES.items() if any(e.dtype is dtype for e in file.entries.values())
+    ]
+    if codes:
+        raise ModelError(
+            f"{path} holds tensors of type {' and '.join(codes)}: a quantized checkpoint? fxquant "
+            "starts from the float one"
+        )
     if file.metadata is not None and file.metadata.get("format") not in _FORMATS:
         found = file.metadata.get("format")
         is_now = "its metadata name no format" if found is None else f"its format is {found!r}"
