@@ -325,7 +325,7 @@ def test_a_sweep_streams_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     def load_model(name: str, **options: Any) -> Any:
         asked.append((options["streamed"], options["revision"]))
-        return load(name, **options)
+        return load(name, **{**options, "revision": None})  # a folder has none
 
     def converted(self: converter.Converter, scheme: Any) -> Any:
         workspaces.append(self.graph.meta.get("fxquant_workspace"))
