@@ -65,12 +65,14 @@ def test_loads_and_saves_as_it_was(
 
 
 def _with_named_grids(graph: dict[str, Any]) -> dict[str, Any]:
-    """What version 1 wrote as bits and symmetric is the name of a grid since."""
+    """What version 1 wrote as bits and symmetric is the name of a grid since; scales have a format,
+    which was float32."""
     for module in graph["modules"].values():
         spec = module.get("options", {}).get("spec")
         if spec is not None:
             bits, symmetric = spec.pop("bits"), spec.pop("symmetric")
             spec["grid"] = f"int{bits}{'' if symmetric else '-asym'}"
+            spec["scale"] = "fp32"
     return graph
 
 
