@@ -6,8 +6,6 @@ Each runs in a process of its own, see tests/triton_calls.py.
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
 import sys
 from typing import Any
 
@@ -16,21 +14,15 @@ import torch
 
 from fxquant.kernels import cuda, table
 from tests.fused_calls import SINGLE, Calls
+from tests.processes import finished
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed: fxquant[cuda]")
+needs_triton = pytest.mark.needs_program(HAS_TRITON, "triton, of the cuda extra")
 
 
 def run(*arguments: str, interpreted: bool = True) -> str:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"} if interpreted else dict(os.environ)
-    if not interpreted:
-        environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.triton_calls", *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "tests.triton_calls", *arguments]
+    done = finished(command, TRITON_INTERPRET="1" if interpreted else "0")
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
