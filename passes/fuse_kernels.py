@@ -140,7 +140,9 @@ def _quantizer(codes: Node) -> Node | str | None:
     wanted = [(chosen, 0)] if call.symmetric else [(chosen, 0), (chosen, 1)]
     items = [made.scale] if made.zero_point is None else [made.scale, made.zero_point]
     same = (call.x, call.qmin, call.qmax) == (made.x, made.qmin, made.qmax)
-    return chosen if same and [item.args for item in items] == wanted else None
+    readers = {reader for item in chosen.users for reader in item.users}
+    alone = all(each is codes or not is_op(each, OPS.quantize.default) for each in readers)
+    return chosen if same and alone and [item.args for item in items] == wanted else None
 
 
 def _weight_of(codes: object, site: Site) -> tuple[Node, bool] | None:

@@ -309,8 +309,8 @@ def _keyword(data: dict[str, Any]) -> None:
 
 
 def _getattr(data: dict[str, Any]) -> None:
-    node = next(n for n in data["nodes"] if n[2] == "getattr")
-    node[3][1] = "__class__"
+    node = _first(data, "call_function")
+    node[2], node[3], node[4] = "getattr", [node[3][0], "__class__"], {}
 
 
 def _chunk(data: dict[str, Any]) -> None:

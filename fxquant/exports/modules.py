@@ -95,10 +95,10 @@ class Modules:
             if known is None or known.shape != value.shape:
                 there = "no such tensor" if known is None else f"one of shape {list(known.shape)}"
                 path, _, own = name.rpartition(".")
-                nearest = self._without("bias" if own == "bias" else "name")
+                nearest = f"; nearest that it can: {self._without('bias')}" if own == "bias" else ""
                 raise ExportError(
                     f"{target} cannot hold {path}: the graph has {own} {list(value.shape)} there, "
-                    f"{self.name} has {there}; nearest that it can: {nearest}"
+                    f"{self.name} has {there}{nearest}"
                 )
         coded = {f"{path}.weight" for path in self.coded}
         known_ids = {id(self.keys[name]) for name, _ in self._held()}
@@ -185,14 +185,22 @@ class Modules:
             return pair[0].data_ptr() == pair[1].data_ptr() or torch.equal(pair[0], pair[1])
         return bool(pair[0] == pair[1])
 
+    def _computes(self, path: str, name: str) -> bool:
+        """Whether the model makes this tensor when it is built: a buffer that is not saved, or a
+        tensor that is no buffer."""
+        try:
+            owner = self.model.get_submodule(path)
+        except AttributeError:
+            return False
+        return isinstance(getattr(owner, name, None), Tensor)
+
     def _held(self) -> Iterator[tuple[str, Tensor]]:
         """Name and stand-in of each float tensor, but what the model computes by itself."""
-        own = dict(self.model.named_buffers())
         parts = self.gm.named_modules(remove_duplicate=False)
         for path, module in parts:
             for name, value in (*module._parameters.items(), *module._buffers.items()):
                 full = f"{path}.{name}" if path else name
-                if value is None or (full in own and full not in self.keys):
+                if value is None or (full not in self.keys and self._computes(path, name)):
                     continue
                 if not isinstance(module, QuantizedParameters) or name == "bias":
                     yield full, value

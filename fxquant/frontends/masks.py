@@ -28,7 +28,7 @@ _MADE = ("clone", "full", "zeros", "ones", "empty", "full_like", "zeros_like", "
 
 def fuse_masks(gm: GraphModule) -> None:
     """Put ``attention`` in place of every scaled_dot_product_attention that is given a mask."""
-    causal: dict[Node, bool] = {}
+    causal: dict[tuple[Node, bool], bool] = {}
     mask: Node | None = None
     for node in [node for node in gm.graph.nodes if node.target is _SDPA]:
         call = operands(node)
@@ -37,13 +37,14 @@ def fuse_masks(gm: GraphModule) -> None:
         if call.enable_gqa:
             continue
         whole = _untrimmed(call.attn_mask)
-        if whole not in causal:
-            causal[whole] = _is_causal(gm, whole)
-        if causal[whole]:
+        asked = (whole, whole is not call.attn_mask)
+        if asked not in causal:
+            causal[asked] = _is_causal(gm, *asked)
+        if causal[asked]:
             mask = mask or _attended_keys(gm.graph)
-        chosen = mask if causal[whole] else call.attn_mask
+        chosen = mask if causal[asked] else call.attn_mask
         _replace(node, call.query, call.key, call.value, chosen, call.scale)
-    replaced = [base for base, only in causal.items() if only]
+    replaced = {base for (base, _), only in causal.items() if only}
     _erase_dead_writes(gm.graph, {node for base in replaced for node in mask_cone(gm, base)})
 
 
@@ -76,15 +77,18 @@ def _untrimmed(mask: Node) -> Node:
     return mask
 
 
-def _is_causal(gm: GraphModule, mask: Node) -> bool:
+def _is_causal(gm: GraphModule, mask: Node, trimmed: bool) -> bool:
     """Whether ``mask`` hides later tokens and padding and nothing else, whatever the length.
 
-    Tried on short rows. What hides by distance reads the distance, which ``mask_values`` refuses.
+    ``trimmed``: it is read as far as there are keys. Tried on short rows. What hides by distance
+    reads the distance, which ``mask_values`` refuses.
     """
     for length in _LENGTHS:
         given = _paddings(length)
         value = mask_values(gm, mask, given)
-        if value is None or not _hides_the_same(value[..., :length], given):
+        if value is None or not (trimmed or value.shape[-1] == length):
+            return False
+        if not _hides_the_same(value[..., :length], given):
             return False
     return True
 

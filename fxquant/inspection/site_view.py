@@ -87,8 +87,9 @@ def _provenance(own: Sequence[NodeText], history: History) -> list[str]:
 
 def _weight_scales(module: QuantizedParameters, record: SiteRecord | None) -> str:
     values, kept, shared = weight_scales(module, record)
-    scale = values.float().reshape(-1)
-    low, middle, high = (float(scale.quantile(q)) for q in (0.0, 0.5, 1.0))
+    scale = values.float().reshape(-1).sort().values  # quantile takes 2**24 values at most
+    middle = float(scale[(scale.numel() - 1) // 2] + scale[scale.numel() // 2]) / 2
+    low, high = float(scale[0]), float(scale[-1])
     text = f"weight: {scale.numel()} scales, smallest {low:.3g}, median {middle:.3g}, "
     text += f"largest {high:.3g}" + ("" if kept == FP32 else f", each kept in {kept.name}")
     text += "" if shared is None else f" under {float(shared):.3g} for all"

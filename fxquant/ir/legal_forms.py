@@ -52,7 +52,7 @@ LEGAL = (
     Form("store_kv", OPS.store_kv.default, (F, O, Q, I, K), "a cache's storage error, simulated"),
     Form("int_gemm", OPS.int_gemm.default, (I, K), "int8 codes to exact int32"),
     Form("grouped_gemm", OPS.grouped_gemm.default, (I, K), "int32 per group, rescaled per group"),
-    Form("rescale", OPS.rescale.default, (I, K), "int32 to float"),
+    Form("rescale", OPS.rescale.default, (I, K), "sums to float, rescaled"),
     Form("add_bias", OPS.add_bias.default, (I, K), "bias in fp32, then one cast"),
     Form("quantize_rows", OPS.quantize_rows.default, (K,), "dynamic range and codes in one"),
     Form("quantize_static", OPS.quantize_static.default, (K,), "codes, and the rows with NaN"),
