@@ -24,6 +24,7 @@ from fxquant.errors import ExportError
 from fxquant.exports import compressed_file, compressed_tensors
 from fxquant.exports.compressed_file import pack
 from fxquant.exports.sites import CodedSite, coded_sites
+from fxquant.ir.graph import info, update_info
 from tests.architectures import build, gpt2, randomize
 from tests.models import SMALL_OPT, small_opt
 
@@ -309,3 +310,37 @@ def test_streamed_as_in_memory(tmp_path: Path) -> None:
     first, second = (load_file(e.path / "model.safetensors") for e in (whole, found))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name].float(), second[name].float()) for name in first)
+
+
+@ENGINE
+def test_a_model_with_other_rotary_tables_is_not_excused(tmp_path: Path) -> None:
+    gm = fxquant.convert(tiny_llama(), "w8")
+    config = json.loads(info(gm).config)
+    holds = config if "rope_theta" in config else config["rope_parameters"]
+    holds["rope_theta"] = 500.0
+    update_info(gm, config=json.dumps(config))
+    with pytest.raises(ExportError, match=r"nothing is written.*largest difference"):
+        compressed_tensors(gm, tmp_path / "out")
+
+
+@ENGINE
+@pytest.mark.parametrize(
+    "scheme",
+    ["w8/a8-dynamic-g16", "w4-g16-e4m3", "w4-g16-e8m0", "w8a8-dynamic-g16", "fp8", "wnvfp4"],
+)
+def test_newer_formats_are_held_or_refused(scheme: str, tmp_path: Path) -> None:
+    said = "held"
+    try:
+        compressed_tensors(tiny_llama(), tmp_path / "out", scheme=scheme)
+    except ExportError as error:
+        said = str(error)
+    assert said == "held" or "cannot hold" in said
+    assert (tmp_path / "out").exists() is (said == "held")
+
+
+@ENGINE
+def test_a_generation_config_is_written_as_the_model_has_it(tmp_path: Path) -> None:
+    usual = GenerationConfig(temperature=0.5, do_sample=False)
+    target = tmp_path / "out"
+    compressed_tensors(tiny_llama(), target, scheme="w8", generation_config=usual)
+    assert json.loads((target / "generation_config.json").read_text())["temperature"] == 0.5

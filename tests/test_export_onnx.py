@@ -133,7 +133,8 @@ def test_what_stands_in_the_model(tmp_path: Path) -> None:
 def test_nothing_is_written_where_the_engine_differs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fxquant.exports import onnx_file
+    """Also where what it is written from is wrong, which the check must not share."""
+    from fxquant.exports import onnx_check, onnx_file
 
     def damaged(graph: GraphModule) -> GraphModule:
         copy = prepared(graph)
@@ -141,7 +142,8 @@ def test_nothing_is_written_where_the_engine_differs(
         site.register_buffer("scale", site.get_buffer("scale") * 1.01)  # not in place: shared
         return copy
 
-    monkeypatch.setattr(onnx_file, "prepared", damaged)
+    for module in (onnx_file, onnx_check):
+        monkeypatch.setattr(module, "prepared", damaged)
     with pytest.raises(ExportError, match=r"nothing is written.*largest difference"):
         export(one_block(), tmp_path / "out", scheme="w8")
     assert list(tmp_path.iterdir()) == []

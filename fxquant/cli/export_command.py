@@ -22,6 +22,7 @@ from fxquant.exports.folder import output_folder
 from fxquant.exports.table import FORMATS, Format
 from fxquant.exports.target import refusing
 from fxquant.files.doors import as_path
+from fxquant.ir.graph import Level, info
 from fxquant.ir.streamed import workspace_folder
 from fxquant.schemes.scheme import as_scheme
 
@@ -62,6 +63,7 @@ def run(options: argparse.Namespace) -> int:
             tokenizer=found.tokenizer,
             generation_config=found.generation_config,
             check=options.check,
+            scheme="fp" if info(found.graph).level == Level.FLOAT else None,
         )
     print(exported)
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -48,7 +49,8 @@ class Checked:
 
     @property
     def passed(self) -> bool:
-        return bool(self.skipped) or self.under_rules <= self.allowed * self.largest
+        near = math.isfinite(self.under_rules) and self.under_rules <= self.allowed * self.largest
+        return bool(self.skipped) or near
 
     def __str__(self) -> str:
         if self.skipped:

@@ -55,6 +55,8 @@ def refusal(gm: GraphModule, site: Site, spec: SiteSpec) -> Refusal | None:
     ragged = nearest_group(weight, site.shape[1])
     if ragged is not None:
         return ragged
+    if activation is not None and activation.tensor.granularity == "group":
+        return Refusal("groups of an input have no form there", "w8a8-dynamic-token")
     if activation is None:
         return None
     if not isinstance(activation.tensor.grid, IntegerGrid) or activation.tensor.grid.bits != 8:

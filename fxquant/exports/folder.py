@@ -76,7 +76,9 @@ def write_export(
     with saving(target, ExportError), _writing(target), partial_folder(target) as partial:
         write(partial)
         for each in extras:
-            if each is not None:
+            if isinstance(each, GenerationConfig):  # as the model has it, valid or not
+                each.to_json_file(partial / "generation_config.json", use_diff=True)
+            elif each is not None:
                 each.save_pretrained(partial)
         found = check(partial)
         if not found.passed:

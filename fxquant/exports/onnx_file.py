@@ -24,6 +24,7 @@ from fxquant.exports.source import Source, converted, generation_of
 from fxquant.exports.target import Refusal, Target, nearest_group
 from fxquant.files.doors import Location
 from fxquant.formats.integer import IntegerGrid
+from fxquant.formats.scales import FP32
 from fxquant.frontends.model_config import CONFIG
 from fxquant.ir.graph import Level, Site, info, is_op, tag
 from fxquant.ir.legal_forms import OPS
@@ -55,10 +56,17 @@ def refusal(gm: GraphModule, site: Site, spec: SiteSpec) -> Refusal | None:
     nearest = nearest_group(weight, site.shape[1])
     if nearest is not None:
         return nearest
+    if site.role == "embeddings" and weight.scale != FP32:
+        return Refusal(f"a table has no scales in {weight.scale.name}", "w4-g32 there")
     if activation is None:
         return None
+    if activation.tensor.granularity == "group":
+        reason = "its integer product has no scale for each group of an input"
+        return Refusal(reason, "w8a8-dynamic-token")
     if not isinstance(activation.tensor.grid, IntegerGrid):
-        return Refusal(f"inputs of {activation.tensor.grid.name} are not written here", "w8a8-...")
+        return Refusal(
+            f"inputs of {activation.tensor.grid.name} are not written here", "w8a8-dynamic-token"
+        )
     if groups(weight, site.shape[1]):
         reason = "its integer product has no scale for each group of a weight"
         return Refusal(reason, f"w{weight.grid.bits}/a8-dynamic-token, or the same without a8")

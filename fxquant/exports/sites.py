@@ -14,7 +14,7 @@ from fxquant.ir.graph import Site, get_tensor, info, is_op, linear_sites
 from fxquant.ir.leaves import QuantizedParameters
 from fxquant.ir.legal_forms import OPS
 from fxquant.ir.operands import operands
-from fxquant.numerics.weight_codes import WeightCodes
+from fxquant.numerics.weight_codes import GLOBAL_SCALE, WeightCodes
 from fxquant.schemes.scheme import Scheme
 from fxquant.schemes.specs import SiteSpec, TensorSpec
 
@@ -48,7 +48,7 @@ class CodedSite:
     def codes(self) -> WeightCodes:
         """The weight's codes, unpacked, on the CPU; read on each call."""
         held = self.gm.get_submodule(self.path)
-        names = ("weight", "weight_scale", "weight_zero_point")
+        names = ("weight", "weight_scale", "weight_zero_point", GLOBAL_SCALE)
         found = {name: getattr(held, name).cpu() for name in names if hasattr(held, name)}
         return WeightCodes.read(found, self.weight_spec, self.site.shape[1])
 

@@ -39,6 +39,11 @@ def converted(
         if target.level == Level.INTEGER and info(source).level == Level.QDQ:
             return Integerize()(source)
         return source
+    if is_graph and info(source).level != Level.FLOAT:
+        raise SchemeError(
+            f"the graph is at level {info(source).level}: export takes float, qdq and integer; "
+            "convert the model with level='integer'"
+        )
     if scheme is None:
         raise SchemeError("a float model is exported under a scheme: pass scheme='w8', for one")
     wanted = as_scheme(scheme)

@@ -176,6 +176,7 @@ def read_model(
     return model
 
 
+@exclusive
 def read_written(directory: Path) -> PreTrainedModel:
     """What transformers makes of a folder that an export wrote, codes and all; float32."""
     with _reading(str(directory), "weights"), without_bars(True):
