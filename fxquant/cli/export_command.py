@@ -79,5 +79,9 @@ def _saved(options: argparse.Namespace) -> Converted:
     folder = as_path(options.model, "the model")
     if not is_checkpoint(folder):
         raise DataError(f"{options.model} is no saved graph: give --scheme, such as w4-g128")
+    asked = {"--dtype": options.dtype != "auto", "--revision": options.revision is not None}
+    if any(asked.values()):
+        named = " and ".join(name for name, given in asked.items() if given)
+        raise DataError(f"{folder} is a saved graph, which has its own: leave out {named}")
     graph = load(folder, options.device, stream=options.stream)
     return Converted(graph, read_saved_tokenizer(folder), None)
