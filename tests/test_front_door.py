@@ -280,7 +280,7 @@ def test_what_readme_says_it_does_not_do() -> None:
     readme = (ROOT / "README.md").read_text()
     section = readme.split("## What it does not do\n")[1].split("\n## ")[0]
     bold = re.findall(r"^- \*\*(.+)\*\*", section, re.MULTILINE)
-    assert bold == ["Generate.", "Train.", "Deploy.", "Tasks.", "Speak for other kernels."]
+    assert bold == ["Generate.", "Train.", "Serve.", "Tasks.", "Speak for other kernels."]
     qmodel = fxquant.convert(GRAPH, "w8a8-dynamic")
     with pytest.raises((AttributeError, FxquantError)):
         qmodel.generate(ids(1, 4))  # type: ignore[operator]
