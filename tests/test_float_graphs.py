@@ -29,7 +29,10 @@ SCHEMES = (
     *("w3-g8-asym/ae2m3-dynamic-g4", "w4-g16-e8m0/a8-dynamic-token", "w4-g16/a8-dynamic-g12"),
     *("we4m3-tensor/ae5m2-dynamic", "we3m2-g9-e8m0-even/ae2m1-dynamic-g6-e4m3", "w8-asym/afp8"),
 )
-BLOCKS = tuple(s for s in SCHEMES if "static" not in s)
+BLOCKS = (
+    *(s for s in SCHEMES if "static" not in s),
+    *("fp8-static", "we4m3/ae2m1-static:absmax"),
+)
 
 
 def bits_of(scheme: str, level: str = "integer") -> Any:
@@ -105,9 +108,21 @@ def affine(x: Tensor, spec: TensorSpec) -> Tensor:
     return torch.cat(parts, -1)
 
 
+def inputs_of(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    """The largest magnitude that each linear of the float model reads."""
+    found: dict[str, Tensor] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_pre_hook(
+                lambda _, args, name=name: found.update({name: args[0].abs().max().double()})
+            )
+    model(input_ids=ids)
+    return found
+
+
 def reference(text: str, ids: Tensor) -> Tensor:
     """Logits float64 of the model whose linears are swapped as ``text`` says."""
-    model = llama().double()
+    model, peaks = llama().double(), inputs_of(llama(), ids)
     spec = Scheme.parse(text).spec
     assert spec.weight is not None
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -116,8 +131,12 @@ def reference(text: str, ids: Tensor) -> Tensor:
             continue
         layer.weight.data = coded(layer.weight.data, spec.weight)
         if spec.activation is not None:
-            own = spec.activation.tensor
-            layer.register_forward_pre_hook(lambda _, args, own=own: (coded(args[0], own),))
+            own, peak = spec.activation.tensor, None
+            if not spec.activation.dynamic:  # calibrated on the same tokens, in float
+                peak = peaks[name]
+            layer.register_forward_pre_hook(
+                lambda _, args, own=own, peak=peak: (coded(args[0], own, peak),)
+            )
     logits: Tensor = model(input_ids=ids).logits
     return logits
 
@@ -220,7 +239,7 @@ def test_a_changed_tensor_is_refused(
     ("old", "new", "message"),
     [
         ('"e8m0"', '"e8m0-ceil"', "dynamic range is by .*e8m0-ceil"),
-        ('"e2m1", "e8m0", 32', '"e2m1", "e8m0", 16', "chosen otherwise|dynamic range|groups"),
+        ('"e2m1", "e8m0", 32', '"e2m1", "e8m0", 16', "groups do not cover 32 columns"),
         ('"e2m1", "e2m1", 32, 32', '"e2m1", "e2m1", 32, 16', "groups"),
         ('"e2m1", "e2m1", 32, 32', '"e2m1", "e3m2", 32, 32', "e3m2|computed"),
     ],
@@ -246,6 +265,17 @@ def test_explain_takes_them_apart(text: str) -> None:
     )
     assert why.causes is not None
     assert sum(why.causes.values()) == pytest.approx(why.delta_loss, abs=1e-5)
+
+
+@pytest.mark.parametrize(("text", "clips"), [("mxfp4", True), ("mxfp4-rceil", False)])
+def test_what_a_rule_clips_is_counted_and_a_cause(text: str, clips: bool) -> None:
+    """floor saturates what lies beyond the grid's end, rceil has nothing there."""
+    counted = fxquant.evaluate(bits_of(text), token_ids(4, 24, seed=9))
+    assert counted.share_clipped is not None
+    assert (counted.share_clipped > 0) is clips
+    why = fxquant.explain(llama(), text, data=[token_ids(2, 9)])
+    assert why.causes is not None
+    assert (why.causes["clipping"] != 0) is clips
 
 
 def test_saturation_beyond_half_a_spacing_is_clipping() -> None:

@@ -116,9 +116,9 @@ def compressed_tensors(
         directory: a folder that is not there, is empty or holds an earlier export.
         check: load it with transformers and compare logits, before it is put in place.
 
-    Codes and scales are the graph's own: weight-only schemes give its logits at level qdq bit for
-    bit. Codes of 2 to 8 bits stand in 4 or 8. Inputs follow the engine's own rule, whose largest
-    difference is in the result.
+    Codes and scales are the graph's own: weight-only schemes give its logits at level qdq to the
+    rounding of sums. Codes of 2 to 8 bits stand in 4 or 8. Inputs follow the engine's own rule,
+    whose largest difference is in the result.
 
     Raises ExportError: something that the format cannot hold, with the site (before any work where
     the scheme shows it); a folder that cannot be written; a check that fails. Nothing is written.
