@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final
 from unittest import mock
@@ -43,13 +44,24 @@ _GPT: Final = {
 }
 
 
+@contextmanager
+def unset_is_nan() -> Iterator[None]:
+    """A parameter that a constructor leaves to ``initialize_weights`` is NaN, not old memory."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 @torch.no_grad()
 def randomize(model: nn.Module, seed: int) -> None:
     """Weights that use every parameter and keep activations near size 1.
 
     Hugging Face starts biases at 0, gains at 1 and weights at 0.02: the logits of such a model
     hardly depend on its input. Here a linear's rows have norm 1, embeddings are standard normal
-    and every vector (bias, gain) is moved by 0.3 of a standard normal.
+    and every vector (bias, gain) is moved by 0.3 of a standard normal, from 1 where it is NaN.
     """
     generator = torch.Generator().manual_seed(seed)
     done: set[Tensor] = set()  # a tied head keeps the embedding's values
@@ -63,7 +75,7 @@ def randomize(model: nn.Module, seed: int) -> None:
                 continue
             done.add(parameter)
             if parameter.dim() < 2:
-                parameter.add_(0.3 * normal(parameter))
+                parameter.copy_(parameter.nan_to_num(nan=1.0) + 0.3 * normal(parameter))
             else:
                 inputs = parameter.shape[0 if isinstance(module, Conv1D) else -1]
                 scale = 1.0 if isinstance(module, nn.Embedding) else 1 / math.sqrt(inputs)
@@ -77,8 +89,11 @@ def build(
     # OPT's own initialisation fails where its LayerNorms have no gain.
     with torch.random.fork_rng([]), mock.patch.object(PreTrainedModel, "initialize_weights"):
         torch.manual_seed(seed)
-        model: PreTrainedModel = model_class._from_config(config, attn_implementation=attention)
+        with unset_is_nan():
+            model: PreTrainedModel = model_class._from_config(config, attn_implementation=attention)
     randomize(model, seed)
+    unset = [name for name, value in model.state_dict().items() if value.isnan().any()]
+    assert not unset, f"nobody gave {unset} a value"
     return model.eval()
 
 
