@@ -13,8 +13,8 @@ from typing import Final
 
 from safetensors import SafetensorError
 
-from fxquant.errors import CacheWarning, WriteError
-from fxquant.files.doors import parse_json
+from fxquant.errors import CacheWarning, DataError, WriteError
+from fxquant.files.doors import parse_json, read_bytes
 from fxquant.files.locks import reason
 from fxquant.files.whole_file import file_hash
 
@@ -29,10 +29,10 @@ def is_intact(folder: Path) -> bool:
     try:
         if (folder / SUMS).is_symlink():
             raise ValueError(f"{SUMS} is no regular file")
-        if parse_json((folder / SUMS).read_bytes()) == _sums(folder):
+        if parse_json(read_bytes(folder / SUMS)) == _sums(folder):
             return True
         raise ValueError("its files do not fit their checksums")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DataError) as error:
         warnings.warn(
             f"{folder} is damaged ({reason(error)}): it is made again", CacheWarning, stacklevel=2
         )

@@ -6,7 +6,8 @@ days between two looks at the clock. A test that needs a program which is not in
 and fails where ``FXQUANT_REQUIRE_PROGRAMS`` is set: the mark ``needs_program(found, what)``.
 
 None waits for ever, and none asks a network: ``timeout`` in pyproject.toml holds for each test, an
-hour for a slow one; names of other hosts than this one are unknown.
+hour for a slow one, and one that no signal reaches takes its process along soon after; names of
+other hosts than this one are unknown.
 
 Goldens: ``assert text == golden`` compares with ``tests/golden/<module>/<test>.txt``, which
 ``pytest --update-golden`` writes.
@@ -15,13 +16,14 @@ Goldens: ``assert text == golden`` compares with ``tests/golden/<module>/<test>.
 from __future__ import annotations
 
 import difflib
+import faulthandler
 import itertools
 import os
 import re
 import socket
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +32,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+from _pytest.faulthandler import fault_handler_stderr_fd_key
 
 from tests.environments import NO_MODEL, TRANSFORMERS_5
 
@@ -92,6 +95,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(3600))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """What stands still outside of Python hears no signal: it says where, and its process ends.
+    The other processes of a run go on, with a new one in its place."""
+    mark = item.get_closest_marker("timeout")
+    bound = float(mark.args[0] if mark else item.config.getini("timeout")) * 17 / 16
+    faulthandler.dump_traceback_later(
+        bound, exit=True, file=item.config.stash[fault_handler_stderr_fd_key]
+    )
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.hookimpl(tryfirst=True)  # before fixtures of a module, which use the program

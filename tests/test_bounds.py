@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import socket
 import subprocess
 import sys
@@ -62,17 +63,25 @@ def test_no_name_of_another_host_is_known() -> None:
 
 
 STUCK = """
+import signal
 import time
 def test_stuck():
+    signal.pthread_sigmask(signal.SIG_BLOCK, {})
     time.sleep(600)
 """
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.conftest")
 
 
-def test_a_test_that_is_stuck_fails_and_says_where(tmp_path: Path) -> None:
-    (tmp_path / "test_stuck.py").write_text(STUCK)
-    options = ["-q", "-p", "no:cacheprovider", "-c", str(FOLDER.parent / "pyproject.toml")]
-    command = [sys.executable, "-m", "pytest", *options, "-o", "timeout=2", str(tmp_path)]
-    done = finished(command)
+@pytest.mark.parametrize("reached", [True, False], ids=["by a signal", "by none"])
+def test_a_test_that_is_stuck_ends_and_says_where(reached: bool, tmp_path: Path) -> None:
+    (tmp_path / "test_stuck.py").write_text(STUCK.format([] if reached else "[signal.SIGALRM]"))
+    options = ["-c", str(FOLDER.parent / "pyproject.toml"), "-o", "timeout=2", str(tmp_path)]
+    done = finished([*PYTEST, *options])
     assert done.returncode == 1
-    assert "Failed: Timeout (>2.0s)" in done.stdout
-    assert "time.sleep(600)" in done.stdout
+    if reached:
+        assert "Failed: Timeout (>2.0s)" in done.stdout
+        assert "time.sleep(600)" in done.stdout
+    else:
+        assert re.search(
+            r"Timeout \(.*\)!\n.*test_stuck.py\", line 6 in test_stuck", done.stderr, re.S
+        )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import socket
+import threading
 from pathlib import Path
 
 import pytest
 
 from fxquant.cli.main import main
 from fxquant.evaluation import models
+from fxquant.frontends import hub
 from fxquant.frontends.hub import without_notices
 from tests.models import SMALL_OPT
 from tests.processes import FXQUANT, finished
@@ -65,3 +68,20 @@ def test_a_finished_scheme_is_a_line_without_a_terminal(
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(": loss ")[0] for line in lines] == ["fp", "w8"]
     assert all(line.endswith(" s") for line in lines)
+
+
+def test_an_address_that_is_looked_up_for_ever_is_not_reached(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given_up = threading.Event()
+
+    def look_up(*_: object, **__: object) -> None:
+        assert given_up.wait(60), "the caller waits"
+        raise socket.gaierror(socket.EAI_AGAIN, "no answer")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(hub, "PATIENCE", 0.2)
+    try:
+        assert not hub.hub_is_reachable()
+    finally:
+        given_up.set()

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from fxquant.checkpoint.target import is_empty, partial_folder, put_in_place, saving
 from fxquant.errors import ExportError
 from fxquant.exports.check import Checked
-from fxquant.files.doors import Location, as_path, door, parse_json
+from fxquant.files.doors import Location, as_path, door, read_object
 from fxquant.ir.graph import info
 
 RECORD = "fxquant_export.json"
@@ -53,10 +53,10 @@ def output_folder(given: Location) -> Path:
 def is_export(directory: Path) -> bool:
     """Whether ``directory`` holds the record of an export."""
     try:
-        data = parse_json((directory / RECORD).read_bytes())
-    except (OSError, ValueError):
+        data = read_object(directory / RECORD, ExportError)
+    except ExportError:
         return False
-    return isinstance(data, dict) and data.get("format") == "fxquant export"
+    return data.get("format") == "fxquant export"
 
 
 def write_export(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from fxquant.errors import ExportError
+from fxquant.errors import ExportError, ModelError
+from fxquant.files.doors import door
 from fxquant.frontends.model_config import CONFIG
 from fxquant.frontends.pretrained import empty_model, read_config
 from fxquant.ir.graph import float_dtype, info, tag
@@ -59,9 +61,7 @@ class Modules:
                 "the graph does not hold its model's config, which the engine builds the model "
                 "from: convert the model with fxquant.convert or fxquant.trace"
             )
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / CONFIG).write_text(text, encoding="utf-8")
-            config = read_config(folder)
+        config = _config(text)
         return cls(gm, empty_model(config, info(gm).model, float_dtype(gm)), json.loads(text))
 
     @property
@@ -204,6 +204,25 @@ class Modules:
                     continue
                 if not isinstance(module, QuantizedParameters) or name == "bias":
                     yield full, value
+
+
+def _config(text: str) -> PretrainedConfig:
+    """transformers' config of config.json's ``text``.
+
+    Raises ExportError for a config that is none, and where no temporary file can be written.
+    """
+    place = os.environ.get("TMPDIR", "/tmp")
+    advice = "the graph's config lies there for a moment: make room, or name another in TMPDIR"
+    with (
+        door(ExportError, f"cannot write to {place}", (OSError,), advice),
+        tempfile.TemporaryDirectory(prefix="fxquant-", ignore_cleanup_errors=True) as folder,
+    ):
+        (Path(folder) / CONFIG).write_text(text, encoding="utf-8")
+        try:
+            return read_config(folder)
+        except ModelError as error:
+            said = str(error).replace(f"{folder}/", "").replace(folder, "the graph's config")
+            raise ExportError(f"the graph holds a config that makes no model: {said}") from error
 
 
 @dataclass(frozen=True)

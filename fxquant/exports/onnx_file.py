@@ -26,6 +26,7 @@ from fxquant.files.doors import Location
 from fxquant.formats.integer import IntegerGrid
 from fxquant.formats.scales import FP32
 from fxquant.frontends.model_config import CONFIG
+from fxquant.frontends.patching import exclusive
 from fxquant.ir.graph import Level, Site, info, is_op, tag
 from fxquant.ir.legal_forms import OPS
 from fxquant.ir.streamed import streamed_device
@@ -145,9 +146,7 @@ def _write(gm: GraphModule, folder: Path) -> None:
     import onnx as library
 
     copy = prepared(gm)
-    with _quietly():
-        exported = _exported(copy)
-        program = _translated(exported)
+    exported, program = _made(copy)
     name_sites(program.model, copy, exported.graph_module)
     _pack(program.model, four_bit(gm))
     program.save(folder / MODEL)
@@ -157,6 +156,14 @@ def _write(gm: GraphModule, folder: Path) -> None:
     inferred.unlink()
     if info(gm).config:
         (folder / CONFIG).write_text(info(gm).config, encoding="utf-8")
+
+
+@exclusive  # torch's exporters replace functions of torch and levels of loggers for all threads
+def _made(copy: GraphModule) -> tuple[torch.export.ExportedProgram, Any]:
+    """The graph as torch exports it, and as ONNX."""
+    with _quietly():
+        exported = _exported(copy)
+        return exported, _translated(exported)
 
 
 def _exported(copy: GraphModule) -> torch.export.ExportedProgram:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import threading
 from collections.abc import Iterator
 
 import httpx
@@ -12,6 +13,9 @@ from huggingface_hub import constants, get_session
 from transformers.utils import logging as hf_logging
 
 TIMEOUT = 3.0  # seconds for a connection; a download that has begun may take any time
+PATIENCE = 3 * TIMEOUT  # for the whole answer, looking up the address included, which has no bound
+
+_OFFLINE = threading.Lock()  # the setting is the process's
 
 # (logger, beginning): notices that do not apply. ``legacy`` is a choice of slow Llama tokenizers,
 # which have their own logger: a tokenizer.json or a GGUF file says by itself what the fast one
@@ -31,30 +35,48 @@ _NOTICES = (
 
 
 def hub_is_reachable() -> bool:
-    """Whether anything answers at the hub's address, asked once.
+    """Whether anything answers at the hub's address within PATIENCE seconds, asked once.
 
     huggingface_hub asks six times, for half a minute, and warns each time. Proxies and
     ``HF_ENDPOINT`` count as they do for it; ``HF_HUB_OFFLINE`` means no.
     """
-    try:
-        get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
-    except (OSError, httpx.HTTPError, httpx.InvalidURL):  # of huggingface_hub 0 and 1
-        return False
-    return True
+    answers: list[bool] = []
+    errors: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
+            answers.append(True)
+        except (OSError, httpx.HTTPError, httpx.InvalidURL):  # of huggingface_hub 0 and 1
+            answers.append(False)
+        except BaseException as error:
+            errors.append(error)
+
+    # The system looks up names without a timeout: where nothing answers, it is left at it.
+    thread = threading.Thread(target=ask, name="fxquant-hub", daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    if errors:
+        raise errors[0]
+    return answers == [True]
 
 
 @contextlib.contextmanager
 def datasets_offline(applies: bool) -> Iterator[None]:
     """Where it ``applies``, datasets looks into its cache alone within the block, as under
     ``HF_DATASETS_OFFLINE``: it would ask the hub six times, for half a minute."""
+    if not applies:
+        yield
+        return
     from datasets import config  # slow to import, and few commands read a dataset
 
-    before = config.HF_HUB_OFFLINE
-    config.HF_HUB_OFFLINE = before or applies
-    try:
-        yield
-    finally:
-        config.HF_HUB_OFFLINE = before
+    with _OFFLINE:
+        before = config.HF_HUB_OFFLINE
+        config.HF_HUB_OFFLINE = True
+        try:
+            yield
+        finally:
+            config.HF_HUB_OFFLINE = before
 
 
 @contextlib.contextmanager

@@ -29,8 +29,9 @@ except ImportError:  # transformers 5 has no tracer, and all its masks come from
     hf_fx = None
 
 LOCK = threading.RLock()
-# A child forked in the middle of a trace would keep the patches and wait for ever.
-os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
+FORK_WAITS = 60.0  # seconds, for a trace in another thread to end
+_HERE = threading.local()  # of each thread: whether a holder of LOCK waits for it, what a fork took
+_UNDER_WAY: list[Callable[[], None]] = []  # how what LOCK's holder has patched is put back
 
 _PATCHED: tuple[tuple[Any, str], ...] = (
     (nn.Module, "__call__"),
@@ -118,17 +119,58 @@ def exclusive(step: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(step)
     def alone(*args: P.args, **kwargs: P.kwargs) -> T:
-        with LOCK:
-            put_back = _putting_back()
+        with contextlib.nullcontext() if _is_lent() else LOCK:
+            put_back, depth = _putting_back(), len(_UNDER_WAY)
             try:
                 try:
+                    _UNDER_WAY.append(put_back)
                     return step(*args, **kwargs)
                 finally:
                     put_back()
             finally:
                 put_back()  # the first may have been interrupted
+                del _UNDER_WAY[depth:]
 
     return alone
+
+
+@contextlib.contextmanager
+def lent() -> Iterator[None]:
+    """In a thread that a holder of LOCK waits for: the turn is this thread's meanwhile."""
+    _HERE.lent = True
+    try:
+        yield
+    finally:
+        _HERE.lent = False
+
+
+def _is_lent() -> bool:
+    return getattr(_HERE, "lent", False)
+
+
+def _before_fork() -> None:
+    """A child forked in the middle of a trace would have its patches: wait for the end of it, but
+    not for ever, and not where it waits for this thread."""
+    _HERE.took = not _is_lent() and LOCK.acquire(timeout=FORK_WAITS)
+
+
+def _in_parent() -> None:
+    if _HERE.took:
+        LOCK.release()
+
+
+def _in_child() -> None:
+    """Where the trace was not over: the thread that traced is not here to put anything back."""
+    if _HERE.took:
+        LOCK.release()
+        return
+    for put_back in reversed(_UNDER_WAY):
+        put_back()
+    _UNDER_WAY.clear()
+    LOCK._at_fork_reinit()  # type: ignore[attr-defined]
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_in_parent, after_in_child=_in_child)
 
 
 @contextlib.contextmanager
@@ -147,13 +189,17 @@ def tracing() -> Iterator[None]:
         finally:
             patcher.revert()
 
+    def revert() -> None:
+        for patcher in made:
+            patcher.revert()
+
+    _UNDER_WAY.append(revert)
     symbolic._new_patcher = for_this_thread(new_patcher, symbolic._new_patcher)
     _LOGGER.setLevel(logging.ERROR)  # it warns of what transformers' tracer does
     try:
         yield
     finally:
-        for patcher in made:
-            patcher.revert()
+        revert()
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 from fxquant.errors import SchemeError
+from fxquant.schemes.spelling import has_spelling
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ Seed = Annotated[int, Bounds(low=0, high=2**63 - 1)]
 def check_options(options: Any, name: str) -> None:
     """Raise SchemeError for the first field of a dataclass whose value its annotation rules out.
 
-    An int may stand where a float is annotated; a bool is no number; numbers are finite.
+    An int may stand where a float is annotated; a bool is no number; numbers are finite, and whole
+    ones have a spelling, so that the pass is read again from where it is written down.
     """
     hints = typing.get_type_hints(type(options), include_extras=True)
     for each in fields(options):
@@ -57,6 +59,10 @@ def check_options(options: Any, name: str) -> None:
         if not fits(hints[each.name], value):
             raise SchemeError(
                 f"{name}: {each.name} must be {allowed(hints[each.name])}, got {shown(value)}"
+            )
+        if isinstance(value, int) and not has_spelling(value):
+            raise SchemeError(
+                f"{name}: {each.name} must be a number of at most 64 bits, got {shown(value)}"
             )
 
 

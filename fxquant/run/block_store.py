@@ -75,8 +75,12 @@ class Expected:
         low, high = grid.codes
         if not grid.valid(codes):
             raise ValueError(f"{site}.codes are not all codes of {grid.name}")
-        if not bool((torch.isfinite(scales) & (scales > 0)).all()):
-            raise ValueError(f"{site}.scales are not all finite and positive")
+        for name, value in (("scales", scales), ("global_scale", found.global_scale)):
+            if value is not None and not bool((torch.isfinite(value) & (value > 0)).all()):
+                raise ValueError(f"{site}.{name} is not all finite and positive")
+        kept = self.spec.scale.encode(scales, found.global_scale)
+        if not torch.equal(self.spec.scale.decode(kept, found.global_scale), scales):
+            raise ValueError(f"{site}.scales are not all numbers of {self.spec.scale.name}")
         if zero_points is not None and not bool(
             ((zero_points >= low) & (zero_points <= high)).all()
         ):

@@ -257,14 +257,21 @@ def check_repair(name: str, options: Options) -> None:
     for option, value in options:
         if names[1:].count(option) > 1:
             raise SchemeError(f"{name}: option {option} is given twice")
-        if not _has_spelling(value):
+        if not has_spelling(value):
             raise SchemeError(
-                f"{name}: {option} is {value!r}, which no scheme's text can say: a value is true, "
-                "false, a finite number or a word"
+                f"{name}: {option} is {_shown(value)}, which no scheme's text can say: a value is "
+                "true, false, a word or a finite number, a whole one of at most 64 bits"
             )
 
 
-def _has_spelling(value: object) -> bool:
+def _shown(value: object) -> str:
+    """Python prints no int of thousands of digits."""
+    huge = isinstance(value, int) and value.bit_length() > 256
+    return f"an integer of {value.bit_length()} bits" if huge else repr(value)[:200]
+
+
+def has_spelling(value: object) -> bool:
+    """Whether a scheme's text can say an option's value."""
     if isinstance(value, str):
         return _WORD.fullmatch(value) is not None and value not in ("true", "false")
     if isinstance(value, float):

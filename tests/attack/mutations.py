@@ -229,7 +229,7 @@ def change_info(rng: random.Random, data: Data) -> None:
 def change_record(rng: random.Random, data: Data) -> None:
     record = rng.choice(data["info"]["site_records"] or [{}])
     record["spec"] = rng.choice(
-        ["w2", "w8", "w4-g8", "w4-asym", "w8-tensor", "a8-static", "fp", "?"]
+        ["w2", "w8", "w4-g8", "w4-asym", "w8-tensor", "a8-static", "fp", "?", "wnf4", "mxfp4"]
     )
 
 
@@ -258,17 +258,36 @@ def _other_values(rng: random.Random, value: Tensor) -> Tensor:
     return flat.view(value.shape)
 
 
+def _other_bytes(rng: random.Random, value: Tensor) -> Tensor:
+    """Another pattern in one byte or a few: a code, an exponent, NaN, -0."""
+    stored = value.contiguous().clone()
+    if not stored.numel():
+        return torch.ones(3, dtype=value.dtype)
+    held = stored.view(-1).view(torch.uint8)
+    for _ in range(rng.choice([1, 1, 3])):
+        pattern = rng.choice([0, 1, 0x7C, 0x7E, 0x7F, 0x80, 0x88, 0xFE, 0xFF, rng.randrange(256)])
+        held[rng.randrange(held.numel())] = pattern
+    return stored
+
+
 def change_tensor(rng: random.Random, folder: Path) -> None:
     path = rng.choice(sorted(folder.glob("*.safetensors")))
     tensors = load_file(path)
     name = rng.choice(sorted(tensors))
     value = tensors[name]
-    how = rng.choice(["values", "values", "values", "dtype", "shape", "name", "gone", "swap"])
+    how = rng.choice(
+        ["values", "values", "bytes", "bytes", "dtype", "shape", "name", "gone", "swap"]
+    )
     if how == "values":
         tensors[name] = _other_values(rng, value)
+    elif how == "bytes":
+        tensors[name] = _other_bytes(rng, value)
     elif how == "dtype":
         kinds = [torch.int8, torch.uint8, torch.int32, torch.int64, torch.float16, torch.float64]
-        tensors[name] = value.to(rng.choice(kinds))
+        kinds += [torch.float8_e4m3fn, torch.float8_e5m2]
+        kind = rng.choice(kinds)
+        same = kind.itemsize == value.element_size() and rng.random() < 0.5
+        tensors[name] = value.view(kind) if same else value.to(kind)
     elif how == "shape":
         shapes = (
             [value[None], value.flatten(), value[:1] if value.dim() else value, value.t()]

@@ -27,7 +27,10 @@ SITES = (
     *("w8a8-static", "w8a8-static:absmax", "w8a8-static:mse", "w8a8-static-asym", "w8a8-dynamic"),
     *("w8a8-dynamic-token", "w4-g8/a8-dynamic", "w4-g8-asym/a8-static-asym:absmax", "w8a4-static"),
     *("w8 ", "W8", "w8/a8-static", "w8a8-static:p99.9", "w8a8-static-best"),
+    *("fp8", "mxfp4", "nvfp4", "wnf4", "wnf4-g8", "we2m1-g8-e8m0-even", "we2m1-g8-e4m3", "wfp8"),
+    *("we4m3/ae4m3-static:absmax", "we5m2/a8-static", "we3m2-g8-e8m0", "we2m3-g8-e8m0-rceil"),
 )
+FORMATS = ("e4m3", "e5m2", "e3m2", "e2m3", "e2m1", "nf4", "int8", "fp32", "e8m0", "e8m0-rceil", "x")
 REPAIRS = (
     *("smooth", "smooth(alpha=0.7)", "smooth(insert=true)", "awq", "gptq", "gptq(order=static)"),
     *("rotate", "rotate(seed=1)", "attn8", "kv8", "kv4", "clip", "equalize", "refine"),
@@ -116,7 +119,8 @@ def other_ends(rng: random.Random, data: Data) -> None:
     node = rng.choice(nodes)
     places = [index for index, each in enumerate(node[3]) if not isinstance(each, dict)]
     ends = ["token", "tensor", True, False, None, -128, -127, -8, -7, 7, 127, 0, 4, 8, 1024]
-    node[3][rng.choice(places)] = rng.choice(ends)
+    place = rng.choice(places)
+    node[3][place] = rng.choice(FORMATS if node[3][place] in FORMATS else ends)
 
 
 def other_count(rng: random.Random, data: Data) -> None:
@@ -177,7 +181,7 @@ def other_dtype(rng: random.Random, data: Data) -> None:
         if isinstance(value, dict) and "dtype" in value
     ]
     rng.choice(literals)["dtype"] = rng.choice(
-        ["int8", "uint8", "int64", "float16", "bfloat16", "float64", "bool", "float8", 3]
+        ["int8", "uint8", "int64", "float16", "float64", "bool", "float8", "float8_e4m3fn", 3]
     )
 
 

@@ -29,7 +29,18 @@ BASES = (
     *("llama-two-layers", "opt-head", "llama-gptq-float", "llama-attn8", "llama-rotate", "gpt2"),
     *("llama-outliers", "llama-awq", "opt-insert", "llama-kv4", "today", "llama-kv8", "opt-tensor"),
     *("llama-attn8-qdq", "llama-fp32-gemm-half", "llama-refine", "opt-equalize", "drawn"),
+    *("floats", "floats-qdq"),
 )
+# Every grid and every format of scales, as weights and as inputs.
+FLOATS = {
+    "scheme": "we2m1-g8-e4m3/ae2m1-dynamic-g16-e4m3",
+    "overrides": {
+        "*.q_proj": "wnf4-g8", "*.k_proj": "we2m3-g8-e8m0/ae3m2-dynamic-g8-e8m0-even",
+        "*.v_proj": "fp8-static", "*.o_proj": "wnf4/a8-dynamic-g16",
+        "*.up_proj": "we5m2-tensor/ae4m3-dynamic", "*.gate_proj": "w4-g8-asym/ae4m3-dynamic-token",
+        "head": "we3m2-g16-e8m0-rceil/a8-static-asym:absmax", "embeddings": "we4m3-g8-e4m3",
+    },
+}  # fmt: skip
 SHORT, LONG = 100, 2000
 TEXT = " ".join(f"Sentence {index} is about the number {index * index}." for index in range(40))
 
@@ -49,6 +60,9 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scheme = {"scheme": "w8a8-static+smooth", "overrides": {"head": "w8", "*.fc2": "w4-g8"}}
     graph = fxquant.convert(opt(num_hidden_layers=1), scheme, calibration=text.batches)
     fxquant.save(graph, target / "drawn", tokenizer)
+    for name, level in (("floats", "integer"), ("floats-qdq", "qdq")):
+        model = llama(num_hidden_layers=1)
+        fxquant.save(fxquant.convert(model, FLOATS, level=level, calibration=ids), target / name)
     return target
 
 

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from fxquant.frontends.patching import lent
+
 T = TypeVar("T")
 
 
@@ -22,7 +24,8 @@ def apart(step: Callable[[threading.Event], T]) -> T:
 
     def run() -> None:
         try:
-            values.append(step(stop))
+            with lent():
+                values.append(step(stop))
         except BaseException as error:
             errors.append(error)
 
