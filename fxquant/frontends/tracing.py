@@ -28,7 +28,7 @@ from fxquant.frontends.handed_over import check_handed_over, own_copy
 from fxquant.frontends.hooks import only_watching
 from fxquant.frontends.leaves import as_leaf
 from fxquant.frontends.masks import fuse_masks
-from fxquant.frontends.mixtures import make_dense
+from fxquant.frontends.mixtures import expert_sources, make_dense
 from fxquant.frontends.patching import exclusive, no_mask_left_out, tracing
 from fxquant.frontends.recorder.record import Recorded, record
 from fxquant.frontends.scoring import ScoringGraph
@@ -116,6 +116,7 @@ def _traced(model: PreTrainedModel, oracle: Oracle, facts: GraphInfo, frontend: 
     sources = unstreamed(copy)  # a streamed model is traced on meta
     settle(copy)
     mixtures = make_dense(copy)
+    sources |= expert_sources(mixtures, sources)
     gm, longest = _graph_by(frontend, copy)
     dense = tuple(Note("trace", each.path, str(each)) for each in mixtures)
     facts = replace(facts, notes=facts.notes + dense)
