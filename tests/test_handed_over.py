@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,7 +50,30 @@ def _pre_hook(model: PreTrainedModel) -> None:
 
 
 def _pre_hook_of_keywords(model: PreTrainedModel) -> None:
-    model.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs), with_kwargs=True)
+    def shifted(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        return args, kwargs | {"input_ids": kwargs["input_ids"] + 1}
+
+    model.register_forward_pre_hook(shifted, with_kwargs=True)
+
+
+def _hook_behind_autograd(model: PreTrainedModel) -> None:
+    """No version counter sees it, and it returns nothing."""
+
+    def scaled(_: nn.Module, __: Any, output: Tensor) -> None:
+        output.data.mul_(3)
+
+    model.get_submodule(MLP).register_forward_hook(scaled)
+
+
+def _hook_on_an_output_of_several(model: PreTrainedModel) -> None:
+    def swapped(_: nn.Module, __: Any, output: Any) -> None:
+        output["logits"] = 2 * output["logits"]
+
+    model.register_forward_hook(swapped)
+
+
+def _hook_that_clones(model: PreTrainedModel) -> None:
+    model.get_submodule(MLP).register_forward_hook(lambda _, __, output: output.clone())
 
 
 def _patched_leaf(model: PreTrainedModel) -> None:
@@ -68,6 +92,12 @@ REFUSED: dict[str, tuple[Callable[[PreTrainedModel], None], str]] = {
     "leaf hook": (_leaf_hook, rf"^{DOWN} has a forward hook"),
     "pre-hook": (_pre_hook, rf"^{MLP} has a forward pre-hook"),
     "pre-hook of keywords": (_pre_hook_of_keywords, r"^LlamaForCausalLM has a forward pre-hook"),
+    "hook behind autograd": (_hook_behind_autograd, rf"^{MLP} has .*scaled.* it writes into what"),
+    "hook on a dict": (
+        _hook_on_an_output_of_several,
+        r"^Llama\S+ has a .*swapped.* it writes into",
+    ),
+    "hook that clones": (_hook_that_clones, rf"^{MLP} has a .* it gives its module another value"),
     "forward of a leaf": (_patched_leaf, rf"^{DOWN}: its forward was replaced .* _patched_leaf"),
     "forward of a block": (_patched_block, rf"^{MLP}: its forward was replaced on the instance"),
 }
@@ -99,17 +129,59 @@ def test_a_global_hook_is_refused(pre: bool) -> None:
     agrees(model)
 
 
-def test_hooks_are_not_called() -> None:
-    """Refused before they could see a probe, even those that only watch."""
-    model, called = opt(), []
-    handle = model.get_submodule("model.decoder.layers.1").register_forward_hook(
-        lambda *_: called.append(1)
+class Watcher:
+    """What people hang on modules to see what they compute."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = [nn.Parameter(torch.ones(2)) * 2]  # deepcopy refuses such a tensor
+
+    def hook(self, *given: Any) -> None:
+        self.seen.append(given[-1])
+
+
+def _watch(model: PreTrainedModel, watcher: Watcher) -> None:
+    block = model.get_submodule("model.layers.1")
+    block.register_forward_hook(watcher.hook)
+    block.register_forward_hook(watcher.hook, with_kwargs=True)
+    model.get_submodule(DOWN).register_forward_hook(functools.partial(watcher.hook, "down"))
+    model.get_submodule(MLP).register_forward_pre_hook(watcher.hook)
+    model.get_submodule(MLP).register_forward_pre_hook(lambda _, args: args)
+    model.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs), with_kwargs=True)
+    model.register_forward_hook(lambda _, __, output: output, prepend=True)
+
+
+@pytest.mark.parametrize("frontend", ["auto", "recorder"])
+def test_hooks_that_only_watch_are_let_go_with_a_note(frontend: str) -> None:
+    model, watcher = llama(), Watcher()
+    _watch(model, watcher)
+    with unchanged(model):
+        graph = fxquant.trace(model, frontend)
+    probes = len(watcher.seen) - 1
+    assert probes == 4 * 4  # those of the model, not those of the trace
+    noted = [note.site for note in info(graph).notes]
+    assert sorted(noted) == sorted(
+        ["LlamaForCausalLM"] * 2 + ["model.layers.1"] * 2 + [MLP] * 2 + [DOWN]
     )
-    with pytest.raises(ModelError, match="a hook may change"):
+    text = "its forward hook (Watcher.hook) only watched the probes: a graph does not call it"
+    assert text in {note.text for note in info(graph).notes}
+    assert difference(model.eval(), graph, token_ids(3, 11), None) <= EXACT[torch.float32]
+    assert len(watcher.seen) - 1 - probes == 4  # a graph does not call them
+    assert torch.equal(
+        fxquant.convert(model, "w8")(token_ids(2, 7)),
+        fxquant.convert(llama(), "w8")(token_ids(2, 7)),
+    )
+
+
+def test_a_hook_that_changes_its_module_is_found_and_named() -> None:
+    """It returns nothing and writes nowhere, but what the module computes is another thing."""
+    model = llama()
+
+    def louder(module: Any, _: Any) -> None:
+        module.act_fn = nn.Identity()
+
+    model.get_submodule(MLP).register_forward_pre_hook(louder)
+    with pytest.raises(TracingError, match=rf"a graph calls no hooks, as {MLP} has"):
         fxquant.trace(model)
-    handle.remove()
-    agrees(model)
-    assert not called
 
 
 def test_hooks_for_gradients_are_taken() -> None:

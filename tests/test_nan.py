@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import fxquant
 from fxquant.ir.graph import tag
 from fxquant.run.execution import Executor
-from tests.architectures import llama, opt, token_ids
+from tests.architectures import ARCHITECTURES, llama, opt, token_ids
 
 BUILDERS = {"opt": opt, "llama": llama}
 SITES = {
@@ -69,6 +69,45 @@ def test_nan_stays_nan(name: str, scheme: str, level: str) -> None:
         others = torch.ones(spoiled.shape[:2], dtype=torch.bool)
         others[1, 4] = False
         assert torch.equal(spoiled[others], plain[others])
+
+
+@pytest.mark.parametrize("level", ["qdq", "integer", "kernels"])
+@pytest.mark.parametrize("side", ["q_proj", "k_proj", "v_proj"])
+@pytest.mark.parametrize("name", ["opt", "llama", "gemma2-eager", "gptj"])
+def test_nan_passes_attention_in_codes(name: str, side: str, level: str) -> None:
+    """One of attention's operands at one token: whoever sees the token is NaN, no other row is."""
+    calibration = [token_ids(2, 12, seed=5)]
+    scheme = "w8a8-static+attn8"
+    graph = fxquant.convert(ARCHITECTURES[name](), scheme, calibration=calibration, level=level)
+    first = next(node for node in graph.graph.nodes if str(tag(node).site).endswith(f".{side}"))
+    block = str(tag(first).site).rpartition(".")[0]
+
+    def output(spoil: bool) -> Tensor:
+        found: dict[str, Tensor] = {}
+
+        def on_node(node: torch.fx.Node, result: Tensor) -> Tensor:
+            site = str(tag(node).site)
+            if tag(node).is_output and site.startswith(block):
+                if spoil and site == f"{block}.{side}":
+                    result = result.clone()
+                    result.view(2, 9, -1)[1, 4, 3] = float("nan")
+                found[site.removeprefix(f"{block}.")] = result
+            return result
+
+        with torch.no_grad():
+            Executor(graph).run(on_node, input_ids=token_ids(2, 9, seed=2))
+        return found["out_proj" if "out_proj" in found else "o_proj"].view(2, 9, -1)
+
+    spoiled, plain = output(True), output(False)
+    assert torch.equal(spoiled[0], plain[0])
+    if side == "q_proj":
+        assert bool(spoiled[1, 4].isnan().all())
+        assert torch.equal(spoiled[1, 5:], plain[1, 5:])
+    else:
+        assert bool(spoiled[1, 4:].isnan().all())
+    # 0 * NaN is NaN, and so is a NaN with a mask added; at level qdq it spreads further.
+    if side != "v_proj" and level != "qdq" and name != "gptj":
+        assert torch.equal(spoiled[1, :4], plain[1, :4])
 
 
 @pytest.mark.parametrize("level", ["qdq", "integer", "kernels"])

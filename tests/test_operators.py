@@ -40,6 +40,7 @@ NAMES = (
     "unpack_int4",
     "int_gemm",
     "code_sum",
+    "column_scales",
     "grouped_gemm",
     "rescale",
     "add_bias",
@@ -83,6 +84,7 @@ def calls(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
         "unpack_int4": (torch.randint(0, 256, (5, 8), dtype=torch.uint8), 15),
         "int_gemm": (int8(2, 3, 16), int8(5, 16), 0),
         "code_sum": (int8(2, 3, 16),),
+        "column_scales": (scales(), x),
         "grouped_gemm": (
             *(int8(2, 3, 16), int8(5, 16), scales(5, 3), shift, int32(5, 3), int32(5, 3)),
             6,

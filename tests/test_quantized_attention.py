@@ -201,7 +201,7 @@ def test_inspect_shows_both_operands() -> None:
     assert "left_q @ right_q" in page
     assert "left: scale 0.00787402" in page
     assert "8 bits" in view.diff("kv8")
-    assert "integerize: left_dq, right_dq, y -> acc, y" in page
+    assert "integerize: left_dq, right_dq, y -> acc, right_scales, y" in page
     rows = {row["path"]: row for row in view.to_dict()["sites"]}
     assert [record["operand"] for record in rows[path]["records"]] == ["left", "right"]
 

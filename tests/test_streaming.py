@@ -22,12 +22,14 @@ from fxquant.files.tensor_file import TensorFile
 from fxquant.frontends.streaming import stream
 from fxquant.frontends.tracing import trace
 from fxquant.ir.graph import info, set_workspace
-from fxquant.ir.streamed import Source, Workspace
+from fxquant.ir.sources import Source
+from fxquant.ir.streamed import Workspace
 from fxquant.passes import Calibrate, NameSites, Observe
 from fxquant.pipeline.context import Context
 from fxquant.schemes.scheme import Scheme
 from tests.architectures import ARCHITECTURES, opt, padding_mask, token_ids
 from tests.models import SMALL_OPT
+from tests.more_architectures import MORE
 from tests.pickles import save_pickled
 
 INPUTS = {"input_ids": token_ids(3, 14), "attention_mask": padding_mask(3, 14, "both")}
@@ -76,6 +78,42 @@ def test_traced_on_meta_it_computes_the_same_bits(architecture: str, tmp_path: P
     assert all(parameter.is_meta for parameter in found.parameters())
     with torch.no_grad():
         assert torch.equal(expected(**INPUTS), found(**INPUTS))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "olmoe", "gpt-oss"])
+def test_experts_are_read_where_they_lie(
+    name: str, reads: Counter[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers 5 fuses them, and GPT-OSS's are fused in the file."""
+    parts: Counter[tuple[str, int]] = Counter()
+    read_part = TensorFile.read_part
+
+    def counted(self: TensorFile, key: str, part: int, dtype: torch.dtype | None = None) -> Tensor:
+        parts[key, part] += 1
+        return read_part(self, key, part, dtype)
+
+    monkeypatch.setattr(TensorFile, "read_part", counted)
+    MORE[name]().to(torch.float16).save_pretrained(tmp_path / "model")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    streamed = stream(tmp_path / "model", dtype=torch.float32)
+    assert all(parameter.is_meta for parameter in streamed.parameters())
+    expected, found = trace(whole), trace(streamed)
+    assert all(parameter.is_meta for parameter in found.parameters())
+    reads.clear()
+    parts.clear()
+    with torch.no_grad():
+        assert torch.equal(expected(**INPUTS), found(**INPUTS))
+    assert set(reads.values()) | set(parts.values()) == {1}
+    calibration = [INPUTS["input_ids"]]
+    one, other = (
+        fxquant.convert(graph, "w4-g16/a8-static+gptq", calibration=calibration)
+        for graph in (expected, found)
+    )
+    with torch.no_grad():
+        assert torch.equal(one(**INPUTS), other(**INPUTS))
+    fxquant.save(found, tmp_path / "saved")  # the float graph, each expert in its place
+    with torch.no_grad():
+        assert torch.equal(fxquant.load(tmp_path / "saved")(**INPUTS), expected(**INPUTS))
 
 
 def in_memory(directory: Path) -> GraphModule:

@@ -215,7 +215,7 @@ class _Tensors:
 def _identity(module: nn.Module, name: str, value: Tensor) -> Any:
     source = sources_of(module).get(name)
     if source is not None:
-        return (str(source.file.path), source.key, source.dtype)
+        return source.identity
     if value.numel() == 0:
         return (id(module), name)
     layout = (value.shape, value.stride(), value.dtype, value.device)

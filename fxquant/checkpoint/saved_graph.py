@@ -25,7 +25,8 @@ from fxquant.frontends.scoring import ScoringGraph
 from fxquant.ir.certificate import check_chunks
 from fxquant.ir.graph import GraphInfo, set_info, tag
 from fxquant.ir.legal_forms import verify
-from fxquant.ir.streamed import Source, stream_leaf
+from fxquant.ir.sources import Source
+from fxquant.ir.streamed import stream_leaf
 
 _FIELDS = {"class_name", "info", "modules", "ties", "orders", "nodes"}
 

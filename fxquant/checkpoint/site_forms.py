@@ -194,7 +194,8 @@ class _Form(SiteParts):
             found = operands(self._is(node, OPS.rescale.default))
             product = self._is(found.sums, OPS.int_matmul.default)
             sides = [(operands(product).left_codes, found.scale)]
-            sides += [(operands(product).right_codes, found.weight_scale)]
+            right = operands(product).right_codes
+            sides += [(right, self._column_scale(found.weight_scale, right))]
             if found.zero_point is not None or found.x_sum is not None:
                 self.fail("it is corrected by zero points")
         else:
@@ -206,6 +207,15 @@ class _Form(SiteParts):
             own = dict(dict(expected_specs(self.scheme, self.site))[operand])[text]
             assert own is not None
             self._input(_turned(codes), _turned(scale), None, own, operand)
+
+    def _column_scale(self, scale: object, codes: object) -> object:
+        """The static scale behind the columns' own; graphs of earlier versions have it alone."""
+        if not is_op(scale, OPS.column_scales.default):
+            return scale
+        call = operands(scale)
+        coded = operands(self._is(_turned(codes), OPS.quantize.default)).x
+        self._same(_turned(coded) if _turned(codes) is not codes else coded, call.x)
+        return call.scale
 
 
 def _turned(node: object) -> object:

@@ -180,7 +180,7 @@ class Modules:
             if not hasattr(module, own):
                 return True
             source = sources_of(module).get(own)
-            pair.append((source.file.path, source.key) if source else getattr(module, own))
+            pair.append(source.identity if source else getattr(module, own))
         if isinstance(pair[0], Tensor) and isinstance(pair[1], Tensor):
             return pair[0].data_ptr() == pair[1].data_ptr() or torch.equal(pair[0], pair[1])
         return bool(pair[0] == pair[1])

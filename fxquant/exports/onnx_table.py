@@ -109,6 +109,10 @@ def int_matmul(left_codes: Any, right_codes: Any) -> Any:
     return op.MatMulInteger(left_codes, right_codes, shift, shift)
 
 
+def column_scales(scale: Any, x: Any) -> Any:
+    return scale
+
+
 def code_sum(codes: Any) -> Any:
     total = op.ReduceSum(op.Cast(codes, to=INT32), _constant([-1], np.int64), keepdims=1)
     return op.Sub(total, _constant(SHIFT * codes.shape[-1], np.int32))
@@ -141,6 +145,7 @@ TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     OPS.choose_qparams.default: choose_qparams,
     OPS.dequantize.default: dequantize,
     OPS.int_matmul.default: int_matmul,
+    OPS.column_scales.default: column_scales,
     OPS.code_sum.default: code_sum,
     OPS.rescale.default: rescale,
     OPS.add_bias.default: add_bias,

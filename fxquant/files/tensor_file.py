@@ -93,7 +93,16 @@ class TensorFile:
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A fresh CPU tensor of the stored shape, in ``dtype`` (None: the stored one)."""
+        return self._copied(self.entries[name], dtype)
+
+    def read_part(self, name: str, index: int, dtype: torch.dtype | None = None) -> Tensor:
+        """``read(name, dtype)[index]``, of which nothing else is read."""
         entry = self.entries[name]
+        shape = entry.shape[1:]
+        begin = entry.begin + index * math.prod(shape) * entry.dtype.itemsize
+        return self._copied(Entry(entry.dtype, shape, begin), dtype)
+
+    def _copied(self, entry: Entry, dtype: torch.dtype | None) -> Tensor:
         count = math.prod(entry.shape)
         result = _fresh(count, dtype or entry.dtype)
         if count:

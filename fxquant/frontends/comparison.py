@@ -82,11 +82,15 @@ def oracle_probes(facts: GraphInfo, device: torch.device) -> tuple[OracleProbe, 
 
 @dataclass(frozen=True)
 class Oracle:
-    """What the user's model computes on each probe: logits of the attended tokens, [T, vocab]."""
+    """What the user's model computes on each probe: logits of the attended tokens, [T, vocab].
+
+    ``hooks``: paths of the modules whose hooks have seen the probes.
+    """
 
     model: PreTrainedModel
     probes: tuple[OracleProbe, ...]
     logits: tuple[Tensor, ...]
+    hooks: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: PreTrainedModel, facts: GraphInfo, device: torch.device) -> Oracle:
@@ -109,7 +113,8 @@ class Oracle:
                     )
                 if probe is probes[0]:
                     _check_causal(found[0], probe, type(model).__name__)
-        return cls(model, probes, tuple(found))
+        hooks = dict.fromkeys(note.site for note in facts.notes)
+        return cls(model, probes, tuple(found), tuple(hooks))
 
 
 def _logits(model: PreTrainedModel, probe: OracleProbe) -> Tensor:
@@ -168,6 +173,8 @@ def compare(gm: GraphModule, oracle: Oracle) -> None:
             difference = relative_difference(expected[known], probe.attended(result)[known])
             if difference > allowed:
                 where = _first_difference(gm, oracle.model, probe, allowed)
+                if oracle.hooks:
+                    where += f" (a graph calls no hooks, as {', '.join(oracle.hooks)} has)"
                 raise TracingError(
                     f"the traced graph of {name} disagrees with the eager model: relative logit "
                     f"difference {difference:.3g} (at most {allowed:.3g}) on {probe}, first at "

@@ -1,53 +1,42 @@
 """The model as it was handed over: what a graph could not carry is refused by name.
 
-A hook, or a ``forward`` that stands on an instance, changes what a module computes without being
-part of it: a pass that replaces the module would lose it without a word.
+A ``forward`` that stands on an instance changes what a module computes without being part of it: a
+pass that replaces the module would lose it without a word.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as registries
 from transformers import PreTrainedModel
 
 from fxquant.errors import ModelError
 from fxquant.files.tensor_file import dtype_name
-from fxquant.frontends.settled import WEIGHT_HOOKS
+from fxquant.frontends.hooks import HookAt, hooks_of, named
 from fxquant.ir.graph import clone_sharing_storage
 from fxquant.ir.streamed import sources_of
 
-_LISTED = 3
 
-
-def check_handed_over(model: PreTrainedModel) -> None:
+def check_handed_over(model: PreTrainedModel) -> tuple[HookAt, ...]:
     """Raise ModelError, naming the module, where the model computes what no graph of it would.
 
     Weights that are elsewhere (accelerate's offloading, meta), several devices, weights that are
-    codes already, a ``forward`` put on an instance, forward hooks and forward pre-hooks, of modules
-    or global. Hooks of torch.nn.utils that only compute a weight are taken (``settled``).
+    codes already, a ``forward`` put on an instance, global forward hooks. Returns the model's own
+    hooks, but for those of torch.nn.utils that only compute a weight (``settled``): what they do is
+    known when they have seen a probe (``hooks.only_watching``).
     """
     _check_weights(model)
     for path, module in model.named_modules():
         if "forward" in module.__dict__:
             raise ModelError(
                 f"{path or type(model).__name__}: its forward was replaced on the instance by "
-                f"{_named(module.__dict__['forward'])}, and a graph calls the class's: delete the "
+                f"{named(module.__dict__['forward'])}, and a graph calls the class's: delete the "
                 "attribute, or put the change into a class"
             )
-    found = list(_hooks(model))
-    if found:
-        more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
-        raise ModelError(
-            f"{'; '.join(found[:_LISTED])}{more}: a hook may change what the model computes, and a "
-            "graph has none: remove it (handle.remove()), or put the change into a module"
-        )
+    return hooks_of(model)
 
 
 def own_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -108,37 +97,3 @@ def _check_float(place: str, weight: nn.Parameter) -> None:
             f"{place} is {dtype_name(weight.dtype)}: the weights are quantized "
             "already, and fxquant starts from the float model"
         )
-
-
-def _hooks(model: PreTrainedModel) -> Iterator[str]:
-    """Every forward hook and forward pre-hook that may change a value, in words."""
-    for what, found in (
-        ("hook", registries._global_forward_hooks),
-        ("pre-hook", registries._global_forward_pre_hooks),
-    ):
-        for hook in found.values():
-            yield f"a global forward {what} ({_named(hook)}) acts on every module"
-    harmless = _of_transformers(model)
-    for path, module in model.named_modules():
-        for what, hooks in (
-            ("hook", module._forward_hooks),
-            ("pre-hook", module._forward_pre_hooks),
-        ):
-            for number, hook in hooks.items():
-                if number not in harmless and not isinstance(hook, WEIGHT_HOOKS):
-                    yield f"{path or type(model).__name__} has a forward {what} ({_named(hook)})"
-
-
-def _of_transformers(model: PreTrainedModel) -> set[int]:
-    """Ids of the hooks of ``enable_input_require_grads``, which touch gradients only."""
-    one = getattr(model, "_require_grads_hook", None)
-    several = getattr(model, "_require_grads_hooks", None) or []
-    return {handle.id for handle in (one, *several) if hasattr(handle, "id")}
-
-
-def _named(function: Any) -> str:
-    """What a function is called, and the file and line where it stands."""
-    function = inspect.unwrap(function) if callable(function) else function
-    name = getattr(function, "__qualname__", type(function).__qualname__)
-    code = getattr(getattr(function, "__func__", function), "__code__", None)
-    return name if code is None else f"{name} of {code.co_filename}:{code.co_firstlineno}"

@@ -8,24 +8,30 @@ keeps in one 3-D parameter become modules of nn.Linear over views of it, at path
 from __future__ import annotations
 
 import types
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fxquant.errors import ModelError
+from fxquant.ir.sources import turned
+from fxquant.ir.streamed import Sources
 
 _MATRICES = ("gate_up_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """A module whose ``experts`` all run; ``views``: their matrices have paths of ours."""
+    """A module whose ``experts`` all run; ``views``: their matrices have paths of ours.
+
+    ``transposed``: such a matrix lies [K, N] in the model's parameter.
+    """
 
     path: str
     experts: int
     views: bool
+    transposed: bool = False
 
     def __str__(self) -> str:
         text = f"all {self.experts} experts compute every token, and the routing weighs the results"
@@ -42,16 +48,17 @@ def make_dense(copy: nn.Module) -> tuple[Mixture, ...]:
     """Let every mixture of ``copy``, a clone of the user's model, be computed densely.
 
     Taken are experts of transformers' experts interface (5), GPT-OSS's (4), and blocks of a linear
-    ``gate`` and a list of ``experts`` (4). Any other mixture stays as it is. Raises ModelError
-    where the experts are on meta, as a streamed model's are.
+    ``gate`` and a list of ``experts`` (4). Any other mixture stays as it is. Experts of a streamed
+    model stay on meta; ``expert_sources`` says where each is read.
     """
     found = []
     for path, module in list(copy.named_modules()):
         interface = _has_interface(module)
         if interface or _is_clamped(module):
-            _split(path, module, module.is_transposed if interface else True)
+            transposed = bool(module.is_transposed) if interface else True
+            found.append(Mixture(path, int(module.num_experts), True, transposed))
+            _split(module, transposed)
             module.forward = types.MethodType(_experts if interface else _clamped, module)
-            found.append(Mixture(path, int(module.num_experts), views=True))
         elif _is_block(module) and _computes_block(module):
             module.forward = types.MethodType(_block, module)
             found.append(Mixture(path, len(module.experts), views=False))
@@ -93,13 +100,25 @@ def _computes_block(module: Any) -> bool:
     return bool(torch.allclose(found, wanted, rtol=0, atol=allowed))
 
 
-def _split(path: str, experts: nn.Module, transposed: object) -> None:
+def expert_sources(mixtures: Iterable[Mixture], sources: Sources) -> Sources:
+    """Where the experts' own modules are read from, if ``sources`` holds those of their stacks."""
+    found: Sources = {}
+    for each in mixtures:
+        stacks = sources.get(each.path, {}) if each.views else {}
+        for index in range(each.experts):
+            for name in _MATRICES:
+                if name in stacks:
+                    matrix = stacks[name].at(index)
+                    own = {"weight": turned(matrix) if each.transposed else matrix}
+                    if f"{name}_bias" in stacks:
+                        own["bias"] = stacks[f"{name}_bias"].at(index)
+                    found[f"{each.path}.{index}.{name}"] = own
+    return found
+
+
+def _split(experts: nn.Module, transposed: bool) -> None:
     """Add modules 0, 1, ... to ``experts``, each with an nn.Linear for each of its matrices."""
     matrices = {n: p for n in _MATRICES if (p := experts._parameters.get(n)) is not None}
-    if any(matrix.is_meta for matrix in matrices.values()):
-        raise ModelError(
-            f"{path}: the experts of a streamed model are not taken yet: load the model as a whole"
-        )
     for index in range(int(experts.num_experts)):  # type: ignore[arg-type]
         expert = nn.Module()
         for name, matrix in matrices.items():

@@ -8,7 +8,6 @@ block is read once for all of them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -19,8 +18,9 @@ from fxquant.files.tensor_file import TensorFile
 from fxquant.frontends.config_kinds import check_attention, shown
 from fxquant.frontends.pretrained import empty_model, read_config
 from fxquant.frontends.weight_files import Stored, safetensors_weights
-from fxquant.frontends.weight_names import match
-from fxquant.ir.streamed import Source, restream
+from fxquant.frontends.weight_names import experts, match
+from fxquant.ir.sources import AnySource, Joined, Source
+from fxquant.ir.streamed import Sources, restream
 from fxquant.pipeline.arguments import as_device, checked_call
 
 
@@ -40,8 +40,10 @@ def stream(
         attention: the attention implementation, as from_pretrained's attn_implementation.
 
     Returns the model in eval mode, its parameters on meta; calling it or its graph reads each
-    leaf when it is needed. It cannot be moved, cast or trained. While it is built in half
-    precision, torch's default dtype is that one in all threads, as in transformers' own loading.
+    leaf when it is needed. Experts that transformers fuses when it loads a model are read one by
+    one in a graph, all of a layer at once when the model itself is called. It cannot be moved, cast
+    or trained. While it is built in half precision, torch's default dtype is that one in all
+    threads, as in transformers' own loading.
 
     Raises ModelError, naming file and tensor, for all that transformers would warn of: no
     safetensors files there, an index that does not fit them, weights that are missing, left over,
@@ -62,23 +64,9 @@ def stream(
     model = empty_model(config, str(directory), dtype, attention)
     config._name_or_path = str(directory)
     found = match(model, stored, directory)
-    _check_as_they_lie(model, found, directory)
     _read_buffers(model, found, device)
-    restream(model, _sources(model, found, dtype, device))
+    restream(model, _sources(model, found, experts(model, stored, directory), dtype, device))
     return model.eval().requires_grad_(False)
-
-
-def _check_as_they_lie(
-    model: PreTrainedModel, stored: Mapping[str, Stored], directory: Path
-) -> None:
-    """Raise ModelError for a weight that no stored tensor is by itself."""
-    for name, _ in model.named_parameters(remove_duplicate=False):
-        if name not in stored:
-            raise ModelError(
-                f"{directory}: {name} is made of several stored tensors when a model is loaded "
-                "(transformers 5 fuses a mixture's experts), and streaming reads each as it lies: "
-                "load it without streaming"
-            )
 
 
 def _float_dtype(stored: Mapping[str, Stored]) -> torch.dtype:
@@ -87,15 +75,33 @@ def _float_dtype(stored: Mapping[str, Stored]) -> torch.dtype:
 
 
 def _sources(
-    model: PreTrainedModel, stored: Mapping[str, Stored], dtype: torch.dtype, device: torch.device
-) -> dict[str, dict[str, Source]]:
-    """By module path and name."""
-    found: dict[str, dict[str, Source]] = {}
+    model: PreTrainedModel,
+    stored: Mapping[str, Stored],
+    stacks: Mapping[str, tuple[tuple[Stored, ...], ...]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Sources:
+    """Raises ModelError for a weight that is neither stored nor a stack of stored ones."""
+
+    def source(entry: Stored) -> AnySource:
+        assert isinstance(entry.source, TensorFile)
+        return Source(entry.source, entry.name, dtype, device)
+
+    def joined(row: tuple[Stored, ...]) -> AnySource:
+        return source(row[0]) if len(row) == 1 else Joined(tuple(map(source, row)), stacked=False)
+
+    found: Sources = {}
     for name, _ in model.named_parameters(remove_duplicate=False):
         path, _, own = name.rpartition(".")
-        entry = stored[name]
-        assert isinstance(entry.source, TensorFile)
-        found.setdefault(path, {})[own] = Source(entry.source, entry.name, dtype, device)
+        if name in stored:
+            found.setdefault(path, {})[own] = source(stored[name])
+        elif name in stacks:
+            found.setdefault(path, {})[own] = Joined(tuple(map(joined, stacks[name])), stacked=True)
+        else:
+            raise ModelError(
+                f"{model.config._name_or_path}: transformers computes {name} from several stored "
+                "tensors, and not by stacking them: load it without streaming"
+            )
     return found
 
 

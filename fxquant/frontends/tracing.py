@@ -25,9 +25,10 @@ from fxquant.frontends.attention import registered
 from fxquant.frontends.comparison import TESTED_TRANSFORMERS, Oracle, compare
 from fxquant.frontends.functional import make_functional
 from fxquant.frontends.handed_over import check_handed_over, own_copy
+from fxquant.frontends.hooks import only_watching
 from fxquant.frontends.leaves import as_leaf
 from fxquant.frontends.masks import fuse_masks
-from fxquant.frontends.mixtures import make_dense
+from fxquant.frontends.mixtures import expert_sources, make_dense
 from fxquant.frontends.patching import exclusive, no_mask_left_out, tracing
 from fxquant.frontends.recorder.record import Recorded, record
 from fxquant.frontends.scoring import ScoringGraph
@@ -80,9 +81,10 @@ def trace(model: PreTrainedModel, frontend: str = "auto") -> GraphModule:
     _check_versions()
     chosen = _front_ends(frontend)
     _check_model(model)
-    check_handed_over(model)
-    facts = _describe(model)
-    oracle = Oracle.of(own_copy(model), facts, streamed_device(model) or model.device)
+    hooks = check_handed_over(model)
+    facts = replace(_describe(model), notes=tuple(hook.note for hook in hooks))
+    eager = only_watching(own_copy(model), hooks)
+    oracle = Oracle.of(eager, facts, streamed_device(model) or model.device)
     failure = ""
     for name in chosen[:-1]:
         try:
@@ -114,8 +116,10 @@ def _traced(model: PreTrainedModel, oracle: Oracle, facts: GraphInfo, frontend: 
     sources = unstreamed(copy)  # a streamed model is traced on meta
     settle(copy)
     mixtures = make_dense(copy)
+    sources |= expert_sources(mixtures, sources)
     gm, longest = _graph_by(frontend, copy)
-    facts = replace(facts, notes=tuple(Note("trace", each.path, str(each)) for each in mixtures))
+    dense = tuple(Note("trace", each.path, str(each)) for each in mixtures)
+    facts = replace(facts, notes=facts.notes + dense)
     set_info(gm, _bounded(facts, longest))
     _drop_dropout(gm)
     _default_mask(gm)

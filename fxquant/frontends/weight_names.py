@@ -48,6 +48,31 @@ def match(
     return _with_ties(model, found)
 
 
+def experts(
+    model: PreTrainedModel, stored: Mapping[str, Stored], directory: Path
+) -> dict[str, tuple[tuple[Stored, ...], ...]]:
+    """Of each weight of ``model`` that is a stack of experts, what is stored for each of them.
+
+    Raises ModelError where there are more or fewer of them than the model has, or misshapen ones.
+    """
+    state = model.state_dict(keep_vars=True)
+    found = {}
+    for name, rows in renamed(model, stored, directory).experts.items():
+        wanted = tuple(state[name].shape)
+        found[name] = tuple(tuple(stored[key] for key in row) for row in rows)
+        for row in found[name]:
+            shape = (len(rows), sum(each.shape[0] for each in row), *row[0].shape[1:])
+            if shape != wanted or len({each.shape[1:] for each in row}) != 1:
+                raise ModelError(
+                    f"{name} has shape {list(wanted)} by the config; {row[0].path} holds "
+                    f"{listed([each.name for each in row])} and others for {len(rows)} experts, "
+                    f"which make {list(shape)}"
+                )
+            for each in row:
+                _check_floating(name, each, state[name])
+    return found
+
+
 def _check_complete(
     model: PreTrainedModel,
     names: Mapping[str, str],
@@ -114,6 +139,10 @@ def _check_kind(name: str, stored: Stored, wanted: Tensor) -> None:
         raise ModelError(
             f"{name} has shape {list(stored.shape)} in {stored.path}, the config says {list(shape)}"
         )
+    _check_floating(name, stored, wanted)
+
+
+def _check_floating(name: str, stored: Stored, wanted: Tensor) -> None:
     if _kind(stored.dtype) != _kind(wanted.dtype):
         raise ModelError(
             f"{name} is {_kind(stored.dtype)} ({dtype_name(stored.dtype)}) in "

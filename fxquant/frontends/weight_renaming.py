@@ -7,7 +7,7 @@ mixture's experts lie in one tensor there, in the files each by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,13 @@ class Names:
     """The model's names by stored ones, and what is made of several stored tensors.
 
     ``made``: the model's names of the weights that a stored tensor has a part in, by its name.
+    ``experts``: of a weight that is a stack, for each expert the stored tensors that lie one behind
+    the other in it; other ways to make a weight are not among them.
     """
 
     names: dict[str, str]
     made: dict[str, tuple[str, ...]]
+    experts: dict[str, tuple[tuple[str, ...], ...]]
 
 
 def renamed(model: PreTrainedModel, keys: Iterable[str], directory: Path) -> Names:
@@ -39,20 +42,46 @@ def renamed(model: PreTrainedModel, keys: Iterable[str], directory: Path) -> Nam
     the prefix. Raises ModelError where the files mix a headless model's names with a head's."""
     stored = list(keys)
     if get_model_conversion_mapping is None:
-        return Names(_by_prefix(model, stored, directory), {})
+        return Names(_by_prefix(model, stored, directory), {}, {})
     mapping = get_model_conversion_mapping(model)
     converters = [each for each in mapping if isinstance(each, WeightConverter)]
     renamings = [each for each in mapping if not isinstance(each, WeightConverter)]
     state = model.state_dict()
     names: dict[str, str] = {}
     made: dict[str, tuple[str, ...]] = {}
+    parts: dict[str, dict[str, list[str]]] = {}
     for key in stored:
         name, pattern = _by_patterns(model, key, renamings, converters, state)
         if pattern is None:
             names[key] = name
         else:
             made[key] = _made(name, pattern, converters)
-    return Names(names, made)
+            parts.setdefault(name, {}).setdefault(pattern, []).append(key)
+    return Names(names, made, dict(_experts(parts, converters)))
+
+
+def _experts(
+    parts: dict[str, dict[str, list[str]]], converters: list[Any]
+) -> Iterator[tuple[str, tuple[tuple[str, ...], ...]]]:
+    """Weights made by stacking lists of tensors, and of several lists by then joining each row."""
+    for name, found in parts.items():
+        patterns = _converter(next(iter(found)), converters).source_patterns
+        operations = [
+            (type(each).__name__, each.dim if hasattr(each, "dim") else None)
+            for each in _converter(patterns[0], converters).operations
+        ]
+        joined = [("Concatenate", 1)] if len(patterns) > 1 else []
+        lists = [sorted(found.get(each, ()), key=_number) for each in patterns]
+        if operations == [("MergeModulelist", 0), *joined] and len({*map(len, lists)}) == 1:
+            yield name, tuple(zip(*lists, strict=True))
+
+
+def _number(key: str) -> list[int]:
+    return [int(part) for part in key.split(".") if part.isdigit()]
+
+
+def _converter(pattern: str, converters: list[Any]) -> Any:
+    return next(each for each in converters if pattern in each.source_patterns)
 
 
 def _by_patterns(
@@ -67,7 +96,7 @@ def _by_patterns(
 
 def _made(name: str, pattern: str, converters: list[Any]) -> tuple[str, ...]:
     """Every weight that the converter with this source pattern makes, ``name`` being the first."""
-    converter = next(each for each in converters if pattern in each.source_patterns)
+    converter = _converter(pattern, converters)
     first = converter.target_patterns[0]
     return tuple(name.replace(first, target) for target in converter.target_patterns)
 

@@ -199,6 +199,7 @@ _FORMULAS: dict[str, tuple[int, Callable[[Sequence[str]], str]]] = {
     "fxquant.code_sum": (1, lambda a: f"sum of {a[0]} over columns"),
     "fxquant.int_gemm": (3, _int_gemm),
     "fxquant.int_matmul": (2, lambda a: f"{a[0]} @ {a[1]}"),
+    "fxquant.column_scales": (2, lambda a: f"{a[0]}, NaN in columns where {a[1]} is"),
     "fxquant.attention": (5, _attention),
     "fxquant.store_kv": (2, lambda a: f"{a[0]}, {a[1]} bits, each token and head"),
     "hide": (2, lambda a: f"{a[0]} where {a[1]}, else -inf"),

@@ -205,7 +205,8 @@ def clone_sharing_storage(module: ModuleT, *, hooks: bool = False) -> ModuleT:
 
     What is done to the copy (``half``, ``to``, ``train``, new leaves) never reaches the original;
     only writing into a tensor in place would, and nothing here does. ``hooks``: with the forward
-    hooks that it has; they are the user's, and would see our probes.
+    hooks that it has, the user's own, which may hold what cannot be copied; those that are bound to
+    a module act on its copy.
     """
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
@@ -213,6 +214,9 @@ def clone_sharing_storage(module: ModuleT, *, hooks: bool = False) -> ModuleT:
     for part in module.modules():
         for tensor in _tensors({k: v for k, v in part.__dict__.items() if k != "_parameters"}):
             memo.setdefault(id(tensor), tensor.detach())
+        for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values()):
+            if not isinstance(getattr(hook, "__self__", None), nn.Module):
+                memo[id(hook)] = hook
     clone = copy.deepcopy(module, memo)
     for part in clone.modules():
         for found in () if hooks else (part._forward_hooks, part._forward_pre_hooks):

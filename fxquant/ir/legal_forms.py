@@ -48,6 +48,7 @@ LEGAL = (
     ),
     Form("code_sum", OPS.code_sum.default, (I, K), "row sums of codes, for weight zero points"),
     Form("int_matmul", OPS.int_matmul.default, (I, K), "two activations' codes to exact int32"),
+    Form("column_scales", OPS.column_scales.default, (I, K), "a product's static scale; NaN's way"),
     Form("attention", OPS.attention.default, (F, O, Q, I, K), "fused; causal where it has no mask"),
     Form("store_kv", OPS.store_kv.default, (F, O, Q, I, K), "a cache's storage error, simulated"),
     Form("int_gemm", OPS.int_gemm.default, (I, K), "int8 codes to exact int32"),

@@ -73,6 +73,12 @@ def _cpu_int8(codes: Tensor) -> bool:
     return codes.device.type == "cpu" and cpu_int8.exact_int_mm()
 
 
+def column_scales(scale: Tensor, x: Tensor) -> Tensor:
+    """fp32 [..., 1, N]: the static scale () of a product's right operand ``x`` [..., K, N], NaN for
+    each column that holds one, which has no code."""
+    return scale + quantization.nan_rows(x.transpose(-2, -1)).transpose(-2, -1)
+
+
 def attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
 ) -> Tensor:
@@ -199,6 +205,7 @@ _COMPOSITE = {
     "unpack_int4(Tensor packed, int length) -> Tensor": unpack_int4,
     "int_gemm(Tensor x_codes, Tensor weight_codes, int chunk) -> Tensor": int_gemm,
     "int_matmul(Tensor left_codes, Tensor right_codes) -> Tensor": int_matmul,
+    "column_scales(Tensor scale, Tensor x) -> Tensor": column_scales,
     "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float? scale)"
     " -> Tensor": attention,
     "store_kv(Tensor x, int bits) -> Tensor": store_kv,

@@ -11,10 +11,10 @@ import contextlib
 import functools
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
@@ -23,40 +23,17 @@ from torch import Tensor, nn
 
 from fxquant.errors import GraphError, ModelError, WriteError
 from fxquant.files.locks import reason
-from fxquant.files.tensor_file import TensorFile, restore_order, storage_order
+from fxquant.files.tensor_file import TensorFile, storage_order
+from fxquant.ir.sources import AnySource, Source
 
-
-@dataclass(frozen=True)
-class Source:
-    """A tensor in a file, the dtype and device that it is read to, and its storage_order."""
-
-    file: TensorFile
-    key: str
-    dtype: torch.dtype
-    device: torch.device
-    order: tuple[int, ...] | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Source:
-        return self
-
-    def read(self) -> Tensor:
-        value = self.file.read(self.key, self.dtype).to(self.device)
-        return value if self.order is None else restore_order(value, self.order)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        stored = self.file.entries[self.key].shape
-        return (
-            stored
-            if self.order is None
-            else tuple(stored[self.order.index(d)] for d in range(len(stored)))
-        )
+Sources: TypeAlias = dict[str, dict[str, AnySource]]
+"""Of each module by its path, and there by the tensor's name."""
 
 
 class Streamed(nn.Module):
     """Mixin of a module whose tensors in ``_sources`` are read on access."""
 
-    _sources: dict[str, Source]
+    _sources: dict[str, AnySource]
     _held: dict[str, Tensor] | None
 
     def __getattr__(self, name: str) -> Any:
@@ -72,6 +49,10 @@ class Streamed(nn.Module):
         if held is not None:
             held[name] = value
         return value
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with held([self]):  # experts look at one tensor as often as there are experts
+            return super().__call__(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         raise ModelError(
@@ -93,7 +74,7 @@ def plain_type(module: nn.Module) -> type[nn.Module]:
     return plain
 
 
-def stream_leaf(module: nn.Module, sources: dict[str, Source]) -> None:
+def stream_leaf(module: nn.Module, sources: Mapping[str, AnySource]) -> None:
     """Let ``module`` read these of its parameters and buffers from their sources."""
     known = sources_of(module)
     for name, source in sources.items():
@@ -107,16 +88,16 @@ def stream_leaf(module: nn.Module, sources: dict[str, Source]) -> None:
     module.__dict__["_held"] = None
 
 
-def sources_of(module: nn.Module) -> dict[str, Source]:
+def sources_of(module: nn.Module) -> dict[str, AnySource]:
     """The module's own streamed tensors by name; what has been replaced since is not among them."""
-    found: dict[str, Source] = module.__dict__.get("_sources", {})
+    found: dict[str, AnySource] = module.__dict__.get("_sources", {})
     values = {**module._parameters, **module._buffers} if found else {}
     return {n: s for n, s in found.items() if (v := values.get(n)) is not None and v.is_meta}
 
 
-def unstreamed(root: nn.Module) -> dict[str, dict[str, Source]]:
+def unstreamed(root: nn.Module) -> Sources:
     """Turn streamed modules below ``root`` into plain ones on meta; their sources by path."""
-    found: dict[str, dict[str, Source]] = {}
+    found: Sources = {}
     for path, module in root.named_modules():
         if isinstance(module, Streamed):
             found[path] = sources_of(module)
@@ -126,7 +107,7 @@ def unstreamed(root: nn.Module) -> dict[str, dict[str, Source]]:
     return found
 
 
-def restream(root: nn.Module, sources: dict[str, dict[str, Source]]) -> None:
+def restream(root: nn.Module, sources: Sources) -> None:
     """Stream what stands on meta below ``root`` again, by path; ModelError if it has no source."""
     for path, module in root.named_modules():
         values = {**module._parameters, **module._buffers}

@@ -168,12 +168,17 @@ def integerize_product(gm: GraphModule, site: Site, node: Node) -> bool:
     a, b = operands(left), operands(right)
     with gm.graph.inserting_before(node):
         acc = builder.call(OPS.int_matmul.default, a.codes, b.codes, name="acc")
+        right_scale = b.scale
+        if right_scale.op == "get_attr":  # a dynamic scale is NaN where its operand is
+            right_scale = builder.call(
+                OPS.column_scales.default, b.scale, b.like, name="right_scales"
+            )
         corrections = (None, None, None, None)
         y = builder.call(
             OPS.rescale.default,
             acc,
             a.scale,
-            b.scale,
+            right_scale,
             *corrections,
             a.like,
             name="y",
