@@ -58,7 +58,8 @@ class ClippingCounter:
     def __init__(self, quantizers: Quantizers) -> None:
         self._quantizers = quantizers
         self._values: dict[Node, Any] = {}
-        self._finite: list[Tensor] = []
+        # Of each quantizer in turn, what is not finite where its input is not.
+        self._ends: list[Tensor] = []
         self._clipped: list[Tensor] = []
         self._total = 0
 
@@ -95,7 +96,7 @@ class ClippingCounter:
         self._see_static(x, *ends)
 
     def _see_dynamic(self, x: Tensor, scale: Tensor, zero_point: Any, chosen: Any) -> None:
-        self._finite.append(torch.isfinite(scale).all())
+        self._ends.append(scale)
         if not chosen.symmetric:
             self._clipped.append(clipped_codes(x, scale, zero_point, chosen.qmin, chosen.qmax))
 
@@ -104,14 +105,17 @@ class ClippingCounter:
         x, scale = (self._values.get(each, each) for each in (call.x, call.scale))
         self._total += x.numel()
         static = call.scale.op == "get_attr"
-        self._finite.append(torch.isfinite(x if static else scale).all())
+        if static:
+            self._ends.append(torch.stack((x.amin(-1), x.amax(-1))))
+        else:
+            self._ends.append(scale.amax(-1) if scale.dim() else scale)
         grid, size = grid_named(call.grid), call.group_size or None
         self._clipped.append(beyond_grid(x, scale, grid, size))
 
     def _see_static(self, x: Tensor, low: Tensor, high: Tensor) -> None:
         # Two vectorized reductions read twice, and are still faster than one aminmax.
         lowest, highest = x.amin(-1), x.amax(-1)
-        self._finite.append((torch.isfinite(lowest) & torch.isfinite(highest)).all())
+        self._ends.append(torch.stack((lowest, highest)))
         if x.device.type == "cpu":
             # Reading a device waits for all that is queued there; the CPU has nothing queued.
             x = x[(lowest < low) | (highest > high)]
@@ -123,13 +127,20 @@ class ClippingCounter:
 
         Raises NonFiniteError that names the first site whose input holds NaN or infinity.
         """
-        for node, finite in zip(self._quantizers.calls, _read(self._finite), strict=True):
-            if not finite:
-                raise NonFiniteError(
-                    f"{tag(node).site}: its input holds NaN or infinite activations, which have no "
-                    "code; the model overflows its dtype here"
-                )
-        return sum(_read(self._clipped)), self._total
+        if not self._ends:
+            return 0, self._total
+        ends, self._ends = [each.flatten() for each in self._ends], []
+        finite = torch.isfinite(torch.cat(ends)).all()
+        clipped = torch.stack((torch.zeros_like(finite), *self._clipped)).sum()
+        all_finite, count = torch.stack((finite, clipped)).tolist()
+        if not all_finite:
+            seen = zip(self._quantizers.calls, ends, strict=True)
+            node = next(node for node, each in seen if not bool(torch.isfinite(each).all()))
+            raise NonFiniteError(
+                f"{tag(node).site}: its input holds NaN or infinite activations, which have no "
+                "code; the model overflows its dtype here"
+            )
+        return count, self._total
 
 
 def _dynamic_range(scale: Node) -> Any:
@@ -138,8 +149,3 @@ def _dynamic_range(scale: Node) -> Any:
         return None
     source = source_of(scale)
     return operands(source) if is_op(source, OPS.choose_qparams.default) else None
-
-
-def _read(values: list[Tensor]) -> list[Any]:
-    """All of them at once: one wait for the device."""
-    return torch.stack(values).tolist() if values else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from fxquant.ir.graph import device_of, tag
 from fxquant.run.batched import is_streamed, run_batches
 from fxquant.run.distributed import complete, is_main, shard
 from fxquant.run.execution import Executor
+from fxquant.run.head import final_head, nll_to_the_end
 from fxquant.run.loss import highest_id, token_nll
 
 
@@ -91,12 +92,25 @@ def _batch_results(
     inputs = [{"input_ids": ids} for ids in batches]
     if is_streamed(gm):
         outputs = run_batches(gm, inputs, watchers, label=label if is_main() else "")
+        losses = (token_nll(y, x, highest) for y, x in zip(outputs, batches, strict=True))
     else:
-        executor = Executor(gm)
-        pairs = zip(inputs, watchers, strict=True)
-        outputs = (executor.run(watcher, **each) for each, watcher in pairs)
-    for ids, counter, logits in zip(batches, counters, outputs, strict=True):
-        yield token_nll(logits, ids, highest), counter.result()
+        run = _loss_of_a_run(gm, highest)
+        losses = (run(*each) for each in zip(batches, watchers, strict=True))
+    for found, counter in zip(losses, counters, strict=True):
+        yield found, counter.result()
+
+
+def _loss_of_a_run(
+    gm: GraphModule, highest: int
+) -> Callable[[Tensor, ClippingCounter | None], Tensor]:
+    """From a batch's ids and its watcher to token_nll; on the CPU without a tensor of all logits,
+    where the graph ends in its head."""
+    executor, head = Executor(gm), final_head(gm)
+    if head is None or device_of(gm).type != "cpu":
+        return lambda ids, watcher: token_nll(executor.run(watcher, input_ids=ids), ids, highest)
+    return lambda ids, watcher: nll_to_the_end(
+        *(executor, executor.start(input_ids=ids), head, ids), on_node=watcher, highest=highest
+    )
 
 
 def evaluate(

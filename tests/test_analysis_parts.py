@@ -14,7 +14,6 @@ from torch.fx import GraphModule
 
 import fxquant
 from fxquant.analysis.floor import floor_energy
-from fxquant.analysis.head import final_head, head_nll
 from fxquant.analysis.inputs import as_batches, observed_graph
 from fxquant.analysis.lab import FLOAT_SETTING, Lab, setting
 from fxquant.analysis.local import LocalFigures, _record, local_figures, stretch
@@ -23,6 +22,7 @@ from fxquant.analysis.sites import LinearSite, SimulatedSite, places, simulated_
 from fxquant.formats.integer import integer
 from fxquant.ir.graph import source_of
 from fxquant.numerics.quantizer import Quantizer
+from fxquant.run.head import final_head, head_nll
 from fxquant.run.loss import token_nll
 from fxquant.schemes.scheme import Scheme
 from fxquant.schemes.specs import TensorSpec
@@ -169,15 +169,31 @@ def test_the_loss_without_logits_is_the_loss(name: str) -> None:
     assert lab.loss(FLOAT_SETTING) == pytest.approx(float(plain.mean()), rel=1e-6)
 
 
-@torch.no_grad()
-def test_head_nll_over_several_slices() -> None:
+@pytest.mark.parametrize("grad", [False, True])
+def test_head_nll_over_several_slices(grad: bool) -> None:
+    """Also where a slice of the vocabulary is masked by a bias of -inf, and one row is NaN."""
     generator = torch.Generator().manual_seed(0)
     head = torch.nn.Linear(16, 9000)
     x = torch.randn(2, 7, 16, generator=generator)
     ids = torch.randint(9000, (2, 7), generator=generator)
     ids[0, 1:4] = torch.tensor([0, 4096, 8999])
-    expected = token_nll(head(x), ids)
-    assert torch.allclose(head_nll(x, head, ids), expected, atol=1e-5)
+    with torch.no_grad():
+        head.bias[2048:4096] = -torch.inf
+        ids[(ids >= 2048) & (ids < 4096)] += 4096
+    x[1, 3] = torch.nan
+    with torch.set_grad_enabled(grad):
+        found, expected = head_nll(x, head, ids), token_nll(head(x), ids)
+    # Sums of 9,000 terms: float32's rounding of a logarithm near 9, a few times.
+    assert torch.allclose(found, expected, atol=1e-5, equal_nan=True)
+    assert found.isnan().sum() == 1
+    if grad:
+        kept = found.isfinite()
+        weight = torch.randn(int(kept.sum()), generator=generator)
+        one, other = (
+            torch.autograd.grad((nll[kept] * weight).sum(), head.weight)[0]
+            for nll in (found, expected)
+        )
+        assert torch.allclose(one.nan_to_num(), other.nan_to_num(), atol=1e-5)
 
 
 def kinds_of(gm: GraphModule, sites: tuple[SimulatedSite, ...]) -> dict[str, list[str]]:

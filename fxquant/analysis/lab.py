@@ -6,17 +6,16 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxquant.analysis.head import final_head, head_nll
 from fxquant.analysis.meter import Meter
 from fxquant.analysis.parts import EVERY_PART, Parts
 from fxquant.analysis.sites import SimulatedSite
 from fxquant.errors import NonFiniteError
-from fxquant.ir.graph import source_of
 from fxquant.ir.legal_forms import observer_nodes
 from fxquant.run.execution import Cut, Executor
+from fxquant.run.head import final_head, nll_to_the_end
 from fxquant.run.loss import token_nll
 
 # What computes a site's output in place of the float graph, by its output node.
@@ -102,12 +101,7 @@ class Lab:
         if head is None or head in under:
             done = self.executor.advance(cut, instead=under)
             return token_nll(done.values[self.executor.nodes[-1]], ids)
-        behind = self.executor.advance(cut, head, instead=under)
-        x, module = behind.values[source_of(head)], self.gm.get_submodule(str(head.target))
-        assert isinstance(module, nn.Linear)
-        if x.dtype != module.weight.dtype:  # the run of the node says what is wrong
-            self.executor.advance(behind)
-        return head_nll(x, module, ids)
+        return nll_to_the_end(self.executor, cut, head, ids, instead=under)
 
     def _count(self, begin: int, end: int) -> None:
         self.meter.count((end - begin) / len(self.executor.nodes))

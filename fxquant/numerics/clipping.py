@@ -50,12 +50,15 @@ def clipped_codes(
 ) -> Tensor:
     """The same for a range of x's own (scale [..., 1] or 0-dim), by its codes: int64, 0-dim.
 
-    Such a range holds x but for roundings at its ends. On the CPU the ends are asked first.
+    Such a range holds x but for roundings at its ends. On the CPU only rows whose ends are clipped
+    are looked through.
     """
     if x.device.type == "cpu":
         ends = torch.stack((x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)))
-        if not bool(_outside(ends, scale, zero_point, qmin, qmax).any()):
-            return torch.zeros((), dtype=torch.int64)
+        rows = _outside(ends, scale, zero_point, qmin, qmax).any(0).squeeze(-1)
+        x = x[rows]
+        scale = scale[rows] if scale.dim() else scale
+        zero_point = zero_point[rows] if zero_point is not None and zero_point.dim() else zero_point
     return torch.count_nonzero(_outside(x, scale, zero_point, qmin, qmax))
 
 

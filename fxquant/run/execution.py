@@ -103,10 +103,11 @@ class Executor:
         including, ``until`` are read once, at their first use, and let go at the end of it."""
         end = len(self.nodes) if until is None else self.position[until]
         used = [node for node in self.nodes[begin:end] if node.op in ("call_module", "get_attr")]
-        with held(self._leaf(node) for node in used):
+        with held(self.leaf(node) for node in used):
             yield
 
-    def _leaf(self, node: Node) -> torch.nn.Module:
+    def leaf(self, node: Node) -> torch.nn.Module:
+        """The module that a node calls, or whose tensor it reads."""
         path = str(node.target)
         return self._gm.get_submodule(path if node.op == "call_module" else path.rpartition(".")[0])
 
