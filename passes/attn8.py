@@ -12,6 +12,7 @@ from fxquant.passes.decompose_attention import DecomposeAttention
 from fxquant.pipeline.context import Context
 from fxquant.pipeline.pipeline import Pass
 from fxquant.pipeline.repair import Repair
+from fxquant.schemes.named import Format8
 from fxquant.structure.attention import products_in_float, recount_products, written_out
 from fxquant.structure.outcome import Blocked, Changed, Outcome
 
@@ -26,8 +27,11 @@ class Attn8(Repair):
     integer: rescale(int_matmul(q_q, k_q), q_scale, k_scale)
 
     8 bits, symmetric; static or dynamic, per tensor or per token as the scheme's activations are
-    (I-BERT, Kim et al. 2021, quantizes the same two products).
+    (I-BERT, Kim et al. 2021, quantizes the same two products). ``format``: integers, or E4M3
+    ("fp8") or E5M2, whose products meet in code_matmul.
     """
+
+    format: Format8 = "int8"
 
     name = "attn8"
     requires = (Level.FLOAT,)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fxquant.passes.kv8 import Kv8
+from fxquant.formats.grid import Grid
+from fxquant.formats.integer import integer
+from fxquant.passes.kv8 import StoresCache
 
 
 @dataclass(frozen=True)
-class Kv4(Kv8):
-    """``kv8`` with 4 bits."""
+class Kv4(StoresCache):
+    """``kv8`` with 4 bits, integers."""
 
     name = "kv4"
-    bits = 4
+
+    @property
+    def grid(self) -> Grid:
+        return integer(4)

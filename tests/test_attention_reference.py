@@ -19,12 +19,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 import fxquant
-from fxquant.ir.graph import info, is_op
-from fxquant.ir.legal_forms import OPS
+from fxquant.ir.graph import info
+from fxquant.ir.legal_forms import OPS, STORES
 from fxquant.run.execution import Executor
 from tests.architectures import ARCHITECTURES, padding_mask, token_ids
 
 NAME = "fxquant_reference"
+CODES = (OPS.quantize.default, OPS.quantize_to.default)
 # Of a value, and of what the graph stored for it.
 Quantizer = Callable[[Tensor, Tensor], Tensor]
 # A step's fraction. x / scale is at most 255 (kv8's steps); what leads to x (a norm, a projection,
@@ -68,21 +69,55 @@ def affine(x: Tensor, stored: Tensor, bits: int) -> Tensor:
     return torch.clamp(codes, zero, zero + steps) * scale
 
 
+def on_float8(x: Tensor, scale: Tensor, stored: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` on the numbers of a float8 type under ``scale``; ``stored``: the numbers that it is."""
+    pattern = torch.arange(256, dtype=torch.uint8).view(dtype).double()
+    numbers = pattern[pattern.isfinite()].unique()
+    steps, stored = x / scale, stored.double()
+    nearest = numbers[(steps[..., None] - numbers).abs().argmin(-1)]
+    tie = (steps - stored).abs() <= (steps - nearest).abs() + steps.abs() * 64 * 2**-24
+    return torch.where(tie, stored, nearest) * scale
+
+
+def float8(x: Tensor, codes: Tensor, peak: Tensor) -> Tensor:
+    """By its codes, under a scale that takes ``peak`` to the end of their type."""
+    scale = peak / torch.finfo(codes.dtype).max
+    return on_float8(x, scale, codes, codes.dtype)
+
+
+def kept_float8(x: Tensor, stored: Tensor, dtype: torch.dtype) -> Tensor:
+    """By the values that were stored, one scale a token and head."""
+    scale = x.abs().amax(-1, keepdim=True) / torch.finfo(dtype).max
+    codes = (stored.double() / scale).float().to(dtype)
+    return on_float8(x, scale, codes, dtype)
+
+
 def same(x: Tensor, _: Tensor) -> Tensor:
     return x
 
 
 def quantizers(scheme: str, graph: GraphModule, layer: int) -> tuple[Quantizer, ...]:
     """Of q, k, p and v."""
+    if "+kv8(" in scheme:
+        dtype = torch.float8_e5m2 if "e5m2" in scheme else torch.float8_e4m3fn
+        keep = lambda x, s: kept_float8(x, s, dtype)  # noqa: E731
+        return same, keep, same, keep
     if "+kv" in scheme:
         bits = int(scheme[-1])
         return same, lambda k, s: affine(k, s, bits), same, lambda v, s: affine(v, s, bits)
+    if "format" in scheme and "static" not in scheme:
+        token = "token" in scheme or scheme.startswith("fp8")
+        whole = lambda x, s: float8(x, s, x.abs().max())  # noqa: E731
+        rows = lambda x, s: float8(x, s, x.abs().amax(-1, keepdim=True))  # noqa: E731
+        return (rows, rows, rows, whole) if token else (whole, whole, whole, whole)
     if "dynamic" in scheme:
         each = per_token if "token" in scheme else per_tensor
         return each, each, each, per_tensor
     path = f"{info(graph).blocks[layer]}.self_attn"
     names = ("qk.left", "qk.right", "pv.left", "pv.right")
     scales = [graph.get_buffer(f"{path}.{name}_scale").double() for name in names]
+    if "format" in scheme:
+        return tuple(lambda x, s, c=c: on_float8(x, c, s, s.dtype) for c in scales)
     return tuple(lambda x, s, scale=scale: symmetric(x, s, scale) for scale in scales)
 
 
@@ -91,7 +126,7 @@ def run_recording(graph: GraphModule, batch: dict[str, Tensor]) -> tuple[Tensor,
     stored: list[Tensor] = []
 
     def on_node(node: Node, value: Any) -> Any:
-        if is_op(node, OPS.quantize.default) or is_op(node, OPS.store_kv.default):
+        if node.target in (*CODES, *STORES):
             stored.append(value)
         return value
 
@@ -137,7 +172,9 @@ def reference(
     "scheme",
     [
         *("w8a8-dynamic+attn8", "w8a8-dynamic-token+attn8", "w8a8-static:absmax+attn8"),
-        *("fp+kv8", "fp+kv4"),
+        *("fp+kv8", "fp+kv4", "fp+kv8(format=fp8)", "fp+kv8(format=e5m2)"),
+        *("fp8+attn8(format=fp8)", "w8a8-dynamic+attn8(format=e5m2)"),
+        *("w8a8-static:absmax+attn8(format=e4m3)", "w8a8-dynamic-token+attn8(format=e4m3)"),
     ],
 )
 @pytest.mark.parametrize("name", ["opt", "llama"])

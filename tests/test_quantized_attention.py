@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
@@ -13,7 +14,8 @@ from torch.fx import GraphModule, Node
 from transformers import PreTrainedModel
 
 import fxquant
-from fxquant.errors import ModelError, SchemeError, VerificationError
+from fxquant.checkpoint.manifest import MANIFEST, write_manifest
+from fxquant.errors import CheckpointError, ModelError, SchemeError, VerificationError
 from fxquant.ir.graph import info, is_op, site_outputs
 from fxquant.ir.legal_forms import OPS
 from fxquant.ir.operands import op_name
@@ -163,6 +165,62 @@ def test_a_product_by_hand(name: str, scheme: str) -> None:
         assert int(left.abs().max()) <= 127
         checked += 1
     assert checked == 4
+
+
+@pytest.mark.parametrize("scheme", ["fp8+attn8(format=fp8)", "w8a8-static+attn8(format=e5m2)"])
+def test_a_product_of_float8_codes_by_hand(scheme: str) -> None:
+    """Sums of products of codes in float64, exact, then the scales; operands stay in a byte."""
+    graph = fxquant.convert(llama(), scheme, calibration=[inputs()])
+    values, checked = node_values(graph), 0
+    for site, node in site_outputs(graph):
+        if site.role != "matmul":
+            continue
+        acc, left_scale, right_scale = node.args[:3]
+        left, right = (values[operand] for operand in acc.args[:2])  # type: ignore[union-attr]
+        assert left.element_size() == right.element_size() == 1
+        sums = left.double() @ right.double()
+        assert torch.allclose(values[acc].double(), sums, rtol=1e-12)
+        scaled = sums * values[left_scale].double() * values[right_scale].double()
+        assert torch.allclose(values[node].double(), scaled, rtol=1e-6)
+        checked += 1
+    assert checked == 4
+
+
+def test_float8_forms_are_spelled_and_told() -> None:
+    scheme = "fp8+attn8(format=fp8)+kv8(format=e5m2)"
+    graph = fxquant.convert(llama(), scheme)
+    assert "+attn8(format=fp8)+kv8(format=e5m2)" in info(graph).scheme
+    left, right = (r for r in info(graph).site_records if r.path.endswith("0.self_attn.pv"))
+    assert (left.spec, right.spec) == ("ae4m3-dynamic-token", "ae4m3-dynamic")
+    view = fxquant.inspect(graph)
+    assert "left_q @ right_q, e4m3 by e4m3" in view.site("layers.1.self_attn.pv")
+    assert "keys and values in e5m2" in str(view)
+    with pytest.raises(SchemeError, match="format must be int8, fp8, e4m3 or e5m2, got 'fp4'"):
+        fxquant.recipe("fp8+attn8(format=fp4)")
+    with pytest.raises(SchemeError, match="kv4 has no option format"):
+        fxquant.recipe("fp8+kv4(format=fp8)")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"e5m2"]', '"e4m3"]', "a cache of e4m3, and the passes .* are: kv8 in e5m2"),
+        ('"e4m3","e4m3"]', '"e4m3","e5m2"]', "products of e4m3 by e5m2"),
+        ("attn8(format=fp8)", "attn8(format=e5m2)", "no such pass is in the graph's history"),
+    ],
+)
+def test_a_saved_graph_keeps_its_formats(old: str, new: str, message: str, tmp_path: Path) -> None:
+    graph = fxquant.convert(llama(), "fp8+attn8(format=fp8)+kv8(format=e5m2)")
+    fxquant.save(graph, tmp_path / "saved")
+    assert torch.equal(logits(fxquant.load(tmp_path / "saved")), logits(graph))
+    path = tmp_path / "saved" / "graph.json"
+    text = path.read_text().replace(", ", ",")
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    (tmp_path / "saved" / MANIFEST).unlink()
+    write_manifest(tmp_path / "saved")
+    with pytest.raises(CheckpointError, match=message):
+        fxquant.load(tmp_path / "saved")
 
 
 def test_integers_equal_their_simulation() -> None:

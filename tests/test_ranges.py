@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxquant.errors import CalibrationError
+from fxquant.formats.grid import Grid
 from fxquant.formats.integer import integer
+from fxquant.formats.table import GRIDS
 from fxquant.numerics.observers import HistogramObserver
 from fxquant.numerics.quantization import (
     activation_qparams_from_range,
@@ -300,6 +302,73 @@ def test_affine_entropy_of_a_range_without_zero(shape: str) -> None:
     # At least 256 of 2048 bins stay, and most samples lie inside.
     assert min(x.min().item(), 0) <= low < high <= max(x.max().item(), 0)
     assert ((x >= low) & (x <= high)).double().mean() > 0.9
+
+
+# --- other grids ----------------------------------------------------------------------------------
+
+OTHERS = ("e4m3", "e2m1", "e3m2", "nf4")
+
+
+def on_numbers(x: Tensor, end: float, grid: Grid) -> Tensor:
+    """float64 x on the numbers of the grid, whose end stands at ``end``."""
+    numbers = torch.tensor(grid.levels, dtype=torch.float64) / grid.reach * end
+    return numbers[(x[:, None] - numbers).abs().argmin(-1)]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("shape", ["normal", "laplace"])
+def test_mse_searches_on_the_grids_own_numbers(name: str, shape: str) -> None:
+    x, grid = samples(shape, torch.seed() % 2**32, 4000).double(), GRIDS[name]
+    low, high = estimate_range(observed(x.float()), Estimator("mse"), TensorSpec(grid, "tensor"))
+    assert low == -high
+    tried = torch.linspace(0.02, 1, 120).double() * x.abs().max()
+    errors = [float((on_numbers(x, float(end), grid) - x).square().sum()) for end in tried]
+    # A bin of the histogram is 2^-7 of its value wide.
+    assert float((on_numbers(x, high, grid) - x).square().sum()) < 1.1 * min(errors)
+
+
+def plain_divergence(x: Tensor, end: float, most: float, grid: Grid) -> float:
+    """KL of the counts in even bins, clipped to ``end``, against those spread over each number."""
+    width = 2 * most / 2048
+    inside = x.clamp(-end + width / 2, end - width / 2)
+    bins = ((inside + most) / width).long()
+    counts = torch.bincount(bins, minlength=2048).double()
+    kept = torch.bincount(((x[x.abs() < end] + most) / width).long(), minlength=2048).double()
+    numbers = on_numbers((torch.arange(2048) + 0.5) * width - most, end, grid)
+    spread = torch.zeros(2048, dtype=torch.float64)
+    for number in numbers.unique():
+        own = (numbers == number) & (kept > 0)
+        spread[own] = kept[own].mean()
+    p, q, used = counts / len(x), spread / len(x), counts > 0
+    return float((p[used] * (p[used] / q[used].clamp(min=1e-12)).log()).sum() + q.sum() - 1)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_entropy_searches_on_the_grids_own_numbers(name: str) -> None:
+    x, grid = samples("normal", torch.seed() % 2**32, 20000).double(), GRIDS[name]
+    x[0] = 12.0
+    tensor = TensorSpec(grid, "tensor")
+    low, high = estimate_range(observed(x.float()), Estimator("entropy"), tensor)
+    assert low == -high
+    least = min(
+        plain_divergence(x, end, 12.0, grid) for end in torch.linspace(1.5, 12, 60).tolist()
+    )
+    found = plain_divergence(x, high, 12.0, grid)
+    # 4 points stand for each bin of the histogram, so counts at edges of the even bins move.
+    assert found < 1.2 * least + 0.02
+    if name == "e2m1":  # three of its seven magnitudes are above half of its end, unlike int4's
+        _, even = estimate_range(observed(x.float()), Estimator("entropy"), spec(4, True))
+        assert high != even
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("kind", ["mse", "entropy"])
+def test_a_constant_lies_on_a_number(name: str, kind: EstimatorKind) -> None:
+    x = torch.full((50,), 2.75)
+    tensor = TensorSpec(GRIDS[name], "tensor")
+    _, high = estimate_range(observed(x), Estimator(kind), tensor)
+    found = on_numbers(x.double(), high, GRIDS[name])
+    torch.testing.assert_close(found, x.double(), rtol=2**-6, atol=0)
 
 
 # --- degenerate inputs ----------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from fxquant.evaluation.report.tables import (
     unit,
 )
 
-CAUSES = ("weights", "clipping", "rounding")
+CAUSES = ("weights", "clipping", "rounding", "scale")
 # The order of a site's figures; what is not named here follows.
 MEASURED = ("in_order", "rescue", "alone", "first_order")  # may be there for some sites only
 EFFECTS = (*MEASURED, "path", "causes")
@@ -78,6 +78,11 @@ class Explanation:
     cells: tuple[Cell, ...]
     recovery: tuple[tuple[float, float], ...]
     tables: tuple[NamedTable, ...]
+
+    @property
+    def cause_names(self) -> tuple[str, ...]:
+        """The causes that any group has."""
+        return tuple(c for c in CAUSES if any(c in parts for _, parts in self.causes))
 
 
 def read_explanation(file: Fields) -> Explanation:

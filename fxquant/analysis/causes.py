@@ -1,7 +1,8 @@
 """Exact Shapley values of the causes: what weights, clipping and rounding each add to the loss.
 
 Shapley, "A value for n-person games" (1953): the mean, over the orders in which the parts can be
-let in, of what a part adds. Three parts need 2^3 losses, and the values sum to their full effect.
+let in, of what a part adds. Three parts need 2^3 losses, and the values sum to their full effect;
+with scales that are rounded there is a fourth, and 2^4.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from fxquant.analysis.lab import Cuts, Lab, Setting, setting
-from fxquant.analysis.parts import CAUSES, Cause, Parts, subsets
+from fxquant.analysis.parts import EVERY_CAUSE, Cause, Parts, no_figures, subsets
 from fxquant.analysis.sites import SimulatedSite
 
 
 def shapley(losses: Mapping[Parts, float], causes: Sequence[Cause]) -> dict[Cause, float]:
-    """The value of each cause from the loss of every subset of ``causes``; 0 for other causes."""
-    found: dict[Cause, float] = dict.fromkeys(CAUSES, 0.0)
+    """The value of each cause from the loss of every subset of ``causes``; 0 for others."""
+    found = no_figures(causes)
     orders = list(itertools.permutations(causes))
     for order in orders:
         for index, cause in enumerate(order):
@@ -28,7 +29,7 @@ def shapley(losses: Mapping[Parts, float], causes: Sequence[Cause]) -> dict[Caus
 
 def present_causes(sites: Sequence[SimulatedSite]) -> list[Cause]:
     """The causes that any of the sites can have, in their usual order."""
-    return [cause for cause in CAUSES if any(cause in each.causes for each in sites)]
+    return [cause for cause in EVERY_CAUSE if any(cause in each.causes for each in sites)]
 
 
 def causes_of(
@@ -54,6 +55,6 @@ def causes_of(
             losses[parts] = known[parts]
             continue
         under: Setting = {**outside, **(setting(group, parts) if parts else {})}
-        name = "+".join(cause for cause in CAUSES if cause in parts) or "none"
+        name = "+".join(cause for cause in EVERY_CAUSE if cause in parts) or "none"
         losses[parts] = remember(name, lambda under=under: lab.loss(under, cuts))  # type: ignore[misc]
     return shapley(losses, present)

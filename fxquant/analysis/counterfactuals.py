@@ -51,7 +51,7 @@ def choices(
     if own is None:
         yield from _weight_choices(site)
         return
-    yield "float weight", partial(site.output, frozenset(("clipping", "rounding")))
+    yield "float weight", lambda x: nn.functional.linear(own(x), site.weight, site.bias)
     for name, quantizer in _quantizers(site, own, maker):
         yield name, partial(_linear, site, quantizer)
     for count in _TOP:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fxquant.analysis.floor import floor_energy
 from fxquant.analysis.lab import Lab
-from fxquant.analysis.parts import CAUSES, EVERY_PART, Cause
+from fxquant.analysis.parts import EVERY_PART, Cause, no_figures
 from fxquant.analysis.sites import LinearSite, SimulatedSite
 from fxquant.numerics.quantization import expand_groups
 from fxquant.numerics.quantizer import Quantizer
@@ -22,17 +22,19 @@ from fxquant.numerics.quantizer import Quantizer
 class LocalFigures:
     """Sums over all windows at one site, on the input that arrives in the quantized model.
 
-    Energies are sums of squares: ``energy`` of each part, ``total`` of ŷ - y, ``signal`` of y
+    Energies are sums of squares: ``energy`` of each part ("scale": what it adds to that of weights
+    and rounding, which may be less than nothing), ``total`` of ŷ - y, ``signal`` of y
     without its bias, ``input`` of clipping and rounding together, ``floor`` of what the best range
     of the same granularity would leave of these (see floor.py; for each window by itself, so a
-    static range is held against the best of each window).
+    static range is held against the best of each window). By channel and token the part "scale" is
+    within "weights" and "rounding".
     ``channels`` [K]: energy of each part by input channel, sum_t (error of x)_k^2 |Ŵ_k|^2.
     ``peaks`` [K]: max |x| of each channel. ``tokens``: for each window the energy of ŷ - y at each
     token [b * L] (OPT's blocks flatten batch and length). ``blame`` [K] and ``token_blame``: the
     same energies, but rounding's is given to those that stretch the range: see stretch().
     """
 
-    energy: dict[Cause, float] = field(default_factory=lambda: dict.fromkeys(CAUSES, 0.0))
+    energy: dict[Cause, float] = field(default_factory=lambda: no_figures(()))
     total: float = 0.0
     signal: float = 0.0
     input: float = 0.0
@@ -75,14 +77,14 @@ class LocalFigures:
     @property
     def cause(self) -> Cause:
         """The part with the largest energy."""
-        return max(CAUSES, key=lambda cause: self.energy[cause])
+        return max(self.energy, key=lambda cause: self.energy[cause])
 
 
 def local_figures(
     lab: Lab, sites: Sequence[SimulatedSite], advance: Callable[[], object] = lambda: None
 ) -> tuple[dict[str, LocalFigures], float]:
     """Figures of every site, and the loss of the quantized model, from one streaming run."""
-    found = {each.path: LocalFigures() for each in sites}
+    found = {each.path: LocalFigures(no_figures(each.causes)) for each in sites}
 
     def recording(site: SimulatedSite, *operands: Tensor) -> Tensor:
         y = site.output(EVERY_PART & frozenset(site.causes), *operands)
@@ -120,8 +122,14 @@ def reach(quantizer: Quantizer, x: Tensor) -> Tensor:
 def _record(figures: LocalFigures, site: SimulatedSite, *operands: Tensor) -> None:
     errors = site.errors(*operands)
     total = torch.stack(list(errors.values())).sum(0).to(torch.float32)
+    scale = errors.pop("scale", None)
     for cause, error in errors.items():
         figures.energy[cause] += _energy(error)
+    if scale is not None:  # one draw of rounding less another: by itself its energy says nothing
+        rest = torch.stack([e for cause, e in errors.items() if cause != "clipping"]).sum(0)
+        figures.energy["scale"] += _energy(rest + scale) - _energy(rest)
+        other: Cause = "rounding" if "rounding" in errors else "weights"
+        errors[other] = errors[other] + scale
     figures.total += _energy(total)
     figures.outputs += total.numel()
     by_token = {cause: _by_token(site, error) for cause, error in errors.items()}
@@ -131,8 +139,7 @@ def _record(figures: LocalFigures, site: SimulatedSite, *operands: Tensor) -> No
     if isinstance(site, LinearSite):
         (x,) = operands
         figures.signal += _energy(site.product(x))
-        both = [error for cause, error in errors.items() if cause != "weights"]
-        own = _energy(torch.stack(both).sum(0)) if both else 0.0
+        own = _input_energy(site, x, errors, total)
         figures.input += own
         figures.floor += floor_energy(site, x, own)
         rows = x.flatten(0, -2)
@@ -143,6 +150,18 @@ def _record(figures: LocalFigures, site: SimulatedSite, *operands: Tensor) -> No
     else:
         figures.signal += _energy(site.output(frozenset(), *operands))
     figures.token_blame.append(blame + rounding)
+
+
+def _input_energy(
+    site: LinearSite, x: Tensor, errors: Mapping[Cause, Tensor], total: Tensor
+) -> float:
+    """Of clipping and rounding of the input together."""
+    if site.quantizer is None:
+        return 0.0
+    if site.simulated.split is not None:  # what its scales clip of the weight is clipping too
+        return _energy(total - torch.nn.functional.linear(x, site.weight_error))
+    both = [error for cause, error in errors.items() if cause != "weights"]
+    return _energy(torch.stack(both).sum(0)) if both else 0.0
 
 
 def _energy(values: Tensor) -> float:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fxquant.analysis.lab import FLOAT_SETTING, Lab, Setting
 from fxquant.analysis.meter import BACKWARD
-from fxquant.analysis.parts import CAUSES, EVERY_PART, Cause
+from fxquant.analysis.parts import EVERY_PART, Cause, no_figures
 from fxquant.analysis.sites import LinearSite, SimulatedSite
 from fxquant.run.execution import Cut
 
@@ -48,10 +48,10 @@ class PathSite:
     """One site's share of the integral, nats a token.
 
     ``causes`` by part; ``tokens``: for each window [b * L]; ``channels`` [K] by input channel, of
-    clipping and rounding (and of the weights' error).
+    all of them.
     """
 
-    causes: dict[Cause, float] = field(default_factory=lambda: dict.fromkeys(CAUSES, 0.0))
+    causes: dict[Cause, float]
     tokens: list[Tensor] = field(default_factory=list)
     channels: Tensor | None = None
 
@@ -86,7 +86,7 @@ def integrate(
     for one window. Cost: a forward and a backward pass a point, and some 6 forwards for the errors
     and their parts, which are counted as if every node were a linear's.
     """
-    found = {each.path: PathSite() for each in sites}
+    found = {each.path: PathSite(no_figures(each.causes)) for each in sites}
     estimate, difference, missed, most = 0.0, 0.0, 0.0, 0
     for cut, ids in zip(lab.start(), lab.windows, strict=True):
         errors, change = _frozen_errors(lab, sites, cut, ids)
@@ -211,12 +211,16 @@ def _split_site(
             figures.causes[cause] += _dot(gradient, error)
         return
     (x,) = operands
-    # <g, d Ŵ^T> = <g Ŵ, d>: two products with g serve every part, token and channel.
-    by_input: dict[Cause, Tensor] = {"weights": (gradient @ site.weight_error) * x}
+    # <g, d Ŵ^T> = <g Ŵ, d>: a product with g for each part of the weight, and one for all of x.
+    by_input: dict[Cause, Tensor] = {
+        cause: (gradient @ error) * x for cause, error in site.weight_errors().items()
+    }
     input_errors = site.input_errors(x)
     if input_errors:
         pulled = gradient @ site.coded_weight
-        by_input |= {cause: pulled * error for cause, error in input_errors.items()}
+        for cause, error in input_errors.items():
+            own = pulled * error
+            by_input[cause] = own if cause not in by_input else by_input[cause] + own
     total = sum(value.to(torch.float32) for value in by_input.values())
     assert isinstance(total, Tensor)
     for cause, value in by_input.items():

@@ -19,6 +19,7 @@ from fxquant.analysis.lab import FLOAT_SETTING, Lab
 from fxquant.analysis.path import MOST_FORWARDS
 from fxquant.analysis.sites import Place, places, simulated_spec
 from fxquant.analysis.worst_first import ALLOWANCE, ends_cost, opening_cost
+from fxquant.formats.scales import FP32
 from fxquant.ir.graph import Site, device_of, float_dtype, site_outputs
 from fxquant.schemes.scheme import Scheme
 from fxquant.schemes.specs import FLOAT, SiteSpec
@@ -78,7 +79,15 @@ class PlannedSite:
         """How many parts its error can have."""
         if self.site.role == "matmul":
             return 2
-        return 1 if self.spec.activation is None else 3
+        tensors = [self.spec.weight, self.spec.activation and self.spec.activation.tensor]
+        rounded = any(each is not None and each.scale != FP32 for each in tensors)
+        if self.spec.activation is None:
+            return 3 if rounded else 1
+        return 4 if rounded else 3
+
+    @property
+    def choices(self) -> int:
+        return choice_count(self.site, self.spec.activation is not None)
 
 
 def planned_sites(graph: GraphModule, scheme: Scheme) -> list[PlannedSite]:
@@ -132,7 +141,7 @@ def predict(
     for method in methods:
         found += _method(method, sites, where, worst)
     if worst:
-        each = sorted((1 + choice_count(site.parts) for site in sites), reverse=True)[:worst]
+        each = sorted((1 + site.choices for site in sites), reverse=True)[:worst]
         read = 1 + min(calibration, read)
         found.append(Step("other choices", read + sum(each), read + each[0]))
         found.append(Step("recovery", float(len(sites).bit_length()), 0.0))
@@ -178,10 +187,11 @@ def _firsts(sites: Sequence[PlannedSite], where: dict[str, Place], by: str) -> l
     return list(firsts.values())
 
 
-def choice_count(parts: int) -> int:
-    """The most other choices at a site whose error has so many parts, but for float: see
-    counterfactuals.choices."""
-    return {1: 1, 2: 2, 3: 9}[parts]
+def choice_count(site: Site, quantized_input: bool) -> int:
+    """The most other choices at a site but for float: see counterfactuals.choices."""
+    if site.role == "matmul":
+        return 2
+    return 9 if quantized_input else 1
 
 
 @torch.no_grad()

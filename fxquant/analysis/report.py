@@ -9,7 +9,7 @@ from tabulate import tabulate
 
 from fxquant.analysis.announcement import left_out, run_text
 from fxquant.analysis.channels import Channel, Token
-from fxquant.analysis.parts import CAUSES
+from fxquant.analysis.parts import EVERY_CAUSE, Cause
 from fxquant.analysis.progress import clock
 from fxquant.analysis.reading import (
     BLOCKS,
@@ -23,6 +23,10 @@ from fxquant.ir.counted import counted
 
 _WORST = 12
 DETAILED = 3  # of the worst sites
+_SCALE_LEGEND = (
+    "scale: rounding of the scales themselves; its energy is what it adds to that of weights and "
+    "rounding, less than nothing where the steps got finer."
+)
 _SITES_LEGEND = (
     "clipped, rounded to zero: shares of the elements of the site's input on these windows, those "
     "beyond the range by more than half a step, and those that are not zero but become it. "
@@ -60,7 +64,7 @@ def _sections(found: Findings) -> Iterator[str]:
         yield f"Worst blocks, by {found.ranking}\n{_groups(worst)}"
     rank = rank_words(found, DETAILED)
     yield "\n".join(
-        filter(None, [f"Worst sites, {_ranked(found)}", _sites(found), rank, _SITES_LEGEND])
+        filter(None, [f"Worst sites, {_ranked(found)}", _sites(found), rank, _legend(found)])
     )
     yield from _details(found.worst[:DETAILED])
     if found.counterfactuals:
@@ -86,6 +90,11 @@ def _sections(found: Findings) -> Iterator[str]:
     yield _costs(found)
     if found.notes:
         yield "\n".join(found.notes)
+
+
+def _legend(found: Findings) -> str:
+    rounded = any("scale" in site.energy for site in found.sites)
+    return f"{_SITES_LEGEND} {_SCALE_LEGEND}" if rounded else _SITES_LEGEND
 
 
 def _head(found: Findings) -> str:
@@ -136,14 +145,14 @@ def _groups(groups: Iterable[GroupFigures]) -> str:
     rows = list(groups)
     sums = list(dict.fromkeys(name for row in rows for name in row.sums))
     measured = list(dict.fromkeys(name for row in rows for name in row.measured))
-    causes = [cause for cause in CAUSES if any(row.causes for row in rows)]
+    causes = [cause for cause in EVERY_CAUSE if any(cause in (row.causes or ()) for row in rows)]
     body = [
         [
             row.name,
             row.sites,
             *(_nats(row.sums.get(name)) for name in sums),
             *(_nats(row.measured.get(name)) for name in measured),
-            *(_nats(row.causes[cause] if row.causes else None) for cause in causes),
+            *(_nats((row.causes or {}).get(cause)) for cause in causes),
         ]
         for row in rows
     ]
@@ -156,9 +165,10 @@ def _sites(found: Findings) -> str:
     methods = list(dict.fromkeys(name for site in found.sites for name in site.effects))
     with_path = found.path is not None and found.path.refused is None
     headers = ["site", *methods, *(["path"] if with_path else []), "cause", "SQNR dB", "clipped"]
-    headers += ["rounded to zero", *(f"{cause} energy" for cause in CAUSES)]
+    causes = [cause for cause in EVERY_CAUSE if any(cause in site.energy for site in found.sites)]
+    headers += ["rounded to zero", *(f"{cause} energy" for cause in causes)]
     rows = [
-        (rank_value(site, found.ranking), _site(site, methods, with_path))
+        (rank_value(site, found.ranking), _site(site, methods, with_path, causes))
         for site in ranked_sites(found)
     ]
     for block in closed_blocks(found):
@@ -170,13 +180,15 @@ def _sites(found: Findings) -> str:
     return _table([cells for _, cells in rows[:_WORST]], headers)
 
 
-def _site(site: SiteFigures, methods: Sequence[str], with_path: bool) -> list[str]:
+def _site(
+    site: SiteFigures, methods: Sequence[str], with_path: bool, causes: Sequence[Cause]
+) -> list[str]:
     total = sum(site.energy.values()) or 1.0
     row = [site.site, *(_nats(site.effects.get(name)) for name in methods)]
     row += [_nats(sum(site.path.values()))] if with_path and site.path else []
     row += [f"{site.cause}, {site.cause_by}", f"{site.sqnr_db:.1f}", f"{site.share_clipped:.3%}"]
     row += [f"{site.share_flushed:.1%}"]
-    return [*row, *(f"{site.energy[cause] / total:.0%}" for cause in CAUSES)]
+    return [*row, *(f"{site.energy.get(cause, 0.0) / total:.0%}" for cause in causes)]
 
 
 def _details(sites: Iterable[SiteFigures]) -> Iterator[str]:

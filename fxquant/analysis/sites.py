@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxquant.analysis.int8_product import Int8Product, int8_product
-from fxquant.analysis.parts import CAUSES, EVERY_PART, Cause, Parts, with_parts
+from fxquant.analysis.parts import Cause, Parts, ordered, with_parts
+from fxquant.analysis.simulated_weight import SimulatedWeight
 from fxquant.errors import SchemeError
 from fxquant.ir.blocks import block_of, within
 from fxquant.ir.graph import LINEAR, Site, info, linear_parameters, site_outputs, source_of
+from fxquant.ir.leaves import CodedLinear
 from fxquant.ir.weights import site_codes
 from fxquant.numerics.observers import HistogramObserver
 from fxquant.numerics.quantizer import Quantizer
@@ -60,8 +62,9 @@ class SimulatedSite(abc.ABC):
     def errors(self, *operands: Tensor) -> dict[Cause, Tensor]:
         """The exact parts of quantized minus float output, for what arrives: [..., N] each.
 
-        weights x (Ŵ - W)^T, clipping (clip(x) - x) Ŵ^T, rounding (x̂ - clip(x)) Ŵ^T. A part that
-        is zero everywhere is left out.
+        weights x (Ŵ - W)^T, clipping (clip(x) - x) Ŵ^T, rounding (x̂ - clip(x)) Ŵ^T. Where scales
+        are rounded themselves, what that changes of the weights' and of rounding's part is "scale",
+        and what it clips of W is "clipping". A part that is zero everywhere is left out.
         """
 
     def by_token(self, values: Tensor) -> Tensor:
@@ -71,13 +74,12 @@ class SimulatedSite(abc.ABC):
 
 @dataclass(frozen=True, eq=False)
 class LinearSite(SimulatedSite):
-    """A linear: W [N, K], Ŵ = its dequantized codes, in the model's dtype.
+    """A linear, and the quantizer of its input.
 
     ``product8``: computes the output with every part, where that is faster.
     """
 
-    weight: Tensor
-    coded_weight: Tensor
+    simulated: SimulatedWeight
     bias: Tensor | None
     quantizer: Quantizer | None
     spec: SiteSpec
@@ -86,25 +88,38 @@ class LinearSite(SimulatedSite):
 
     def output(self, parts: Parts, *operands: Tensor) -> Tensor:
         (x,) = operands
-        if self.product8 is not None and self.quantizer is not None and parts >= EVERY_PART:
+        whole = parts >= frozenset(self.causes)
+        if self.product8 is not None and self.quantizer is not None and whole:
             return self.product8(self.quantizer, x, self.bias)
         if self.quantizer is not None:
             x = with_parts(self.quantizer, x, parts)
-        weight = self.coded_weight if "weights" in parts else self.weight
-        return nn.functional.linear(x, weight, self.bias)
+        return nn.functional.linear(x, self.simulated.under(parts), self.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.simulated.float_
+
+    @property
+    def coded_weight(self) -> Tensor:
+        return self.simulated.coded
+
+    def weight_errors(self) -> dict[Cause, Tensor]:
+        """The parts of Ŵ - W [N, K]."""
+        return self.simulated.errors()
 
     def product(self, x: Tensor) -> Tensor:
         """x W^T, without the bias."""
         return nn.functional.linear(x, self.weight)
 
     def input_errors(self, x: Tensor) -> dict[Cause, Tensor]:
-        """clip(x) - x and x̂ - clip(x) [..., K]; parts that are zero everywhere are left out."""
+        """The parts of x̂ - x [..., K]; those that are zero everywhere are left out."""
         if self.quantizer is None:
             return {}
         split = self.quantizer.split(x)
         found: dict[Cause, Tensor] = {
             "clipping": split.clipped - x,
-            "rounding": split.rounded - split.clipped,
+            "rounding": split.exact - split.clipped,
+            "scale": split.rounded - split.exact,
         }
         return {cause: error for cause, error in found.items() if bool(error.any())}
 
@@ -114,7 +129,9 @@ class LinearSite(SimulatedSite):
             cause: nn.functional.linear(error, self.coded_weight)
             for cause, error in self.input_errors(x).items()
         }
-        found["weights"] = nn.functional.linear(x, self.weight_error)
+        for cause, error in self.weight_errors().items():
+            own = nn.functional.linear(x, error)
+            found[cause] = found[cause] + own if cause in found else own
         return found
 
     @property
@@ -126,16 +143,14 @@ class LinearSite(SimulatedSite):
 class EmbeddingSite(SimulatedSite):
     """A table of rows that are looked up: only the weights can be wrong."""
 
-    weight: Tensor
-    coded_weight: Tensor
+    simulated: SimulatedWeight
 
     def output(self, parts: Parts, *operands: Tensor) -> Tensor:
-        table = self.coded_weight if "weights" in parts else self.weight
-        return nn.functional.embedding(operands[0], table)
+        return nn.functional.embedding(operands[0], self.simulated.under(parts))
 
     def errors(self, *operands: Tensor) -> dict[Cause, Tensor]:
-        coded = self.output(frozenset(("weights",)), *operands)
-        return {"weights": coded - self.output(frozenset(), *operands)}
+        errors = self.simulated.errors().items()
+        return {cause: nn.functional.embedding(operands[0], error) for cause, error in errors}
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,16 +216,16 @@ class SiteMaker:
             )
         weight, bias = linear_parameters(module)
         codes = site_codes(module, spec.weight, path)
+        nearest = not isinstance(module, CodedLinear)
         coded = codes.dequantize(weight.dtype)
-        if site.role == "embeddings":
-            return EmbeddingSite(site, node, ("weights",), weight, coded)
+        own = SimulatedWeight.of(weight, coded, spec.weight, nearest)
         quantizer = self.quantizer(path, spec.activation)
-        causes: tuple[Cause, ...] = CAUSES if quantizer is not None else ("weights",)
+        causes = ordered(own.causes | _causes_of_input(quantizer))
+        if site.role == "embeddings":
+            return EmbeddingSite(site, node, causes, own)
         observer = self._observers.get(source_of(node))
         product8 = int8_product(site, weight, codes, spec)
-        return LinearSite(
-            site, node, causes, weight, coded, bias, quantizer, spec, observer, product8
-        )
+        return LinearSite(site, node, causes, own, bias, quantizer, spec, observer, product8)
 
     def _product(self, site: Site, node: Node, spec: ActivationSpec) -> ProductSite:
         left, right = (
@@ -235,6 +250,12 @@ class SiteMaker:
         if (source, spec) not in self._ranges:
             self._ranges[source, spec] = static_quantizer(self._observers[source], spec)
         return self._ranges[source, spec]
+
+
+def _causes_of_input(quantizer: Quantizer | None) -> frozenset[Cause]:
+    if quantizer is None:
+        return frozenset()
+    return frozenset(("clipping", "rounding", *(("scale",) if quantizer.rounds_scale else ())))
 
 
 def simulated_sites(gm: GraphModule, scheme: Scheme) -> tuple[SimulatedSite, ...]:

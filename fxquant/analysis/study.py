@@ -28,7 +28,7 @@ from fxquant.analysis.results import (
     is_ranked,
     rank_value,
 )
-from fxquant.analysis.sites import SimulatedSite, places
+from fxquant.analysis.sites import LinearSite, SimulatedSite, places
 from fxquant.analysis.trials import RECOVERY, counterfactuals, fitting, recovery
 from fxquant.analysis.validation import shared_draw
 from fxquant.analysis.worst_first import ALLOWANCE, Losses, steps
@@ -239,8 +239,9 @@ class Study(Bench):
                 }
                 # What was measured as a choice at the site is not measured again.
                 float_weight = self.store.values.get(f"choice {each.path} float weight")
-                if float_weight is not None:
-                    known[frozenset(("clipping", "rounding"))] = float_weight
+                whole = isinstance(each, LinearSite) and each.simulated.split is None
+                if float_weight is not None and whole:
+                    known[frozenset(each.causes) - {"weights"}] = float_weight
                 found[each.path] = causes_of(
                     self.lab,
                     [each],

@@ -30,7 +30,8 @@ def fitting(bench: Bench, worst: Sequence[SimulatedSite]) -> Sequence[SimulatedS
     int8 = any(isinstance(each, LinearSite) and each.product8 is not None for each in worst)
     forwards = 1.0  # the walk, and what calibration data are read
     for index, each in enumerate(worst):
-        forwards += (1 + choice_count(len(each.causes))) * lab.share_behind(each.node)
+        coded = isinstance(each, LinearSite) and each.quantizer is not None
+        forwards += (1 + choice_count(each.site, coded)) * lab.share_behind(each.node)
         whole = forwards + READ_TOKENS / lab.tokens_in
         seconds = seconds_of(CHOICES, whole, bench.forward_seconds, int8)
         if index and not bench.purse.holds(seconds):

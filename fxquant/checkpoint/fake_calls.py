@@ -56,6 +56,8 @@ def run_call(
     if function is OPS.int_matmul.default:
         _check_dtypes(args)
         return torch.matmul(*args).to(torch.int32)  # without its loop over the length
+    if function is OPS.code_matmul.default:
+        _check_dtypes(args[:2])
     _guard(node, args, kwargs)
     return function(*args, **kwargs)
 

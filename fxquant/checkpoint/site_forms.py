@@ -7,6 +7,7 @@ integerize write for that text, over the site's own codes, scales and recorded r
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,12 +17,17 @@ from torch.fx import GraphModule, Node
 from fxquant.checkpoint.saved_specs import expected_specs
 from fxquant.checkpoint.site_parts import SiteParts
 from fxquant.errors import CheckpointError
+from fxquant.formats.grid import Grid
+from fxquant.formats.integer import IntegerGrid
 from fxquant.ir.graph import Level, info, is_op, site_outputs
 from fxquant.ir.leaves import Conv1D, Fp32Linear, QuantizedParameters
-from fxquant.ir.legal_forms import OPS
+from fxquant.ir.legal_forms import OPS, STORES
 from fxquant.ir.operands import operands
+from fxquant.ir.records import PassRecord
+from fxquant.schemes.named import format8_of
 from fxquant.schemes.scheme import Scheme
 from fxquant.schemes.specs import ActivationSpec, TensorSpec
+from fxquant.schemes.spelling import Scanner, scan_repair
 from fxquant.structure.code_sites import has_integer_product
 from fxquant.structure.product_sites import operand_spec
 
@@ -56,18 +62,33 @@ def check_forms(gm: GraphModule) -> None:
 
 
 def _check_cache(gm: GraphModule) -> None:
-    """A cache is stored in the bits of the pass that is said to have run."""
-    ran = {record.name for record in info(gm).history}
-    stored = [node for node in gm.graph.nodes if is_op(node, OPS.store_kv.default)]
-    for node in stored:
-        if f"kv{operands(node).bits}" not in ran:
+    """A cache is stored in the format of the pass that is said to have run."""
+    wanted = {kept: record.name for record in info(gm).history for kept in _kept_by(record)}
+    found = set()
+    for node in gm.graph.nodes:
+        if node.target not in STORES:
+            continue
+        own = vars(operands(node)).get("bits") or operands(node).grid
+        found.add(own)
+        if own not in wanted:
+            what = own if isinstance(own, str) else f"{own!r} bits"
+            passes = " and ".join(f"{n} in {kept}" for kept, n in wanted.items()) or "none"
             raise CheckpointError(
-                f"node {node.name}: a cache of {operands(node).bits!r} bits, and no pass "
-                f"kv{operands(node).bits} is in the graph's history"
+                f"node {node.name}: a cache of {what}, and the passes in the graph's history that "
+                f"store one are: {passes}"
             )
-    for name in ran & {"kv4", "kv8"}:
-        if not any(operands(node).bits == int(name[2:]) for node in stored):
+    for kept, name in wanted.items():
+        if kept not in found:
             raise CheckpointError(f"info: {name} is in the history, but nothing stores its cache")
+
+
+def _kept_by(record: PassRecord) -> Iterator[int | str]:
+    """How a pass that is recorded stores a cache: integers by their bits, others by their grid."""
+    if record.name == "kv4":
+        yield 4
+    if record.name == "kv8":
+        grid = format8_of(scan_repair(Scanner(record.spelling or record.name))[1])
+        yield 8 if isinstance(grid, IntegerGrid) else grid.name
 
 
 class _Form(SiteParts):
@@ -77,7 +98,7 @@ class _Form(SiteParts):
         if self.site.role == "matmul":
             own = operand_spec(self.scheme, self.site) if coded else None
             if own is not None:
-                self._product(node)
+                self._product(node, own.tensor.grid)
             return
         spec = self.scheme.spec_for(self.site.path, self.site.role)
         if not coded or spec.weight is None:
@@ -188,14 +209,22 @@ class _Form(SiteParts):
                 self._same(found.x_sum, None)
         self._input(gemm.x_codes, found.scale, zero_point, spec)
 
-    def _product(self, node: Node) -> None:
-        integer = info(self.gm).level == Level.INTEGER
+    def _product(self, node: Node, grid: Grid) -> None:
+        integer, whole = info(self.gm).level == Level.INTEGER, isinstance(grid, IntegerGrid)
         if integer:
             found = operands(self._is(node, OPS.rescale.default))
-            product = self._is(found.sums, OPS.int_matmul.default)
-            sides = [(operands(product).left_codes, found.scale)]
-            right = operands(product).right_codes
-            sides += [(right, self._column_scale(found.weight_scale, right))]
+            kernel = OPS.int_matmul.default if whole else OPS.code_matmul.default
+            product = operands(self._is(found.sums, kernel))
+            if not whole and (product.left_grid, product.right_grid) != (grid.name, grid.name):
+                self.fail(f"products of {product.left_grid} by {product.right_grid}")
+            sides = [(product.left_codes, found.scale)]
+            right = product.right_codes
+            sides += [
+                (
+                    right,
+                    self._column_scale(found.weight_scale, right) if whole else found.weight_scale,
+                )
+            ]
             if found.zero_point is not None or found.x_sum is not None:
                 self.fail("it is corrected by zero points")
         else:
@@ -206,6 +235,7 @@ class _Form(SiteParts):
             text = self.records[self.site.path, operand].spec
             own = dict(dict(expected_specs(self.scheme, self.site))[operand])[text]
             assert own is not None
+            codes = codes if integer else self._decoded(codes, own.tensor)
             self._input(_turned(codes), _turned(scale), None, own, operand)
 
     def _column_scale(self, scale: object, codes: object) -> object:

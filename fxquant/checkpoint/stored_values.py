@@ -223,6 +223,8 @@ def _check_literals(gm: GraphModule, node: Node) -> None:
         bits = operands(node).bits
         if type(bits) is not int or not 2 <= bits <= 8:
             raise CheckpointError(f"node {node.name}: a cache of {bits!r} bits instead of 2..8")
+    elif is_op(node, OPS.store_kv_to.default) and operands(node).grid not in GRIDS:
+        raise CheckpointError(f"node {node.name}: a cache of {operands(node).grid!r}")
 
 
 def _check_range(node: Node, low: object, high: object) -> None:

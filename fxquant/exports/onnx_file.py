@@ -41,6 +41,7 @@ OPSET: Final = 21
 _WRITERS: Final = ("onnx", "onnxscript")
 _NO_ROW: Final = {
     OPS.store_kv.default: "a session has no cache whose storage it could show",
+    OPS.store_kv_to.default: "a session has no cache whose storage it could show",
     OPS.grouped_gemm.default: "ONNX has no integer product with a scale a group",
     OPS.choose_scale.default: "ONNX Runtime's processors have no products of that format",
     OPS.quantize_to.default: "ONNX Runtime's processors have no products of that format",

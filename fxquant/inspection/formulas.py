@@ -201,6 +201,8 @@ _FORMULAS: dict[str, tuple[int, Callable[[Sequence[str]], str]]] = {
     "fxquant.int_matmul": (2, lambda a: f"{a[0]} @ {a[1]}"),
     "fxquant.column_scales": (2, lambda a: f"{a[0]}, NaN in columns where {a[1]} is"),
     "fxquant.attention": (5, _attention),
+    "fxquant.code_matmul": (4, lambda a: f"{a[0]} @ {a[1]}, {_bare(a[2])} by {_bare(a[3])}"),
+    "fxquant.store_kv_to": (2, lambda a: f"{a[0]}, nearest of {_bare(a[1])}, each token and head"),
     "fxquant.store_kv": (2, lambda a: f"{a[0]}, {a[1]} bits, each token and head"),
     "hide": (2, lambda a: f"{a[0]} where {a[1]}, else -inf"),
     "fxquant.grouped_gemm": (7, _grouped_gemm),

@@ -24,6 +24,7 @@ from fxquant.schemes.scheme import Scheme
 
 _BAR = 40
 _ROWS = 20
+_TICKS = 6
 
 
 def site_view(gm: GraphModule, site: Site, history: History, values: Mapping[str, Value]) -> str:
@@ -114,14 +115,34 @@ def _activation(record: SiteRecord) -> str:
     merge = max(1, bins // _ROWS)
     counts = [sum(record.histogram[i : i + merge]) for i in range(0, bins, merge)]
     step = (record.seen_high - record.seen_low) / len(counts)
-    lines = []
+    name, numbers = _numbers(record)
+    lines, drawn = [], 0
     for index, count in enumerate(counts):
         start, end = record.seen_low + index * step, record.seen_low + (index + 1) * step
         outside = end <= record.low or start >= record.high
-        lines.append(_bar(f"{start:10.3g}", count, max(counts), "x" if outside else "#"))
+        last = index == len(counts) - 1
+        here = sum(start <= v < end or (last and v == end) for v in numbers)
+        drawn += here
+        label = f"{start:10.3g} {_ticks(here)}"
+        lines.append(_bar(label, count, max(counts), "x" if outside else "#"))
     head = f"{record.operand or 'input'} in calibration "
-    head += "(bars logarithmic; # inside the range, x outside)"
-    return "\n".join([head, *lines])
+    head += "(bars logarithmic; # inside the range, x outside; "
+    head += f"in front a - for each number of {name}, {drawn} of {len(numbers)} there)"
+    return "\n".join([textwrap.fill(head, WIDTH, subsequent_indent="  "), *lines])
+
+
+def _numbers(record: SiteRecord) -> tuple[str, list[float]]:
+    """The grid of a static input, and the values that its numbers stand for."""
+    spec = Scheme.parse(f"w8/{record.spec}" if record.operand else record.spec).spec
+    assert spec.activation is not None
+    assert record.scale is not None
+    grid, zero = spec.activation.tensor.grid, record.zero_point or 0
+    return grid.name, [(level - zero) * record.scale for level in grid.levels]
+
+
+def _ticks(count: int) -> str:
+    """One a number, or how many where they are too many to draw."""
+    return f"{'-' * count if count <= _TICKS else f'{count} -':>{_TICKS}}"
 
 
 def _weight(module: QuantizedParameters, site: Site, record: SiteRecord) -> str:

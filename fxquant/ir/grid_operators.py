@@ -117,6 +117,27 @@ def grouped_code_gemm(
     return total
 
 
+def code_matmul(left_codes: Tensor, right_codes: Tensor, left_grid: str, right_grid: str) -> Tensor:
+    """[..., M, N] of codes [..., M, K] by [..., K, N], both activations': sums of products.
+
+    float32 where that is exact, else float64, as code_gemm.
+    """
+    grids = grid_named(left_grid), grid_named(right_grid)
+    left, right = grids[0].decode(left_codes), grids[1].decode(right_codes)
+    dtype = code_products.exact_dtype(*grids, left.shape[-1])
+    return code_products.batched_product(left, right, dtype)
+
+
+def store_kv_to(x: Tensor, grid: str) -> Tensor:
+    """``x`` [batch, heads, tokens, width] as a cache of codes on a grid would give it back.
+
+    One scale for each token and head (its last dimension), symmetric, in x's dtype.
+    """
+    found = grid_named(grid)
+    scale = quantization.calc_qparams_symmetric(x, found.reach, -1)
+    return found.nearest_(torch.div(x.to(torch.float32), scale)).mul_(scale).to(x.dtype)
+
+
 def _numbers(
     x_codes: Tensor, weight: Tensor, zero_point: Tensor | None, x_grid: str, weight_grid: str
 ) -> tuple[Tensor, Tensor]:
@@ -140,4 +161,7 @@ COMPOSITE = {
     "grouped_code_gemm(Tensor x_codes, Tensor weight, Tensor? x_scale, Tensor? weight_scale,"
     " Tensor? zero_point, Tensor? weight_zero_point, str x_grid, str weight_grid, int x_group,"
     " int weight_group) -> Tensor": grouped_code_gemm,
+    "code_matmul(Tensor left_codes, Tensor right_codes, str left_grid, str right_grid)"
+    " -> Tensor": code_matmul,
+    "store_kv_to(Tensor x, str grid) -> Tensor": store_kv_to,
 }

@@ -49,8 +49,10 @@ LEGAL = (
     Form("code_sum", OPS.code_sum.default, (I, K), "row sums of codes, for weight zero points"),
     Form("int_matmul", OPS.int_matmul.default, (I, K), "two activations' codes to exact int32"),
     Form("column_scales", OPS.column_scales.default, (I, K), "a product's static scale; NaN's way"),
+    Form("code_matmul", OPS.code_matmul.default, (I, K), "the same of another grid, to float sums"),
     Form("attention", OPS.attention.default, (F, O, Q, I, K), "fused; causal where it has no mask"),
     Form("store_kv", OPS.store_kv.default, (F, O, Q, I, K), "a cache's storage error, simulated"),
+    Form("store_kv_to", OPS.store_kv_to.default, (F, O, Q, I, K), "the same on another grid"),
     Form("int_gemm", OPS.int_gemm.default, (I, K), "int8 codes to exact int32"),
     Form("grouped_gemm", OPS.grouped_gemm.default, (I, K), "int32 per group, rescaled per group"),
     Form("rescale", OPS.rescale.default, (I, K), "sums to float, rescaled"),
@@ -61,6 +63,10 @@ LEGAL = (
     Form("grouped_int_linear", OPS.grouped_int_linear.default, (K,), "the same by groups of K"),
     Form("dequant_linear", OPS.dequant_linear.default, (K,), "dequantize and linear in one"),
 )
+
+
+STORES = (OPS.store_kv.default, OPS.store_kv_to.default)
+_PRODUCTS = (OPS.int_matmul.default, OPS.code_matmul.default)
 
 
 def verify(gm: GraphModule, after: str) -> None:
@@ -154,7 +160,7 @@ def _is_input(codes: object) -> bool:
 
 def _check_rescale(gm: GraphModule, node: Node, after: str) -> None:
     sums, row = operands(node).sums, operands(node).weight_scale
-    if row is None or is_op(sums, OPS.int_matmul.default):
+    if row is None or any(is_op(sums, product) for product in _PRODUCTS):
         return  # grouped_gemm's sums carry the weight scales; a product has two activations'
     _check_scales(gm, node, source_of(row), int_gemm_rows(gm, sums), after)
 

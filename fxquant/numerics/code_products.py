@@ -45,8 +45,18 @@ def runs(length: int, x_group: int, weight_group: int) -> Iterator[tuple[int, in
 
 def product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """``x @ weight.T`` [..., N] of float32 [..., K] and [N, K], in ``dtype`` or wider."""
-    if dtype == torch.float32:
-        dtype = gemm.exact_dtype(x.device.type)
+    dtype = _at_least(dtype, x.device)
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     sums = torch.mm(rows, weight.to(dtype).t())
     return sums.view(*x.shape[:-1], weight.shape[0])
+
+
+def batched_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """``left @ right`` of float32 [..., M, K] and [..., K, N], in ``dtype`` or wider."""
+    dtype = _at_least(dtype, left.device)
+    return torch.matmul(left.to(dtype), right.to(dtype))
+
+
+def _at_least(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """float64 where the user's settings let products of float32 be something less."""
+    return gemm.exact_dtype(device.type) if dtype == torch.float32 else dtype

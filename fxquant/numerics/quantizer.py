@@ -56,11 +56,14 @@ class Split:
     """An input x [..., K] as its quantizer sees it: ``clipped`` into the range, then ``rounded``.
 
     ``clipped - x`` is the clipping error, ``rounded - clipped`` the rounding error; the dtype is
-    that of x. The clipped value lies within half a step of the rounded one.
+    that of x. The clipped value lies within half a step of the rounded one. ``exact``: the clipped
+    value rounded under the scale that max|x| gives, before that scale was rounded itself; where
+    scales are not, this is ``rounded``.
     """
 
     clipped: Tensor
     rounded: Tensor
+    exact: Tensor
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,17 @@ class Quantizer:
     scale: Tensor | None = None
     zero_point: Tensor | None = None
 
+    @property
+    def rounds_scale(self) -> bool:
+        """Whether a scale is kept in fewer bits than it is computed in."""
+        return self.spec.scale != FP32
+
     def qparams(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale float32 and zero point int32 (None without one) for this x [..., K]."""
         if self.scale is not None:
             return self.scale, self.zero_point
         grid = self.spec.grid
-        if self.spec.scale != FP32:
+        if self.rounds_scale:
             assert self.spec.group_size is not None
             largest = largest_of(x, self.spec.group_size)
             return self.spec.scale.scales(largest, grid, global_scale_of(x, self.spec)), None
@@ -121,7 +129,11 @@ class Quantizer:
         grid, spread = self.spec.grid, self._spread(scale, x)
         low, high = (grid.lowest - shift) * spread, (grid.highest - shift) * spread
         clipped = x.to(torch.float32).clamp(low, high).to(x.dtype)
-        return Split(clipped, self.rounded(x, scale, zero_point))
+        rounded = self.rounded(x, scale, zero_point)
+        if not self.rounds_scale:
+            return Split(clipped, rounded, rounded)
+        plain = replace(self, spec=replace(self.spec, scale=FP32))
+        return Split(clipped, rounded, plain.rounded(clipped, *plain.qparams(x)))
 
     def with_bits(self, bits: int) -> Quantizer:
         """The same range, or the same rule for it, on integers of ``bits`` bits (any number)."""

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import CalibrationError
+from fxquant.formats.grid import Grid
+from fxquant.formats.integer import IntegerGrid
 from fxquant.numerics.observers import BINS, HistogramObserver
 from fxquant.numerics.quantizer import range_qparams
 from fxquant.schemes.specs import Estimator, TensorSpec
@@ -166,14 +168,14 @@ def _least_divergence(
 ) -> tuple[float, float]:
     """KL divergence between the clipped distribution and its quantized form, over 2048 bins.
 
-    Symmetric: |x| against ``2**(bits-1)`` levels, as TensorRT. Affine: x against ``2**bits``.
+    Integers without a zero point: |x| against ``2**(bits-1)`` levels, as TensorRT; with one: x
+    against ``2**bits``. Another grid: x against its own numbers.
     """
     low, high = min(low, 0.0), max(high, 0.0)
-    symmetric, bits = not spec.grid.has_zero_point, spec.grid.bits
-    if symmetric:
-        start, levels, source = 0.0, 2 ** (bits - 1), seen.magnitude()
-    else:
-        start, levels, source = low, 2**bits, seen
+    grid = spec.grid
+    symmetric = isinstance(grid, IntegerGrid) and not grid.has_zero_point
+    start, source = (0.0, seen.magnitude()) if symmetric else (low, seen)
+    levels = 2 ** (grid.bits - symmetric) if isinstance(grid, IntegerGrid) else len(grid.levels)
     values, weights = source.points()
     index = ((values - start) / (high - start) * _KL_BINS).long().clamp_(0, _KL_BINS - 1)
     histogram = torch.zeros(_KL_BINS, dtype=torch.float64).index_add_(0, index, weights)
@@ -182,22 +184,34 @@ def _least_divergence(
     if not histogram.sum():
         return low, high
     best, best_divergence = 1.0, float("inf")
-    for step in range(levels, _KL_BINS + 1, 16):
+    for step in range(levels + (_KL_BINS - levels) % 16, _KL_BINS + 1, 16):
         share = step / _KL_BINS
         first = 0 if symmetric else round((_KL_BINS - step) * -low / (high - low))
-        divergence = _divergence(histogram, first, first + step, levels)
+        level = _level_of_bins(grid, step, levels)
+        divergence = _divergence(histogram, first, level, levels)
         if divergence < best_divergence:
             best, best_divergence = share, divergence
     return low * best, high * best
 
 
-def _divergence(histogram: Tensor, first: int, last: int, levels: int) -> float:
-    """KL(P || Q): P has the outside added to its end bins, Q the inside merged to ``levels``."""
+def _level_of_bins(grid: Grid, bins: int, levels: int) -> Tensor:
+    """Which number of the grid each of ``bins`` even bins of a range becomes: int64 [bins]."""
+    index = torch.arange(bins)
+    if isinstance(grid, IntegerGrid):
+        return index * levels // bins
+    centres = ((index + 0.5) / bins * 2 - 1) * grid.reach
+    numbers = torch.tensor(grid.levels)
+    return torch.searchsorted(numbers, grid.nearest_(centres.to(torch.float32)))
+
+
+def _divergence(histogram: Tensor, first: int, level: Tensor, levels: int) -> float:
+    """KL(P || Q): P has the outside added to its end bins, Q the inside merged to ``levels``, that
+    of each bin given."""
+    last = first + len(level)
     inside = histogram[first:last]
     clipped = inside.clone()
     clipped[0] += histogram[:first].sum()
     clipped[-1] += histogram[last:].sum()
-    level = torch.arange(len(inside)) * levels // len(inside)
     filled = (inside > 0).double()
     mass = torch.zeros(levels, dtype=torch.float64).index_add_(0, level, inside)
     width = torch.zeros(levels, dtype=torch.float64).index_add_(0, level, filled)

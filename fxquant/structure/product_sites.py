@@ -9,7 +9,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fxquant.errors import CalibrationError
-from fxquant.formats.integer import integer
+from fxquant.formats.grid import Grid
+from fxquant.formats.integer import IntegerGrid
 from fxquant.ir.builder import Builder
 from fxquant.ir.graph import Site, SiteRecord, device_of, install, is_op
 from fxquant.ir.leaves import QuantizedParameters
@@ -17,6 +18,7 @@ from fxquant.ir.legal_forms import OPS
 from fxquant.ir.operands import operands
 from fxquant.numerics.observers import HistogramObserver
 from fxquant.numerics.static_input import static_input
+from fxquant.schemes.named import format8_of
 from fxquant.schemes.scheme import Scheme, matches
 from fxquant.schemes.specs import ActivationSpec, TensorSpec
 from fxquant.schemes.spelling import spell_activation
@@ -27,9 +29,10 @@ from fxquant.structure.vocabulary import Kind, is_a
 def operand_spec(scheme: Scheme, site: Site) -> ActivationSpec | None:
     """How a product's operands become codes; None where the scheme leaves it in float.
 
-    8 bits, symmetric; static or dynamic, per tensor or per token, as the scheme's activations
-    are; dynamic per token under a weight-only scheme, and where inputs are in groups. An override
-    without activations, such as "fp", leaves the product in float.
+    8 bits, symmetric, on the grid that attn8's ``format`` names; static or dynamic, per tensor or
+    per token, as the scheme's activations are; dynamic per token under a weight-only scheme, and
+    where inputs are in groups. An override without activations, such as "fp", leaves the product in
+    float.
     """
     spec, chosen = scheme.spec, False
     for pattern, override in scheme.overrides:
@@ -37,14 +40,13 @@ def operand_spec(scheme: Scheme, site: Site) -> ActivationSpec | None:
             spec, chosen = override, True
     if spec.weight is None or (chosen and spec.activation is None):
         return None
+    grid = format8_of(dict(scheme.repairs).get("attn8", ()))
     if spec.activation is None:
-        return ActivationSpec(TensorSpec(integer(8), granularity="token"))
+        return ActivationSpec(TensorSpec(grid, granularity="token"))
     granularity = spec.activation.tensor.granularity
     if granularity == "group":  # of a head's channels there are too few for groups
         granularity = "token"
-    return ActivationSpec(
-        TensorSpec(integer(8), granularity=granularity), spec.activation.estimator
-    )
+    return ActivationSpec(TensorSpec(grid, granularity=granularity), spec.activation.estimator)
 
 
 def observed(builder: Builder, site: Site, node: Node, mask: Node) -> None:
@@ -107,12 +109,8 @@ def lower_product(
             turned = dim == 3  # k^T: its tokens are columns
             grain, found = own.tensor.granularity, None
             x = builder.call(torch.transpose, operand, -2, -1) if turned else operand
-            qmin, qmax = spec.tensor.grid.codes
             if spec.dynamic:
-                chosen = builder.call(
-                    OPS.choose_qparams.default, x, grain, True, qmin, qmax, name=f"{side}_qparams"
-                )
-                scale = builder.item(chosen, 0, f"{side}_scale")
+                scale = _chosen(builder, x, own.tensor, side)
             else:
                 buffers, found = static_input(operand_observer(gm, site, side), own)
                 parameters.register_buffer(f"{side}_scale", buffers["input_scale"])
@@ -121,13 +119,12 @@ def lower_product(
             records.append(
                 SiteRecord(site.path, spell_activation(own), None, operand=side, **facts)
             )
-            codes = builder.call(
-                OPS.quantize.default, x, scale, None, qmin, qmax, torch.int8, name=f"{side}_q"
-            )
+            codes = _codes(builder, x, scale, own.tensor.grid, f"{side}_q")
             if turned:
                 codes = builder.call(torch.transpose, codes, -2, -1)
                 if grain == "token":
                     scale = builder.call(torch.transpose, scale, -2, -1)
+            codes = _decoded(builder, codes, own.tensor.grid, f"{side}_v")
             operands.append(
                 builder.call(
                     OPS.dequantize.default, codes, scale, None, 0, operand, name=f"{side}_dq"
@@ -138,6 +135,30 @@ def lower_product(
     if not list(parameters.buffers()):
         gm.delete_submodule(site.path)
     return records
+
+
+def _chosen(builder: Builder, x: Node, spec: TensorSpec, side: str) -> Node:
+    """The node of a dynamic scale."""
+    grid, grain = spec.grid, spec.granularity
+    if not isinstance(grid, IntegerGrid):
+        return builder.call(OPS.choose_scale.default, x, grain, grid.name, name=f"{side}_scale")
+    chosen = builder.call(
+        OPS.choose_qparams.default, x, grain, True, *grid.codes, name=f"{side}_qparams"
+    )
+    return builder.item(chosen, 0, f"{side}_scale")
+
+
+def _codes(builder: Builder, x: Node, scale: Node, grid: Grid, name: str) -> Node:
+    if not isinstance(grid, IntegerGrid):
+        return builder.call(OPS.quantize_to.default, x, scale, grid.name, 0, name=name)
+    return builder.call(OPS.quantize.default, x, scale, None, *grid.codes, grid.storage, name=name)
+
+
+def _decoded(builder: Builder, codes: Node, grid: Grid, name: str) -> Node:
+    """The numbers of the codes; of integers these are the codes themselves."""
+    if isinstance(grid, IntegerGrid):
+        return codes
+    return builder.call(OPS.decode.default, codes, grid.name, 0, name=name)
 
 
 def operand_observer(gm: GraphModule, site: Site, side: str) -> HistogramObserver:
@@ -157,7 +178,8 @@ def operand_observer(gm: GraphModule, site: Site, side: str) -> HistogramObserve
 def integerize_product(gm: GraphModule, site: Site, node: Node) -> bool:
     """matmul(dequantize(a), dequantize(b)) becomes rescale(int_matmul(a, b)); False if it is not.
 
-    Exact: the scales are constant along K, so they leave the sum.
+    On another grid it is code_matmul. Exact: the scales are constant along K, so they leave the
+    sum.
     """
     if not is_op(node, torch.matmul) or site.role != "matmul":
         return False
@@ -167,12 +189,17 @@ def integerize_product(gm: GraphModule, site: Site, node: Node) -> bool:
     builder = Builder(gm, "integerize", site.path, (left, right, node))
     a, b = operands(left), operands(right)
     with gm.graph.inserting_before(node):
-        acc = builder.call(OPS.int_matmul.default, a.codes, b.codes, name="acc")
         right_scale = b.scale
-        if right_scale.op == "get_attr":  # a dynamic scale is NaN where its operand is
-            right_scale = builder.call(
-                OPS.column_scales.default, b.scale, b.like, name="right_scales"
-            )
+        if is_op(a.codes, OPS.decode.default):
+            x, y = operands(a.codes), operands(b.codes)
+            grids = (x.grid, y.grid)
+            acc = builder.call(OPS.code_matmul.default, x.stored, y.stored, *grids, name="acc")
+        else:
+            acc = builder.call(OPS.int_matmul.default, a.codes, b.codes, name="acc")
+            if right_scale.op == "get_attr":  # a dynamic scale is NaN where its operand is
+                right_scale = builder.call(
+                    OPS.column_scales.default, b.scale, b.like, name="right_scales"
+                )
         corrections = (None, None, None, None)
         y = builder.call(
             OPS.rescale.default,

@@ -1,33 +1,32 @@
 // Δloss by cause, for the whole model and each kind, and what is left after the worst sites are right.
-const CAUSES = ["weights", "clipping", "rounding"];
-
 for (const element of document.querySelectorAll("[data-chart=causes]")) {
   const { causes } = fx.data.explanations[element.dataset.index];
   const parts = causes.flatMap(([group, values]) => Object.entries(values).map(([cause, value]) => ({ group, cause, value })));
   const single = causes.length === 1;
+  const names = [...new Set(causes.flatMap(([, values]) => Object.keys(values)))];
   const keys = document.createElement("div");
   keys.className = "keys";
-  keys.innerHTML = CAUSES.map((cause) => `<span><i style="background:var(--${cause})"></i>${cause}</span>`).join("");
+  keys.innerHTML = names.map((cause) => `<span><i style="background:var(--${cause})"></i>${cause}</span>`).join("");
   if (!single) element.before(keys);
   fx.chart(element, (width) => Plot.plot({
     width,
-    height: (single ? 3 : causes.length) * 30 + 46,
+    height: (single ? names.length : causes.length) * 30 + 46,
     marginLeft: 92, marginRight: 62, marginTop: 6, marginBottom: 34,
     x: { label: "Δloss, nats a token", labelAnchor: "right", labelArrow: "none", ticks: 4, tickFormat: (x) => fx.text(x, "number"), nice: true },
-    y: { domain: single ? CAUSES : causes.map(([group]) => group), label: null, padding: 0.32 },
+    y: { domain: single ? names : causes.map(([group]) => group), label: null, padding: 0.32 },
     marks: [
       Plot.gridX({ ticks: 4, stroke: "var(--line)", strokeOpacity: 1 }),
       Plot.axisY({ tickSize: 0, fill: "var(--ink)", fontSize: 12 }),
       single
         ? Plot.barX(parts, { x: "value", y: "cause", fill: (d) => `var(--${d.cause})` })
-        : Plot.barX(parts, { x: "value", y: "group", fill: (d) => `var(--${d.cause})`, order: CAUSES, z: "cause" }),
+        : Plot.barX(parts, { x: "value", y: "group", fill: (d) => `var(--${d.cause})`, order: names, z: "cause" }),
       single
         ? Plot.text(parts, { y: "cause", text: (d) => fx.text(d.value, "nats"), frameAnchor: "right", textAnchor: "start", dx: 8, fill: "var(--ink)", fontSize: 12 })
         : Plot.text(causes, { y: (d) => d[0], text: (d) => fx.text(d3.sum(Object.values(d[1])), "nats"), frameAnchor: "right", textAnchor: "start", dx: 8, fill: "var(--ink)", fontSize: 12 }),
       Plot.ruleX([0], { stroke: "var(--rule)" }),
       Plot.tip(parts, Plot.pointerY(single
         ? { x: "value", y: "cause", title: (d) => `${d.cause}\n${fx.text(d.value, "nats")}`, ...fx.tip }
-        : Plot.stackX({ x: "value", y: "group", z: "cause", order: CAUSES, title: (d) => `${d.group}\n${d.cause} ${fx.text(d.value, "nats")}`, ...fx.tip }))),
+        : Plot.stackX({ x: "value", y: "group", z: "cause", order: names, title: (d) => `${d.group}\n${d.cause} ${fx.text(d.value, "nats")}`, ...fx.tip }))),
     ],
   }));
 }
