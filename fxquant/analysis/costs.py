@@ -17,22 +17,26 @@ def storage(site: Site, spec: SiteSpec) -> float:
     if spec.weight is None:
         return float(FLOAT_BITS * rows * columns)
     width = 4 if spec.weight.grid.packed else 8
-    return float(width * rows * columns + _scales(site, spec.weight))
+    times = 1 if spec.weight.granularity == "tensor" else rows
+    shared = 32 if spec.weight.scale.two_level else 0
+    return float(width * rows * columns + times * _scales(columns, spec.weight) + shared)
 
 
-def _scales(site: Site, spec: TensorSpec) -> int:
-    rows, columns = site.shape
+def _scales(columns: int, spec: TensorSpec) -> int:
+    """Bits of the scales and zero points of a row, or of a whole tensor that has one of each."""
     groups = -(-columns // spec.group_size) if spec.group_size else 1
-    count = 1 if spec.granularity == "tensor" else rows * groups
-    shared = 32 if spec.scale.two_level else 0
-    return count * (spec.scale.bits + (32 if spec.grid.has_zero_point else 0)) + shared
+    return groups * (spec.scale.bits + (32 if spec.grid.has_zero_point else 0))
 
 
 def bits(site: Site, spec: SiteSpec) -> float:
-    """Bits of both operands of every product: the weight's stored bits and the activation's."""
+    """Bits of both operands of every product: the weight's stored bits, and those of the input that
+    it multiplies, with the scales of its tokens or groups."""
     rows, columns = site.shape
-    activation = FLOAT_BITS if spec.activation is None else spec.activation.tensor.grid.bits
-    return storage(site, spec) + activation * rows * columns
+    if spec.activation is None:
+        return storage(site, spec) + FLOAT_BITS * rows * columns
+    tensor = spec.activation.tensor
+    scales = 0 if tensor.granularity == "tensor" else _scales(columns, tensor)
+    return storage(site, spec) + rows * (tensor.grid.bits * columns + scales)
 
 
 COSTS: dict[str, Cost] = {"bits": bits, "storage": storage}

@@ -31,16 +31,31 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Everywhere:
+    """One choice at every site: its mean ``cost`` a weight and its loss difference, simulated."""
+
+    choice: str
+    cost: float
+    delta_loss: float
+
+    def __str__(self) -> str:
+        return f"{self.choice} {self.delta_loss:+.4f} at {self.cost:.2f}"
+
+
+@dataclass(frozen=True)
 class Plan:
     """A planned scheme: ``delta_loss`` of the converted model and of all sites at the cheapest
     choice, ``cost`` as a mean over weights, how many forwards were run and plans verified.
+
+    ``budget``: the largest loss difference that was allowed, or ``bits`` the largest cost; the
+    other is None. ``everywhere``: under a budget of bits, each single choice that keeps it.
 
     ``chosen_on``: delta_loss with its standard error, on the windows that it was chosen on;
     ``held_out``: the same on windows that had no part in it, None where none were given.
     """
 
     scheme: Scheme
-    budget: float
+    budget: float | None
     delta_loss: float
     cheapest_delta_loss: float
     cost: float
@@ -50,16 +65,21 @@ class Plan:
     verifications: int
     chosen_on: Measured
     held_out: Measured | None = None
+    bits: float | None = None
+    everywhere: tuple[Everywhere, ...] = ()
 
     def __str__(self) -> str:
+        most_loss = "" if self.budget is None else f", of at most {self.budget:+.4f}"
+        most_bits = "" if self.bits is None else f" with scales, of at most {self.bits:g}"
         lines = [
             spelled(self.counts),
-            f"Δloss {self.chosen_on} that it was chosen on, verified, of at most "
-            f"{self.budget:+.4f} ({self.cheapest_delta_loss:+.4f} with every site at the cheapest "
-            f"choice); {self.cost:.2f} {IN_WORDS[self.cost_name]}; {self.forwards:.0f} forwards of "
-            "all windows to choose it, "
-            f"{counted(self.verifications, 'plan')} verified",
+            f"Δloss {self.chosen_on} that it was chosen on, verified{most_loss} "
+            f"({self.cheapest_delta_loss:+.4f} with every site at the cheapest choice); "
+            f"{self.cost:.2f} {IN_WORDS[self.cost_name]}{most_bits}; {self.forwards:.0f} forwards "
+            f"of all windows to choose it, {counted(self.verifications, 'plan')} verified",
         ]
+        if self.everywhere:
+            lines.append(f"one choice everywhere: {', '.join(map(str, self.everywhere))}")
         if self.held_out is not None:
             lines.append(f"Δloss {self.held_out} that had no part in choosing it{self._over()}")
         else:
@@ -71,14 +91,14 @@ class Plan:
 
     def _over(self) -> str:
         assert self.held_out is not None
-        over = self.held_out.delta - self.budget
+        over = 0.0 if self.budget is None else self.held_out.delta - self.budget
         return f", {over:.4f} above the budget" if over > 0 else ""
 
     def _warning(self) -> list[str]:
         error = self.chosen_on.error
         if error is None:
             return ["one window gives no standard error: how far this holds elsewhere is not known"]
-        if self.budget - self.delta_loss >= error:
+        if self.budget is None or self.budget - self.delta_loss >= error:
             return []
         return [
             f"the budget is within one standard error of this Δloss ({error:.4f}): on other text "

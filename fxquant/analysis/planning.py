@@ -1,43 +1,46 @@
-"""``plan``: mixed precision under a budget of loss, from measured effects, verified at the end."""
+"""``plan``: mixed formats under a budget of loss or of bits, from measured effects, verified."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
-from fxquant.analysis.costs import COSTS, Cost, mean_cost
-from fxquant.analysis.inputs import Windows, as_batches, as_windows, check_unseen, watched
+from fxquant.analysis.budget import Budget, as_budget
+from fxquant.analysis.inputs import (
+    Windows,
+    as_batches,
+    as_windows,
+    check_unseen,
+    named_graph,
+    watched,
+)
 from fxquant.analysis.interruption import kept
-from fxquant.analysis.lab import FLOAT_SETTING, Lab, setting
-from fxquant.analysis.plan_cost import PLANS, SITES, announce_plan, plan_forwards, plans_of
-from fxquant.analysis.plan_result import Measured, Plan, Reference, spelled
+from fxquant.analysis.lab import Lab
+from fxquant.analysis.plan_cost import announce_plan, plan_forwards
+from fxquant.analysis.plan_result import Measured, Plan, Reference
+from fxquant.analysis.planner import Planner, limit_of
 from fxquant.analysis.prediction import plain_forward, seconds_of
 from fxquant.analysis.progress import Progress
-from fxquant.analysis.search import candidates
-from fxquant.analysis.sites import SimulatedSite, SiteMaker
 from fxquant.analysis.store import Store, fingerprint
-from fxquant.analysis.upgrades import States, climbs, order_upgrades
-from fxquant.errors import BudgetError, DataError, SchemeError
+from fxquant.errors import DataError, SchemeError
 from fxquant.files.doors import Location
 from fxquant.files.locks import writable
 from fxquant.frontends.tracing import trace
-from fxquant.ir.graph import Site, info
+from fxquant.ir.graph import info
 from fxquant.ir.weights import check_chosen
 from fxquant.pipeline.arguments import checked_call
 from fxquant.recipes.conversion import convert
 from fxquant.run.batches import Batches
 from fxquant.schemes.scheme import Scheme
-from fxquant.schemes.specs import FLOAT, SiteSpec
+from fxquant.schemes.specs import SiteSpec
 
 DEFAULT_CHOICES = ("w4-g128-asym/a8-dynamic-token", "w8a8-dynamic-token", "w8", "fp")
+# Under a budget of bits: formats of 4.25, 4.25, 4.5, 4.5 and 8 bits with their scales.
+BITS_CHOICES = ("w4-g128", "we2m1-g32-e8m0-rceil", "w4-g128-asym", "we2m1-g16-e4m3", "w8")
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,15 @@ class PlanRequest:
     """What a plan is to keep and what it is measured on: the arguments of ``plan``."""
 
     data: Windows
-    budget: float
+    budget: float | None = None
     calibration: Batches | None = None
-    choices: Sequence[str] = DEFAULT_CHOICES
-    cost: str = "bits"
+    choices: Sequence[str] | None = None
+    cost: str | None = None
     progress: bool | None = None
     output: Location | None = None
     allow_overlap: bool = False
     held_out: Windows | None = None
+    bits: float | None = None
 
 
 @checked_call(windows="data", text="data", dataset="data", calibration_data="calibration")
@@ -60,40 +64,45 @@ def plan(
     model: PreTrainedModel | GraphModule,
     *,
     data: Windows,
-    budget: float,
+    budget: float | None = None,
+    bits: float | None = None,
     calibration: Batches | None = None,
-    choices: Sequence[str] = DEFAULT_CHOICES,
-    cost: str = "bits",
+    choices: Sequence[str] | None = None,
+    cost: str | None = None,
     progress: bool | None = None,
     output: Location | None = None,
     allow_overlap: bool = False,
     held_out: Windows | None = None,
 ) -> Scheme:
-    """The cheapest per-site choices found whose measured loss stays within ``budget``.
+    """The cheapest per-site choices found whose measured loss stays within ``budget``, or those of
+    the least loss found within so many ``bits`` a weight: one of the two is given.
 
     Args:
         model: a Hugging Face causal LM or a float graph from ``trace``.
         data: windows to measure on, as for ``explain``.
         budget: largest allowed loss difference to the float model, nats a token.
+        bits: largest mean ``cost`` of a weight, scales included, such as 4.5.
         calibration: needed when a choice has a static range.
         choices: site specs such as "w8a8-dynamic-token" or "fp"; every linear of the blocks gets
-            one of them.
+            one of them. None: DEFAULT_CHOICES, under a budget of bits BITS_CHOICES.
         cost: what is to be small: "bits" (of weight and activation operands together, 16 for a
-            float one) or "storage" (stored weight bits).
+            float one) or "storage" (stored weight bits); None: "bits" where ``budget`` is given,
+            "storage" where ``bits`` is.
         progress: what it is going to cost, bars, and at the end what was found, on stderr; plain
             lines where it is no terminal; None: on a terminal alone.
         output: a folder where finished losses are kept; the same call goes on from them.
         allow_overlap: measure on windows that hold what is calibrated on.
         held_out: other windows, to measure the finished plan on: on ``data`` it was chosen, and the
-            budget is kept there alone.
+            budget of loss is kept there alone.
 
     Returns a Scheme with overrides, which round-trips as JSON and feeds ``convert``.
 
-    Raises BudgetError when not even the best choice at every site keeps the budget (it names the
-    best measured loss), SchemeError, DataError and CalibrationError before any measurement.
+    Raises BudgetError when not even the best choice at every site keeps the budget of loss (it
+    names the best measured loss), and before any measurement where the cheapest choices exceed that
+    of bits; SchemeError, DataError and CalibrationError before any measurement.
     """
     asked = PlanRequest(
-        data, budget, calibration, choices, cost, progress, output, allow_overlap, held_out
+        *(data, budget, calibration, choices, cost, progress, output, allow_overlap, held_out), bits
     )
     found = make_plan(model, asked)
     shown = Progress(progress, name="plan")
@@ -104,7 +113,7 @@ def plan(
 
 def make_plan(model: PreTrainedModel | GraphModule, asked: PlanRequest) -> Plan:
     """``plan`` with the figures that led to it."""
-    specs = parse_choices(asked.choices, asked.budget, asked.cost)
+    specs, budget = check_plan(asked.choices, asked.budget, asked.bits, asked.cost)
     folder = writable(asked.output, "output")
     graph = model if isinstance(model, GraphModule) else trace(model)
     windows = as_windows(asked.data, graph)
@@ -114,6 +123,7 @@ def make_plan(model: PreTrainedModel | GraphModule, asked: PlanRequest) -> Plan:
         if ids is not None:
             check_unseen(graph, ids, given, batches, asked.calibration, asked.allow_overlap)
     read = watched(asked.calibration, batches)
+    _check_limit(graph, budget, specs)
     observed = _observed(graph, specs, read, asked.progress is not False)
     tensors = [value for batch in batches or () for _, value in sorted(batch.items())]
     reference = Reference(graph, windows)
@@ -124,22 +134,14 @@ def make_plan(model: PreTrainedModel | GraphModule, asked: PlanRequest) -> Plan:
     lab = Lab(observed, windows)
     sites = [site for site in info(observed).sites if site.role == "linear"]
     forward_seconds = plain_forward(lab)[0]
-    forwards = plan_forwards(lab, sites, specs)
+    forwards = plan_forwards(lab, sites, specs, budget)
     whole = {name: seconds_of(name, each, forward_seconds) for name, each in forwards.items()}
     shown = Progress(asked.progress, whole, name="plan")
-    announce_plan(shown, asked.budget, specs, len(sites), windows, forwards, forward_seconds)
+    announce_plan(shown, budget, specs, len(sites), windows, forwards, forward_seconds)
     with Store(folder, fingerprint(observed, [*windows, *tensors], "plan")) as store:
-        planner = _Planner(
-            lab=lab,
-            sites=sites,
-            specs=specs,
-            cost=COSTS[asked.cost],
-            budget=asked.budget,
-            store=store,
-            progress=shown,
-        )
+        planner = Planner(lab, sites, specs, budget, store, shown)
         with kept(store):
-            found = planner.run(verify, asked.cost)
+            found = planner.run(verify)
             if unseen is not None:
                 other = Reference(graph, unseen)
                 measured = other.measure(convert(graph, found.scheme, calibration=read))
@@ -161,12 +163,24 @@ def _unseen(
     return found
 
 
-def parse_choices(choices: Sequence[str], budget: float, cost: str) -> dict[str, SiteSpec]:
-    """The choices' specs by their text; SchemeError for a plan that cannot be made."""
-    if cost not in COSTS:
-        raise SchemeError(f"unknown cost {cost!r}: known are {', '.join(COSTS)}")
-    if not 0 <= budget < math.inf:
-        raise SchemeError(f"the budget is a finite loss difference of at least 0, got {budget}")
+def _check_limit(graph: GraphModule, budget: Budget, specs: Mapping[str, SiteSpec]) -> None:
+    """BudgetError where the cheapest choices of all sites exceed a budget of bits."""
+    if budget.bits is not None:
+        named = info(named_graph(graph, Scheme()))
+        limit_of(budget, [site for site in named.sites if site.role == "linear"], specs)
+
+
+def check_plan(
+    choices: Sequence[str] | None, budget: float | None, bits: float | None, cost: str | None
+) -> tuple[dict[str, SiteSpec], Budget]:
+    """The choices' specs and what is to be kept; SchemeError for a plan that cannot be made."""
+    kept = as_budget(budget, bits, cost)
+    usual = DEFAULT_CHOICES if bits is None else BITS_CHOICES
+    return parse_choices(usual if choices is None else choices), kept
+
+
+def parse_choices(choices: Sequence[str]) -> dict[str, SiteSpec]:
+    """The choices' specs by their text; SchemeError where a plan cannot choose among them."""
     specs: dict[str, SiteSpec] = {}
     if isinstance(choices, str):
         raise SchemeError(f"choices is a list of at least two specs for a site, not {choices!r}")
@@ -195,124 +209,3 @@ def _observed(
     static = [s for s in specs.values() if s.activation is not None and not s.activation.dynamic]
     scheme = Scheme(static[0] if static else next(s for s in specs.values() if s.weight))
     return convert(graph, scheme, calibration=batches, level="observed", progress=progress)
-
-
-@dataclass
-class _Planner:
-    lab: Lab
-    sites: list[Site]
-    specs: dict[str, SiteSpec]
-    cost: Cost
-    budget: float
-    store: Store
-    progress: Progress
-
-    def run(self, verify: Callable[[Scheme], Measured], cost_name: str) -> Plan:
-        self.loss_float = self.lab.loss(FLOAT_SETTING)
-        self.built: dict[tuple[str, str], SimulatedSite] = {}
-        self.maker = SiteMaker(self.lab.gm)
-        effects = self._effects()
-        steps = climbs(self.sites, self.specs, self.cost, effects)
-        chosen = {path: rungs[0].choice for path, rungs in steps.items()}
-        upgrades = order_upgrades(steps)
-        states = States(chosen, upgrades)
-        cheapest = self._delta(states.at(0))
-        simulated: dict[int, float] = {}
-        verified: dict[int, float] = {}
-        with self.progress.step(PLANS, plans_of(states.total)) as advance:
-
-            def delta(count: int) -> float:
-                if count not in simulated:
-                    simulated[count] = self._delta(states.at(count))
-                    advance()
-                return simulated[count]
-
-            for count in candidates(delta, simulated, states.total, self.budget):
-                assignment = states.at(count)
-                scheme = self._scheme(assignment)
-                measured = verify(scheme)
-                verified[count] = measured.delta
-                if verified[count] <= self.budget:
-                    return self._plan(
-                        assignment, scheme, measured, cheapest, cost_name, len(verified)
-                    )
-        best = min(verified, key=lambda count: verified[count])
-        raise BudgetError(
-            f"no plan keeps the budget of {self.budget:+.4f} with {', '.join(self.specs)}: the "
-            f"best that was measured, {spelled(self._counts(states.at(best)))}, still moves the "
-            f"loss by {verified[best]:+.4f}; allow more, or add a better choice such as 'fp'"
-        )
-
-    def _effects(self) -> dict[str, dict[str, float]]:
-        """Loss difference of each choice at each site alone, everything else in float."""
-        found: dict[str, dict[str, float]] = {}
-        cuts = self.lab.start()
-        with torch.no_grad(), self.lab.meter.measuring("alone"):
-            for site in self.progress.over(self.sites, SITES, len(self.sites)):
-                found[site.path] = {}
-                for name, spec in self.specs.items():
-                    if spec != FLOAT:
-                        each = self.maker.make(site.path, spec)
-                        cuts = self.lab.advance(cuts, each.node, FLOAT_SETTING)
-                        measure = partial(self.lab.loss, setting([each]), cuts)
-                        loss = self.store.remember(
-                            f"alone {site.path} {name}", measure, self.lab.meter
-                        )
-                    found[site.path][name] = 0.0 if spec == FLOAT else loss - self.loss_float
-        return found
-
-    def _delta(self, assignment: dict[str, str]) -> float:
-        def measure() -> float:
-            built = [
-                self._built(path, name)
-                for path, name in assignment.items()
-                if self.specs[name] != FLOAT
-            ]
-            return self.lab.loss(setting(built))
-
-        key = json.dumps(assignment, sort_keys=True)
-        with torch.no_grad(), self.lab.meter.measuring("plans"):
-            return self.store.remember(f"plan {key}", measure, self.lab.meter) - self.loss_float
-
-    def _built(self, path: str, name: str) -> SimulatedSite:
-        """Kept for the last choice of each site only: a site holds its weight in float."""
-        if (path, name) not in self.built:
-            for other in self.specs:
-                self.built.pop((path, other), None)
-            self.built[path, name] = self.maker.make(path, self.specs[name])
-        return self.built[path, name]
-
-    def _scheme(self, assignment: dict[str, str]) -> Scheme:
-        """The most used choice for all, overrides for the rest."""
-        used = list(assignment.values())
-        common = max(dict.fromkeys(used), key=used.count)
-        others = tuple(
-            (path, self.specs[name]) for path, name in assignment.items() if name != common
-        )
-        return Scheme(self.specs[common], overrides=others)
-
-    def _counts(self, assignment: dict[str, str]) -> dict[str, int]:
-        used = list(assignment.values())
-        return {name: used.count(name) for name in self.specs if name in used}
-
-    def _plan(
-        self,
-        assignment: dict[str, str],
-        scheme: Scheme,
-        found: Measured,
-        cheapest: float,
-        cost_name: str,
-        verifications: int,
-    ) -> Plan:
-        return Plan(
-            scheme=scheme,
-            budget=self.budget,
-            delta_loss=found.delta,
-            cheapest_delta_loss=cheapest,
-            cost=mean_cost(self.cost, [(s, self.specs[assignment[s.path]]) for s in self.sites]),
-            cost_name=cost_name,
-            counts=self._counts(assignment),
-            forwards=sum(each.forwards for each in self.lab.meter.costs.values()),
-            verifications=verifications,
-            chosen_on=found,
-        )

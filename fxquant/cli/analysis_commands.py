@@ -17,7 +17,13 @@ from fxquant.analysis.explanation import (
     check_request,
     explain,
 )
-from fxquant.analysis.planning import DEFAULT_CHOICES, PlanRequest, make_plan, parse_choices
+from fxquant.analysis.planning import (
+    BITS_CHOICES,
+    DEFAULT_CHOICES,
+    PlanRequest,
+    check_plan,
+    make_plan,
+)
 from fxquant.cli.arguments import (
     add_model_arguments,
     add_text_arguments,
@@ -95,13 +101,18 @@ def add_explain_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     _add_common(parser, windows=2)
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--budget", type=number, help="largest loss difference, nats a token")
+    budget.add_argument("--bits", type=number, help="largest cost of a weight, such as 4.5")
     parser.add_argument(
-        "--budget", type=number, required=True, help="largest loss difference, nats a token"
-    )
+        "--choices", nargs="+",
+        help=f"specs for a site (default: {' '.join(DEFAULT_CHOICES)}; "
+        f"with --bits: {' '.join(BITS_CHOICES)})",
+    )  # fmt: skip
     parser.add_argument(
-        "--choices", nargs="+", default=list(DEFAULT_CHOICES), help="specs for a site, such as fp"
+        "--cost",
+        help="bits (of both operands) or storage (with --bits storage, else bits)",
     )
-    parser.add_argument("--cost", default="bits", help="bits (of both operands) or storage")
     parser.add_argument(
         "--held-out-windows", type=whole, default=4,
         help="of the text behind them, to measure the finished plan on, where there are enough (4)",
@@ -166,21 +177,20 @@ def plan_command(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    parse_choices(options.choices, options.budget, options.cost)
+    wish = {name: getattr(options, name) for name in ("budget", "bits", "choices", "cost")}
+    choices = list(check_plan(**wish)[0])
     if options.held_out_windows < 0:
         raise DataError(f"held-out windows must be at least 0, got {options.held_out_windows}")
     material = _load(options, options.held_out_windows)
     try:
         asked = PlanRequest(
             material.windows.evaluation,
-            options.budget,
-            material.recording,
-            options.choices,
-            options.cost,
+            calibration=material.recording,
             progress=True,
             output=options.output,
             allow_overlap=True,  # cut keeps them apart, by position
             held_out=material.held_out,
+            **wish,
         )
         found = make_plan(material.graph, asked)
     except KeyboardInterrupt as stop:
@@ -193,8 +203,9 @@ def _plan(options: argparse.Namespace) -> int:
         return 0
     figures = {**asdict(found), "scheme": json.loads(found.scheme.to_json())}
     write_text(options.output / PLAN, _json({**figures, **_made_by(material)}))
-    chosen = {key: figures[key] for key in ("budget", "cost_name", "chosen_on", "held_out")}
-    made_by = {**chosen, "choices": options.choices, **_made_by(material)}
+    kept = ("budget", "bits", "cost_name", "chosen_on", "held_out")
+    chosen = {key: figures[key] for key in kept}
+    made_by = {**chosen, "choices": choices, **_made_by(material)}
     write_text(options.output / SCHEME, _json({**figures["scheme"], "made_by": made_by}))
     print(f"written to {options.output}; {SCHEME} is a scheme for convert and evaluate")
     return 0

@@ -66,7 +66,9 @@ def test_every_seed_within_the_bounds_serves(seed: int, model: Path) -> None:
 OTHERS = [
     ("explain", "--scheme=w8a8-dynamic", "--worst=-1"), ("explain", "--scheme=w8", "--worst=x"),
     *(("plan", f"--budget={value}") for value in ("nan", "inf", "-1", "1_0", "1e400", "x", "")),
-    ("plan", "--budget=1", "--choices", "w8"), ("plan", "--budget=1", "--cost=gold"),
+    *(("plan", f"--bits={value}") for value in ("nan", "inf", "-1", "0", "3", "x", "")),
+    ("plan",), ("plan", "--bits=5", "--budget=1"), ("plan", "--budget=1", "--choices", "w8"),
+    ("plan", "--budget=1", "--cost=gold"),
     ("inspect", "--scheme=w8", "--layer=99"), ("inspect", "--scheme=w8", "--layer=-9"),
     ("inspect", "--scheme=w8", "--layer=" + "9" * 19), ("inspect", "--scheme=w8", "--layer=x"),
     ("inspect", "--scheme=w8", "--site=no"), ("convert", "--scheme=w8", "--level=fused"),

@@ -30,10 +30,11 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "progress": (*TEXT, *WHOLE, *NUMBER), "allow_overlap": (*TEXT, *WHOLE, *NUMBER, None),
     "streamed": (*TEXT, *WHOLE, None), "stream": (*TEXT, *WHOLE, None),
     "revision": (*WHOLE, *NUMBER, True), "level": (*WHOLE, None, True), "start": (*WHOLE, None),
-    "frontend": (*WHOLE, None), "cost": (*WHOLE, None), "sites": (*WHOLE, True, ["head"]),
-    "methods": (*WHOLE, None, ["alone", 1]), "choices": (*WHOLE, None, "w8", ["w8", None]),
+    "frontend": (*WHOLE, None), "cost": WHOLE, "sites": (*WHOLE, True, ["head"]),
+    "methods": (*WHOLE, None, ["alone", 1]), "choices": (*WHOLE, "w8", ["w8", None]),
     "worst": (*TEXT, *NUMBER, None, True), "minutes": (*TEXT, None, True),
-    "budget": (*TEXT, None, True), "tokenizer": (*TEXT, *WHOLE), "pipeline": (*TEXT, *WHOLE, []),
+    "budget": (*TEXT, None, True), "bits": (*TEXT, 1.0, True),
+    "tokenizer": (*TEXT, *WHOLE), "pipeline": (*TEXT, *WHOLE, []),
     "after_pass": (*TEXT, *WHOLE, []), "batch_size": (*TEXT, *NUMBER, 0, -1, None, True),
     "count": (*TEXT, *NUMBER, 0, True), "length": (*TEXT, *NUMBER, 0, None, True),
     "calibration": (*TEXT, *NUMBER, -1, None, True), "seed": (*TEXT, *NUMBER, -1, None, True),
@@ -52,7 +53,9 @@ CALLS: dict[str, tuple[Callable[..., object], dict[str, Any], tuple[str, ...]]] 
         fxquant.explain, EXPLAIN,
         ("methods", "sites", "progress", "worst", "minutes", "tokenizer", "allow_overlap"),
     ),
-    "plan": (fxquant.plan, PLAN, ("budget", "choices", "cost", "progress", "allow_overlap")),
+    "plan": (
+        fxquant.plan, PLAN, ("budget", "bits", "choices", "cost", "progress", "allow_overlap"),
+    ),
     "windows": (
         fxquant.windows, {"text": "builtin", "tokenizer": small_opt()[1]},
         ("count", "length", "calibration", "seed", "stride", "calibration_length"),
@@ -105,7 +108,7 @@ def test_the_sentence_names_function_option_kind_and_value() -> None:
             "w8",
             after_pass=3,  # type: ignore[arg-type]
         ),
-        "plan: budget must be a number, got an integer of 1329 bits": lambda: fxquant.plan(
+        "plan: budget must be a number or none, got an integer of 1329 bits": lambda: fxquant.plan(
             **{**PLAN, "budget": 10**400}
         ),
     }
