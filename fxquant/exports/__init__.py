@@ -5,4 +5,6 @@ engine is imported only where an export is checked.
 """
 
 from fxquant.exports.compressed_file import compressed_tensors as compressed_tensors
+from fxquant.exports.gguf_file import gguf as gguf
+from fxquant.exports.half_scales import with_half_scales as with_half_scales
 from fxquant.exports.onnx_file import onnx as onnx

@@ -47,10 +47,7 @@ class CodedSite:
 
     def codes(self) -> WeightCodes:
         """The weight's codes, unpacked, on the CPU; read on each call."""
-        held = self.gm.get_submodule(self.path)
-        names = ("weight", "weight_scale", "weight_zero_point", GLOBAL_SCALE)
-        found = {name: getattr(held, name).cpu() for name in names if hasattr(held, name)}
-        return WeightCodes.read(found, self.weight_spec, self.site.shape[1])
+        return codes_at(self.gm, self.path, self.weight_spec, self.site.shape[1])
 
     def bias(self) -> Tensor | None:
         value = getattr(self.gm.get_submodule(self.path), "bias", None)
@@ -65,6 +62,15 @@ class CodedSite:
             return None
         zero = None if call.zero_point is None else get_tensor(self.gm, call.zero_point).cpu()
         return get_tensor(self.gm, call.scale).cpu(), zero
+
+
+def codes_at(gm: GraphModule, path: str, spec: TensorSpec, length: int) -> WeightCodes:
+    """The codes, unpacked, on the CPU, of the weight [N, ``length``] at ``path``; an embedding's
+    too."""
+    held = gm.get_submodule(path)
+    names = ("weight", "weight_scale", "weight_zero_point", GLOBAL_SCALE)
+    found = {name: getattr(held, name).cpu() for name in names if hasattr(held, name)}
+    return WeightCodes.read(found, spec, length)
 
 
 def coded_sites(gm: GraphModule) -> Iterator[CodedSite]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fxquant.exports import compressed_file, onnx_file
+from fxquant.exports import compressed_file, gguf_file, onnx_file
 from fxquant.exports.folder import Exported
 from fxquant.exports.target import Target
 
@@ -23,5 +23,6 @@ FORMATS = {
     for format_ in (
         Format(compressed_file.TARGET, compressed_file.compressed_tensors),
         Format(onnx_file.TARGET, onnx_file.onnx),
+        Format(gguf_file.TARGET, gguf_file.gguf),
     )
 }

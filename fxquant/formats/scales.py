@@ -1,4 +1,4 @@
-"""How the scales of groups are kept: fp32, powers of two in a byte, or E4M3 under one in fp32.
+"""How the scales of groups are kept: fp32, fp16, powers of two in a byte, E4M3 under one in fp32.
 
 ``scales(largest, ...)`` gives float32 numbers that lie where the format can store them, so that
 whoever divides by them need not know it; ``encode`` and ``decode`` are the way to bytes and back.
@@ -27,12 +27,15 @@ def safe_scale(scale: Tensor) -> Tensor:
 
 
 class ScaleFormat(abc.ABC):
-    """``name``: as schemes and files spell it; ``bits`` of a scale; ``storage``: its dtype."""
+    """``name``: as schemes and files spell it; ``bits`` of a scale; ``storage``: its dtype;
+    ``two_level``: whether groups share one more; ``zero_points``: whether they may stand beside it.
+    """
 
     name: str
     bits: int
     storage: torch.dtype
     two_level: bool = False
+    zero_points: bool = False
 
     @abc.abstractmethod
     def scales(self, largest: Tensor, grid: Grid, global_scale: Tensor | None = None) -> Tensor:
@@ -62,6 +65,7 @@ class Fp32Scale(ScaleFormat):
     name: str = "fp32"
     bits: int = 32
     storage: torch.dtype = torch.float32
+    zero_points: bool = True
 
     def scales(self, largest: Tensor, grid: Grid, global_scale: Tensor | None = None) -> Tensor:
         return safe_scale(largest.to(torch.float32) / grid.reach)
@@ -74,6 +78,53 @@ class Fp32Scale(ScaleFormat):
 
     def valid(self, stored: Tensor) -> bool:
         return bool((stored.isfinite() & (stored > 0)).all())
+
+
+@dataclass(frozen=True)
+class HalfScale(ScaleFormat):
+    """``largest / reach`` to the nearest fp16 number, what GGUF, GPTQ and AWQ files hold.
+
+    Beside zero points of up to 4 bits a scale has so few digits that its multiples by
+    ``zero_point - lowest``, the minimum of a group, are fp16 numbers too.
+    """
+
+    name: str = "fp16"
+    bits: int = 16
+    storage: torch.dtype = torch.float16
+    zero_points: bool = True
+
+    def scales(self, largest: Tensor, grid: Grid, global_scale: Tensor | None = None) -> Tensor:
+        return self.nearest(safe_scale(largest.to(torch.float32) / grid.reach), grid)
+
+    def nearest(self, scale: Tensor, grid: Grid) -> Tensor:
+        """float32: the nearest to ``scale``, float32 and positive, that it stores."""
+        least, most = torch.finfo(torch.float16).smallest_normal * 2.0**-10, 65504.0
+        found = scale
+        if grid.has_zero_point and grid.bits <= 4:
+            found = _with_digits(scale, _HALF_DIGITS - grid.bits)
+            most = 2.0 ** (_HALF_TOP - grid.bits)
+        found = found.clamp(least, most).to(torch.float16).to(torch.float32)
+        return torch.where(scale.isfinite(), found, scale)
+
+    def encode(self, scales: Tensor, global_scale: Tensor | None = None) -> Tensor:
+        return scales.to(torch.float16)
+
+    def decode(self, stored: Tensor, global_scale: Tensor | None = None) -> Tensor:
+        return stored.to(torch.float32)
+
+    def valid(self, stored: Tensor) -> bool:
+        return bool((stored.isfinite() & (stored > 0)).all())
+
+
+_HALF_DIGITS, _HALF_TOP = 11, 16  # of a mantissa, and the power that fp16 does not reach
+
+
+def _with_digits(x: Tensor, digits: int) -> Tensor:
+    """Positive float32 ``x`` rounded to so many binary digits, ties to even."""
+    gone = 24 - digits
+    bits = x.view(torch.int32)
+    bits = bits + (1 << (gone - 1)) - 1 + ((bits >> gone) & 1)
+    return ((bits >> gone) << gone).view(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -162,5 +213,6 @@ class CodedScale(ScaleFormat):
 
 
 FP32 = Fp32Scale()
+FP16 = HalfScale()
 POWERS = tuple(PowerScale(rule) for rule in ("floor", "ceil", "rceil", "even"))
 E4M3_SCALE = CodedScale()

@@ -7,7 +7,7 @@ from fxquant.formats.floating import E2M1, E2M3, E3M2, E4M3, E5M2
 from fxquant.formats.grid import Grid
 from fxquant.formats.integer import integer
 from fxquant.formats.levels import NF4
-from fxquant.formats.scales import E4M3_SCALE, FP32, POWERS, ScaleFormat
+from fxquant.formats.scales import E4M3_SCALE, FP16, FP32, POWERS, ScaleFormat
 
 GRIDS: dict[str, Grid] = {
     grid.name: grid
@@ -17,7 +17,7 @@ GRIDS: dict[str, Grid] = {
         *(E4M3, E5M2, E3M2, E2M3, E2M1, NF4),
     )
 }
-SCALES: dict[str, ScaleFormat] = {each.name: each for each in (FP32, *POWERS, E4M3_SCALE)}
+SCALES: dict[str, ScaleFormat] = {each.name: each for each in (FP32, FP16, *POWERS, E4M3_SCALE)}
 
 
 def grid_named(name: str) -> Grid:

@@ -225,16 +225,34 @@ def empty_model(
 
 def read_gguf(file: Path) -> tuple[PreTrainedModel, Tokenizer]:
     """Model (float32) and tokenizer of a GGUF file. Raises ModelError naming it."""
+    return read_gguf_model(file), read_gguf_tokenizer(file)
+
+
+@exclusive
+def read_gguf_model(file: Path) -> PreTrainedModel:
+    """The model of a GGUF file, float32, its blocks dequantized. Raises ModelError naming it."""
     check_regular(file, ModelError)
-    folder, name = str(file.parent), file.name
     # transformers 5 may leave the weights packed, for kernels that it takes from the hub.
     options = {"quantization_config": _GGUF(dequantize=True)} if _GGUF is not None else {}
     with _reading(str(file), "GGUF"), without_notices():
         model = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=name, dtype=torch.float32, trust_remote_code=False, **options
+            str(file.parent),
+            gguf_file=file.name,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            **options,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
-    return _plain(model, str(file)), tokenizer
+    return _plain(model, str(file))
+
+
+def read_gguf_tokenizer(file: Path) -> Tokenizer:
+    """The tokenizer that transformers makes of a GGUF file. Raises ModelError naming it."""
+    check_regular(file, ModelError)
+    with _reading(str(file), "GGUF"), without_notices():
+        found: Tokenizer = AutoTokenizer.from_pretrained(
+            str(file.parent), gguf_file=file.name, trust_remote_code=False
+        )
+    return found
 
 
 def _plain(model: PreTrainedModel, name: str) -> PreTrainedModel:

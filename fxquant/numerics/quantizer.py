@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fxquant.formats.grid import Grid
 from fxquant.formats.integer import IntegerGrid
-from fxquant.formats.scales import FP32, ScaleFormat
+from fxquant.formats.scales import FP32, HalfScale, ScaleFormat
 from fxquant.numerics.quantization import (
     activation_qparams_from_range,
     choose_qparams,
@@ -29,12 +29,18 @@ def range_qparams(
 ) -> tuple[Tensor, Tensor | None]:
     """Scale (float32) and zero point (int32, None without one) of ranges [low, high], elementwise.
 
-    Without a zero point the larger magnitude counts, and the scale is one that ``scale`` stores.
+    Without a zero point the larger magnitude counts. The scale is one that ``scale`` stores.
     """
     if not grid.has_zero_point:
         largest = torch.maximum(-low, high).abs()
         return scale.scales(largest, grid, global_scale), None
-    return activation_qparams_from_range(low, high, *grid.codes)
+    qmin, qmax = grid.codes
+    found, zero_point = activation_qparams_from_range(low, high, qmin, qmax)
+    if not isinstance(scale, HalfScale):
+        return found, zero_point
+    found = scale.nearest(found, grid)
+    steps = qmin - low.to(torch.float32).clamp(max=0) / found
+    return found, torch.round(steps).clamp(qmin, qmax).to(torch.int32)
 
 
 def largest_of(x: Tensor, group_size: int) -> Tensor:
@@ -90,12 +96,12 @@ class Quantizer:
         grid = self.spec.grid
         if self.rounds_scale:
             assert self.spec.group_size is not None
-            largest = largest_of(x, self.spec.group_size)
-            return self.spec.scale.scales(largest, grid, global_scale_of(x, self.spec)), None
-        ends = grid.codes if grid.has_zero_point else (-grid.reach, grid.reach)
+            ends = group_ranges(x, self.spec.group_size)
+            return range_qparams(*ends, grid, self.spec.scale, global_scale_of(x, self.spec))
+        reach = grid.codes if grid.has_zero_point else (-grid.reach, grid.reach)
         scale, zero_point = choose_qparams(
             x,
-            *ends,
+            *reach,
             symmetric=not grid.has_zero_point,
             granularity=self.spec.granularity,
             group_size=self.spec.group_size,

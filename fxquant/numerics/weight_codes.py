@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxquant.errors import SchemeError
 from fxquant.formats.grid import Grid
-from fxquant.formats.scales import FP32
+from fxquant.formats.scales import FP16, FP32
 from fxquant.numerics.quantization import check_finite, expand_groups, split_groups
 from fxquant.numerics.quantizer import Quantizer, global_scale_of, range_qparams
 from fxquant.schemes.specs import TensorSpec
@@ -167,7 +167,7 @@ def _search(
 ) -> tuple[Tensor, Tensor | None]:
     """Best scale and zero point [n, G] of weights [n, G, g] under factors [G, g]."""
     low, high = weights.amin(-1), weights.amax(-1)
-    shares = SHRINKS if spec.scale == FP32 else (*SHRINKS, *WIDENED)
+    shares = SHRINKS if spec.scale in (FP16, FP32) else (*SHRINKS, *WIDENED)
     grids = (
         range_qparams(low * share, high * share, spec.grid, spec.scale, global_scale)
         for share in shares

@@ -35,7 +35,9 @@ class TensorSpec:
             raise SchemeError("granularity 'group' and group_size go together")
         if self.group_size is not None and self.group_size < 1:
             raise SchemeError(f"group_size must be at least 1, got {self.group_size}")
-        if self.scale != FP32 and (self.granularity != "group" or self.grid.has_zero_point):
+        if self.scale != FP32 and self.granularity != "group":
+            raise SchemeError(f"scales in {self.scale.name} are those of groups")
+        if self.grid.has_zero_point and not self.scale.zero_points:
             raise SchemeError(
                 f"scales in {self.scale.name} are those of groups without zero points"
             )

@@ -4,7 +4,7 @@ site       = name | weight ["/" activation]           name: fp8, mxfp4 ... (sche
 weight     = "w" (name | element ["-tensor" | groups] ["-asym"])
 activation = "a" (name | element ("-dynamic" ["-token" | groups] | "-static") ["-asym"]
              [":" estimator])
-groups     = "-g" size ["-" scale]                    scale: e8m0, e8m0-rceil ..., e4m3
+groups     = "-g" size ["-" scale]                    scale: fp16, e8m0, e8m0-rceil ..., e4m3
 element    = bits | name of a grid (fxquant/formats/table.py)
 estimator  = "absmax" | "p" percent | "mse" | "entropy"
 pass       = name ["(" option "=" value {"," option "=" value} ")"]

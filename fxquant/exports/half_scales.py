@@ -1,0 +1,91 @@
+"""Scales in fp16, as files of blocks hold them: which of a graph's they are, and the graph on them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+import torch
+from torch.fx import GraphModule
+
+from fxquant.errors import ExportError
+from fxquant.formats.scales import FP16, FP32
+from fxquant.ir.graph import clone_sharing_storage, info, install
+from fxquant.ir.leaves import QuantizedParameters
+from fxquant.numerics.weight_codes import WeightCodes
+from fxquant.schemes.scheme import Scheme
+from fxquant.schemes.specs import TensorSpec
+from fxquant.schemes.spelling import spell_weight
+
+# fp16 has fewer digits below it: a scale there is off by up to a part in 2^(24 + its exponent).
+_FEW_DIGITS: Final = torch.finfo(torch.float16).smallest_normal
+
+
+def in_half(held: WeightCodes, path: str) -> WeightCodes:
+    """The same codes under the nearest scales that fp16 holds; their own where they lie there.
+
+    Raises ExportError, naming ``path``, for scales beyond fp16.
+    """
+    if held.spec.scale == FP16:
+        return held
+    if float(held.scales.max()) > torch.finfo(torch.float16).max:
+        raise ExportError(
+            f"{path}: a scale of {float(held.scales.max()):.3g} is beyond fp16, which the format "
+            "keeps scales in: divide the weights of the model, or take ONNX (--to onnx)"
+        )
+    return replace(held, scales=FP16.nearest(held.scales, held.spec.grid))
+
+
+def with_half_scales(gm: GraphModule) -> GraphModule:
+    """A copy of ``gm`` whose weights' scales are those of a file: fp16 numbers, codes unchanged.
+
+    A scheme with ``-fp16`` behind its groups (``w4-g32-fp16``) has them from the start, and its
+    codes are the nearest under them.
+    """
+    copy = clone_sharing_storage(gm)
+    for path, spec in weight_specs(gm).items():
+        module = copy.get_submodule(path)
+        if not isinstance(module, QuantizedParameters) or spec.scale != FP32:
+            continue
+        tensors = {name: value for name, value in module._buffers.items() if value is not None}
+        scale = FP16.nearest(tensors["weight_scale"], spec.grid)
+        install(copy, path, QuantizedParameters({**tensors, "weight_scale": scale}))
+    return copy
+
+
+def weight_specs(gm: GraphModule) -> dict[str, TensorSpec]:
+    """How the weight at each coded path is kept, embeddings too."""
+    found = {}
+    for record in info(gm).site_records:
+        weight = None if record.operand else Scheme.parse(record.spec).spec.weight
+        if weight is not None:
+            found[record.path] = weight
+    return found
+
+
+def moved(gm: GraphModule) -> str:
+    """Why the figures of ``gm`` are not those of a file with scales in fp16; "" where they are."""
+    count, furthest, few = 0, 0.0, False
+    for path, spec in weight_specs(gm).items():
+        if spec.scale != FP32:
+            continue
+        scales = gm.get_submodule(path).get_buffer("weight_scale")
+        half = FP16.nearest(scales, spec.grid)
+        count += int((half != scales).sum())
+        furthest = max(furthest, float(((half - scales) / scales).abs().max()))
+        few |= bool((half < _FEW_DIGITS).any())
+    if not count:
+        return ""
+    text = f"{count} scales went to their nearest in fp16, by up to {furthest:.2g} of themselves"
+    if few:
+        text += " (some are too small for all of its digits)"
+    spelled = sorted({spelled_in_half(spec) for spec in weight_specs(gm).values()} - {""})
+    take = f"; {' and '.join(spelled)} has them there from the start" if spelled else ""
+    return text + take
+
+
+def spelled_in_half(spec: TensorSpec) -> str:
+    """The spelling of the same weight with scales in fp16, "" where there is none."""
+    if spec.granularity != "group" or spec.scale != FP32:
+        return ""
+    return spell_weight(replace(spec, scale=FP16))
