@@ -76,18 +76,30 @@ class Converter:
     """Converts one float graph to many schemes; calibrates once for all that observe alike.
 
     ``calibration``: None where there are no windows for it; ``cache``: a folder for finished
-    blocks of the repairs that keep them; ``as_it_is``: a saved graph, which is its own scheme's.
+    blocks of the repairs that keep them; ``as_it_is``: a saved graph, which is its own scheme's;
+    ``keeps_last``: whether the graph of the last scheme is held, which is asked for again.
     """
 
     graph: GraphModule
     calibration: DrawnBatches | None
     cache: Path | None = None
     as_it_is: bool = False
+    keeps_last: bool = False
     observed: dict[frozenset[str], GraphModule] = field(default_factory=dict)
+    _last: tuple[Scheme, GraphModule] | None = None
 
     def convert(self, scheme: Scheme) -> GraphModule:
         if self.as_it_is:
             return self.graph
+        if self._last is not None and self._last[0] == scheme:
+            return self._last[1]
+        self._last = None
+        found = self._convert(scheme)
+        if self.keeps_last:
+            self._last = scheme, found
+        return found
+
+    def _convert(self, scheme: Scheme) -> GraphModule:
         if not scheme.needs_calibration or scheme.repairs:
             return conversion.convert(
                 self.graph,

@@ -10,11 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
-from tqdm import tqdm
 
 from fxquant.checkpoint.manifest import is_checkpoint
-from fxquant.errors import DataError, SchemeError
-from fxquant.evaluation.converter import Converter, measure
+from fxquant.errors import DataError, ExportError, SchemeError
+from fxquant.evaluation.converter import Converter
 from fxquant.evaluation.data import (
     Source,
     check_batch_size,
@@ -24,6 +23,12 @@ from fxquant.evaluation.data import (
     load_text,
 )
 from fxquant.evaluation.datasets import check_dataset, open_source
+from fxquant.evaluation.deployed import (
+    LoadedExport,
+    check_deployable,
+    load_export,
+    measure_export,
+)
 from fxquant.evaluation.models import (
     LoadedModel,
     check_device,
@@ -33,21 +38,21 @@ from fxquant.evaluation.models import (
     versions,
 )
 from fxquant.evaluation.overlap import check_saved_apart
-from fxquant.evaluation.progress import say_finished
 from fxquant.evaluation.provenance import Provenance, architecture
-from fxquant.evaluation.results import Row, prepare_folder, write_results
-from fxquant.evaluation.tables import LEGEND, format_table
+from fxquant.evaluation.results import prepare_folder
+from fxquant.evaluation.rows import Outcome, Step, measured, steps_of
 from fxquant.evaluation.token_windows import Windows
+from fxquant.exports.folder import is_export
+from fxquant.exports.runtimes import Runtime, runtime_named
 from fxquant.files.doors import as_path
 from fxquant.files.locks import check_writable, hold_folder
 from fxquant.files.tensor_file import dtype_name
-from fxquant.ir.counted import counted
-from fxquant.ir.graph import Level, float_dtype, info, set_workspace
+from fxquant.ir.graph import GraphInfo, Level, float_dtype, info, set_workspace
 from fxquant.ir.streamed import Workspace, workspace_folder
 from fxquant.recipes import conversion
 from fxquant.recipes.repairs import can_resume
 from fxquant.run.batches import check_ids
-from fxquant.run.distributed import is_main, world_size
+from fxquant.run.distributed import world_size
 from fxquant.schemes.scheme import Scheme, as_scheme
 
 
@@ -76,6 +81,7 @@ class Job:
     stream: bool = False
     cache: Path | None = None
     allow_overlap: bool = False
+    runtime: str | None = None
     command: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -85,24 +91,18 @@ class Job:
                 object.__setattr__(self, name, as_path(given, name))
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """Finished rows, what made them, and whether all schemes are there."""
-
-    rows: list[Row]
-    provenance: Provenance
-    complete: bool
-
-
 def run(job: Job, say: Callable[[str], None] = print) -> Outcome:
     """Evaluate every scheme of the job, the float model first; rows are written as they finish.
 
     Raises FxquantError for bad input before any model is loaded or converted where that can be
     known, and where another run writes to the job's output. An interruption (Ctrl-C) keeps the
     finished rows: ``complete`` is False then. Any other end after the first row says them.
+
+    With ``runtime``, a row of that engine, running the exported model, stands beside each graph's
+    (the float one's where ``fp`` is among the schemes); an export's folder has its row alone.
     """
     check_saved(job)
-    if is_checkpoint(Path(job.model)):
+    if is_checkpoint(Path(job.model)) or is_export(Path(job.model)):
         job = replace(job, calibration_windows=0)  # it brings what it was calibrated on
     schemes = check_job(job)
     with hold_folder(job.output):
@@ -113,6 +113,8 @@ def run(job: Job, say: Callable[[str], None] = print) -> Outcome:
 
 def _run(job: Job, schemes: list[Scheme], say: Callable[[str], None]) -> Outcome:
     source, other = open_sources(job)
+    if is_export(Path(job.model)):
+        return _run_export(job, source, say)
     loaded = load(job)
     windows = cut(job, source, other, loaded)
     graph = loaded.graph
@@ -126,6 +128,25 @@ def _run(job: Job, schemes: list[Scheme], say: Callable[[str], None]) -> Outcome
             check_saved_apart(info(graph).calibration, windows, job.model)
     with workspace_for(graph, job.stream):
         return _rows(job, schemes, graph, windows, provenance, say)
+
+
+def _run_export(job: Job, source: Source, say: Callable[[str], None]) -> Outcome:
+    runtime = runtime_of(job)
+    assert runtime is not None
+    loaded = load_export(Path(job.model), runtime)
+    windows = cut(job, source, None, loaded)
+    if not job.allow_overlap:
+        check_saved_apart(loaded.facts.calibration, windows, job.model)
+    provenance = provenance_of(job, loaded, loaded.facts, "float32", source, windows)
+    step = Step(
+        loaded.facts.scheme, lambda _: measure_export(loaded, runtime, windows, job.batch_size)
+    )
+    return measured([step], provenance, job.output, say)
+
+
+def runtime_of(job: Job) -> Runtime | None:
+    """The engine that exported models are run in; raises what ``runtime_named`` does."""
+    return None if job.runtime is None else runtime_named(job.runtime, job.device)
 
 
 def load(job: Job) -> LoadedModel:
@@ -146,6 +167,7 @@ def check_job(job: Job) -> list[Scheme]:
     length = job.length if job.calibration_length is None else job.calibration_length
     check_counts(1, length, job.calibration_windows, what="calibration window")
     check_device(job.device)
+    runtime_of(job)
     resolve_dtype(job.dtype, job.device)
     for name in (job.dataset, job.calibration_dataset):
         if name is not None:
@@ -186,7 +208,9 @@ def open_sources(job: Job) -> tuple[Source, Source | None]:
     )
 
 
-def cut(job: Job, source: Source, calibration: Source | None, loaded: LoadedModel) -> Windows:
+def cut(
+    job: Job, source: Source, calibration: Source | None, loaded: LoadedModel | LoadedExport
+) -> Windows:
     """The job's windows."""
     windows = cut_windows(
         source,
@@ -214,8 +238,15 @@ def check_windows(windows: Windows, graph: GraphModule) -> None:
 
 def check_saved(job: Job) -> None:
     """Raise DataError where no scheme is given and the model has none of its own, ModelError where
-    schemes are given and it is quantized already."""
-    if job.schemes:
+    schemes are given and it is quantized already; ExportError for an export without a runtime."""
+    if is_export(Path(job.model)):
+        if job.runtime is None:
+            raise ExportError(f"{job.model} is an export: give --runtime, the engine to run it in")
+        if job.schemes:
+            raise ExportError(
+                f"{job.model} is an export, which has its scheme: leave out --schemes"
+            )
+    elif job.schemes:
         check_float(job.model)
     elif not is_checkpoint(Path(job.model)):
         raise DataError("give --schemes, such as w8 w8a8-static (only a saved graph has its own)")
@@ -246,48 +277,16 @@ def _rows(
     provenance: Provenance,
     say: Callable[[str], None],
 ) -> Outcome:
-    rows: list[Row] = []
-    converter = Converter(graph, windows.batches, job.cache, as_it_is=not job.schemes)
-
-    def keep(complete: bool) -> None:
-        if job.output is not None:
-            table = f"{format_table(rows)}\n\n{LEGEND}"
-            made = calibrated(provenance, rows)
-            write_results(job.output, rows, made, table, complete=complete)
-
-    keep(complete=False)  # an older run's results must not pass for this one's
-    try:
-        quiet = None if is_main() else True
-        for scheme in tqdm(schemes, "schemes", unit="scheme", disable=quiet):
-            reference = rows[0].sums if rows else None
-            rows.append(measure(converter, scheme, windows, job.batch_size, reference))
-            keep(complete=len(rows) == len(schemes))
-            say_finished(str(scheme), rows[-1])
-    except KeyboardInterrupt:
-        where = f" in {job.output}" if job.output is not None and rows else ""
-        say(f"interrupted: {_finished(rows, schemes)} and kept{where}")
-        return Outcome(rows, calibrated(provenance, rows), complete=False)
-    except Exception:
-        if rows and is_main():
-            say(f"{format_table(rows)}\n\n{calibrated(provenance, rows).line()}")
-            say(f"stopped: {_finished(rows, schemes)}")
-        raise
-    return Outcome(rows, calibrated(provenance, rows), complete=True)
-
-
-def _finished(rows: list[Row], schemes: list[Scheme]) -> str:
-    done = "is" if len(rows) == 1 else "are"
-    return f"{len(rows)} of {counted(len(schemes), 'row')} {done} finished"
-
-
-def calibrated(provenance: Provenance, rows: list[Row]) -> Provenance:
-    """With what the rows' graphs were calibrated on, and which were where not all are."""
-    if any(row.calibration is None for row in rows):
-        return provenance.calibrated(None)
-    records = [record for row in rows for record in row.calibration or ()]
-    reading = [row.scheme for row in rows if row.calibration]
-    others = [row.scheme for row in rows if not row.calibration and row.scheme != str(Scheme())]
-    return provenance.calibrated(records, reading if others and reading else ())
+    runtime, as_it_is = runtime_of(job), not job.schemes
+    converter = Converter(
+        graph, windows.batches, job.cache, as_it_is=as_it_is, keeps_last=runtime is not None
+    )
+    # The float model's export is run where it is named only: a format of codes cannot hold it.
+    deployed = schemes if as_it_is else [as_scheme(each) for each in job.schemes]
+    if runtime is not None:
+        check_deployable(runtime, graph, deployed)
+    steps = steps_of(converter, schemes, windows, job.batch_size, runtime, deployed)
+    return measured(list(steps), provenance, job.output, say)
 
 
 def make_provenance(
@@ -298,7 +297,20 @@ def make_provenance(
     windows: Windows,
 ) -> Provenance:
     """What made the job's numbers, with what the graph it starts from was calibrated on."""
-    facts = info(graph)
+    dtype = dtype_name(float_dtype(graph))
+    return provenance_of(job, loaded, info(graph), dtype, source, windows)
+
+
+def provenance_of(
+    job: Job,
+    loaded: LoadedModel | LoadedExport,
+    facts: GraphInfo,
+    dtype: str,
+    source: Source,
+    windows: Windows,
+) -> Provenance:
+    """As make_provenance, of a graph that need not be here."""
+    runtime = runtime_of(job)
     made = Provenance(
         model=loaded.name,
         revision=loaded.revision,
@@ -312,7 +324,7 @@ def make_provenance(
         calibration="",
         calibration_windows=None,
         batch_size=job.batch_size,
-        dtype=dtype_name(float_dtype(graph)),
+        dtype=dtype,
         device=job.device,
         seed=None,
         threads=torch.get_num_threads(),
@@ -320,5 +332,6 @@ def make_provenance(
         command=job.command,
         processes=world_size(),
         weights=facts.weights,
+        engine="" if runtime is None else runtime.words(),
     )
     return made.calibrated(facts.calibration)

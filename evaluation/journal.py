@@ -22,7 +22,8 @@ class Result:
     """One cell of a sweep: what it was, and its figures or its error.
 
     ``fingerprint``: of everything that determines the figures. ``seed`` None: they do not depend on
-    one. ``protocol``, ``figures`` and ``provenance`` are None where ``error`` is not.
+    one. ``protocol``, ``figures`` and ``provenance`` are None where ``error`` is not. ``engine``:
+    as Row has it.
     """
 
     fingerprint: str
@@ -34,6 +35,7 @@ class Result:
     figures: Row | None = None
     provenance: Provenance | None = None
     error: str | None = None
+    engine: str = ""
 
     def to_line(self) -> str:
         """One line of strict JSON: ``figures`` has Row's fields, numbers that are not finite are

@@ -27,7 +27,7 @@ class Provenance:
     drawn, for all rows together, each of which has its own record. ``windows_hash``: of the
     evaluated token ids themselves. ``seed`` drew the calibration windows; None where none was, or
     several, or it is not known. ``weights``: what the float weights were before, where they have
-    been coarser.
+    been coarser. ``engine``: what ran exported models, and how, "" where graphs ran alone.
     """
 
     model: str
@@ -50,6 +50,7 @@ class Provenance:
     command: str
     processes: int = 1
     weights: str = ""
+    engine: str = ""
 
     def calibrated(
         self, found: Sequence[CalibrationRecord] | None, only: Sequence[str] = ()
@@ -84,11 +85,13 @@ class Provenance:
         """One line for under a table."""
         versions = version_words(self.versions)
         processes = f", {self.processes} processes" if self.processes > 1 else ""
+        engine = f"; exported to {self.engine}" if self.engine else ""
         return (
             f"{self.model} ({self.identity()}), {self.protocol.line()} "
             f"({self.text_hash[:23]}), calibrated on {self.calibration}, "
             f"batch size {self.batch_size}, {self.dtype} on {self.device} "
             f"({counted(self.threads, 'thread')}{processes}), {self.seed_words()}; {versions}"
+            f"{engine}"
         )
 
     @classmethod

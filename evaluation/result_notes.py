@@ -21,8 +21,8 @@ def failures(results: Iterable[Result]) -> list[Result]:
     """Failed cells that were not done since."""
     listed = list(results)
 
-    def place(result: Result) -> tuple[str, str, str, int | None]:
-        return result.model, result.scheme, result.dataset, result.seed
+    def place(result: Result) -> tuple[str, str, str, int | None, str]:
+        return result.model, result.scheme, result.dataset, result.seed, result.engine
 
     done = {place(result) for result in listed if result.error is None}
     return [result for result in listed if result.error and place(result) not in done]
@@ -32,7 +32,8 @@ def failed_lines(failed: Iterable[Result]) -> list[str]:
     """One line for all cells of a model and text that failed alike."""
     alike: dict[tuple[str, str, str], list[str]] = {}
     for result in failed:
-        cell = result.scheme if result.seed is None else f"{result.scheme} (seed {result.seed})"
+        cell = f"{result.scheme} in {result.engine}" if result.engine else result.scheme
+        cell = cell if result.seed is None else f"{cell} (seed {result.seed})"
         alike.setdefault((result.model, result.dataset, str(result.error)), []).append(cell)
     return [
         f"failed: {model} on {dataset}, {', '.join(cells)}: {error}"

@@ -48,6 +48,7 @@ class Row:
     ``calibration``: what the graph was calibrated on, None where that is not known. ``overlap``:
     indices of evaluated windows that hold some of it, None where that could not be told.
     ``float_share``: of the blocks' weights, what stays in float, 0..1; None where nothing is codes.
+    ``engine``: name and version of what ran the exported model, "" where the graph itself ran.
     """
 
     scheme: str
@@ -65,6 +66,7 @@ class Row:
     calibration: Calibration = None
     overlap: tuple[int, ...] | None = ()
     float_share: float | None = None
+    engine: str = ""
 
     @property
     def sums(self) -> WindowSums:
@@ -149,10 +151,10 @@ def write_results(
 def row_notes(rows: Sequence[Row], provenance: Provenance) -> list[str]:
     """What has to be said of single rows: windows that they were calibrated on, and calibrations
     that another command made, each once."""
-    said = [f"{row.scheme}: {_overlap_note(row)}" for row in rows if overlap_words(row)]
+    said = [f"{place(row)}: {_overlap_note(row)}" for row in rows if overlap_words(row)]
     schemes: dict[str, list[str]] = {}
     for row in rows:
-        for record in folded(row.calibration or ()):
+        for record in folded(row.calibration or ()) if not row.engine else ():
             if record.origin is None or record.origin.command != provenance.command:
                 there = record.words() == provenance.calibration  # in the line above
                 what = record.details() if there else f"on {record.line()}"
@@ -165,6 +167,11 @@ def _overlap_note(row: Row) -> str:
         return f"{overlap_words(row)}: nothing tells which of these windows it was calibrated on"
     listed = ", ".join(str(index + 1) for index in row.overlap)
     return f"{overlap_words(row)} (number {listed}), so that its loss is not of unseen text"
+
+
+def place(row: Row) -> str:
+    """Which row it is: the scheme, and the engine of an exported model."""
+    return f"{row.scheme} in {row.engine}" if row.engine else row.scheme
 
 
 def overlap_words(row: Row) -> str:

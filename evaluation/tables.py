@@ -28,7 +28,7 @@ def format_table(rows: Sequence[Row]) -> str:
             f"{row.loss:.4f}",
             f"{row.perplexity:.2f}" if row.perplexity < 1e6 else f"{row.perplexity:.2e}",
             _delta(row, reference=rows[0]),
-            f"{row.bits_per_weight:.2f}",
+            "-" if row.engine else f"{row.bits_per_weight:.2f}",
             "-" if row.share_clipped is None else f"{row.share_clipped:.4%}",
             f"{row.convert_seconds + row.evaluate_seconds:.1f}",
         )
@@ -39,7 +39,7 @@ def format_table(rows: Sequence[Row]) -> str:
 
 
 def _scheme(row: Row) -> str:
-    said = (overlap_words(row), float_words(row))
+    said = (f"in {row.engine}" if row.engine else "", overlap_words(row), float_words(row))
     return " ".join((brief(row.scheme), *(f"[{words}]" for words in said if words)))
 
 
@@ -60,6 +60,8 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     """What a reader needs to know, said from the numbers: nothing where rows are missing."""
     kinds: dict[str, list[Row]] = {"weight": [], "dynamic": [], "static": [], "repaired": []}
     for row in rows[1:]:
+        if row.engine:
+            continue
         activation = Scheme.parse(row.scheme).spec.activation
         if Scheme.parse(row.scheme).repairs:
             kinds["repaired"].append(row)
@@ -69,6 +71,7 @@ def sentences(rows: Sequence[Row]) -> list[str]:
             kinds["weight"].append(row)
     said = [_weights(rows[0], kinds["weight"]), _dynamic(kinds["dynamic"])]
     said += [_static(rows[0], kinds["static"]), _clipping(kinds["static"]), _repaired(kinds)]
+    said += [_deployed(rows)]
     return [sentence for sentence in said if sentence]
 
 
@@ -122,6 +125,16 @@ def _repaired(kinds: dict[str, list[Row]]) -> str:
         if kinds[kind]
     ]
     return f"{text}; without repairs: {'; '.join(against)}." if against else f"{text}."
+
+
+def _deployed(rows: Sequence[Row]) -> str:
+    """Each engine's loss less the graph's own, where both are there."""
+    graphs = {row.scheme: row for row in rows if not row.engine}
+    pairs = [(row, graphs[row.scheme]) for row in rows if row.engine and row.scheme in graphs]
+    if not pairs:
+        return ""
+    apart = (f"{brief(row.scheme)} {row.loss - graph.loss:+.5f}" for row, graph in pairs)
+    return f"{pairs[0][0].engine} less the graph itself, nats a token: {', '.join(apart)}."
 
 
 def _clipping(rows: list[Row]) -> str:

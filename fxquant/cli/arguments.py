@@ -16,6 +16,7 @@ from fxquant.evaluation.job import Job, Outcome, run
 from fxquant.evaluation.models import DTYPES
 from fxquant.evaluation.results import row_notes
 from fxquant.evaluation.tables import LEGEND, format_table, sentences
+from fxquant.exports.runtimes import RUNTIMES
 from fxquant.files.doors import as_path, printable
 from fxquant.run.distributed import is_main, session
 
@@ -96,6 +97,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--stream", action="store_true", help="leave weights in their files: larger than memory"
+    )
+    parser.add_argument(
+        "--runtime",
+        choices=tuple(RUNTIMES),
+        help="also export, run that in this engine and set its row beside the graph's; --model may "
+        "be an export then",
     )
     add_text_arguments(parser)
     add_window_arguments(parser)

@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from fxquant.checkpoint.dataclass_json import to_json
 from fxquant.checkpoint.target import is_empty, partial_folder, put_in_place, saving
 from fxquant.errors import ExportError
 from fxquant.exports.check import Checked
@@ -88,6 +89,10 @@ def write_export(
             "target": name,
             "model": info(gm).model,
             "scheme": info(gm).scheme,
+            "vocab_size": info(gm).vocab_size,
+            "max_positions": info(gm).max_positions,
+            "weights": info(gm).weights,
+            "calibration": to_json(info(gm).calibration),
             "written_by": {
                 each: importlib.metadata.version(each)
                 for each in ("fxquant", "torch", "transformers")

@@ -1,0 +1,221 @@
+"""The figures of an exported model in the engine that it was exported for."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from tqdm import tqdm
+from transformers import PretrainedConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from fxquant.errors import ExportError, NonFiniteError, WriteError
+from fxquant.evaluation.models import read_saved_tokenizer
+from fxquant.evaluation.overlap import overlap_of
+from fxquant.evaluation.perplexity import Perplexity
+from fxquant.evaluation.results import Row
+from fxquant.evaluation.statistics import Difference, WindowSums, paired_difference
+from fxquant.evaluation.token_windows import Windows
+from fxquant.exports.runtimes import Losses, Runtime, read_facts
+from fxquant.exports.table import FORMATS
+from fxquant.exports.target import check_converted, check_scheme
+from fxquant.files.locks import reason
+from fxquant.files.whole_file import file_hash
+from fxquant.frontends.pretrained import read_config
+from fxquant.ir.calibration import Calibration
+from fxquant.ir.graph import GraphInfo, Level, info
+from fxquant.recipes import conversion
+from fxquant.run.batches import check_ids
+from fxquant.run.distributed import world_size
+from fxquant.schemes.scheme import Scheme, brief
+
+FLOAT: Final = Scheme()
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """What a row of an engine is made from beside its losses."""
+
+    scheme: str
+    losses: Perplexity
+    export_seconds: float
+    calibration: Calibration
+
+
+def check_deployable(runtime: Runtime, graph: GraphModule, schemes: list[Scheme]) -> None:
+    """Raise ExportError for the first scheme that the runtime's format cannot hold, and for several
+    processes, before any work; ``graph``: the float one, or one that is saved as it is."""
+    if world_size() > 1:
+        raise ExportError(f"runtime {runtime.name} runs in one process: start it without torchrun")
+    target = FORMATS[runtime.target].target
+    if info(graph).level != Level.FLOAT:
+        check_converted(target, graph)
+        return
+    named = conversion.convert(graph, FLOAT, level="float")
+    for scheme in schemes:
+        check_scheme(target, named, scheme)
+
+
+def run_exported(
+    folder: Path, runtime: Runtime, windows: Tensor, batch_size: int, label: str, scored: Tensor
+) -> Perplexity:
+    """Losses of the export in ``folder`` on windows int64 [N, L]: see ``perplexity.evaluate``.
+
+    Raises NonFiniteError where the engine computes NaN or infinity.
+    """
+    engine = runtime.open(folder)
+    started = time.perf_counter()
+    losses = _losses(engine, windows, batch_size, f"{label} in {runtime.name}")
+    seconds = time.perf_counter() - started
+    if not bool(torch.isfinite(losses).all()):
+        bad = int((~torch.isfinite(losses)).any(1).nonzero()[0])
+        raise NonFiniteError(
+            f"{runtime.engine()} computes NaN or infinite losses in window {bad} of {label}"
+        )
+    return Perplexity(losses, None, seconds, scored)
+
+
+def _losses(engine: Losses, windows: Tensor, batch_size: int, label: str) -> Tensor:
+    batches = windows.split(batch_size)
+    bar = tqdm(batches, label, unit="batch", leave=False, disable=None)
+    return torch.cat([engine(ids) for ids in bar])
+
+
+def run_graph(
+    gm: GraphModule,
+    runtime: Runtime,
+    windows: Tensor,
+    *,
+    batch_size: int = 1,
+    scored: Tensor | None = None,
+) -> Deployed:
+    """Export ``gm``, a float or converted graph, to a folder that goes again, and run that.
+
+    Raises what the export raises, WriteError where the folder cannot be made.
+    """
+    is_float = info(gm).level == Level.FLOAT
+    scheme = str(FLOAT) if is_float else info(gm).scheme
+    everything = torch.full((len(windows),), windows.shape[1] - 1)
+    try:
+        place = tempfile.TemporaryDirectory(prefix="fxquant-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise WriteError(
+            f"cannot keep the export to {runtime.target}: {reason(error)}; make room, or name "
+            "another folder in TMPDIR"
+        ) from error
+    with place as parent:
+        started = time.perf_counter()
+        exported = FORMATS[runtime.target].export(
+            gm, Path(parent) / "export", scheme=scheme if is_float else None, check=False
+        )
+        seconds = time.perf_counter() - started
+        found = run_exported(
+            exported.path,
+            runtime,
+            windows,
+            batch_size,
+            brief(scheme),
+            everything if scored is None else scored,
+        )
+    return Deployed(scheme, found, seconds, info(gm).calibration)
+
+
+def measure_deployed(
+    gm: GraphModule,
+    scheme: Scheme,
+    runtime: Runtime,
+    windows: Windows,
+    batch_size: int,
+    reference: WindowSums | None,
+) -> Row:
+    """The row of ``gm``, converted to ``scheme``, as ``runtime`` runs it; ``reference``: the float
+    graph's sums, None where there is none."""
+    found = run_graph(gm, runtime, windows.evaluation, batch_size=batch_size, scored=windows.scored)
+    return row_of(found, runtime, windows, reference, str(scheme))
+
+
+def row_of(
+    found: Deployed,
+    runtime: Runtime,
+    windows: Windows,
+    reference: WindowSums | None,
+    scheme: str = "",
+) -> Row:
+    """A row without what an engine does not count: clipped codes and the bits of weights."""
+    sums = found.losses.sums
+    change = Difference(math.nan, None)
+    if reference is not None:
+        change = paired_difference(sums, reference)
+    calibration = found.calibration
+    return Row(
+        scheme=scheme or found.scheme,
+        loss=found.losses.loss,
+        perplexity=found.losses.perplexity,
+        delta_loss=change.delta,
+        delta_error=change.error,
+        bits_per_weight=math.nan,
+        share_clipped=None,
+        convert_seconds=found.export_seconds,
+        evaluate_seconds=found.losses.seconds,
+        left_in_float=(),
+        window_nll=sums.nll,
+        window_tokens=sums.tokens,
+        calibration=None if calibration is None else tuple(one.brief() for one in calibration),
+        overlap=overlap_of(calibration, windows),
+        engine=runtime.engine(),
+    )
+
+
+@dataclass(frozen=True)
+class LoadedExport:
+    """An export with what identifies it; ``revision``: a hash of its weight files."""
+
+    folder: Path
+    facts: GraphInfo
+    tokenizer: Tokenizer
+    config: PretrainedConfig
+    revision: str
+
+    @property
+    def name(self) -> str:
+        return str(self.folder)
+
+
+def load_export(folder: Path, runtime: Runtime) -> LoadedExport:
+    """Raises ExportError for what is no export that ``runtime`` reads or has no tokenizer."""
+    facts, tokenizer = read_facts(folder, runtime), read_saved_tokenizer(folder)
+    if tokenizer is None:
+        raise ExportError(
+            f"{folder} holds no tokenizer, which an evaluation needs to cut text: export again "
+            "with tokenizer=..., or let fxquant export --model name a model that has one"
+        )
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("model.onnx*")]):
+        digest.update(f"{path.name} {file_hash(path)}\n".encode())
+    revision = f"sha256:{digest.hexdigest()}"
+    return LoadedExport(folder, facts, tokenizer, read_config(folder), revision)
+
+
+def measure_export(
+    loaded: LoadedExport, runtime: Runtime, windows: Windows, batch_size: int
+) -> Row:
+    """The row of an export that lies in a folder: there is no float model beside it."""
+    check_ids(windows.evaluation, loaded.facts, "evaluation windows")
+    found = run_exported(
+        loaded.folder,
+        runtime,
+        windows.evaluation,
+        batch_size,
+        brief(loaded.facts.scheme),
+        windows.scored,
+    )
+    deployed = Deployed(loaded.facts.scheme, found, 0.0, loaded.facts.calibration)
+    return row_of(deployed, runtime, windows, None)

