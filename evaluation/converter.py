@@ -68,6 +68,7 @@ def measure(
         calibration=None if found is None else tuple(record.brief() for record in found),
         overlap=overlap_of(found, windows),
         float_share=None if math.isnan(share) else share,
+        level=str(info(converted).level),
     )
 
 
@@ -76,13 +77,15 @@ class Converter:
     """Converts one float graph to many schemes; calibrates once for all that observe alike.
 
     ``calibration``: None where there are no windows for it; ``cache``: a folder for finished
-    blocks of the repairs that keep them; ``as_it_is``: a saved graph, which is its own scheme's.
+    blocks of the repairs that keep them; ``as_it_is``: a saved graph, which is its own scheme's;
+    ``level``: that schemes are lowered to.
     """
 
     graph: GraphModule
     calibration: DrawnBatches | None
     cache: Path | None = None
     as_it_is: bool = False
+    level: str = "integer"
     observed: dict[frozenset[str], GraphModule] = field(default_factory=dict)
 
     def convert(self, scheme: Scheme) -> GraphModule:
@@ -93,6 +96,7 @@ class Converter:
                 self.graph,
                 scheme,
                 calibration=self.calibration,
+                level=self.level,
                 progress=True,
                 cache=self.cache if can_resume(scheme) else None,
             )
@@ -106,7 +110,8 @@ class Converter:
                 level="observed",
                 progress=True,
             )
-        return conversion.recipe(scheme, start="observed").run(self.observed[static])
+        last = conversion.recipe(scheme, start="observed", level=self.level)
+        return last.run(self.observed[static])
 
 
 def static_sites(facts: GraphInfo, scheme: Scheme) -> frozenset[str]:

@@ -46,6 +46,7 @@ from fxquant.ir.graph import Level, float_dtype, info, set_workspace
 from fxquant.ir.streamed import Workspace, workspace_folder
 from fxquant.recipes import conversion
 from fxquant.recipes.repairs import can_resume
+from fxquant.recipes.running import as_run, running_level
 from fxquant.run.batches import check_ids
 from fxquant.run.distributed import is_main, world_size
 from fxquant.schemes.scheme import Scheme, as_scheme
@@ -68,6 +69,7 @@ class Job:
     calibration_dataset: str | None = None
     data: Path | None = None  # text and whatever else is a path are made one
     device: str = "cpu"
+    level: str = "auto"
     dtype: str = "auto"
     revision: str | None = None
     seed: int = 0
@@ -115,13 +117,14 @@ def _run(job: Job, schemes: list[Scheme], say: Callable[[str], None]) -> Outcome
     source, other = open_sources(job)
     loaded = load(job)
     windows = cut(job, source, other, loaded)
-    graph = loaded.graph
+    graph = loaded.graph if job.schemes else as_run(loaded.graph, job.level)
     torch.manual_seed(job.seed)
     check_windows(windows, graph)
     provenance = make_provenance(job, loaded, graph, source, windows)
     if isinstance(loaded.model, GraphModule):
         if not job.schemes:
             schemes = [Scheme.parse(info(graph).scheme)]
+            provenance = replace(provenance, level=str(info(graph).level))
         if not job.allow_overlap:
             check_saved_apart(info(graph).calibration, windows, job.model)
     with workspace_for(graph, job.stream):
@@ -147,6 +150,7 @@ def check_job(job: Job) -> list[Scheme]:
     check_counts(1, length, job.calibration_windows, what="calibration window")
     check_device(job.device)
     resolve_dtype(job.dtype, job.device)
+    running_level(job.level, job.device)
     for name in (job.dataset, job.calibration_dataset):
         if name is not None:
             check_dataset(name)
@@ -247,7 +251,9 @@ def _rows(
     say: Callable[[str], None],
 ) -> Outcome:
     rows: list[Row] = []
-    converter = Converter(graph, windows.batches, job.cache, as_it_is=not job.schemes)
+    level = running_level(job.level, job.device)
+    saved = not job.schemes
+    converter = Converter(graph, windows.batches, job.cache, as_it_is=saved, level=level)
 
     def keep(complete: bool) -> None:
         if job.output is not None:
@@ -320,5 +326,6 @@ def make_provenance(
         command=job.command,
         processes=world_size(),
         weights=facts.weights,
+        level=running_level(job.level, job.device),
     )
     return made.calibrated(facts.calibration)

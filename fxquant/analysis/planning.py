@@ -29,10 +29,11 @@ from fxquant.errors import BudgetError, DataError, SchemeError
 from fxquant.files.doors import Location
 from fxquant.files.locks import writable
 from fxquant.frontends.tracing import trace
-from fxquant.ir.graph import Site, info
+from fxquant.ir.graph import Site, device_of, info
 from fxquant.ir.weights import check_chosen
 from fxquant.pipeline.arguments import checked_call
 from fxquant.recipes.conversion import convert
+from fxquant.recipes.running import running_level
 from fxquant.run.batches import Batches
 from fxquant.schemes.scheme import Scheme
 from fxquant.schemes.specs import FLOAT, SiteSpec
@@ -53,6 +54,7 @@ class PlanRequest:
     output: Location | None = None
     allow_overlap: bool = False
     held_out: Windows | None = None
+    level: str = "auto"
 
 
 @checked_call(windows="data", text="data", dataset="data", calibration_data="calibration")
@@ -68,6 +70,7 @@ def plan(
     output: Location | None = None,
     allow_overlap: bool = False,
     held_out: Windows | None = None,
+    level: str = "auto",
 ) -> Scheme:
     """The cheapest per-site choices found whose measured loss stays within ``budget``.
 
@@ -86,6 +89,8 @@ def plan(
         allow_overlap: measure on windows that hold what is calibrated on.
         held_out: other windows, to measure the finished plan on: on ``data`` it was chosen, and the
             budget is kept there alone.
+        level: of the graphs that the plan's loss is measured on: "qdq", "integer", "kernels", or
+            "auto": kernels on CUDA, else integer.
 
     Returns a Scheme with overrides, which round-trips as JSON and feeds ``convert``.
 
@@ -93,7 +98,7 @@ def plan(
     best measured loss), SchemeError, DataError and CalibrationError before any measurement.
     """
     asked = PlanRequest(
-        data, budget, calibration, choices, cost, progress, output, allow_overlap, held_out
+        data, budget, calibration, choices, cost, progress, output, allow_overlap, held_out, level
     )
     found = make_plan(model, asked)
     shown = Progress(progress, name="plan")
@@ -107,6 +112,7 @@ def make_plan(model: PreTrainedModel | GraphModule, asked: PlanRequest) -> Plan:
     specs = parse_choices(asked.choices, asked.budget, asked.cost)
     folder = writable(asked.output, "output")
     graph = model if isinstance(model, GraphModule) else trace(model)
+    level = running_level(asked.level, device_of(graph))
     windows = as_windows(asked.data, graph)
     batches = as_batches(asked.calibration, graph)
     unseen = _unseen(asked.held_out, graph, windows)
@@ -119,7 +125,7 @@ def make_plan(model: PreTrainedModel | GraphModule, asked: PlanRequest) -> Plan:
     reference = Reference(graph, windows)
 
     def verify(scheme: Scheme) -> Measured:
-        return reference.measure(convert(graph, scheme, calibration=read))
+        return reference.measure(convert(graph, scheme, calibration=read, level=level))
 
     lab = Lab(observed, windows)
     sites = [site for site in info(observed).sites if site.role == "linear"]
@@ -142,7 +148,8 @@ def make_plan(model: PreTrainedModel | GraphModule, asked: PlanRequest) -> Plan:
             found = planner.run(verify, asked.cost)
             if unseen is not None:
                 other = Reference(graph, unseen)
-                measured = other.measure(convert(graph, found.scheme, calibration=read))
+                last = convert(graph, found.scheme, calibration=read, level=level)
+                measured = other.measure(last)
                 found = replace(found, held_out=measured)
     return found
 

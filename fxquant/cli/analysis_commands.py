@@ -19,6 +19,7 @@ from fxquant.analysis.explanation import (
 )
 from fxquant.analysis.planning import DEFAULT_CHOICES, PlanRequest, make_plan, parse_choices
 from fxquant.cli.arguments import (
+    add_level_argument,
     add_model_arguments,
     add_text_arguments,
     job_of,
@@ -45,6 +46,7 @@ from fxquant.evaluation.token_windows import Windows
 from fxquant.files.locks import hold_folder
 from fxquant.files.whole_file import write_text
 from fxquant.ir.calibration import CalibrationRecord
+from fxquant.ir.graph import Level
 from fxquant.pipeline.recording import SizedRecording
 from fxquant.schemes.scheme import as_scheme
 
@@ -102,6 +104,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         "--choices", nargs="+", default=list(DEFAULT_CHOICES), help="specs for a site, such as fp"
     )
     parser.add_argument("--cost", default="bits", help="bits (of both operands) or storage")
+    add_level_argument(parser)
     parser.add_argument(
         "--held-out-windows", type=whole, default=4,
         help="of the text behind them, to measure the finished plan on, where there are enough (4)",
@@ -148,7 +151,9 @@ def _explain(options: argparse.Namespace) -> int:
         return _interrupted(options, stop)
     found = replace(found, model=material.loaded.name)  # not the directory it was loaded from
     material = material.finished(options.command_name)
-    provenance = material.provenance
+    # Its sites are simulated in the float graph: they compute what they do at level qdq.
+    provenance = replace(material.provenance, level=str(Level.QDQ))
+    material = replace(material, provenance=provenance)
     print(f"{found}\n\n{provenance.line()}")
     if options.output is not None:
         write_text(options.output / EXPLANATION, _json({**found.to_dict(), **_made_by(material)}))
@@ -181,6 +186,7 @@ def _plan(options: argparse.Namespace) -> int:
             output=options.output,
             allow_overlap=True,  # cut keeps them apart, by position
             held_out=material.held_out,
+            level=options.level,
         )
         found = make_plan(material.graph, asked)
     except KeyboardInterrupt as stop:
