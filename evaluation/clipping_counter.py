@@ -46,11 +46,28 @@ class Quantizers:
         calls = {n: operands(n) for n in gm.graph.nodes if n.target in _QUANTIZE}
         return cls(calls, {used: node for node in calls for used in node.all_input_nodes})
 
+    def read(self, counts: Tensor) -> int:
+        """Elements clipped, of what ``ClippingCounter.on_device`` gives: one wait for the device.
+
+        Raises NonFiniteError that names the first site whose input holds NaN or infinity.
+        """
+        if not self.calls:
+            return 0
+        clipped, *finite = counts.tolist()
+        for node, each in zip(self.calls, finite, strict=True):
+            if not each:
+                raise NonFiniteError(
+                    f"{tag(node).site}: its input holds NaN or infinite activations, which have no "
+                    "code; the model overflows its dtype here"
+                )
+        return int(clipped)
+
 
 class ClippingCounter:
     """Sees the values of one batch's run and counts the elements that are clipped.
 
-    Nothing is quantized twice, and the device is read once, by ``result``. A dynamic symmetric
+    Nothing is quantized twice, and nothing is read from the device: ``Quantizers.read`` does that,
+    once, with what ``on_device`` holds. A dynamic symmetric
     range holds its input: there is nothing to count. A range that holds an element that is not
     finite is not finite itself, so only static quantizers' inputs are looked through for those.
     """
@@ -118,18 +135,15 @@ class ClippingCounter:
         if x.numel():
             self._clipped.append(count_clipped(x, low, high))
 
-    def result(self) -> tuple[int, int]:
-        """Elements clipped and elements quantized.
+    @property
+    def total(self) -> int:
+        """Elements quantized."""
+        return self._total
 
-        Raises NonFiniteError that names the first site whose input holds NaN or infinity.
-        """
-        for node, finite in zip(self._quantizers.calls, _read(self._finite), strict=True):
-            if not finite:
-                raise NonFiniteError(
-                    f"{tag(node).site}: its input holds NaN or infinite activations, which have no "
-                    "code; the model overflows its dtype here"
-                )
-        return sum(_read(self._clipped)), self._total
+    def on_device(self, like: Tensor) -> Tensor:
+        """int64 on like's device: elements clipped, then 1 for each site whose input is finite."""
+        clipped = torch.stack(self._clipped).sum() if self._clipped else like.new_zeros(())
+        return torch.stack([clipped, *self._finite]).to(torch.int64)
 
 
 def _dynamic_range(scale: Node) -> Any:
@@ -138,8 +152,3 @@ def _dynamic_range(scale: Node) -> Any:
         return None
     source = source_of(scale)
     return operands(source) if is_op(source, OPS.choose_qparams.default) else None
-
-
-def _read(values: list[Tensor]) -> list[Any]:
-    """All of them at once: one wait for the device."""
-    return torch.stack(values).tolist() if values else []
