@@ -3,18 +3,18 @@
     python -m benchmarks.cuda [--output FILE.json] [--model NAME] [--minutes 5]
     python -m benchmarks.cuda --dry-run    the same steps, tiny, on the CPU: no figures
 
-Writes JSON: what was measured, on what, and what was skipped and why. A step that would begin after
-``--minutes`` is skipped and listed. Each candidate alternates with eager fp16, and a ratio is that
-of medians.
+Writes JSON after each step: what was measured, on what, and what was skipped and why. A step that
+would begin after ``--minutes`` is skipped and listed. Each candidate alternates with eager fp16,
+and a ratio is that of medians. ``python -m benchmarks.readme_tables`` then writes README's table.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import platform
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,24 +22,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from transformers import OPTConfig, OPTForCausalLM
 
 import fxquant
+from benchmarks.cuda_peers import PEERS, MissingPeer, prepared
+from benchmarks.cuda_table import page_table
 from benchmarks.memory import MODEL
 from benchmarks.speed import Step, interleaved
 from fxquant.errors import FxquantError
 from fxquant.evaluation.data import cut_windows, load_text
 from fxquant.evaluation.models import load_model, versions
 from fxquant.evaluation.perplexity import evaluate
+from fxquant.files.whole_file import write_text
 from fxquant.kernels import cuda as kernels
+from fxquant.run.replay import why_not
 
 SCHEMES = (
     *("fp", "w8a8-static:absmax", "w8a8-dynamic-token", "w8a8-dynamic", "w8", "w4-g128"),
     "w4-g128/a8-dynamic-token",
 )
 LEVELS = ("integer", "kernels")
-PEERS = ("torchao", "bitsandbytes")  # measured by their own tools: said to be there or not
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,10 @@ TINY = Size("cpu", torch.float32, ((17, 64, 32),), 64, 1, 96, (1,), 16, windows=
 
 @dataclass
 class Report:
-    """What is known so far; ``skipped``: step by reason."""
+    """What is known so far; ``skipped``: step by reason; ``keep`` is called after each step."""
 
     until: float
+    keep: Callable[[Report], None] = field(default=lambda _: None)
     figures: dict[str, Any] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
@@ -85,11 +88,12 @@ class Report:
         """Keep what ``measure`` finds, or why it was not measured."""
         if time.monotonic() > self.until:
             self.skipped[name] = "the time was up"
-            return
-        try:
-            self.figures[name] = measure()
-        except (FxquantError, torch.OutOfMemoryError) as error:
-            self.skipped[name] = str(error)
+        else:
+            try:
+                self.figures[name] = measure()
+            except (FxquantError, MissingPeer, torch.OutOfMemoryError) as error:
+                self.skipped[name] = str(error)
+        self.keep(self)
 
 
 def timed(steps: dict[str, Step], size: Size) -> dict[str, float]:
@@ -165,8 +169,21 @@ def forwards(model: OPTForCausalLM, scheme: str, size: Size) -> list[dict[str, A
     return rows
 
 
+def peer(name: str, model: OPTForCausalLM, size: Size) -> list[dict[str, Any]]:
+    """As ``forwards``, one batch, of another tool."""
+    high = model.config.vocab_size
+    ids = torch.randint(3, high, (size.batches[0], size.length), device=size.device)
+    forward, seconds = prepared(name, model, ids)
+    eager = partial(model, input_ids=ids, use_cache=False)
+    found = timed({"eager": eager, "peer": partial(forward, ids)}, size)
+    row: dict[str, Any] = {"scheme": name, "batch": size.batches[0], "length": size.length}
+    row |= {"ms": found, "ratio": {"peer": found["peer"] / found["eager"]}}
+    return [{**row, "seconds to the first result": seconds}]
+
+
 def main_job(name: str, scheme: str, size: Size) -> dict[str, Any]:
-    """Seconds of the evaluation at both levels, and its loss, on the real model."""
+    """Seconds of the evaluation at both levels and replayed as a captured graph, and its loss, on
+    the real model; the bits of the losses are compared."""
     loaded = load_model(name, dtype=str(size.dtype).removeprefix("torch."), device=size.device)
     length = min(1024, 16 * size.length)
     windows = cut_windows(
@@ -180,15 +197,37 @@ def main_job(name: str, scheme: str, size: Size) -> dict[str, Any]:
     found: dict[str, Any] = {"scheme": scheme, "windows": size.windows, "length": length}
     for level in LEVELS:
         graph = fxquant.convert(loaded.model, scheme, level=level)
-        result = evaluate(graph, windows.evaluation)
+        evaluate(graph, windows.evaluation[:1], replay=False)  # kernels are compiled
+        result = evaluate(graph, windows.evaluation, replay=False)
         found[level] = {"seconds": result.seconds, "loss": result.loss}
+    if not why_not(graph):
+        with warnings.catch_warnings(record=True) as notes:
+            warnings.simplefilter("always")
+            replayed = evaluate(graph, windows.evaluation)
+        found["replayed"] = {"seconds": replayed.seconds, "loss": replayed.loss}
+        found["same bits"] = torch.equal(replayed.losses, result.losses)
+        found["notes"] = [str(note.message) for note in notes]
     return found
 
 
 @torch.no_grad()
-def measure(size: Size, model_name: str, minutes: float) -> dict[str, Any]:
-    """Everything, in the order of what is wanted most."""
-    report = Report(time.monotonic() + 60 * minutes)
+def measure(
+    size: Size,
+    model_name: str,
+    minutes: float,
+    keep: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Everything, in the order of what is wanted most; ``keep`` sees what there is each time."""
+    device = torch.cuda.get_device_name() if size.device == "cuda" else platform.machine()
+
+    def result(report: Report) -> dict[str, Any]:
+        return {
+            **{"device": device, "dtype": str(size.dtype), "rounds": size.rounds},
+            **{"model": model_name, "versions": versions(), "dry_run": size is TINY},
+            **{"figures": report.figures, "skipped": report.skipped},
+        }
+
+    report = Report(time.monotonic() + 60 * minutes, lambda report: keep(result(report)))
     missing = kernels.missing_library()
     if missing or size.device != "cuda":
         report.skipped["Triton's kernels"] = missing or "a dry run on the CPU"
@@ -197,30 +236,11 @@ def measure(size: Size, model_name: str, minutes: float) -> dict[str, Any]:
     model = opt_model(size)
     for scheme in SCHEMES:
         report.step(scheme, partial(forwards, model, scheme, size))
-    del model
     for scheme in ("fp", "w8a8-dynamic-token"):
         report.step(f"evaluate {scheme}", partial(main_job, model_name, scheme, size))
-    for peer in PEERS:
-        there = importlib.util.find_spec(peer) is not None
-        report.skipped[peer] = "not compared here" if there else "not installed"
-    device = torch.cuda.get_device_name() if size.device == "cuda" else platform.machine()
-    return {
-        **{"device": device, "dtype": str(size.dtype), "rounds": size.rounds},
-        **{"model": model_name, "versions": versions(), "dry_run": size is TINY},
-        **{"figures": report.figures, "skipped": report.skipped},
-    }
-
-
-def table(result: dict[str, Any]) -> str:
-    """The forwards' ratios to eager, a row for each scheme and batch."""
-    rows = [
-        (row["scheme"], f"{row['batch']}×{row['length']}", *row["ratio"].values(), row["same bits"])
-        for found in result["figures"].values()
-        if isinstance(found, list)
-        for row in found
-    ]
-    head = ("scheme", "batch × length", *LEVELS, "same bits")
-    return tabulate(rows, head, tablefmt="github", floatfmt=".2f")
+    for name in PEERS:  # last: one of them compiles for a minute
+        report.step(name, partial(peer, name, model, size))
+    return result(report)
 
 
 def main() -> None:
@@ -232,11 +252,14 @@ def main() -> None:
     options = parser.parse_args()
     if not options.dry_run and not torch.cuda.is_available():
         parser.error("no CUDA device here; --dry-run goes through the steps on the CPU")
-    result = measure(TINY if options.dry_run else REAL, options.model, options.minutes)
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
-    print(table(result))
-    for name, why in result["skipped"].items():
-        print(f"skipped: {name}: {why}")
+
+    def keep(result: dict[str, Any]) -> None:
+        write_text(options.output, json.dumps(result, indent=2) + "\n")
+
+    size = TINY if options.dry_run else REAL
+    result = measure(size, options.model, options.minutes, keep)
+    keep(result)
+    print(page_table(result))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from typing import Any, Final
 
 from tabulate import tabulate
 
+from benchmarks.cuda_table import page_table
 from fxquant.errors import DataError
 from fxquant.evaluation.gguf import weights_note
 from fxquant.evaluation.journal import read_journal
@@ -90,6 +91,8 @@ def table_of(path: Path) -> str:
         return streaming_tables(path)
     if path.name == "weight_grids.json":
         return grids_table(path)
+    if path.name == "cuda.json":
+        return cuda_table(path)
     if path.name == "published.py":
         return reference_table()
     rows, made = read_results(path)
@@ -200,6 +203,14 @@ def _reference_row(figure: Published) -> tuple[str, ...]:
     change = f"{figure.delta_loss:+.6f}" if figure.delta_loss else "0"
     perplexity = figure.perplexity or math.exp(loss)
     return str(figure.scheme), figure.method, f"{loss:.6f}", f"{perplexity:.4f}", change
+
+
+def cuda_table(path: Path) -> str:
+    """What benchmarks/cuda.py measured, or that it was not run."""
+    if not path.exists():
+        return "Not measured: `python -m benchmarks.cuda` on a machine with a CUDA device does it."
+    with _results(path, "cuda.py") as data:
+        return page_table(data)
 
 
 def _table(head: tuple[str, ...], body: Sequence[tuple[str, ...]]) -> str:

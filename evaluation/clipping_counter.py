@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -46,12 +47,28 @@ class Quantizers:
         calls = {n: operands(n) for n in gm.graph.nodes if n.target in _QUANTIZE}
         return cls(calls, {used: node for node in calls for used in node.all_input_nodes})
 
+    def read(self, counts: Tensor, sizes: Sequence[int]) -> int:
+        """Elements clipped, of a ``ClippingCounter``'s ``on_device`` and ``sizes``: one wait.
+
+        Raises NonFiniteError that names the first site whose input holds NaN or infinity.
+        """
+        clipped, first = counts.tolist()
+        if first >= 0:
+            seen = zip(self.calls, accumulate(sizes), strict=True)
+            node = next(node for node, end in seen if first < end)
+            raise NonFiniteError(
+                f"{tag(node).site}: its input holds NaN or infinite activations, which have no "
+                "code; the model overflows its dtype here"
+            )
+        return int(clipped)
+
 
 class ClippingCounter:
     """Sees the values of one batch's run and counts the elements that are clipped.
 
-    Nothing is quantized twice, and the device is read once, by ``result``. A dynamic symmetric
-    range holds its input: there is nothing to count. A range that holds an element that is not
+    Nothing is quantized twice, and nothing is read from the device: ``Quantizers.read`` does that,
+    once, with what ``on_device`` holds. A dynamic symmetric range holds its input: there is nothing
+    to count. A range that holds an element that is not
     finite is not finite itself, so only static quantizers' inputs are looked through for those.
     """
 
@@ -122,25 +139,25 @@ class ClippingCounter:
         if x.numel():
             self._clipped.append(count_clipped(x, low, high))
 
-    def result(self) -> tuple[int, int]:
-        """Elements clipped and elements quantized.
+    @property
+    def total(self) -> int:
+        """Elements quantized."""
+        return self._total
 
-        Raises NonFiniteError that names the first site whose input holds NaN or infinity.
-        """
+    @property
+    def sizes(self) -> list[int]:
+        """How many numbers stand for each site's input where it is looked at for what is finite."""
+        return [each.numel() for each in self._ends]
+
+    def on_device(self, like: Tensor) -> Tensor:
+        """int64 [2] on like's device: elements clipped; the first of all sites' ``sizes`` numbers
+        that is not finite, -1 if all are."""
         if not self._ends:
-            return 0, self._total
-        ends, self._ends = [each.flatten() for each in self._ends], []
-        finite = torch.isfinite(torch.cat(ends)).all()
-        clipped = torch.stack((torch.zeros_like(finite), *self._clipped)).sum()
-        all_finite, count = torch.stack((finite, clipped)).tolist()
-        if not all_finite:
-            seen = zip(self._quantizers.calls, ends, strict=True)
-            node = next(node for node, each in seen if not bool(torch.isfinite(each).all()))
-            raise NonFiniteError(
-                f"{tag(node).site}: its input holds NaN or infinite activations, which have no "
-                "code; the model overflows its dtype here"
-            )
-        return count, self._total
+            return like.new_tensor((0, -1))
+        finite = torch.isfinite(torch.cat([each.flatten() for each in self._ends]))
+        first = torch.where(finite.all(), -1, (~finite).to(torch.uint8).argmax())
+        clipped = torch.stack((torch.zeros_like(first), *self._clipped)).sum()
+        return torch.stack((clipped, first))
 
 
 def _dynamic_range(scale: Node) -> Any:

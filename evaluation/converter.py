@@ -68,6 +68,7 @@ def measure(
         calibration=None if found is None else tuple(record.brief() for record in found),
         overlap=overlap_of(found, windows),
         float_share=None if math.isnan(share) else share,
+        level=str(info(converted).level),
     )
 
 
@@ -77,7 +78,8 @@ class Converter:
 
     ``calibration``: None where there are no windows for it; ``cache``: a folder for finished
     blocks of the repairs that keep them; ``as_it_is``: a saved graph, which is its own scheme's;
-    ``keeps_last``: whether the graph of the last scheme is held, which is asked for again.
+    ``keeps_last``: whether the graph of the last scheme is held, which is asked for again;
+    ``level``: that schemes are lowered to.
     """
 
     graph: GraphModule
@@ -85,6 +87,7 @@ class Converter:
     cache: Path | None = None
     as_it_is: bool = False
     keeps_last: bool = False
+    level: str = "integer"
     observed: dict[frozenset[str], GraphModule] = field(default_factory=dict)
     _last: tuple[Scheme, GraphModule] | None = None
 
@@ -105,6 +108,7 @@ class Converter:
                 self.graph,
                 scheme,
                 calibration=self.calibration,
+                level=self.level,
                 progress=True,
                 cache=self.cache if can_resume(scheme) else None,
             )
@@ -118,7 +122,8 @@ class Converter:
                 level="observed",
                 progress=True,
             )
-        return conversion.recipe(scheme, start="observed").run(self.observed[static])
+        last = conversion.recipe(scheme, start="observed", level=self.level)
+        return last.run(self.observed[static])
 
 
 def static_sites(facts: GraphInfo, scheme: Scheme) -> frozenset[str]:

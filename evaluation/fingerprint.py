@@ -13,7 +13,9 @@ from fxquant.evaluation.models import model_directory, versions, weights_hash
 from fxquant.evaluation.provenance import architecture
 from fxquant.files.whole_file import file_hash
 from fxquant.frontends.pretrained import read_config
+from fxquant.ir.graph import Level
 from fxquant.recipes.repairs import reads_calibration
+from fxquant.recipes.running import running_level
 from fxquant.schemes.scheme import Scheme
 
 
@@ -56,7 +58,7 @@ def fingerprint(
 ) -> str:
     """sha256 over everything that determines one scheme's figures (but the number of threads,
     which may change the last digits of floating-point sums)."""
-    facts = {
+    facts: dict[str, object] = {
         "model": asdict(model),
         "scheme": str(scheme),
         "text": {"name": source.name, "hash": source.digest, "recipe": asdict(source.recipe)},
@@ -70,6 +72,9 @@ def fingerprint(
         "dtype": job.dtype,
         "versions": versions(),
     }
+    level = running_level(job.level, job.device)
+    if level != Level.INTEGER:  # results that were kept before there was a choice are of that one
+        facts["level"] = level
     return _hash(facts)
 
 

@@ -36,6 +36,7 @@ from fxquant.ir.graph import GraphInfo, Level, device_of, float_dtype, info
 from fxquant.ir.streamed import check_present
 from fxquant.pipeline.arguments import checked_call
 from fxquant.pipeline.recording import DrawnBatches
+from fxquant.recipes.running import AUTO, as_run
 from fxquant.run.batches import Batch, check_ids
 from fxquant.run.encodings import is_text
 from fxquant.schemes.scheme import brief
@@ -147,7 +148,7 @@ class Evaluation:
     ``overlap`` the number of windows that the graph was calibrated on (None: that was not checked,
     since nothing says what it read, or windows are too short to tell them by their tokens),
     ``calibration``: what it was calibrated on, ``weights``: what the float weights were before,
-    where they have been coarser.
+    where they have been coarser, ``level``: of the graph that was run.
     """
 
     model: str
@@ -161,6 +162,7 @@ class Evaluation:
     overlap: int | None = 0
     calibration: str = UNKNOWN
     weights: str = ""
+    level: str = ""
 
     @property
     def loss(self) -> float:
@@ -222,6 +224,7 @@ def evaluate(
     *,
     batch_size: int = 1,
     allow_overlap: bool = False,
+    level: str = AUTO,
 ) -> Evaluation:
     """Loss and perplexity of a model on text, with the figures of ``fxquant evaluate``.
 
@@ -232,6 +235,8 @@ def evaluate(
             which all but each row's first are scored.
         batch_size: windows run together; dynamic per-tensor ranges depend on it.
         allow_overlap: score windows that the graph was calibrated on; the result says how many.
+        level: to lower a quantized graph to; "auto": an integer graph on CUDA to kernels, which are
+            the same bits, any other stays as it is.
 
     Raises DataError (no windows, windows that the graph was calibrated on, ids of another
     vocabulary, a text without a tokenizer, an observed graph, which would count what it is
@@ -251,6 +256,7 @@ def evaluate(
         ids = _stacked(as_windows(cut, graph))
     check_ids(ids, facts, "evaluation windows")
     overlap = _overlap(facts, cut, ids, allow_overlap)
+    graph = as_run(graph, level)
     label = brief(facts.scheme)
     found = perplexity.evaluate(graph, ids, batch_size=batch_size, label=label, scored=scored)
     return Evaluation(
@@ -262,6 +268,7 @@ def evaluate(
         text=text,
         digest=_digest(ids, found.sums.tokens),
         setting=_setting(graph, batch_size),
+        level=str(info(graph).level),
         overlap=overlap,
         calibration=calibration_words(facts.calibration),
         weights=facts.weights,
@@ -315,6 +322,6 @@ def _setting(graph: GraphModule, batch_size: int) -> str:
     dtype = dtype_name(float_dtype(graph))
     used = version_words(versions())
     return (
-        f"batch size {batch_size}, {dtype} on {device_of(graph)} "
+        f"batch size {batch_size}, {dtype} on {device_of(graph)} at level {info(graph).level} "
         f"({counted(torch.get_num_threads(), 'thread')}); {used}"
     )

@@ -51,6 +51,7 @@ from fxquant.ir.graph import GraphInfo, Level, float_dtype, info, set_workspace
 from fxquant.ir.streamed import Workspace, workspace_folder
 from fxquant.recipes import conversion
 from fxquant.recipes.repairs import can_resume
+from fxquant.recipes.running import as_run, running_level
 from fxquant.run.batches import check_ids
 from fxquant.run.distributed import world_size
 from fxquant.schemes.scheme import Scheme, as_scheme
@@ -73,6 +74,7 @@ class Job:
     calibration_dataset: str | None = None
     data: Path | None = None  # text and whatever else is a path are made one
     device: str = "cpu"
+    level: str = "auto"
     dtype: str = "auto"
     revision: str | None = None
     seed: int = 0
@@ -117,13 +119,14 @@ def _run(job: Job, schemes: list[Scheme], say: Callable[[str], None]) -> Outcome
         return _run_export(job, source, say)
     loaded = load(job)
     windows = cut(job, source, other, loaded)
-    graph = loaded.graph
+    graph = loaded.graph if job.schemes else as_run(loaded.graph, job.level)
     torch.manual_seed(job.seed)
     check_windows(windows, graph)
     provenance = make_provenance(job, loaded, graph, source, windows)
     if isinstance(loaded.model, GraphModule):
         if not job.schemes:
             schemes = [Scheme.parse(info(graph).scheme)]
+            provenance = replace(provenance, level=str(info(graph).level))
         if not job.allow_overlap:
             check_saved_apart(info(graph).calibration, windows, job.model)
     with workspace_for(graph, job.stream):
@@ -169,6 +172,7 @@ def check_job(job: Job) -> list[Scheme]:
     check_device(job.device)
     runtime_of(job)
     resolve_dtype(job.dtype, job.device)
+    running_level(job.level, job.device)
     for name in (job.dataset, job.calibration_dataset):
         if name is not None:
             check_dataset(name)
@@ -279,7 +283,9 @@ def _rows(
 ) -> Outcome:
     runtime, as_it_is = runtime_of(job), not job.schemes
     converter = Converter(
-        graph, windows.batches, job.cache, as_it_is=as_it_is, keeps_last=runtime is not None
+        *(graph, windows.batches, job.cache, as_it_is),
+        keeps_last=runtime is not None,
+        level=running_level(job.level, job.device),
     )
     # The float model's export is run where it is named only: a format of codes cannot hold it.
     deployed = schemes if as_it_is else [as_scheme(each) for each in job.schemes]
@@ -333,5 +339,6 @@ def provenance_of(
         processes=world_size(),
         weights=facts.weights,
         engine="" if runtime is None else runtime.words(),
+        level=running_level(job.level, job.device),
     )
     return made.calibrated(facts.calibration)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +23,9 @@ from fxquant.run.distributed import complete, is_main, shard
 from fxquant.run.execution import Executor
 from fxquant.run.head import final_head, nll_to_the_end
 from fxquant.run.loss import highest_id, token_nll
+from fxquant.run.replay import CudaRecorder, Replayed, why_not
+
+T = TypeVar("T")
 
 
 def from_loss(loss: float) -> float:
@@ -61,43 +66,73 @@ class Perplexity:
 
 
 def _shared_out(
-    gm: GraphModule, batches: Sequence[Tensor], highest: int, label: str
+    gm: GraphModule, batches: Sequence[Tensor], highest: int, label: str, replay: bool
 ) -> tuple[Tensor, float | None]:
     """Losses [N, L - 1] of all batches, whose ids go up to ``highest``, and the share clipped,
     whichever process computes them."""
     mine = shard(batches)
-    steps = _batch_results(gm, [ids for _, ids in mine], highest, label)
+    steps = _one_late(_batch_results(gm, [ids for _, ids in mine], highest, label, replay))
     quiet = None if is_main() else True
     bar = tqdm(steps, label, len(mine), unit="batch", leave=False, disable=quiet)
     losses = [
         batch.new_zeros((len(batch), batch.shape[1] - 1), dtype=torch.float32) for batch in batches
     ]
-    counts = batches[0].new_zeros((len(batches), 2), dtype=torch.float64)
+    counts = torch.zeros((len(batches), 2), dtype=torch.float64)
     for (index, _), (found, clipping) in zip(mine, bar, strict=True):
         losses[index] = found
-        counts[index] = counts.new_tensor(clipping)
+        counts[index] = torch.tensor(clipping(), dtype=torch.float64)
     # Summed one after the other, so that the number of processes changes nothing.
-    clipped, total = (sum(column) for column in complete(counts).t().tolist())
+    clipped, total = (sum(column) for column in complete(counts.to(batches[0].device)).t().tolist())
     return complete(torch.cat(losses)).cpu(), clipped / total if total else None
+
+
+def _one_late(steps: Iterator[T]) -> Iterator[T]:
+    """Each step when the next has begun: what is read of it leaves no device without work."""
+    before = []
+    for step in steps:
+        yield from before
+        before = [step]
+    yield from before
 
 
 @torch.no_grad()
 def _batch_results(
-    gm: GraphModule, batches: Sequence[Tensor], highest: int, label: str
-) -> Iterator[tuple[Tensor, tuple[int, int]]]:
-    """Each batch's losses; how many activation elements were clipped and how many quantized."""
+    gm: GraphModule, batches: Sequence[Tensor], highest: int, label: str, replay: bool
+) -> Iterator[tuple[Tensor, Callable[[], tuple[int, int]]]]:
+    """Each batch's losses, and what reads how many activation elements were clipped and how many
+    quantized."""
     quantizers = Quantizers.of(gm)
-    counters = [ClippingCounter(quantizers) for _ in batches]
-    watchers = [counter if quantizers.calls else None for counter in counters]
-    inputs = [{"input_ids": ids} for ids in batches]
+    seen: dict[torch.Size, tuple[int, list[int]]] = {}
+
+    def finished(ids: Tensor, counter: ClippingCounter, nll: Tensor) -> tuple[Tensor, Tensor]:
+        seen[ids.shape] = counter.total, counter.sizes
+        return nll, counter.on_device(ids)
+
+    def step(ids: Tensor) -> tuple[Tensor, ...]:
+        counter = ClippingCounter(quantizers)
+        return finished(ids, counter, loss_of(ids, counter if quantizers.calls else None))
+
+    found: Iterable[tuple[Tensor, ...]]
     if is_streamed(gm):
+        counters = [ClippingCounter(quantizers) for _ in batches]
+        watchers = [counter if quantizers.calls else None for counter in counters]
+        inputs = [{"input_ids": ids} for ids in batches]
         outputs = run_batches(gm, inputs, watchers, label=label if is_main() else "")
         losses = (token_nll(y, x, highest) for y, x in zip(outputs, batches, strict=True))
+        found = map(finished, batches, counters, losses)
     else:
-        run = _loss_of_a_run(gm, highest)
-        losses = (run(*each) for each in zip(batches, watchers, strict=True))
-    for found, counter in zip(losses, counters, strict=True):
-        yield found, counter.result()
+        loss_of = _loss_of_a_run(gm, highest)
+        captured = replay and not why_not(gm)
+        found = map(Replayed(step, batches, CudaRecorder()) if captured else step, batches)
+    for ids, (nll, counts) in zip(batches, found, strict=True):
+        total, sizes = seen[ids.shape]
+        yield nll, partial(_read, quantizers, counts, sizes, total)
+
+
+def _read(
+    quantizers: Quantizers, counts: Tensor, sizes: list[int], total: int
+) -> tuple[int, int]:
+    return quantizers.read(counts, sizes), total
 
 
 def _loss_of_a_run(
@@ -120,18 +155,20 @@ def evaluate(
     batch_size: int = 1,
     label: str = "evaluate",
     scored: Tensor | None = None,
+    replay: bool = True,
 ) -> Perplexity:
     """Loss of every token of windows int64 [N, L] (but each window's first), with a progress bar.
 
     ``scored`` int64 [N]: where windows overlap, how many of each one's last tokens count (None:
-    all L - 1); the others are context only. Every scored token weighs the same.
+    all L - 1); the others are context only. Every scored token weighs the same. ``replay``: equal
+    batches as one captured CUDA graph, where there can be one: the same bits.
 
     Raises NonFiniteError naming the first site or node that computes NaN or infinity.
     """
     device = device_of(gm)
     started = time.perf_counter()
     batches = windows.to(device).split(batch_size)
-    losses, share = _shared_out(gm, batches, highest_id(windows), label)
+    losses, share = _shared_out(gm, batches, highest_id(windows), label, replay)
     seconds = time.perf_counter() - started
     if not bool(torch.isfinite(losses).all()):
         bad = int((~torch.isfinite(losses)).any(1).nonzero()[0])

@@ -27,7 +27,8 @@ class Provenance:
     drawn, for all rows together, each of which has its own record. ``windows_hash``: of the
     evaluated token ids themselves. ``seed`` drew the calibration windows; None where none was, or
     several, or it is not known. ``weights``: what the float weights were before, where they have
-    been coarser. ``engine``: what ran exported models, and how, "" where graphs ran alone.
+    been coarser. ``level``: that the schemes were lowered to, "" where older results do not say.
+    ``engine``: what ran exported models, and how, "" where graphs ran alone.
     """
 
     model: str
@@ -51,6 +52,7 @@ class Provenance:
     processes: int = 1
     weights: str = ""
     engine: str = ""
+    level: str = ""
 
     def calibrated(
         self, found: Sequence[CalibrationRecord] | None, only: Sequence[str] = ()
@@ -81,6 +83,11 @@ class Provenance:
             return "no seed"
         return "seed unknown" if "unknown" in self.calibration else "several seeds"
 
+    def setting(self) -> str:
+        """Batch size, dtype, device and level, as lines say them."""
+        level = f" at level {self.level}" if self.level else ""
+        return f"batch size {self.batch_size}, {self.dtype} on {self.device}{level}"
+
     def line(self) -> str:
         """One line for under a table."""
         versions = version_words(self.versions)
@@ -89,7 +96,7 @@ class Provenance:
         return (
             f"{self.model} ({self.identity()}), {self.protocol.line()} "
             f"({self.text_hash[:23]}), calibrated on {self.calibration}, "
-            f"batch size {self.batch_size}, {self.dtype} on {self.device} "
+            f"{self.setting()} "
             f"({counted(self.threads, 'thread')}{processes}), {self.seed_words()}; {versions}"
             f"{engine}"
         )

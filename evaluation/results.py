@@ -19,6 +19,7 @@ from fxquant.files.whole_file import write_text
 from fxquant.ir.calibration import Calibration, folded
 from fxquant.ir.counted import counted
 from fxquant.ir.coverage import share_words
+from fxquant.ir.graph import Level
 from fxquant.schemes.scheme import Scheme
 
 RESULTS, TABLE = "results.json", "table.md"
@@ -48,7 +49,8 @@ class Row:
     ``calibration``: what the graph was calibrated on, None where that is not known. ``overlap``:
     indices of evaluated windows that hold some of it, None where that could not be told.
     ``float_share``: of the blocks' weights, what stays in float, 0..1; None where nothing is codes.
-    ``engine``: name and version of what ran the exported model, "" where the graph itself ran.
+    ``level``: of the graph that was run; "" where older results do not say. ``engine``: name and
+    version of what ran the exported model, "" where the graph itself ran.
     """
 
     scheme: str
@@ -67,6 +69,7 @@ class Row:
     overlap: tuple[int, ...] | None = ()
     float_share: float | None = None
     engine: str = ""
+    level: str = ""
 
     @property
     def sums(self) -> WindowSums:
@@ -99,6 +102,8 @@ class Row:
             value = getattr(self, name)
             if value is not None and abs(value) > LARGEST:
                 raise ValueError(f"{where}{name}: {value} is no figure of an evaluation")
+        if self.level and self.level not in list(Level):
+            raise ValueError(f"{where}level: {printable(self.level[:60])!r} is no level")
         if self.float_share is not None and not 0 <= self.float_share <= 1:
             raise ValueError(f"{where}float_share: {self.float_share} is no share, 0 to 1")
         if any(abs(value) > LARGEST for value in self.window_nll):

@@ -42,6 +42,7 @@ from fxquant.evaluation.progress import say_finished
 from fxquant.evaluation.statistics import WindowSums
 from fxquant.evaluation.sweep_tables import format_results
 from fxquant.ir.counted import counted
+from fxquant.recipes.running import running_level
 from fxquant.schemes.scheme import Scheme
 
 
@@ -271,7 +272,8 @@ class _Run:
             self.fail(cells, describe(error))
             return
         provenance = make_provenance(job, loaded, graph, sources[0], windows)
-        converter = Converter(graph, windows.batches, job.cache)
+        level = running_level(job.level, job.device)
+        converter = Converter(graph, windows.batches, job.cache, level=level)
         for cell in cells:
             try:
                 torch.manual_seed(job.seed)

@@ -23,6 +23,7 @@ _OPTIONS: Final[Mapping[str, type]] = {
     "calibration_dataset": str,
     "data": str,
     "device": str,
+    "level": str,
     "dtype": str,
     "revision": str,
     "stream": bool,

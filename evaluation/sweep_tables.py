@@ -99,7 +99,9 @@ def groups(
 
 def _setting(made: Provenance) -> str:
     apart = (*_PER_SEED, *_OF_CALIBRATION)
-    return repr({k: v for k, v in asdict(made).items() if k not in apart})
+    # Sweeps that do not say their level knew no other one.
+    said = {**asdict(made), "level": made.level or "integer"}
+    return repr({k: v for k, v in said.items() if k not in apart})
 
 
 def _by_calibration(results: list[Result]) -> list[list[Result]]:
@@ -287,8 +289,7 @@ def _title(made: Provenance) -> str:
     versions = version_words(made.versions)
     return (
         f"{made.model} ({made.architecture}; {made.identity()}) on {made.protocol.line()} "
-        f"({made.text_hash[:23]}); calibrated on {made.calibration}; batch size "
-        f"{made.batch_size}, {made.dtype} on {made.device}; {versions}"
+        f"({made.text_hash[:23]}); calibrated on {made.calibration}; {made.setting()}; {versions}"
     )
 
 
@@ -321,6 +322,7 @@ def _csv_row(made: Provenance, line: Line) -> dict[str, object]:
         "batch_size": made.batch_size,
         "dtype": made.dtype,
         "device": made.device,
+        "level": made.level,
         "versions": version_words(made.versions),
         "weights": made.weights,
         "scheme": line.scheme,

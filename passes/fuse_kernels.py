@@ -27,7 +27,8 @@ class FuseKernels(Pass):
     after:   x_q, scale, zero_point, nan = quantize_rows(x)
              y = int_linear(x_q, w_q, scale, weight_scale, bias, nan)
 
-    Groups become grouped_int_linear, weight-only sites dequant_linear. ``nan`` takes x's place as
+    Groups become grouped_int_linear, weight-only sites dequant_linear, attention's products
+    int_product. ``nan`` takes x's place as
     what gives the result's dtype and its rows of NaN, so x need not be kept. A site in another form
     stays as it is, with a note that says why.
     """
@@ -50,6 +51,8 @@ class FuseKernels(Pass):
                 add_note(gm, self.name, site.path, f"stays as at level integer: {found}")
             elif isinstance(found, _WeightOnly):
                 _fuse_weight_only(gm, site, found)
+            elif isinstance(found, _Product):
+                _fuse_product(gm, site, found, inputs)
             else:
                 _fuse_integer(gm, site, found, inputs)
         gm.graph.eliminate_dead_code()
@@ -78,6 +81,16 @@ class _Integers:
 
 
 @dataclass(frozen=True)
+class _Product:
+    """rescale(int_matmul(left, right), ...) of two quantized activations, taken apart."""
+
+    left: Node
+    right: Node
+    sums: Node
+    output: Node
+
+
+@dataclass(frozen=True)
 class _Input:
     """The nodes of an input's codes and ``nan``, which sites that read it share."""
 
@@ -85,10 +98,10 @@ class _Input:
     nan: Node
 
 
-def _matched(site: Site, node: Node) -> _WeightOnly | _Integers | str:
+def _matched(site: Site, node: Node) -> _WeightOnly | _Integers | _Product | str:
     """What the site's output is made of, or why that is no form that is fused."""
     if site.role == "matmul":
-        return "a product of two activations"
+        return _product(node)
     if site.role == "embeddings":
         return "rows are looked up and nothing is multiplied"
     if is_op(node, nn.functional.linear):
@@ -106,6 +119,30 @@ def _matched(site: Site, node: Node) -> _WeightOnly | _Integers | str:
     if not whole or _weight_of(gemm.weight_codes, site) is None:
         return "its operands are not those that integerize writes"
     return _Integers(gemm.x_codes, sums, rescaled, node)
+
+
+def _product(node: Node) -> _Product | str:
+    """Of attention: its right operand, k^T, may be transposed behind its quantizer."""
+    if not is_op(node, OPS.rescale.default) or not is_op(
+        operands(node).sums, OPS.int_matmul.default
+    ):
+        return f"its output is made by {op_name(node) or node.op}"
+    rescale, codes = operands(node), operands(operands(node).sums)
+    if len(rescale.sums.users) > 1:
+        return "something else reads its sums"
+    left, right = codes.left_codes, _turned(codes.right_codes)
+    own = (rescale.zero_point, rescale.weight_sum, rescale.weight_zero_point, rescale.x_sum)
+    whole = all(each is None for each in own)
+    for side, scale in ((left, rescale.scale), (right, _turned(rescale.weight_scale))):
+        whole &= is_op(side, OPS.quantize.default) and _quantizer(side) is not None
+        whole = whole and operands(side).scale is scale and operands(side).zero_point is None
+    if not whole or operands(left).x is not rescale.like:
+        return "its operands are not those that integerize writes"
+    return _Product(left, right, rescale.sums, node)
+
+
+def _turned(node: Any) -> Any:
+    return source_of(node) if is_op(node, torch.transpose) else node
 
 
 def _reads_one_input(gemm: Any, rescale: Any, x: object) -> bool:
@@ -220,12 +257,38 @@ def _fuse_integer(gm: GraphModule, site: Site, p: _Integers, inputs: dict[Node, 
     builder.replace(p.output, y)
 
 
+def _fuse_product(gm: GraphModule, site: Site, p: _Product, inputs: dict[Node, _Input]) -> None:
+    for codes, side in ((p.left, "left"), (p.right, "right")):
+        if codes not in inputs:
+            inputs[codes] = _fuse_input(gm, codes, (side, f"{side}_q", side))
+    matrices, rescale = operands(p.sums), operands(p.output)
+    builder = Builder(gm, FuseKernels.name, site.path, (p.sums, p.output))
+    with gm.graph.inserting_before(p.output):
+        y = builder.call(
+            OPS.int_product.default,
+            matrices.left_codes,
+            matrices.right_codes,
+            rescale.scale,
+            rescale.weight_scale,
+            inputs[p.left].nan,
+            name="y",
+            is_output=True,
+        )
+    builder.replace(p.output, y)
+
+
 def _unflattened(node: Node | None) -> Node | None:
     return source_of(node) if is_op(node, torch.flatten) else node
 
 
-def _fuse_input(gm: GraphModule, codes: Node) -> _Input:
-    """One node for the quantizer, in place of its range and its codes for all that read them."""
+def _fuse_input(
+    gm: GraphModule, codes: Node, names: tuple[str, str, str] = ("x", "x_q", "input")
+) -> _Input:
+    """One node for the quantizer, in place of its range and its codes for all that read them.
+
+    ``names``: of the node and of its codes; what the range's begin with.
+    """
+    whole, coded, side = names
     made, quantizer = operands(codes), _quantizer(codes)
     site = tag(codes).site or ""
     if isinstance(quantizer, Node):
@@ -233,10 +296,10 @@ def _fuse_input(gm: GraphModule, codes: Node) -> _Input:
         builder = Builder(gm, FuseKernels.name, site, (quantizer, codes))
         ends = (call.granularity, call.symmetric, call.qmin, call.qmax)
         with gm.graph.inserting_before(quantizer):
-            fused = builder.call(OPS.quantize_rows.default, made.x, *ends, name="x")
+            fused = builder.call(OPS.quantize_rows.default, made.x, *ends, name=whole)
             parts = [
                 builder.item(fused, index, name)
-                for index, name in enumerate(("x_q", "input_scale", "input_zero_point", "nan"))
+                for index, name in enumerate((coded, f"{side}_scale", f"{side}_zero_point", "nan"))
             ]
         for item in list(quantizer.users):
             builder.replace(item, parts[1 if item.args[1] == 0 else 2])
@@ -244,7 +307,7 @@ def _fuse_input(gm: GraphModule, codes: Node) -> _Input:
         builder = Builder(gm, FuseKernels.name, site, (codes,))
         ends = (made.scale, made.zero_point, made.qmin, made.qmax)
         with gm.graph.inserting_before(codes):
-            fused = builder.call(OPS.quantize_static.default, made.x, *ends, name="x")
-            parts = [builder.item(fused, index, name) for index, name in enumerate(("x_q", "nan"))]
+            fused = builder.call(OPS.quantize_static.default, made.x, *ends, name=whole)
+            parts = [builder.item(fused, index, name) for index, name in enumerate((coded, "nan"))]
     builder.replace(codes, parts[0])
     return _Input(parts[0], parts[-1])

@@ -103,6 +103,20 @@ class Calls:
             self.nan(),
         )
 
+    def product(self, length: int, columns: int) -> tuple[Any, ...]:
+        """Operands of int_product: [..., M, length] by [..., length, columns]; the right lies as it
+        is or turned, each has one scale or one for each token."""
+        *batch, rows = self.shape
+        left = self.codes(*batch, rows, length)
+        right = self.codes(*batch, columns, length).transpose(-2, -1)
+        right = right if self.chance() else right.contiguous()
+        scales = [
+            torch.rand(shape if self.chance() else (), generator=self.generator) + 1e-3
+            for shape in ((*batch, rows, 1), (*batch, 1, columns))
+        ]
+        nan = torch.where(torch.rand(*batch, rows, 1, generator=self.generator) < 0.1, torch.nan, 0)
+        return left, right, *scales, nan.to(self.dtype)
+
     def weight_only(self, columns: int, group: int, packed: bool) -> tuple[Any, ...]:
         """Operands of dequant_linear."""
         site = self.site(columns, group, packed)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from benchmarks import cuda, pack
+from benchmarks import cuda, cuda_peers, pack, readme_tables
 from tests.models import SMALL_OPT
 
 
@@ -26,6 +29,8 @@ def test_a_dry_run_measures_every_step(tmp_path: Path, monkeypatch: pytest.Monke
     rows = [row for each in found["figures"].values() if isinstance(each, list) for row in each]
     assert [row["scheme"] for row in rows] == list(cuda.SCHEMES)
     assert all(row["same bits"] for row in rows)
+    job = found["figures"]["evaluate w8a8-dynamic-token"]
+    assert "replayed" not in job, "on the CPU nothing is captured"
     losses = [found["figures"]["evaluate w8a8-dynamic-token"][each]["loss"] for each in cuda.LEVELS]
     assert losses[0] == losses[1]
     assert "a dry run on the CPU" in found["skipped"]["Triton's kernels"] or (
@@ -66,3 +71,58 @@ def test_parts_together_are_what_was_packed(tmp_path: Path) -> None:
         member = archive.extractfile("wheels/some.bin")
         assert member is not None
         assert member.read() == data
+
+
+def test_what_is_measured_is_on_the_disk_after_each_step() -> None:
+    kept: list[tuple[int, int]] = []
+
+    def keep(result: dict[str, Any]) -> None:
+        assert json.dumps(result)
+        kept.append((len(result["figures"]), len(result["skipped"])))
+
+    cuda.measure(cuda.TINY, str(SMALL_OPT), minutes=0, keep=keep)
+    steps = len(cuda.TINY.gemms) + len(cuda.SCHEMES) + 2 + len(cuda_peers.PEERS)
+    assert len(kept) == steps
+    assert [sum(each) for each in kept] == list(range(2, steps + 2))
+
+
+def test_a_peer_is_measured_or_skipped_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = cuda.opt_model(cuda.TINY)
+    found: dict[str, Any] = {}
+    for name in ("there", "missing", "broken"):
+        report = cuda.Report(float("inf"))
+
+        def change(model: nn.Module, name: str = name) -> nn.Module:
+            if name == "missing":
+                cuda_peers._imported("no_such_library")
+            if name == "broken":
+                raise AssertionError("another version")
+            return model
+
+        monkeypatch.setitem(cuda_peers.PEERS, name, change)
+        report.step(name, functools.partial(cuda.peer, name, model, cuda.TINY))
+        found[name] = report
+    assert "not installed" in found["missing"].skipped["missing"]
+    assert found["broken"].skipped["broken"] == "fails here: AssertionError: another version"
+    (row,) = found["there"].figures["there"]
+    assert row["ratio"]["peer"] == row["ms"]["peer"] / row["ms"]["eager"]
+    assert row["seconds to the first result"] > 0
+
+
+def test_readmes_table_is_that_of_the_file(tmp_path: Path) -> None:
+    place = tmp_path / "cuda.json"
+    assert "Not measured" in readme_tables.table_of(place)
+    row = {"scheme": "w8", "batch": 4, "length": 2048, "ratio": {"integer": 2, "kernels": 1.25}}
+    peer = {"scheme": "another", "batch": 1, "length": 2048, "ratio": {"peer": 0.5}}
+    job = {"scheme": "fp", "integer": {"seconds": 2.5}, "kernels": {"seconds": 2.25}}
+    figures = {"w8": [{**row, "same bits": False}], "p": [peer], "evaluate fp": job}
+    made = {"device": "some GPU", "dtype": "torch.float16", "rounds": 7, "model": "some"}
+    rest = {"versions": {"torch": "2"}, "dry_run": False, "figures": figures}
+    place.write_text(json.dumps({**made, **rest, "skipped": {"this": "for that"}}))
+    table = readme_tables.table_of(place)
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    assert ["w8", "4×2048", "2.00", "1.25", "", "NO"] in cells
+    assert ["another", "1×2048", "", "", "0.50", ""] in cells
+    assert ["fp", "2.50", "2.25", ""] in cells
+    assert "some GPU" in table
+    assert "Skipped: this: for that" in table

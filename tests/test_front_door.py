@@ -71,7 +71,8 @@ def test_an_evaluation_says_what_made_it() -> None:
     assert printed.startswith("fp: loss ")
     for words in (
         "62 tokens scored in 2 windows", "builtin (evaluation topics", "the first 2 windows of 32",
-        "batch size 2, float32 on cpu (1 thread)", f"torch {torch.__version__}", "sha256:",
+        "batch size 2, float32 on cpu at level float (1 thread)", f"torch {torch.__version__}",
+        "sha256:",
     ):  # fmt: skip
         assert words in printed
     assert "clipped" not in printed  # nothing is quantized

@@ -210,11 +210,54 @@ def test_what_is_known_of_no_kernel_stays_with_its_reason() -> None:
     fast = FuseKernels()(plain)
     notes = {note.site: note.text for note in info(fast).notes if note.origin == "fuse_kernels"}
     roles = {site.path: site.role for site, _ in site_outputs(fast)}
-    assert {roles[path] for path in notes} == {"matmul", "embeddings"}
+    assert {roles[path] for path in notes} == {"embeddings"}
     assert all(text.startswith("stays as at level integer: ") for text in notes.values())
-    assert any(is_op(node, OPS.int_matmul.default) for node in fast.graph.nodes)
     with torch.no_grad():
         assert same(fast(token_ids(2, 9)), plain(token_ids(2, 9)))
+
+
+ATTENTION = ("w8a8-dynamic+attn8", "w8a8-static+attn8", "w8a8-dynamic-token+attn8+kv8", "w4+attn8")
+PRODUCTS = [("opt", ATTENTION[0], SINGLE), ("llama", ATTENTION[2], HALF)]
+OTHERS = [
+    pytest.param(name, scheme, dtype, marks=pytest.mark.slow)
+    for name in ("opt", "llama", "bloom")
+    for scheme in ATTENTION
+    for dtype in DTYPES
+    if (name, scheme, dtype) not in PRODUCTS
+]
+
+
+@pytest.mark.parametrize(("name", "scheme", "dtype"), [*PRODUCTS, *OTHERS])
+def test_attentions_products_bit_for_bit(name: str, scheme: str, dtype: torch.dtype) -> None:
+    plain = integer(name, scheme, dtype)
+    fast = FuseKernels()(plain)
+    assert not any(note.origin == "fuse_kernels" for note in info(fast).notes)
+    forms = (OPS.int_matmul, OPS.rescale, OPS.choose_qparams, OPS.quantize)
+    assert not any(is_op(n, form.default) for n in fast.graph.nodes for form in forms)
+    products = [site for site in info(fast).sites if site.role == "matmul"]
+    assert sum(is_op(n, OPS.int_product.default) for n in fast.graph.nodes) == len(products) > 1
+    for mask in ("none", "left"):
+        inputs = {"input_ids": token_ids(2, 17), "attention_mask": padding_mask(2, 17, mask)}
+        (logits, wanted), (found, got) = values(plain, **inputs), values(fast, **inputs)
+        assert same(found, logits)
+        ours = {f"{site.path} y" for site in products}
+        assert all(same(got[place], wanted[place]) for place in ours)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    sizes=st.tuples(*[st.integers(0, 3)] * 2, *[st.integers(1, 40)] * 3),
+    dtype=st.sampled_from(DTYPES),
+)
+@settings(max_examples=60)
+def test_products(seed: int, sizes: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
+    """What the plain operators give, NaN rows of the left operand too."""
+    calls = Calls(seed, sizes[:3], dtype)
+    left, right, *scales, nan = calls.product(*sizes[3:])
+    sums = OPS.int_matmul(left, right)
+    wanted = OPS.rescale(sums, *scales, None, None, None, None, None) + nan.float()
+    assert same(OPS.int_product(left, right, *scales, nan), wanted.to(dtype))
+    assert agree("int_product", left, right, *scales, nan)
 
 
 def edited() -> Iterator[tuple[str, GraphModule]]:

@@ -37,6 +37,12 @@ def test_interpreted_calls_give_the_same_bits(first: int, last: int) -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize("every", ["7", pytest.param("1", marks=pytest.mark.slow)])
+def test_each_kind_of_kernel_is_asked_before_its_first_call(every: str) -> None:
+    assert "kinds of kernel are asked" in run("first", every)
+
+
+@needs_triton
 def test_interpreted_graphs_give_the_same_bits() -> None:
     assert "8 graphs agree" in run("graphs")
 
@@ -44,7 +50,7 @@ def test_interpreted_graphs_give_the_same_bits() -> None:
 @needs_triton
 @pytest.mark.parametrize("capability", ["90", *(pytest.param("80", marks=pytest.mark.slow),)])
 def test_compiled_without_a_gpu(capability: str) -> None:
-    assert run("compiled", capability, interpreted=False).count(f"sm_{capability}") == 6
+    assert run("compiled", capability, interpreted=False).count(f"sm_{capability}") == 7
 
 
 def row_reasons(name: str, *operands: Any) -> str:

@@ -3,6 +3,7 @@ run when it is imported.
 
     TRITON_INTERPRET=1 python -m tests.triton_calls agree FIRST LAST    calls of these seeds
     TRITON_INTERPRET=1 python -m tests.triton_calls graphs              whole graphs
+    TRITON_INTERPRET=1 python -m tests.triton_calls first EVERY         what precedes the first call
     python -m tests.triton_calls compiled 80 90                         machine code, without a GPU
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -24,10 +25,11 @@ from triton.compiler import ASTSource
 import fxquant
 from fxquant.formats.packing import unpack_int4
 from fxquant.ir import fused, operators
-from fxquant.kernels import cuda, table, triton_gemm, triton_quantize
+from fxquant.kernels import first_test, table, triton_gemm, triton_quantize
+from fxquant.kernels.first_test import Kind
 from fxquant.passes import FuseKernels
 from tests.architectures import llama, opt, token_ids
-from tests.fused_calls import BRAIN, DTYPES, GRAINS, SINGLE, Calls, same
+from tests.fused_calls import BRAIN, DTYPES, GRAINS, HALF, SINGLE, Calls, same
 
 LEADS = ((), (3,), (2, 5), (37,), (0,), (1,))
 
@@ -49,6 +51,8 @@ def calls(seed: int, dtype: torch.dtype) -> Iterator[tuple[str, Any, Any]]:
         static = (x, torch.tensor(0.013), shift, -128, 127)
         found = triton_quantize.quantize_static(*static)
         yield "quantize_static", found, fused.quantize_static(*static)
+    product = matrices(seed, dtype)
+    yield "int_product", triton_gemm.int_product(*product), fused.int_product(*product)
     for packed in (False, True):
         for size, name in ((0, "int_linear"), (group, "grouped_int_linear")):
             site = calls.site(columns, size, packed)
@@ -57,6 +61,12 @@ def calls(seed: int, dtype: torch.dtype) -> Iterator[tuple[str, Any, Any]]:
             found = getattr(triton_gemm, name)(*site, size, packed)
             yield name, found, getattr(fused, name)(*site, size or 1024, packed)
             yield "weight", *weights(calls.weight_only(columns, size, packed), dtype)
+
+
+def matrices(seed: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    shaped = Calls(seed, (1 + seed % 2, seed % 3, 1 + seed * 13 % 70), dtype)
+    *codes, nan = shaped.product(1 + seed * 37 % 150, 1 + seed * 29 % 61)
+    return (*codes, nan.float() if dtype == BRAIN else nan)
 
 
 def weights(operands: tuple[Any, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -69,10 +79,90 @@ def weights(operands: tuple[Any, ...], dtype: torch.dtype) -> tuple[Tensor, Tens
     return found, operators.dequantize(codes, scale, shift, size, x.new_empty(0, dtype=wide))
 
 
+OPERATORS = ("int_linear", "grouped_int_linear", "dequant_linear")
+KINDS = tuple(
+    Kind(operator, dtype, packed=packed, shifted=shifted, weight_shifted=shift, biased=shifted)
+    for operator in OPERATORS
+    for dtype in (SINGLE, HALF)  # the interpreter's cast to bf16 truncates
+    for packed in (False, True)
+    for shifted, shift in ((False, False), (True, False), (False, True))
+)
+KINDS += tuple(
+    Kind("quantize_rows", dtype, token, shifted=shifted, ends=ends)
+    for dtype in DTYPES
+    for token in (False, True)
+    for shifted, ends in ((False, (-127, 127)), (True, (-8, 7)))
+)
+KINDS += tuple(Kind("int_product", dtype) for dtype in (SINGLE, HALF))
+KINDS += tuple(Kind("quantize_static", dtype, shifted=s) for dtype in DTYPES for s in (False, True))
+
+
+def planted() -> Iterator[tuple[str, Any, Callable[[Kind], bool]]]:
+    """Mistakes in what is compiled: what it is, how it is made, the kinds that have it."""
+    multiply, weight = triton_gemm._multiply, triton_gemm.dequantized_weight
+
+    def of_products(change: Callable[[list[Any]], None]) -> Any:
+        def run(*operands: Any) -> Tensor:
+            changed = list(operands)
+            change(changed)
+            return multiply(*changed)
+
+        return mock.patch.object(triton_gemm, "_multiply", run)
+
+    def nibbles(operands: list[Any]) -> None:
+        if operands[10]:
+            operands[1] = (operands[1] >> 4 & 15 | operands[1] << 4).to(operands[1].dtype)
+
+    def ends(*operands: Any) -> Tensor:
+        found = multiply(*operands)
+        step = torch.where(found == found.amax(), torch.finfo(HALF).eps * found, 0)
+        return found + step if found.dtype == HALF else found
+
+    def unshifted(*operands: Any) -> Tensor:
+        return weight(*operands[:2], None, *operands[3:])
+
+    product = frozenset(OPERATORS[:2])
+    yield (
+        "strides",
+        mock.patch.object(triton_gemm, "_stride", return_value=0),
+        lambda kind: kind.operator in product,
+    )
+    yield (
+        "no weight zero points",
+        of_products(lambda given: given.__setitem__(6, None)),
+        lambda kind: kind.operator in product and kind.weight_shifted,
+    )
+    yield (
+        "codes of a byte changed over",
+        of_products(nibbles),
+        lambda kind: kind.operator in product and kind.packed,
+    )
+    yield (
+        "half precision",
+        mock.patch.object(triton_gemm, "_multiply", ends),
+        lambda kind: kind.operator in product and kind.dtype == HALF,
+    )
+    yield (
+        "no zero points of weights alone",
+        mock.patch.object(triton_gemm, "dequantized_weight", unshifted),
+        lambda kind: kind.operator == OPERATORS[2] and kind.weight_shifted,
+    )
+
+
+def first_tests(every: int) -> None:
+    """Each kind of kernel passes the first test, and a mistake is seen in those that have it."""
+    here = torch.device("cpu")
+    for kind in KINDS[::every]:
+        assert not first_test.differs(kind, here), kind
+    for what, mistake, has in planted():
+        with mistake:
+            for kind in [kind for kind in KINDS if has(kind)][: 1 + (every == 1)]:
+                assert first_test.differs(kind, here), (what, kind)
+            assert not first_test.differs(KINDS[-1], here), what
+    print(f"{len(KINDS[::every])} kinds of kernel are asked")
+
+
 def agree(first: int, last: int) -> None:
-    assert cuda.differs(torch.device("cpu")) == ""
-    with mock.patch.object(triton_gemm, "_stride", return_value=0):
-        assert cuda.differs(torch.device("cpu")) == "int_linear", "the first test must see it"
     count = 0
     for seed in range(first, last):
         for dtype in DTYPES:
@@ -96,7 +186,7 @@ def graphs() -> None:
             "w8a8-dynamic-token-asym",
             "w4-g12-asym/a8-static",
             "w8a8-dynamic",
-            "w4-g12",
+            "w4-g12+attn8",
         ):
             plain = fxquant.convert(traced, scheme, calibration=[token_ids(2, 9)])
             with torch.no_grad(), mock.patch.object(table, "TABLE", rows):
@@ -115,12 +205,12 @@ def compiled(capabilities: list[int]) -> None:
             whole = ("M", "N", "K", "length", "groups", "group_size")
             signature = {}
             for each in kernel.arg_names:
-                kind = "i32" if each in whole or each.endswith("_stride") else "*fp32"
+                kind = "i32" if each in whole or each.endswith(("_stride", "_batch")) else "*fp32"
                 kind = "*i32" if each in ("zero", "w_sum", "shift", "zero_points") else kind
                 signature[each] = pointers.get(each, kind) if each not in constants else "constexpr"
             if name == "grouped_kernel":
                 signature["x"] = "*i8"
-            if name == "linear_kernel":
+            if name in ("linear_kernel", "product_kernel"):
                 signature["x"] = "*i8"
             source = ASTSource(kernel, signature=signature, constexprs=constants)
             target = GPUTarget("cuda", capability, 32)
@@ -130,7 +220,7 @@ def compiled(capabilities: list[int]) -> None:
             if name in ("token_kernel", "static_kernel"):
                 assert "div.rn.f32" in text, (name, capability)
                 assert "div.full" not in text
-            if name in ("linear_kernel", "grouped_kernel"):
+            if name in ("linear_kernel", "grouped_kernel", "product_kernel"):
                 assert re.search(r"mma.*s32.*s8|wgmma.*s32.s8", text), (name, capability)
             print(f"sm_{capability} {name}")
 
@@ -146,6 +236,7 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, Any]]]:
     tiles = {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8}
     yield "linear_kernel", triton_gemm.linear_kernel, {**flags, **tiles, "PACKED": False}
     yield "grouped_kernel", triton_gemm.grouped_kernel, {**flags, **tiles, "PACKED": True}
+    yield "product_kernel", triton_gemm.product_kernel, tiles
     weight = {"HAS_SHIFT": True, "PACKED": True, "BLOCK": 256}
     yield "weight_kernel", triton_gemm.weight_kernel, weight
 
@@ -156,5 +247,7 @@ if __name__ == "__main__":
         agree(*numbers)
     elif what == "graphs":
         graphs()
+    elif what == "first":
+        first_tests(*numbers)
     else:
         compiled(numbers)

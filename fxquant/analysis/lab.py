@@ -16,7 +16,7 @@ from fxquant.errors import NonFiniteError
 from fxquant.ir.legal_forms import observer_nodes
 from fxquant.run.execution import Cut, Executor
 from fxquant.run.head import final_head, nll_to_the_end
-from fxquant.run.loss import token_nll
+from fxquant.run.loss import highest_id, token_nll
 
 # What computes a site's output in place of the float graph, by its output node.
 Setting = Mapping[Node, Callable[..., Tensor]]
@@ -48,6 +48,7 @@ class Lab:
         self.executor = Executor(gm, skip=observer_nodes(gm))
         self.meter = Meter()
         self._head = final_head(gm)
+        self._highest = max(map(highest_id, windows), default=-1)
         self.tokens = sum(ids.shape[0] * (ids.shape[1] - 1) for ids in windows)
         self.tokens_in = sum(ids.numel() for ids in windows)
 
@@ -81,13 +82,13 @@ class Lab:
 
         ``advance`` is called after each window.
         """
-        total = 0.0
         cuts = self.start() if cuts is None else cuts
+        sums = []  # read at the end: each read waits for the device
         self._count(cuts[0].position, len(self.executor.nodes))
         for cut, ids in zip(cuts, self.windows, strict=True):
-            total += float(self.nll(cut, ids, under).to(torch.float64).sum())
+            sums.append(self.nll(cut, ids, under).to(torch.float64).sum())
             advance()
-        loss = total / self.tokens
+        loss = sum(torch.stack(sums).tolist()) / self.tokens
         if loss != loss or loss in (float("inf"), float("-inf")):
             raise NonFiniteError(
                 "the loss is NaN or infinite under quantization: a site overflows the model's "
@@ -100,8 +101,8 @@ class Lab:
         head = self._head
         if head is None or head in under:
             done = self.executor.advance(cut, instead=under)
-            return token_nll(done.values[self.executor.nodes[-1]], ids)
-        return nll_to_the_end(self.executor, cut, head, ids, instead=under)
+            return token_nll(done.values[self.executor.nodes[-1]], ids, self._highest)
+        return nll_to_the_end(self.executor, cut, head, ids, instead=under, highest=self._highest)
 
     def _count(self, begin: int, end: int) -> None:
         self.meter.count((end - begin) / len(self.executor.nodes))

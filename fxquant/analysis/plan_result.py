@@ -121,10 +121,9 @@ class Reference:
     def measure(self, converted: GraphModule) -> Measured:
         """The loss difference of a converted graph, integers and all, by one loss function."""
         ours = _losses(converted, self.windows)
-        differences = [
-            float((a.to(torch.float64) - b.to(torch.float64)).sum())
-            for a, b in zip(ours, self._losses, strict=True)
-        ]
+        pairs = zip(ours, self._losses, strict=True)
+        sums = [(a.to(torch.float64) - b.to(torch.float64)).sum() for a, b in pairs]
+        differences = torch.stack(sums).tolist()  # one read: each waits for the device
         counts = [each.numel() for each in ours]
         delta = math.fsum(differences) / sum(counts)
         return Measured(delta, standard_error(differences, counts), len(counts))

@@ -30,10 +30,11 @@ from fxquant.errors import DataError, SchemeError
 from fxquant.files.doors import Location
 from fxquant.files.locks import writable
 from fxquant.frontends.tracing import trace
-from fxquant.ir.graph import info
+from fxquant.ir.graph import device_of, info
 from fxquant.ir.weights import check_chosen
 from fxquant.pipeline.arguments import checked_call
 from fxquant.recipes.conversion import convert
+from fxquant.recipes.running import running_level
 from fxquant.run.batches import Batches
 from fxquant.schemes.scheme import Scheme
 from fxquant.schemes.specs import SiteSpec
@@ -57,6 +58,7 @@ class PlanRequest:
     allow_overlap: bool = False
     held_out: Windows | None = None
     bits: float | None = None
+    level: str = "auto"
 
 
 @checked_call(windows="data", text="data", dataset="data", calibration_data="calibration")
@@ -73,6 +75,7 @@ def plan(
     output: Location | None = None,
     allow_overlap: bool = False,
     held_out: Windows | None = None,
+    level: str = "auto",
 ) -> Scheme:
     """The cheapest per-site choices found whose measured loss stays within ``budget``, or those of
     the least loss found within so many ``bits`` a weight: one of the two is given.
@@ -94,6 +97,8 @@ def plan(
         allow_overlap: measure on windows that hold what is calibrated on.
         held_out: other windows, to measure the finished plan on: on ``data`` it was chosen, and the
             budget of loss is kept there alone.
+        level: of the graphs that the plan's loss is measured on: "qdq", "integer", "kernels", or
+            "auto": kernels on CUDA, else integer.
 
     Returns a Scheme with overrides, which round-trips as JSON and feeds ``convert``.
 
@@ -102,7 +107,8 @@ def plan(
     of bits; SchemeError, DataError and CalibrationError before any measurement.
     """
     asked = PlanRequest(
-        *(data, budget, calibration, choices, cost, progress, output, allow_overlap, held_out), bits
+        *(data, budget, calibration, choices, cost, progress, output, allow_overlap, held_out),
+        *(bits, level),
     )
     found = make_plan(model, asked)
     shown = Progress(progress, name="plan")
@@ -116,6 +122,7 @@ def make_plan(model: PreTrainedModel | GraphModule, asked: PlanRequest) -> Plan:
     specs, budget = check_plan(asked.choices, asked.budget, asked.bits, asked.cost)
     folder = writable(asked.output, "output")
     graph = model if isinstance(model, GraphModule) else trace(model)
+    level = running_level(asked.level, device_of(graph))
     windows = as_windows(asked.data, graph)
     batches = as_batches(asked.calibration, graph)
     unseen = _unseen(asked.held_out, graph, windows)
@@ -129,7 +136,7 @@ def make_plan(model: PreTrainedModel | GraphModule, asked: PlanRequest) -> Plan:
     reference = Reference(graph, windows)
 
     def verify(scheme: Scheme) -> Measured:
-        return reference.measure(convert(graph, scheme, calibration=read))
+        return reference.measure(convert(graph, scheme, calibration=read, level=level))
 
     lab = Lab(observed, windows)
     sites = [site for site in info(observed).sites if site.role == "linear"]
@@ -144,7 +151,8 @@ def make_plan(model: PreTrainedModel | GraphModule, asked: PlanRequest) -> Plan:
             found = planner.run(verify)
             if unseen is not None:
                 other = Reference(graph, unseen)
-                measured = other.measure(convert(graph, found.scheme, calibration=read))
+                last = convert(graph, found.scheme, calibration=read, level=level)
+                measured = other.measure(last)
                 found = replace(found, held_out=measured)
     return found
 

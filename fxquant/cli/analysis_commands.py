@@ -25,6 +25,7 @@ from fxquant.analysis.planning import (
     make_plan,
 )
 from fxquant.cli.arguments import (
+    add_level_argument,
     add_model_arguments,
     add_text_arguments,
     job_of,
@@ -51,6 +52,7 @@ from fxquant.evaluation.token_windows import Windows
 from fxquant.files.locks import hold_folder
 from fxquant.files.whole_file import write_text
 from fxquant.ir.calibration import CalibrationRecord
+from fxquant.ir.graph import Level
 from fxquant.pipeline.recording import SizedRecording
 from fxquant.schemes.scheme import as_scheme
 
@@ -113,6 +115,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         "--cost",
         help="bits (of both operands) or storage (with --bits storage, else bits)",
     )
+    add_level_argument(parser)
     parser.add_argument(
         "--held-out-windows", type=whole, default=4,
         help="of the text behind them, to measure the finished plan on, where there are enough (4)",
@@ -159,7 +162,9 @@ def _explain(options: argparse.Namespace) -> int:
         return _interrupted(options, stop)
     found = replace(found, model=material.loaded.name)  # not the directory it was loaded from
     material = material.finished(options.command_name)
-    provenance = material.provenance
+    # Its sites are simulated in the float graph: they compute what they do at level qdq.
+    provenance = replace(material.provenance, level=str(Level.QDQ))
+    material = replace(material, provenance=provenance)
     print(f"{found}\n\n{provenance.line()}")
     if options.output is not None:
         write_text(options.output / EXPLANATION, _json({**found.to_dict(), **_made_by(material)}))
@@ -190,6 +195,7 @@ def _plan(options: argparse.Namespace) -> int:
             output=options.output,
             allow_overlap=True,  # cut keeps them apart, by position
             held_out=material.held_out,
+            level=options.level,
             **wish,
         )
         found = make_plan(material.graph, asked)

@@ -18,6 +18,7 @@ from fxquant.evaluation.results import row_notes
 from fxquant.evaluation.tables import LEGEND, format_table, sentences
 from fxquant.exports.runtimes import RUNTIMES
 from fxquant.files.doors import as_path, printable
+from fxquant.recipes.running import RUNNING
 from fxquant.run.distributed import is_main, session
 
 
@@ -54,6 +55,13 @@ def add_cache_argument(parser: argparse.ArgumentParser) -> None:
     """Where long repairs keep what is finished."""
     parser.add_argument(
         "--cache", type=place, help="folder where gptq and refine keep finished blocks, to go on"
+    )
+
+
+def add_level_argument(parser: argparse.ArgumentParser) -> None:
+    """At which level quantized graphs are run."""
+    parser.add_argument(
+        "--level", default="auto", choices=RUNNING, help="auto: kernels on CUDA, else integer"
     )
 
 
@@ -106,6 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_text_arguments(parser)
     add_window_arguments(parser)
+    add_level_argument(parser)
     add_cache_argument(parser)
     parser.add_argument("--output", type=place, help="folder for results.json and table.md")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that is there")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -19,6 +19,7 @@ from fxquant.ir.streamed import Workspace
 from fxquant.pipeline.pipeline import AfterPass
 from fxquant.recipes import conversion
 from fxquant.recipes.repairs import reads_calibration
+from fxquant.recipes.running import AUTO
 from fxquant.schemes.scheme import as_scheme
 
 
@@ -42,7 +43,8 @@ def convert_as_asked(
     ``workspace``. Raises FxquantError, before the model is loaded where it can.
     """
     scheme = as_scheme(options.scheme)
-    job = job_of(options, (options.scheme,))
+    # What --level says here is where to stop, and nothing is measured.
+    job = replace(job_of(options, (options.scheme,)), level=AUTO)
     check_job(job)
     check_float(job.model)
     available = [Tensor()] if job.calibration_windows else None

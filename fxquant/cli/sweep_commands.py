@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fxquant.cli.arguments import add_cache_argument, place, whole, window_count
+from fxquant.cli.arguments import add_cache_argument, add_level_argument, place, whole, window_count
 from fxquant.cli.signals import INTERRUPTED
 from fxquant.errors import DataError
 from fxquant.evaluation.journal import read_journal
@@ -97,6 +97,7 @@ def add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=whole)
     add("--seeds", type=whole, nargs="+", help="draw the calibration windows (0)")
     add("--device", help="cpu (default) or cuda")
+    add_level_argument(parser)
     add("--dtype", choices=("auto", *DTYPES))
     add("--revision", help="of a hub model")
     add("--stream", action="store_true", help="leave weights in their files: larger than memory")

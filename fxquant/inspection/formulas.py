@@ -212,6 +212,7 @@ _FORMULAS: dict[str, tuple[int, Callable[[Sequence[str]], str]]] = {
     "fxquant.quantize_static": (5, lambda a: _quantize((*a, ""))),
     "fxquant.int_linear": (11, _int_linear),
     "fxquant.grouped_int_linear": (11, _grouped_int_linear),
+    "fxquant.int_product": (5, lambda a: f"{a[0]} @ {a[1]} * {a[2]} * {a[3]}"),
     "fxquant.dequant_linear": (7, _dequant_linear),
     "linear": (3, lambda a: f"{a[0]} @ {a[1]}.T{_plus(a[2])}"),
 }

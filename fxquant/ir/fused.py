@@ -105,6 +105,19 @@ def dequant_linear(
     return torch.nn.functional.linear(x, numbers, bias)
 
 
+def int_product(
+    left: Tensor, right: Tensor, left_scale: Tensor, right_scale: Tensor, nan: Tensor
+) -> Tensor:
+    """[..., M, N] in nan's dtype: int_matmul and rescale of two activations' codes.
+
+    left int8 [..., M, K], right int8 [..., K, N]; left_scale () or [..., M, 1], right_scale () or
+    [..., 1, N]; nan [..., M, 1] is the left's.
+    """
+    sums = operators.int_matmul(left, right)
+    y = operators.rescale(sums, left_scale, right_scale, None, None, None, None, None)
+    return _finished(y, None, nan)
+
+
 def _finished(y: Tensor, bias: Tensor | None, nan: Tensor) -> Tensor:
     """What add_bias does, or rescale where there is none."""
     if bias is not None:
@@ -123,6 +136,8 @@ COMPOSED: dict[str, Callable[..., Any]] = {
     " -> (Tensor, Tensor)": quantize_static,
     f"int_linear({_SITE}, int chunk, bool packed) -> Tensor": int_linear,
     f"grouped_int_linear({_SITE}, int group_size, bool packed) -> Tensor": grouped_int_linear,
+    "int_product(Tensor left, Tensor right, Tensor left_scale, Tensor right_scale, Tensor nan)"
+    " -> Tensor": int_product,
     "dequant_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point,"
     " Tensor? bias, int group_size, bool packed) -> Tensor": dequant_linear,
 }

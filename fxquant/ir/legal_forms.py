@@ -61,6 +61,7 @@ LEGAL = (
     Form("quantize_static", OPS.quantize_static.default, (K,), "codes, and the rows with NaN"),
     Form("int_linear", OPS.int_linear.default, (K,), "int_gemm, rescale and add_bias in one"),
     Form("grouped_int_linear", OPS.grouped_int_linear.default, (K,), "the same by groups of K"),
+    Form("int_product", OPS.int_product.default, (K,), "int_matmul and rescale in one"),
     Form("dequant_linear", OPS.dequant_linear.default, (K,), "dequantize and linear in one"),
 )
 

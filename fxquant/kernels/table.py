@@ -36,11 +36,12 @@ TABLE = (
     Implementation("grouped_int_linear", "cpu", "oneDNN int8", cpu.without_int8, cpu.int8_grouped),
     Implementation("dequant_linear", "cpu", "groups as views", cpu.without_views, cpu.dequantized),
     Implementation("quantize_rows", "cuda", "triton", cuda.without_rows, cuda.quantize_rows),
-    Implementation("quantize_static", "cuda", "triton", cuda.without_rows, cuda.quantize_static),
+    Implementation("quantize_static", "cuda", "triton", cuda.without_static, cuda.quantize_static),
     Implementation("int_linear", "cuda", "triton", cuda.without_gemm, cuda.int_linear),
     Implementation(
         "grouped_int_linear", "cuda", "triton", cuda.without_groups, cuda.grouped_int_linear
     ),
+    Implementation("int_product", "cuda", "triton", cuda.without_product, cuda.int_product),
     Implementation(
         "dequant_linear", "cuda", "triton and cuBLAS", cuda.without_dequantize, cuda.dequantized
     ),

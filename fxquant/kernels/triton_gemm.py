@@ -123,6 +123,31 @@ def grouped_kernel(
 
 
 @triton.jit
+def product_kernel(
+    x, w, y, x_scale, w_scale, nan, M, N, K,
+    w_batch, w_row_stride, w_column_stride, x_stride, w_stride,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """A tile of int_product, of one matrix [M, K] by [K, N], which may lie in memory as [N, K]."""
+    batch = tl.program_id(1).to(tl.int64)
+    m, n = _tile(M, N, BM, BN, GROUP)
+    x += batch * M * K
+    w += batch * w_batch
+    columns = n[:, None].to(tl.int64) * w_column_stride
+    acc = tl.zeros([BM, BN], tl.int32)
+    for start in range(0, K, BK):
+        k = start + tl.arange(0, BK)
+        a = _codes(x, m, k, M, K, K)
+        inside = (n[:, None] < N) & (k[None, :] < K)
+        b = tl.load(w + columns + k[None, :].to(tl.int64) * w_row_stride, mask=inside, other=0)
+        acc = tl.dot(a, tl.trans(b), acc, out_dtype=tl.int32)
+    s = tl.load(x_scale + (batch * M + m) * x_stride, mask=m < M, other=0.0)
+    f = acc.to(tl.float32) * s[:, None]
+    f = f * tl.load(w_scale + (batch * N + n) * w_stride, mask=n < N, other=0.0)[None, :]
+    _finish(f, m, n, y + batch * M * N, nan, nan + batch * M, M, N, False)
+
+
+@triton.jit
 def weight_kernel(
     w, out, scale, shift, K, groups, group_size,
     HAS_SHIFT: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
@@ -233,6 +258,24 @@ def _multiply(
             strides = (x_stride, w_stride, zero_stride, _stride(weight_zero_point))
             linear_kernel[grid](*tensors, M, N, K, *strides, *flags, **tiles)
     return y.view(*codes.shape[:-1], N)
+
+
+def int_product(
+    left: Tensor, right: Tensor, left_scale: Tensor, right_scale: Tensor, nan: Tensor
+) -> Tensor:
+    """As torch.ops.fxquant.int_product."""
+    (M, K), N = left.shape[-2:], right.shape[-1]
+    rows, columns = left.reshape(-1, M, K).contiguous(), right.reshape(-1, K, N)
+    y = torch.empty((len(rows), M, N), dtype=nan.dtype, device=left.device)
+    if y.numel():
+        tiles = _tiles(M, K)
+        grid = (triton.cdiv(M, tiles["BM"]) * triton.cdiv(N, tiles["BN"]), len(rows))
+        scales = (left_scale.contiguous(), right_scale.contiguous())
+        product_kernel[grid](
+            rows, columns, y, *scales, nan.contiguous(), M, N, K,
+            *columns.stride(), *map(_stride, (left_scale, right_scale)), **tiles,
+        )  # fmt: skip
+    return y.view(*left.shape[:-1], N)
 
 
 def dequantized_weight(

@@ -1,0 +1,60 @@
+"""README's table of benchmarks/cuda.json: forwards and the main job on CUDA, and what made them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tabulate import tabulate
+
+from fxquant.ir.calibration import version_words
+
+_JOBS = ("integer", "kernels", "replayed")
+
+
+def forwards_table(result: dict[str, Any]) -> str:
+    """The forwards' ratios to eager, a row for each scheme and batch; peers behind them."""
+    rows: list[tuple[object, ...]] = []
+    for found in result["figures"].values():
+        for row in found if isinstance(found, list) else ():
+            levels = row["ratio"]
+            shape = f"{row['batch']}×{row['length']}"
+            same = {True: "yes", False: "NO"}.get(row.get("same bits"), "")
+            figures = (levels.get("integer"), levels.get("kernels"), levels.get("peer"))
+            rows.append((row["scheme"], shape, *map(_number, figures), same))
+    head = ("scheme", "batch × length", "integer", "kernels", "itself", "same bits")
+    align = ("left", "left", "right", "right", "right", "left")
+    return tabulate(rows, head, tablefmt="github", disable_numparse=True, colalign=align)
+
+
+def jobs_table(result: dict[str, Any]) -> str:
+    """Seconds of ``fxquant evaluate`` on the real model; "" where none was measured."""
+    rows = [
+        (found["scheme"], *(_number(found.get(key, {}).get("seconds")) for key in _JOBS))
+        for found in result["figures"].values()
+        if isinstance(found, dict) and "scheme" in found
+    ]
+    head = ("evaluate, seconds", "integer", "kernels", "kernels, replayed")
+    align = ("left", "right", "right", "right")
+    return (
+        tabulate(rows, head, tablefmt="github", disable_numparse=True, colalign=align)
+        if rows
+        else ""
+    )
+
+
+def page_table(result: dict[str, Any]) -> str:
+    """All of it, with what made it and what was skipped."""
+    dry = "A dry run on the CPU: no figures of a GPU. " if result["dry_run"] else ""
+    made = (
+        f"{dry}Ratios of medians of {result['rounds']} to Hugging Face's eager {result['dtype']} "
+        f"forward, OPT-1.3B's shapes with random weights, and the main job on {result['model']}; "
+        f"{result['device']}; {version_words(result['versions'])}; `python -m benchmarks.cuda`"
+    )
+    skipped = [f"{name}: {why}" for name, why in result["skipped"].items()]
+    said = [f"Skipped: {'; '.join(skipped)}"] if skipped else []
+    parts = (forwards_table(result), jobs_table(result), made, *said)
+    return "\n\n".join(part for part in parts if part)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
