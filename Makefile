@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: venv demo readme test test-5 test-all test-anywhere lint bench clean
+.PHONY: venv demo readme test test-5 test-torchao test-all test-anywhere lint bench clean
 
 venv: $(STAMP)
 
@@ -41,6 +41,11 @@ test: venv
 # What depends on transformers: tests/environments.py names what does not.
 test-5:
 	$(MAKE) test ENV=5
+
+# Block formats against torchao's, apart: transformers imports it wherever it is installed.
+test-torchao: venv
+	test -d .torchao || $(INSTALL) --no-deps --target .torchao 'torchao>=0.18,<0.19'
+	PYTHONPATH=.torchao $(BIN)/pytest -q tests/test_torchao.py
 
 test-all: venv
 	$(BIN)/pytest -q -n auto --dist loadfile -m ''

@@ -155,7 +155,7 @@ class ClippingCounter:
         if not self._ends:
             return like.new_tensor((0, -1))
         finite = torch.isfinite(torch.cat([each.flatten() for each in self._ends]))
-        first = torch.where(finite.all(), -1, (~finite).to(torch.uint8).argmax())
+        first = torch.where(finite.all(), -1, torch.logical_not(finite).to(torch.uint8).argmax())
         clipped = torch.stack((torch.zeros_like(first), *self._clipped)).sum()
         return torch.stack((clipped, first))
 

@@ -1,13 +1,7 @@
 """The spelling of schemes: a scanner whose errors point at the place, and the way back to text.
 
-site       = name | weight ["/" activation]           name: fp8, mxfp4 ... (schemes/named.py)
-weight     = "w" (name | element ["-tensor" | groups] ["-asym"])
-activation = "a" (name | element ("-dynamic" ["-token" | groups] | "-static") ["-asym"]
-             [":" estimator])
-groups     = "-g" size ["-" scale]                    scale: fp16, e8m0, e8m0-rceil ..., e4m3
-element    = bits | name of a grid (fxquant/formats/table.py)
-estimator  = "absmax" | "p" percent | "mse" | "entropy"
-pass       = name ["(" option "=" value {"," option "=" value} ")"]
+docs/schemes.md has the whole grammar, from which the tests make texts. Elements and scales are
+named in fxquant/formats/table.py, formats such as fp8 and mxfp4 in schemes/named.py.
 """
 
 from __future__ import annotations
@@ -100,17 +94,12 @@ def scan_site(scanner: Scanner) -> SiteSpec:
     both = _scan_name(scanner)
     if both is not None:
         return SiteSpec(both.weight, both.activation)
-    try:
-        weight = _scan_weight(scanner)
-        # "w8a8" is short for "w8/a8"; behind "-g128" the slash must stand.
-        plain = re.fullmatch(r"w\d+", scanner.text[start : scanner.position])
-        joined = plain is not None and scanner.peek(r"a\d")
-        activation = _scan_activation(scanner) if joined or scanner.accept("/") else None
-        return SiteSpec(weight, activation)
-    except SpellingError:
-        raise
-    except SchemeError as error:
-        scanner.fail(str(error), at=start)
+    weight = _scan_weight(scanner)
+    # "w8a8" is short for "w8/a8"; behind "-g128" the slash must stand.
+    plain = re.fullmatch(r"w\d+", scanner.text[start : scanner.position])
+    joined = plain is not None and scanner.peek(r"a\d")
+    activation = _scan_activation(scanner) if joined or scanner.accept("/") else None
+    return SiteSpec(weight, activation)
 
 
 def _scan_name(scanner: Scanner) -> Named | None:
@@ -146,19 +135,21 @@ def _scan_weight(scanner: Scanner) -> TensorSpec:
         scanner.fail(
             'expected "fp", "fp32-gemm" or a weight such as "w8", or a format such as "fp8"'
         )
-    named = None if scanner.peek("fp8-static") else _scan_name(scanner)
+    named = _scan_name(scanner)
     if named is not None:
+        if named.activation.estimator is not None:
+            scanner.fail("a weight has no static range", at=scanner.position - len("-static"))
         return named.weight
     element = _scan_element(scanner)
     if scanner.accept("-tensor"):
         return TensorSpec(_scan_zero_point(scanner, element), "tensor")
     if scanner.peek("-g"):
-        return _scan_groups(scanner, element)
+        return _scan_groups(scanner, element, "weight")
     return TensorSpec(_scan_zero_point(scanner, element))
 
 
-def _scan_groups(scanner: Scanner, element: Grid) -> TensorSpec:
-    """Read ``-g32``, ``-g32-e8m0`` and a zero point behind either."""
+def _scan_groups(scanner: Scanner, element: Grid, of: str) -> TensorSpec:
+    """Read ``-g32``, ``-g32-e8m0``, and ``-asym`` behind the former ``of`` a weight."""
     scanner.accept("-g")
     start = scanner.position
     group_size = int(scanner.match(_DIGITS, "a group size"))
@@ -171,6 +162,9 @@ def _scan_groups(scanner: Scanner, element: Grid) -> TensorSpec:
         name = max(found, key=len)
         scanner.accept(f"-{name}")
         scale = SCALES[name]
+    if scanner.peek("-asym") and (scale != FP32 or of != "weight"):
+        what = f"groups of an {of}" if scale == FP32 else f"groups whose scales are {scale.name}"
+        scanner.fail(f"{what} have no zero points")
     try:
         return TensorSpec(_scan_zero_point(scanner, element), "group", group_size, scale)
     except SpellingError:
@@ -190,7 +184,7 @@ def _scan_activation(scanner: Scanner) -> ActivationSpec:
         scanner.fail('expected "-dynamic" or "-static"')
     static = scanner.accept("-static")
     if not static and scanner.accept("-dynamic") and scanner.peek("-g"):
-        return ActivationSpec(_scan_groups(scanner, element))
+        return ActivationSpec(_scan_groups(scanner, element, "input"))
     token = not static and scanner.accept("-token")
     grid = _scan_zero_point(scanner, element)
     estimator = None

@@ -1,0 +1,115 @@
+"""Random schemes over all grids: read back, converted, codes of their grid, logits of a reference.
+
+Or one clear refusal, before any work: a number of fewer levels than there is to tell, say.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxquant
+from fxquant.errors import FxquantError
+from fxquant.formats.integer import IntegerGrid
+from fxquant.formats.scales import FP32
+from fxquant.formats.table import GRIDS, SCALES
+from fxquant.ir.graph import info
+from fxquant.ir.leaves import QuantizedParameters
+from fxquant.schemes.scheme import Scheme
+from fxquant.schemes.specs import ActivationSpec, Estimator, Granularity, SiteSpec, TensorSpec
+from tests.architectures import llama, token_ids
+from tests.grid_reference import reference
+
+IDS = token_ids(2, 9)
+SIZES = (1, 5, 8, 16, 32, 100)
+
+
+def tensor(
+    r: random.Random, grains: tuple[Granularity, ...], asymmetric: bool = True
+) -> TensorSpec:
+    grids = [grid for grid in GRIDS.values() if asymmetric or not grid.has_zero_point]
+    grid, grain = r.choice(grids), r.choice(grains)
+    if grain != "group":
+        return TensorSpec(grid, grain)
+    kept = [FP32] if grid.has_zero_point else list(SCALES.values())
+    if isinstance(grid, IntegerGrid) or grid.name == "nf4":
+        kept = [each for each in kept if "even" not in each.name]
+    return TensorSpec(grid, "group", r.choice(SIZES), r.choice(kept))
+
+
+def scheme(r: random.Random) -> Scheme:
+    weight, activation = tensor(r, ("tensor", "channel", "group")), None
+    kind = r.random()
+    if kind < 0.15:
+        activation = ActivationSpec(tensor(r, ("tensor",), False), Estimator("absmax"))
+    elif kind < 0.55:
+        activation = ActivationSpec(tensor(r, ("tensor", "token")))
+    elif kind < 0.8:
+        activation = ActivationSpec(tensor(r, ("group",), False))
+    return Scheme(SiteSpec(weight, activation))
+
+
+def valid_codes(gm: torch.fx.GraphModule, spec: TensorSpec) -> bool:
+    """Whether every weight's codes stand for numbers of its grid."""
+    for site in info(gm).sites:
+        module = gm.get_submodule(site.path)
+        if isinstance(module, QuantizedParameters):
+            codes = spec.grid.unpack(module.get_buffer("weight"), site.shape[1])
+            if tuple(codes.shape) != site.shape or not spec.grid.valid(codes):
+                return False
+    return True
+
+
+@torch.no_grad()
+def check(drawn: Scheme, model: nn.Module, plain: Tensor) -> str:
+    """How it went: "right", or "refused" where there is one clear error."""
+    text = str(drawn)
+    assert Scheme.parse(text) == drawn, text
+    try:
+        graph = fxquant.convert(model, text, calibration=[IDS])  # type: ignore[arg-type]
+    except FxquantError as error:
+        assert str(error).strip(), text
+        return "refused"
+    assert info(graph).scheme == text
+    assert drawn.spec.weight is not None
+    assert valid_codes(graph, drawn.spec.weight), text
+    wanted, found = reference(text, IDS), graph(IDS)
+    assert bool(found.isfinite().all()), text
+    noise = float((wanted - plain).norm())
+    # float32 in front of a code moves it where it lies next to a middle; of few coarse codes each
+    # such flip is a large part of all there is.
+    coarse = min(each.grid.bits for each in specs(drawn.spec))
+    share = 0.05 if coarse > 4 else 0.3
+    assert float((found.double() - wanted).norm()) <= share * noise + 1e-5 * float(plain.norm()), (
+        text
+    )
+    return "right"
+
+
+def specs(spec: SiteSpec) -> list[TensorSpec]:
+    assert spec.weight is not None
+    return [spec.weight, *([spec.activation.tensor] if spec.activation else [])]
+
+
+def run(count: int) -> dict[str, int]:
+    r, model = random.Random(), llama()
+    graph, plain = fxquant.trace(model), llama().double()(input_ids=IDS).logits.detach()
+    found = {"right": 0, "refused": 0}
+    for _ in range(count):
+        found[check(scheme(r), graph, plain)] += 1
+    return found
+
+
+def test_a_hundred_random_schemes() -> None:
+    found = run(100)
+    assert found["right"] > 90
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_five_thousand_random_schemes() -> None:
+    found = run(5000)
+    assert found["right"] > 4500
