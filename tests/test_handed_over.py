@@ -191,6 +191,19 @@ def test_hooks_for_gradients_are_taken() -> None:
     agrees(model)
 
 
+@pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions"])
+def test_a_model_that_gave_its_hidden_states_is_taken(asked: str) -> None:
+    """transformers 4 leaves each forward on its instance, 5 a hook that does nothing then."""
+    model = llama()
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        model(token_ids(1, 4), **{asked: True})
+    agrees(model)
+    setattr(model.config, asked, True)
+    agrees(model)
+    agrees(model)
+
+
 def test_a_class_that_was_patched_is_traced_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama()
     kind: Any = type(model.get_submodule(MLP))

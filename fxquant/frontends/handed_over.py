@@ -30,7 +30,7 @@ def check_handed_over(model: PreTrainedModel) -> tuple[HookAt, ...]:
     """
     _check_weights(model)
     for path, module in model.named_modules():
-        if "forward" in module.__dict__:
+        if "forward" in module.__dict__ and not has_own_forward(module):
             raise ModelError(
                 f"{path or type(model).__name__}: its forward was replaced on the instance by "
                 f"{named(module.__dict__['forward'])}, and a graph calls the class's: delete the "
@@ -39,18 +39,31 @@ def check_handed_over(model: PreTrainedModel) -> tuple[HookAt, ...]:
     return hooks_of(model)
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether its ``forward`` is its class's, put there too: transformers wraps the forwards of a
+    model that is asked for hidden states, and puts them back."""
+    forward = module.forward
+    return (
+        getattr(forward, "__self__", None) is module
+        and getattr(forward, "__func__", None) is type(module).forward
+    )
+
+
 def own_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A clone over the model's storage, in eval mode, with the hooks that it has.
 
     Raises ModelError where the model holds what cannot be copied.
     """
     try:
-        return clone_sharing_storage(model, hooks=True).eval()
+        clone = clone_sharing_storage(model, hooks=True).eval()
     except Exception as error:
         raise ModelError(
             f"{_uncopied(model)} cannot be copied ({type(error).__name__}: {error}), and fxquant "
             "works on a copy: take away what it holds beside its weights"
         ) from error
+    for module in clone.modules():
+        module.__dict__.pop("forward", None)  # the class's own: see has_own_forward
+    return clone
 
 
 def _uncopied(model: nn.Module) -> str:
