@@ -1,8 +1,8 @@
-"""A tokenizer as GGUF keeps it: tokens, their kinds, merges or scores, and what stands around a text.
+"""A tokenizer as GGUF keeps it: tokens, their kinds, merges or scores, what surrounds a text.
 
-llama.cpp has two kinds that models of Llama's shape use: byte-level BPE ("gpt2", merges, and the name
-of the rule that splits a text first) and SentencePiece's BPE ("llama", a score a token). Both are read
-from what ``tokenizer.json`` says.
+llama.cpp has two kinds that models of Llama's shape use: byte-level BPE ("gpt2", merges, and the
+name of the rule that splits a text first) and SentencePiece's BPE ("llama", a score a token). Both
+are read from what ``tokenizer.json`` says.
 """
 
 from __future__ import annotations
