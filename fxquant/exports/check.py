@@ -95,11 +95,16 @@ def random_tokens(gm: GraphModule) -> tuple[Tensor, ...]:
 
 
 def compared(
-    gm: GraphModule, engine: str, computed: Logits, ruled: GraphModule, cause: Callable[[], str]
+    gm: GraphModule,
+    engine: str,
+    computed: Logits,
+    ruled: Callable[..., Tensor],
+    cause: Callable[[], str],
+    called: Callable[..., Tensor] | None = None,
 ) -> Checked:
     """``computed`` beside ``gm`` and beside ``ruled``, the graph under the engine's arithmetic.
 
-    ``cause`` is asked once all have run.
+    ``cause`` is asked once all have run; ``called`` is how ``gm`` is, if not with ids alone.
     """
     probes = random_tokens(gm)
     differences = {"graph": 0.0, "ruled": 0.0}
@@ -107,7 +112,7 @@ def compared(
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for ids in probes:
             found = computed(ids).float()
-            for name, graph in (("graph", gm), ("ruled", ruled)):
+            for name, graph in (("graph", called or gm), ("ruled", ruled)):
                 expected = graph(input_ids=ids).float()
                 apart = float((found - expected).abs().max())
                 # NaN too: it is a difference of which nothing is known.

@@ -14,8 +14,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
-from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers import GenerationConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fxquant.errors import ExportError, ModelError
 from fxquant.exports.check import Checked, compared, in_float32, unchecked, version
@@ -228,7 +228,7 @@ def _floats(read: Callable[[], Tensor], dtype: torch.dtype, heads: int) -> Tenso
 
 
 def _coded(gm: GraphModule, path: str, spec: TensorSpec, length: int, heads: int) -> Tensor:
-    held = in_half(codes_at(gm, path, spec, length), path)
+    held = in_half(codes_at(gm, path, spec, length), path, minima=True)
     return blocks(turned(held, heads) if heads else held)
 
 
@@ -268,7 +268,7 @@ def _check(gm: GraphModule, tokenizer: Tokenizer | None, path: Path, wanted: boo
         words = "" if tokenizer is None else _same_ids(tokenizer, path)
     ruled = in_float32(with_half_scales(gm))
     reasons = take_buffers(ruled, gm, engine)
-    reasons = [each for each in (moved(gm), *reasons) if each]
+    reasons = [each for each in (moved(gm, minima=True), *reasons) if each]
     found = compared(
         in_float32(gm),
         f"{version('transformers')} with {version('gguf')}, float32",

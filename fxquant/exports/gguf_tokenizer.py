@@ -1,8 +1,8 @@
-"""A tokenizer as GGUF keeps it: tokens, their kinds, merges or scores, and what stands around a text.
+"""A tokenizer as GGUF keeps it: tokens, their kinds, merges or scores, what surrounds a text.
 
-llama.cpp has two kinds that models of Llama's shape use: byte-level BPE ("gpt2", merges, and the name
-of the rule that splits a text first) and SentencePiece's BPE ("llama", a score a token). Both are read
-from what ``tokenizer.json`` says.
+llama.cpp has two kinds that models of Llama's shape use: byte-level BPE ("gpt2", merges, and the
+name of the rule that splits a text first) and SentencePiece's BPE ("llama", a score a token). Both
+are read from what ``tokenizer.json`` says.
 """
 
 from __future__ import annotations
@@ -72,14 +72,14 @@ def vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
     for token, number in ids.items():
         tokens[number] = token
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-    by_bytes = not model.get("byte_fallback")
+    by_bytes = not model.get("byte_fallback") or "ByteLevel" in _kinds(data)
     around = tokenizer("a", verbose=False)["input_ids"]
     bare = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
     return Vocabulary(
         model="gpt2" if by_bytes else "llama",
         pre=_pre(tokenizer, data) if by_bytes else "default",
         tokens=tuple(tokens),
-        types=_types(data, tokens, set(ids.values()), tokenizer.unk_token_id),
+        types=_types(data, tokens, set(ids.values()), None if by_bytes else tokenizer.unk_token_id),
         scores=() if by_bytes else _scores(tokens, merges),
         merges=tuple(merges),
         special=_special(tokenizer),
@@ -111,11 +111,10 @@ def _types(data: Any, tokens: list[str], known: set[int], unknown: int | None) -
     def kind(number: int, token: str) -> int:
         if number not in known:
             return _UNUSED
-        if data["model"].get("byte_fallback"):
-            if number == unknown:
-                return _UNKNOWN
-            if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-                return _BYTE
+        if number == unknown:
+            return _UNKNOWN
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return _BYTE
         if number in added:
             return _CONTROL if added[number] else _USER
         return _NORMAL
@@ -137,8 +136,7 @@ def _scores(tokens: list[str], merges: list[str]) -> tuple[float, ...]:
 
 def _pre(tokenizer: Tokenizer, data: Any) -> str:
     """llama.cpp's name for what splits a text before BPE."""
-    steps = _steps(data["pre_tokenizer"])
-    kinds = tuple(step["type"] for step in steps)
+    steps, kinds = _steps(data["pre_tokenizer"]), _kinds(data)
     if data["normalizer"] is None or not data["normalizer"].get("normalizers", [True]):
         plain = all(not step.get("add_prefix_space", False) for step in steps)
         digits = all(step.get("individual_digits", True) for step in steps)
@@ -153,6 +151,10 @@ def _pre(tokenizer: Tokenizer, data: Any) -> str:
         f"llama.cpp has no name that is known here for its way to split a text first "
         f"({' and '.join(kinds) or 'none'})",
     )
+
+
+def _kinds(data: Any) -> tuple[str, ...]:
+    return tuple(step["type"] for step in _steps(data["pre_tokenizer"]))
 
 
 def _steps(found: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Scales in fp16, as files of blocks hold them: which of a graph's they are, and the graph on them."""
+"""Scales in fp16, as files of blocks hold them, and the graph that has them there."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from dataclasses import replace
 from typing import Final
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule
 
 from fxquant.errors import ExportError
+from fxquant.formats.integer import integer
 from fxquant.formats.scales import FP16, FP32
 from fxquant.ir.graph import clone_sharing_storage, info, install
 from fxquant.ir.leaves import QuantizedParameters
@@ -21,8 +23,10 @@ from fxquant.schemes.spelling import spell_weight
 _FEW_DIGITS: Final = torch.finfo(torch.float16).smallest_normal
 
 
-def in_half(held: WeightCodes, path: str) -> WeightCodes:
+def in_half(held: WeightCodes, path: str, minima: bool = False) -> WeightCodes:
     """The same codes under the nearest scales that fp16 holds; their own where they lie there.
+
+    ``minima``: and under which the least number of an asymmetric group is fp16 too.
 
     Raises ExportError, naming ``path``, for scales beyond fp16.
     """
@@ -33,11 +37,18 @@ def in_half(held: WeightCodes, path: str) -> WeightCodes:
             f"{path}: a scale of {float(held.scales.max()):.3g} is beyond fp16, which the format "
             "keeps scales in: divide the weights of the model, or take ONNX (--to onnx)"
         )
-    return replace(held, scales=FP16.nearest(held.scales, held.spec.grid))
+    return replace(held, scales=_nearest(held.scales, held.spec, minima))
 
 
-def with_half_scales(gm: GraphModule) -> GraphModule:
+def _nearest(scales: Tensor, spec: TensorSpec, minima: bool) -> Tensor:
+    return FP16.nearest(scales, spec.grid if minima else integer(8))
+
+
+def with_half_scales(gm: GraphModule, *, minima: bool = True) -> GraphModule:
     """A copy of ``gm`` whose weights' scales are those of a file: fp16 numbers, codes unchanged.
+
+    ``minima``: as in GGUF, where the least number of an asymmetric group is fp16 too; GPTQ and AWQ
+    keep zero points.
 
     A scheme with ``-fp16`` behind its groups (``w4-g32-fp16``) has them from the start, and its
     codes are the nearest under them.
@@ -48,7 +59,7 @@ def with_half_scales(gm: GraphModule) -> GraphModule:
         if not isinstance(module, QuantizedParameters) or spec.scale != FP32:
             continue
         tensors = {name: value for name, value in module._buffers.items() if value is not None}
-        scale = FP16.nearest(tensors["weight_scale"], spec.grid)
+        scale = _nearest(tensors["weight_scale"], spec, minima)
         install(copy, path, QuantizedParameters({**tensors, "weight_scale": scale}))
     return copy
 
@@ -63,14 +74,14 @@ def weight_specs(gm: GraphModule) -> dict[str, TensorSpec]:
     return found
 
 
-def moved(gm: GraphModule) -> str:
+def moved(gm: GraphModule, minima: bool = False) -> str:
     """Why the figures of ``gm`` are not those of a file with scales in fp16; "" where they are."""
     count, furthest, few = 0, 0.0, False
     for path, spec in weight_specs(gm).items():
         if spec.scale != FP32:
             continue
         scales = gm.get_submodule(path).get_buffer("weight_scale")
-        half = FP16.nearest(scales, spec.grid)
+        half = _nearest(scales, spec, minima)
         count += int((half != scales).sum())
         furthest = max(furthest, float(((half - scales) / scales).abs().max()))
         few |= bool((half < _FEW_DIGITS).any())

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fxquant.exports import compressed_file, gguf_file, onnx_file
+from fxquant.exports import (
+    aoti_file,
+    awq_file,
+    compressed_file,
+    gguf_file,
+    gptq_file,
+    onnx_file,
+    pt2_file,
+)
 from fxquant.exports.folder import Exported
 from fxquant.exports.target import Target
 
@@ -24,5 +32,9 @@ FORMATS = {
         Format(compressed_file.TARGET, compressed_file.compressed_tensors),
         Format(onnx_file.TARGET, onnx_file.onnx),
         Format(gguf_file.TARGET, gguf_file.gguf),
+        Format(gptq_file.TARGET, gptq_file.gptq),
+        Format(awq_file.TARGET, awq_file.awq),
+        Format(pt2_file.TARGET, pt2_file.pt2),
+        Format(aoti_file.TARGET, aoti_file.aoti),
     )
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch.fx import GraphModule
@@ -34,6 +34,7 @@ class Target:
         check_site: why it cannot hold what a spec does at a site of this graph, None if it can.
         check_graph: raises ExportError for what else stands in the graph and cannot be held.
         never: passes whose work it can never hold, each with the reason.
+        check_specs: raises ExportError for specs that it cannot hold beside each other.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Target:
     check_site: Callable[[GraphModule, Site, SiteSpec], Refusal | None]
     check_graph: Callable[[GraphModule], None]
     never: dict[str, str]
+    check_specs: Callable[[Sequence[tuple[Site, SiteSpec]]], None] | None = None
 
 
 def check_scheme(target: Target, gm: GraphModule, scheme: Scheme) -> None:
@@ -102,7 +104,7 @@ def nearest_group(weight: TensorSpec, length: int) -> Refusal | None:
 
 
 def _check_specs(
-    target: Target, gm: GraphModule, specs: Iterable[tuple[Site, SiteSpec]], scheme: str
+    target: Target, gm: GraphModule, specs: Sequence[tuple[Site, SiteSpec]], scheme: str
 ) -> None:
     coded = 0
     for site, spec in specs:
@@ -112,6 +114,8 @@ def _check_specs(
         found = target.check_site(gm, site, spec)
         if found is not None:
             raise _refused(target, f"{site.path} ({spell_site(spec)})", found)
+    if target.check_specs is not None:
+        target.check_specs(specs)
     if not coded and target.needs_codes:
         raise ExportError(
             f"{target.name}: scheme {scheme} quantizes no weight of a linear, so there is nothing "

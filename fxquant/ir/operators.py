@@ -219,6 +219,9 @@ _COMPOSITE = {
     **grid_operators.COMPOSITE,
 }
 
+# What each operator of a graph is, by its name without "fxquant::".
+WRITTEN_OUT = {schema.split("(")[0]: function for schema, function in _COMPOSITE.items()}
+
 for _schema, _function in _COMPOSITE.items():
     _LIBRARY.define(_schema)
     _LIBRARY.impl(_schema.split("(")[0], _function, "CompositeImplicitAutograd")

@@ -1,0 +1,105 @@
+"""aoti: a library that AOTInductor compiles, which torch loads without fxquant, Python or not."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch._inductor import cpp_builder, exc
+from torch.fx import GraphModule
+from transformers import GenerationConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from fxquant.errors import ExportError
+from fxquant.exports.check import Checked, unchecked, version
+from fxquant.exports.folder import Exported, output_folder, write_export
+from fxquant.exports.pt2_file import holds
+from fxquant.exports.pt2_program import check_graph, elsewhere, exported, on_cpu
+from fxquant.exports.source import Source, converted, generation_of
+from fxquant.exports.target import Target
+from fxquant.files.doors import Location
+from fxquant.frontends.model_config import CONFIG
+from fxquant.ir.graph import Level, info
+from fxquant.pipeline.arguments import checked_call
+from fxquant.run.batches import Batches
+from fxquant.schemes.scheme import SchemeLike
+
+NAME: Final = "aoti"
+MODEL: Final = "model.pt2"
+TARGET: Final = Target(
+    NAME, Level.INTEGER, needs_codes=False, check_site=holds, check_graph=check_graph, never={}
+)
+
+
+@checked_call(path="directory", output="directory")
+def aoti(
+    source: Source,
+    directory: Location,
+    *,
+    scheme: SchemeLike | None = None,
+    calibration: Batches | None = None,
+    tokenizer: Tokenizer | None = None,
+    generation_config: GenerationConfig | None = None,
+    check: bool = True,
+) -> Exported:
+    """Write model.pt2, compiled for this machine's processor: input_ids and attention_mask int64
+    [batch, length], of any size, to logits [batch, length, vocab]; config and tokenizer beside it.
+
+        program = torch._inductor.aoti_load_package("model.pt2")
+        logits = program(input_ids=ids, attention_mask=mask)
+
+    Args:
+        source: a graph of level qdq or integer, or a float model (or its graph) with a ``scheme``
+            ("fp" too), and ``calibration`` where that needs it.
+        directory: a folder that is not there, is empty or holds an earlier export.
+        check: run it in a fresh process, which knows torch alone, and compare logits, before it is
+            put in place.
+
+    Compiled kernels sum floats in another order than the graph; where inputs have codes, some take
+    their neighbour by that, and the result says how far noise of that size moves the graph's own
+    logits.
+
+    Raises ExportError: no C++ compiler (before any work); a streamed graph; a folder that cannot
+    be written; a check that fails. Nothing is written.
+    """
+    target = output_folder(directory)
+    _check_compiler()
+    gm = converted(source, TARGET, scheme, calibration)
+    return write_export(
+        gm,
+        target,
+        NAME,
+        write=lambda folder: _write(gm, folder),
+        check=lambda folder: _check(gm, folder / MODEL, check),
+        extras=(tokenizer, generation_of(source, generation_config)),
+    )
+
+
+def _check_compiler() -> None:
+    try:
+        cpp_builder.get_cpp_compiler()
+    except (exc.InvalidCxxCompiler, exc.CppCompileError, OSError) as error:
+        raise ExportError(
+            f"{NAME} needs a C++ compiler, and torch finds none (it asks the variable CXX, then "
+            "for g++): install one, or take --to pt2, which needs none"
+        ) from error
+
+
+def _write(gm: GraphModule, folder: Path) -> None:
+    program = exported(on_cpu(gm))
+    inductor: Any = torch._inductor
+    with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):  # its progress
+        inductor.aoti_compile_and_package(program, package_path=str(folder / MODEL))
+    if info(gm).config:
+        (folder / CONFIG).write_text(info(gm).config, encoding="utf-8")
+
+
+def _check(gm: GraphModule, file: Path, wanted: bool) -> Checked:
+    said = unchecked(gm, wanted, ())
+    if said is not None:
+        return said
+    engine = f"AOTInductor of {version('torch')} in a fresh process, without fxquant"
+    return elsewhere("aoti", file, gm, engine, "compiled kernels sum floats in another order")

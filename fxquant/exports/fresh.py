@@ -1,0 +1,29 @@
+"""A program: run a .pt2 file in a process that knows torch and nothing else.
+
+    python -I fresh.py pt2|aoti FILE THREADS GIVEN FOUND
+
+GIVEN holds a list of inputs by name, FOUND takes the list of logits. It is run by its path, and may
+import nothing of fxquant, nor transformers: that the file needs neither is what it shows.
+"""
+
+import sys
+
+import torch
+
+
+def main(kind: str, file: str, threads: str, given: str, found: str) -> None:
+    torch.set_num_threads(int(threads))
+    if kind == "pt2":
+        program = torch.export.load(file).module()
+    else:
+        program = torch._inductor.aoti_load_package(file)
+    with torch.no_grad():
+        logits = [program(**inputs) for inputs in torch.load(given, weights_only=True)]
+    foreign = sorted({"fxquant", "transformers"} & sys.modules.keys())
+    if foreign:
+        sys.exit(f"{file} has loaded {' and '.join(foreign)}")
+    torch.save(logits, found)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,158 @@
+"""A graph as a torch.export program of aten operators, and what such a file computes elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+import fxquant.exports.fresh as fresh_program
+from fxquant.errors import ExportError
+from fxquant.exports.check import ALLOWED, Checked, compared, random_tokens
+from fxquant.files.doors import printable
+from fxquant.ir.graph import clone_sharing_storage, info
+from fxquant.ir.leaves import QuantizedParameters
+from fxquant.ir.legal_forms import OPS
+from fxquant.ir.operators import WRITTEN_OUT
+from fxquant.ir.streamed import streamed_device
+
+INPUTS: Final = ("input_ids", "attention_mask")
+_BOUND: Final = 1200.0  # seconds
+_NOISE: Final = 2.0**-22  # of a float: some roundings of fp32
+_TAIL: Final = 8.0
+
+_TABLE: Final[dict[Any, Callable[..., Any]]] = {
+    getattr(OPS, name).default: function for name, function in WRITTEN_OUT.items()
+}
+
+Kind = Literal["pt2", "aoti"]
+
+
+def check_graph(gm: GraphModule) -> None:
+    """Raise ExportError for a streamed graph."""
+    if streamed_device(gm) is not None:
+        raise ExportError("pt2: a streamed graph cannot be exported: load it without stream")
+
+
+def exported(gm: GraphModule) -> torch.export.ExportedProgram:
+    """The program: input_ids and attention_mask int64 [batch, length], any size, to logits.
+
+    Operators of fxquant are written out in aten's, those of aten stay whole, so that sums have the
+    graph's order. Products of codes are float products that hold every sum, which are exact on any
+    processor; the graph may take the processor's own, to the same sums.
+    """
+    most = info(gm).max_positions or 64
+    ids = torch.zeros(2, min(7, most), dtype=torch.int64)
+    any_size = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    with quietly(), torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
+        return torch.export.export(
+            _written_out(gm),
+            (),
+            {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+            dynamic_shapes=dict.fromkeys(INPUTS, any_size),
+            strict=False,
+        )
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Without what torch says of parts of its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _written_out(gm: GraphModule) -> GraphModule:
+    """A copy whose nodes call what an operator is made of instead of the operator."""
+    copy = clone_sharing_storage(gm)
+    for node in copy.graph.nodes:
+        node.target = _TABLE.get(node.target, node.target)
+    copy.recompile()
+    return copy
+
+
+def on_cpu(gm: GraphModule) -> GraphModule:
+    """A copy, in the graph's own dtype."""
+    return clone_sharing_storage(gm).cpu()
+
+
+def elsewhere(kind: Kind, file: Path, gm: GraphModule, engine: str, cause: str) -> Checked:
+    """What a fresh process computes from ``file`` beside the graph, on random tokens."""
+    probes = [
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in random_tokens(gm)
+    ]
+    results = iter(_run(kind, file, probes))
+    own = on_cpu(gm)
+    with_mask = _masked(own)
+    found = compared(own, engine, lambda _: next(results), with_mask, lambda: cause, with_mask)
+    if kind == "pt2" or not _codes_inputs(gm):
+        return found
+    moved = _sensitivity(own)
+    allowed = max(ALLOWED, _TAIL * moved / found.largest)
+    said = f"rounding of all floats to 2^-22 moves the graph's own logits by {moved:.3g}"
+    return replace(found, allowed=allowed, cause=f"{found.cause}; {said}")
+
+
+def _masked(gm: GraphModule) -> Callable[..., Tensor]:
+    def call(input_ids: Tensor) -> Tensor:
+        logits: Tensor = gm(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
+        return logits
+
+    return call
+
+
+def _run(kind: Kind, file: Path, probes: list[dict[str, Tensor]]) -> list[Tensor]:
+    with tempfile.TemporaryDirectory() as folder:
+        given, found = Path(folder) / "given.pt", Path(folder) / "found.pt"
+        torch.save(probes, given)
+        threads = str(torch.get_num_threads())
+        command = [sys.executable, "-I", fresh_program.__file__, kind, file, threads, given, found]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_BOUND)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+            raise ExportError(
+                f"{kind}: a fresh process cannot run {file.name}: {printable(last[:300])}"
+            )
+        logits: list[Tensor] = torch.load(found, weights_only=True)
+    return logits
+
+
+def _codes_inputs(gm: GraphModule) -> bool:
+    names = ("fxquant::quantize", "fxquant::quantize_to")
+    return any(
+        getattr(node.target, "_schema", None) and node.target._schema.name in names
+        for node in gm.graph.nodes
+    )
+
+
+def _sensitivity(gm: GraphModule) -> float:
+    """How far noise of rounding's size in every float moves the logits: a code at the edge of two
+    may take the other, and engines that sum in other orders differ by as much."""
+    generator = torch.Generator().manual_seed(0)
+    noisy = clone_sharing_storage(gm)
+    for module in noisy.modules():
+        if isinstance(module, QuantizedParameters):
+            continue
+        for kept in (module._parameters, module._buffers):
+            for name, value in kept.items():
+                if value is not None and value.is_floating_point():
+                    noise = torch.randn(value.shape, generator=generator) * _NOISE
+                    moved = (value.detach().float() * (1 + noise)).to(value.dtype)
+                    is_parameter = isinstance(value, torch.nn.Parameter)
+                    kept[name] = torch.nn.Parameter(moved, False) if is_parameter else moved
+    first, second, largest = _masked(gm), _masked(noisy), 0.0
+    with torch.no_grad():
+        for ids in random_tokens(gm):
+            apart = (first(ids).float() - second(ids).float()).abs().max()
+            largest = max(largest, float(apart))
+    return largest

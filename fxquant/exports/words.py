@@ -1,0 +1,150 @@
+"""Checkpoints of words, as AutoGPTQ and AutoAWQ lay them out: what both can hold, and what stands
+around the words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from fxquant.errors import ExportError
+from fxquant.exports.half_scales import in_half
+from fxquant.exports.modules import Modules
+from fxquant.exports.shards import write_shards
+from fxquant.exports.sites import CodedSite, coded_sites
+from fxquant.exports.target import Refusal, nearest_group
+from fxquant.formats.integer import IntegerGrid
+from fxquant.frontends.model_config import CONFIG
+from fxquant.ir.graph import Site, float_dtype
+from fxquant.ir.leaves import Conv1D
+from fxquant.numerics.quantization import group_count
+from fxquant.numerics.weight_codes import WeightCodes
+from fxquant.schemes.specs import SiteSpec, TensorSpec
+from fxquant.schemes.spelling import spell_site
+
+WORD: Final = 32  # bits
+Specs = Sequence[tuple[Site, SiteSpec]]
+
+
+def refusal(gm: GraphModule, site: Site, spec: SiteSpec, bits: tuple[int, ...]) -> Refusal | None:
+    """Why words of codes of ``bits`` cannot hold ``spec`` at ``site``."""
+    weight = spec.weight
+    assert weight is not None
+    if site.role != "linear":
+        return Refusal(f"engines read the {site.role} in float", "the scheme without it")
+    if isinstance(gm.get_submodule(site.path), Conv1D):
+        return Refusal("it codes nn.Linear only, and this is a Conv1D", "ONNX (--to onnx)")
+    if spec.activation is not None:
+        return Refusal("its engines run inputs in float", "w4-g128")
+    if not isinstance(weight.grid, IntegerGrid) or weight.grid.bits not in bits:
+        known = ", ".join(map(str, bits))
+        return Refusal(f"its codes are integers of {known} bits, not {weight.grid.name}", "w4-g128")
+    ragged = nearest_group(weight, site.shape[1])
+    if ragged is not None:
+        return ragged
+    rows, columns = site.shape
+    if rows % WORD or columns % WORD:
+        reason = f"words of {WORD} bits do not divide its {rows} rows and {columns} columns"
+        return Refusal(reason, "float there, or compressed-tensors (--to compressed-tensors)")
+    return None
+
+
+def check_alike(target: str, specs: Specs, whole: bool) -> None:
+    """Raise ExportError where weights differ in what the format says once for all.
+
+    ``whole``: whether no linear of a block may stay in float.
+    """
+    coded = [(site, spec) for site, spec in specs if spec.weight is not None]
+    for site, spec in coded:
+        first = coded[0][1]
+        if spec != first:
+            raise ExportError(
+                f"{target} cannot hold {site.path} ({spell_site(spec)}): it says once for all how "
+                f"codes are kept, and {coded[0][0].path} has {spell_site(first)}; nearest that it "
+                f"can: {spell_site(first)} without overrides"
+            )
+    for site, spec in specs:
+        if whole and coded and spec.weight is None and site.role == "linear":
+            raise ExportError(
+                f"{target} cannot hold {site.path} in float: it codes every linear of the blocks; "
+                f"nearest that it can: {spell_site(coded[0][1])} without overrides"
+            )
+
+
+def check_graph(target: str, gm: GraphModule) -> None:
+    """Raise ExportError for what no module of the model does, or is no nn.Linear there."""
+    modules = Modules.of(gm)
+    for site in coded_sites(gm):
+        kind = modules.kind(site.path)
+        if kind is not nn.Linear:
+            found = "no module of that name" if kind is None else f"a {kind.__name__}"
+            raise ExportError(
+                f"{target} cannot hold {site.path}: it codes nn.Linear only, and {modules.name} "
+                f"has {found} there; nearest that it can: ONNX (--to onnx)"
+            )
+    modules.check(target)
+
+
+def group_size(spec: TensorSpec, length: int) -> int:
+    """As the formats say it: -1 where a row has one scale."""
+    size = spec.group_size
+    return size if size is not None and group_count(length, size) > 1 else -1
+
+
+def lifted(held: WeightCodes) -> tuple[Tensor, Tensor, Tensor]:
+    """int64 codes [N, K] from 0 up, int64 zero points [N, G] likewise, scales fp16 [N, G]."""
+    shift = 2 ** (held.spec.grid.bits - 1)
+    rows = held.codes.shape[0]
+    scales = held.scales.expand(rows, 1) if held.scales.dim() == 0 else held.scales
+    zeros = torch.zeros((), dtype=torch.int64) if held.zero_points is None else held.zero_points
+    return (
+        held.codes.to(torch.int64) + shift,
+        zeros.to(torch.int64).expand(scales.shape) + shift,
+        scales.to(torch.float16),
+    )
+
+
+def words(numbers: Tensor, bits: int) -> Tensor:
+    """Numbers of ``bits`` bits, int64 [R, C], as a stream of bits in words, int32 [R, C bits / 32],
+    the first lowest; C a multiple of 32.
+
+    >>> [hex(word) for word in words(torch.arange(32)[None] % 8, 4)[0]]
+    ['0x76543210', '0x76543210', '0x76543210', '0x76543210']
+    """
+    places = torch.arange(bits)
+    stream = ((numbers.unsqueeze(-1) >> places) & 1).flatten(1).unflatten(1, (-1, WORD))
+    found = (stream << torch.arange(WORD)).sum(-1)
+    return torch.where(found >= 2**31, found - 2**32, found).to(torch.int32)
+
+
+Layout = Callable[[WeightCodes], dict[str, Tensor]]
+
+
+def write(modules: Modules, folder: Path, quantization: dict[str, Any], layout: Layout) -> None:
+    """Shards of float tensors and of what ``layout`` makes of codes; config.json."""
+    config = {**modules.config, "quantization_config": quantization}
+    config["torch_dtype"] = config["dtype"] = str(float_dtype(modules.gm)).removeprefix("torch.")
+    if modules.unties:
+        config["tie_word_embeddings"] = False
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_shards(folder, _tensors(modules, layout))
+
+
+def _tensors(modules: Modules, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+    for name, read in modules.tensors():
+        yield name, read()
+    for site in coded_sites(modules.gm):
+        for name, value in layout(in_half(site.codes(), site.path)).items():
+            yield f"{site.path}.{name}", value
+        bias = site.bias()
+        if bias is not None:
+            yield f"{site.path}.bias", bias
+
+
+def first_site(gm: GraphModule) -> CodedSite:
+    return next(coded_sites(gm))

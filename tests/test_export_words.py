@@ -1,0 +1,148 @@
+"""GPTQ and AWQ checkpoints: what stands in them, by a reading of words apart from the library's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import fxquant
+from fxquant.errors import ExportError
+from fxquant.exports import awq, gptq, gptq_file
+from fxquant.exports.sites import coded_sites
+from fxquant.exports.words import words
+from tests.architectures import gpt2
+from tests.test_export_compressed import Untouched, batches, tiny_llama
+
+
+def number(row: Tensor, bits: int, index: int) -> int:
+    """The ``index``-th number in a row of words, by Python's integers."""
+    whole = sum((int(word) & 0xFFFFFFFF) << (32 * place) for place, word in enumerate(row))
+    return (whole >> (bits * index)) & (2**bits - 1)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_words_are_a_stream_of_bits(bits: int) -> None:
+    numbers = torch.randint(0, 2**bits, (3, 64))
+    packed = words(numbers, bits)
+    assert packed.shape == (3, 2 * bits)
+    assert packed.dtype == torch.int32
+    for row, wanted in zip(packed, numbers.tolist(), strict=True):
+        assert [number(row, bits, index) for index in range(64)] == wanted
+
+
+GPTQ = ("w4-g32-fp16", "w3-g32-fp16-asym", "w2-g32-fp16", "w8-g32-fp16-asym", "w4-g32-fp16+gptq")
+
+
+@pytest.mark.parametrize("scheme", GPTQ)
+def test_gptq(scheme: str, tmp_path: Path) -> None:
+    """AutoGPTQ: words run along K in qweight and along N in qzeros, whose v1 keeps zeros less 1."""
+    model = tiny_llama()
+    graph = fxquant.convert(model, scheme, calibration=batches(model))
+    exported = gptq(graph, tmp_path / "out")
+    assert exported.checked.difference <= 1e-6 * exported.checked.largest
+    said = json.loads((exported.path / "quantize_config.json").read_text())
+    config = json.loads((exported.path / "config.json").read_text())["quantization_config"]
+    assert said == config
+    symmetric = "asym" not in scheme
+    assert (said["bits"], said["group_size"], said["sym"]) == (int(scheme[1]), 32, symmetric)
+    assert said["checkpoint_format"] == ("gptq" if symmetric else "gptq_v2")
+    stored, bits = load_file(exported.path / "model.safetensors"), said["bits"]
+    for site in coded_sites(graph):
+        held, (rows, length) = site.codes(), site.site.shape
+        part = {key: stored[f"{site.path}.{key}"] for key in ("qweight", "qzeros", "scales")}
+        groups = stored[f"{site.path}.g_idx"]
+        assert part["qweight"].shape == (length * bits // 32, rows)
+        assert part["scales"].dtype == torch.float16
+        assert groups.tolist() == [column // 32 for column in range(length)]
+        for row, column in zip(torch.randint(rows, (9,)), torch.randint(length, (9,)), strict=True):
+            code = number(part["qweight"][:, row], bits, int(column))
+            zero = number(part["qzeros"][groups[column]], bits, int(row)) + symmetric
+            scale = part["scales"][groups[column], row].float()
+            assert (code - zero) * scale == held.dequantize()[row, column]
+
+
+@pytest.mark.parametrize("scheme", ["w4-g32-fp16-asym", "w4-g32-fp16"])
+def test_awq(scheme: str, tmp_path: Path) -> None:
+    """AutoAWQ's GEMM: eight columns of N in a word, in the order 0 2 4 6 1 3 5 7."""
+    model = tiny_llama()
+    both = {"scheme": scheme, "overrides": {"*.1.self_attn.o_proj": "fp"}}
+    graph = fxquant.convert(model, both)
+    exported = awq(graph, tmp_path / "out")
+    assert exported.checked.difference <= 1e-6 * exported.checked.largest
+    said = json.loads((exported.path / "config.json").read_text())["quantization_config"]
+    assert said["modules_to_not_convert"] == ["model.layers.1.self_attn.o_proj", "lm_head"]
+    stored, order = load_file(exported.path / "model.safetensors"), (0, 2, 4, 6, 1, 3, 5, 7)
+    for site in coded_sites(graph):
+        held, (rows, length) = site.codes(), site.site.shape
+        part = {key: stored[f"{site.path}.{key}"] for key in ("qweight", "qzeros", "scales")}
+        assert part["qweight"].shape == (length, rows // 8)
+        for row, column in zip(torch.randint(rows, (9,)), torch.randint(length, (9,)), strict=True):
+            slot = order.index(int(row) % 8)
+            word, group = int(row) // 8, int(column) // 32
+            code = number(part["qweight"][column, word : word + 1], 4, slot)
+            zero = number(part["qzeros"][group, word : word + 1], 4, slot)
+            scale = part["scales"][group, row].float()
+            assert (code - zero) * scale == held.dequantize()[row, column]
+
+
+@pytest.mark.parametrize("scheme", ["w4", "w4-asym", "w4-tensor", "w4-g32"])
+@pytest.mark.parametrize("export", [gptq, awq])
+def test_other_scales_move_and_it_is_said(scheme: str, export: object, tmp_path: Path) -> None:
+    assert callable(export)
+    found = export(tiny_llama(), tmp_path / "out", scheme=scheme).checked
+    assert found.difference > 1e-5 * found.largest
+    assert found.under_rules <= 1e-6 * found.largest
+    assert "to their nearest in fp16, by up to 0.000" in found.cause
+
+
+REFUSED = {
+    "w5": ("integers of", "w4-g128"),
+    "w8a8-static": ("run inputs in float", "w4-g128"),
+    "w4-g7": ("groups of 7 do not divide its 64 columns", "w4-g4"),
+    "w4+kv8": ("nothing of attention", "without +kv8"),
+    '{"scheme": "w4", "overrides": {"head": "w4"}}': ("lm_head", "without it"),
+    '{"scheme": "w4", "overrides": {"*.v_proj": "w4-asym"}}': ("once for all", "w4 without"),
+    "fp": ("quantizes no weight", "save_pretrained"),
+}
+
+
+@pytest.mark.parametrize("export", [gptq, awq])
+@pytest.mark.parametrize("scheme", REFUSED)
+def test_refused_before_work(scheme: str, export: object, tmp_path: Path) -> None:
+    assert callable(export)
+    model = tiny_llama()
+    with pytest.raises(ExportError) as refused:
+        export(model, tmp_path / "out", scheme=scheme, calibration=Untouched(batches(model)))
+    for part in REFUSED[scheme]:
+        assert part in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gptq_codes_every_linear_and_awq_none_of_8_bits(tmp_path: Path) -> None:
+    left = {"scheme": "w4", "overrides": {"*.v_proj": "fp"}}
+    with pytest.raises(ExportError, match=r"v_proj in float.*every linear"):
+        gptq(tiny_llama(), tmp_path / "out", scheme=left)
+    with pytest.raises(ExportError, match="integers of 4 bits, not int8"):
+        awq(tiny_llama(), tmp_path / "out", scheme="w8")
+    with pytest.raises(ExportError, match="Conv1D"):
+        gptq(gpt2(), tmp_path / "out", scheme="w4")
+
+
+def test_nothing_is_written_where_the_layout_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = gptq_file.site_tensors
+
+    def without_the_one(held: object) -> dict[str, Tensor]:
+        found = honest(held)  # type: ignore[arg-type]
+        return {**found, "qzeros": found["qzeros"] + 0x11111111}
+
+    monkeypatch.setattr(gptq_file, "site_tensors", without_the_one)
+    with pytest.raises(ExportError, match=r"nothing is written.*largest difference"):
+        gptq(tiny_llama(), tmp_path / "out", scheme="w4-g32")
+    assert list(tmp_path.iterdir()) == []
