@@ -149,6 +149,11 @@ def runtime_of(job: Job) -> Runtime | None:
     return None if job.runtime is None else runtime_named(job.runtime, job.device)
 
 
+def deployed_schemes(job: Job) -> list[Scheme]:
+    """Those whose export is run: the float model's where it is named, as not all hold it."""
+    return [as_scheme(each) for each in job.schemes]
+
+
 def load(job: Job) -> LoadedModel:
     """The job's model; raises what ``load_model`` does."""
     return load_model(
@@ -281,8 +286,7 @@ def _rows(
     converter = Converter(
         graph, windows.batches, job.cache, as_it_is=as_it_is, keeps_last=runtime is not None
     )
-    # The float model's export is run where it is named only: a format of codes cannot hold it.
-    deployed = schemes if as_it_is else [as_scheme(each) for each in job.schemes]
+    deployed = schemes if as_it_is else deployed_schemes(job)
     if runtime is not None:
         check_deployable(runtime, graph, deployed)
     steps = steps_of(converter, schemes, windows, job.batch_size, runtime, deployed)

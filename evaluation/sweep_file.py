@@ -25,6 +25,7 @@ _OPTIONS: Final[Mapping[str, type]] = {
     "device": str,
     "dtype": str,
     "revision": str,
+    "runtime": str,
     "stream": bool,
     "cache": str,
 }
