@@ -191,7 +191,7 @@ class LoadedExport:
 
 def load_export(folder: Path, runtime: Runtime) -> LoadedExport:
     """Raises ExportError for what is no export that ``runtime`` reads or has no tokenizer."""
-    facts, tokenizer = read_facts(folder, runtime), read_saved_tokenizer(folder)
+    facts, tokenizer = read_facts(folder, runtime), read_saved_tokenizer(folder, coded=True)
     if tokenizer is None:
         raise ExportError(
             f"{folder} holds no tokenizer, which an evaluation needs to cut text: export again "
@@ -201,7 +201,7 @@ def load_export(folder: Path, runtime: Runtime) -> LoadedExport:
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("model.onnx*")]):
         digest.update(f"{path.name} {file_hash(path)}\n".encode())
     revision = f"sha256:{digest.hexdigest()}"
-    return LoadedExport(folder, facts, tokenizer, read_config(folder), revision)
+    return LoadedExport(folder, facts, tokenizer, read_config(folder, coded=True), revision)
 
 
 def measure_export(

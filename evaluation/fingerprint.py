@@ -54,7 +54,12 @@ def depends_on_seed(scheme: Scheme) -> bool:
 
 
 def fingerprint(
-    job: Job, scheme: Scheme, model: Identity, source: Source, calibration: Source | None
+    job: Job,
+    scheme: Scheme,
+    model: Identity,
+    source: Source,
+    calibration: Source | None,
+    engine: str = "",
 ) -> str:
     """sha256 over everything that determines one scheme's figures (but the number of threads,
     which may change the last digits of floating-point sums)."""
@@ -75,6 +80,8 @@ def fingerprint(
     level = running_level(job.level, job.device)
     if level != Level.INTEGER:  # results that were kept before there was a choice are of that one
         facts["level"] = level
+    if engine:
+        facts["engine"] = engine
     return _hash(facts)
 
 
@@ -90,14 +97,14 @@ def _calibration(job: Job, drawn: Source) -> dict[str, object]:
     return facts
 
 
-def unavailable(job: Job, scheme: Scheme, reason: str) -> str:
+def unavailable(job: Job, scheme: Scheme, reason: str, engine: str = "") -> str:
     """The fingerprint of a cell whose model, weights or text cannot be read.
 
     It is tried again next time: under its own fingerprint there is no result.
     """
-    return _hash(
-        [job.model, str(scheme), job.dataset, job.seed if depends_on_seed(scheme) else None, reason]
-    )
+    seed = job.seed if depends_on_seed(scheme) else None
+    ran = [engine] if engine else []
+    return _hash([job.model, str(scheme), job.dataset, seed, reason, *ran])
 
 
 def _hash(facts: object) -> str:

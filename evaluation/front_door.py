@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fxquant.analysis.inputs import as_windows
+from fxquant.analysis.inputs import token_windows
 from fxquant.errors import DataError
 from fxquant.evaluation import perplexity
 from fxquant.evaluation.data import check_batch_size, cut_windows
@@ -25,18 +25,16 @@ from fxquant.evaluation.overlap import calibrated_windows
 from fxquant.evaluation.protocol import Recipe
 from fxquant.evaluation.source import Source
 from fxquant.evaluation.statistics import Difference, WindowSums, paired_difference
+from fxquant.evaluation.subject import subject_of
 from fxquant.evaluation.token_windows import Windows
 from fxquant.files.doors import Location, as_path, check_text, location
-from fxquant.files.tensor_file import dtype_name
-from fxquant.frontends.tracing import trace
 from fxquant.ir.calibrated_rows import can_tell, seen_rows
 from fxquant.ir.calibration import UNKNOWN, Spans, calibration_words, version_words
 from fxquant.ir.counted import counted, part_of
-from fxquant.ir.graph import GraphInfo, Level, device_of, float_dtype, info
-from fxquant.ir.streamed import check_present
+from fxquant.ir.graph import GraphInfo
 from fxquant.pipeline.arguments import checked_call
 from fxquant.pipeline.recording import DrawnBatches
-from fxquant.recipes.running import AUTO, as_run
+from fxquant.recipes.running import AUTO
 from fxquant.run.batches import Batch, check_ids
 from fxquant.run.encodings import is_text
 from fxquant.schemes.scheme import brief
@@ -148,7 +146,8 @@ class Evaluation:
     ``overlap`` the number of windows that the graph was calibrated on (None: that was not checked,
     since nothing says what it read, or windows are too short to tell them by their tokens),
     ``calibration``: what it was calibrated on, ``weights``: what the float weights were before,
-    where they have been coarser, ``level``: of the graph that was run.
+    where they have been coarser, ``level``: of the graph that was run, "" in an engine, ``engine``:
+    what ran the exported model, "" for the graph itself.
     """
 
     model: str
@@ -163,6 +162,7 @@ class Evaluation:
     calibration: str = UNKNOWN
     weights: str = ""
     level: str = ""
+    engine: str = ""
 
     @property
     def loss(self) -> float:
@@ -207,8 +207,9 @@ class Evaluation:
             seen = ", overlap with the calibration not checked"
         clipped = "" if self.share_clipped is None else f", clipped {self.share_clipped:.4%}"
         weights = f" (weights {self.weights})" if self.weights else ""
+        engine = f" in {self.engine}" if self.engine else ""
         return (
-            f"{brief(self.scheme)}: loss {self.loss:.4f} ± {error}, perplexity "
+            f"{brief(self.scheme)}{engine}: loss {self.loss:.4f} ± {error}, perplexity "
             f"{self.perplexity:.5g}{clipped}; "
             f"{counted(self.tokens, 'token')} scored in {counted(self.windows, 'window')}{seen}\n"
             f"{self.model}{weights}, {self.text} ({self.digest[:23]}), calibrated on "
@@ -218,18 +219,20 @@ class Evaluation:
 
 @checked_call("batch_size", windows="data", text="data", dataset="data", calibration="data")
 def evaluate(
-    model: PreTrainedModel | GraphModule,
+    model: PreTrainedModel | GraphModule | Location,
     data: Windows | Text | Batch | Iterable[Batch],
     tokenizer: Tokenizer | None = None,
     *,
     batch_size: int = 1,
     allow_overlap: bool = False,
     level: str = AUTO,
+    runtime: str | None = None,
 ) -> Evaluation:
     """Loss and perplexity of a model on text, with the figures of ``fxquant evaluate``.
 
     Args:
-        model: a Hugging Face causal LM (it is traced), or a graph of trace, convert or load.
+        model: a Hugging Face causal LM (it is traced), or a graph of trace, convert or load; with
+            ``runtime`` also the folder of an export.
         data: what ``windows`` returns; a text, which ``windows`` cuts with its defaults and
             ``tokenizer``; or token ids [N, L] (what a tokenizer returns too, without padding), of
             which all but each row's first are scored.
@@ -237,6 +240,8 @@ def evaluate(
         allow_overlap: score windows that the graph was calibrated on; the result says how many.
         level: to lower a quantized graph to; "auto": an integer graph on CUDA to kernels, which are
             the same bits, any other stays as it is.
+        runtime: "onnxruntime", "transformers" or "vllm": export the graph, and score what that
+            engine computes.
 
     Raises DataError (no windows, windows that the graph was calibrated on, ids of another
     vocabulary, a text without a tokenizer, an observed graph, which would count what it is
@@ -244,21 +249,16 @@ def evaluate(
     """
     check_batch_size(batch_size)
     cut = _cut(data, tokenizer)
-    graph = model if isinstance(model, GraphModule) else trace(model)
-    facts = info(graph)
-    check_present(graph)
-    if facts.level == Level.OBSERVED:
-        raise DataError("an observed graph counts all it sees: evaluate what convert returns")
+    subject = subject_of(model, runtime, level)
+    facts = subject.facts
     scored, text = None, "token ids as given"
     if isinstance(cut, Windows):
         ids, scored, text = cut.evaluation, cut.scored, cut.protocol.line()
     else:
-        ids = _stacked(as_windows(cut, graph))
+        ids = _stacked(token_windows(cut, facts))
     check_ids(ids, facts, "evaluation windows")
     overlap = _overlap(facts, cut, ids, allow_overlap)
-    graph = as_run(graph, level)
-    label = brief(facts.scheme)
-    found = perplexity.evaluate(graph, ids, batch_size=batch_size, label=label, scored=scored)
+    found = subject.run(ids, batch_size, scored)
     return Evaluation(
         model=facts.model,
         scheme=facts.scheme,
@@ -267,11 +267,12 @@ def evaluate(
         seconds=found.seconds,
         text=text,
         digest=_digest(ids, found.sums.tokens),
-        setting=_setting(graph, batch_size),
-        level=str(info(graph).level),
+        setting=f"{subject.setting(batch_size)}; {version_words(versions())}",
+        level=subject.level,
         overlap=overlap,
         calibration=calibration_words(facts.calibration),
         weights=facts.weights,
+        engine=subject.engine,
     )
 
 
@@ -316,12 +317,3 @@ def _stacked(parts: tuple[Tensor, ...]) -> Tensor:
 def _digest(ids: Tensor, scored: tuple[int, ...]) -> str:
     content = f"{list(ids.shape)} {scored}".encode() + ids.cpu().contiguous().numpy().tobytes()
     return f"sha256:{hashlib.sha256(content).hexdigest()}"
-
-
-def _setting(graph: GraphModule, batch_size: int) -> str:
-    dtype = dtype_name(float_dtype(graph))
-    used = version_words(versions())
-    return (
-        f"batch size {batch_size}, {dtype} on {device_of(graph)} at level {info(graph).level} "
-        f"({counted(torch.get_num_threads(), 'thread')}); {used}"
-    )

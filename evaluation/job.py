@@ -51,7 +51,7 @@ from fxquant.ir.graph import GraphInfo, Level, float_dtype, info, set_workspace
 from fxquant.ir.streamed import Workspace, workspace_folder
 from fxquant.recipes import conversion
 from fxquant.recipes.repairs import can_resume
-from fxquant.recipes.running import as_run, running_level
+from fxquant.recipes.running import AUTO, as_run, running_level
 from fxquant.run.batches import check_ids
 from fxquant.run.distributed import world_size
 from fxquant.schemes.scheme import Scheme, as_scheme
@@ -152,6 +152,11 @@ def runtime_of(job: Job) -> Runtime | None:
     return None if job.runtime is None else runtime_named(job.runtime, job.device)
 
 
+def deployed_schemes(job: Job) -> list[Scheme]:
+    """Those whose export is run: the float model's where it is named, as not all hold it."""
+    return [as_scheme(each) for each in job.schemes]
+
+
 def load(job: Job) -> LoadedModel:
     """The job's model; raises what ``load_model`` does."""
     return load_model(
@@ -172,6 +177,10 @@ def check_job(job: Job) -> list[Scheme]:
     check_device(job.device)
     runtime_of(job)
     resolve_dtype(job.dtype, job.device)
+    if job.runtime is not None and job.level != AUTO:
+        raise DataError(
+            f"--level {job.level} with --runtime {job.runtime}: it runs no level of ours"
+        )
     running_level(job.level, job.device)
     for name in (job.dataset, job.calibration_dataset):
         if name is not None:
@@ -287,8 +296,7 @@ def _rows(
         keeps_last=runtime is not None,
         level=running_level(job.level, job.device),
     )
-    # The float model's export is run where it is named only: a format of codes cannot hold it.
-    deployed = schemes if as_it_is else [as_scheme(each) for each in job.schemes]
+    deployed = schemes if as_it_is else deployed_schemes(job)
     if runtime is not None:
         check_deployable(runtime, graph, deployed)
     steps = steps_of(converter, schemes, windows, job.batch_size, runtime, deployed)

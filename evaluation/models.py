@@ -145,11 +145,12 @@ def _load_saved(directory: Path, dtype: str, device: str, streamed: bool) -> Loa
     return LoadedModel(graph, tokenizer, str(directory), found, config, info(graph).weights)
 
 
-def read_saved_tokenizer(directory: Path) -> Tokenizer | None:
-    """The tokenizer that was saved with a graph, None where there is none."""
+def read_saved_tokenizer(directory: Path, coded: bool = False) -> Tokenizer | None:
+    """The tokenizer that was saved with a graph, or written with an export, whose weights are
+    ``coded``; None where there is none."""
     if not any((directory / name).exists() for name in _TOKENIZER_FILES):
         return None
-    return read_tokenizer(directory)
+    return read_tokenizer(directory, coded=coded)
 
 
 def _open_streamed(

@@ -129,9 +129,7 @@ def _batch_results(
         yield nll, partial(_read, quantizers, counts, sizes, total)
 
 
-def _read(
-    quantizers: Quantizers, counts: Tensor, sizes: list[int], total: int
-) -> tuple[int, int]:
+def _read(quantizers: Quantizers, counts: Tensor, sizes: list[int], total: int) -> tuple[int, int]:
     return quantizers.read(counts, sizes), total
 
 

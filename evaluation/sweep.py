@@ -18,6 +18,7 @@ from tqdm import tqdm
 from fxquant.errors import DistributedError, FxquantError, WriteError, notes_of
 from fxquant.evaluation.converter import Converter, measure
 from fxquant.evaluation.data import Source
+from fxquant.evaluation.deployed import check_deployable
 from fxquant.evaluation.fingerprint import (
     Identity,
     depends_on_seed,
@@ -31,16 +32,22 @@ from fxquant.evaluation.job import (
     check_saved,
     check_windows,
     cut,
+    deployed_schemes,
     load,
     make_provenance,
     open_sources,
+    runtime_of,
     workspace_for,
 )
 from fxquant.evaluation.journal import Journal, Result
 from fxquant.evaluation.models import LoadedModel
 from fxquant.evaluation.progress import say_finished
+from fxquant.evaluation.results import Row
+from fxquant.evaluation.rows import deployed_row
 from fxquant.evaluation.statistics import WindowSums
 from fxquant.evaluation.sweep_tables import format_results
+from fxquant.evaluation.token_windows import Windows
+from fxquant.exports.runtimes import Runtime
 from fxquant.ir.counted import counted
 from fxquant.recipes.running import running_level
 from fxquant.schemes.scheme import Scheme
@@ -74,12 +81,22 @@ class SweepOutcome:
 
 @dataclass(frozen=True)
 class _Cell:
-    """One result to be. ``broken``: why it cannot be computed."""
+    """One result to be, the graph's own or a runtime's. ``broken``: why it cannot be computed."""
 
     job: Job
     scheme: Scheme
+    runtime: Runtime | None
     fingerprint: str
     broken: str | None = None
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether differences are to it: the float graph."""
+        return self.scheme == Scheme() and self.runtime is None
+
+    @property
+    def engine(self) -> str:
+        return "" if self.runtime is None else self.runtime.engine()
 
     @property
     def seed(self) -> int | None:
@@ -87,7 +104,7 @@ class _Cell:
 
     def unavailable(self, reason: str) -> _Cell:
         """The cell where it cannot even be begun, which is not kept under its own fingerprint."""
-        name = unavailable(self.job, self.scheme, reason)
+        name = unavailable(self.job, self.scheme, reason, self.engine)
         return replace(self, fingerprint=name, broken=reason)
 
     def failed(self, reason: str) -> Result:
@@ -99,6 +116,7 @@ class _Cell:
             dataset,
             self.seed,
             error=reason,
+            engine=self.engine,
         )
 
 
@@ -191,11 +209,20 @@ def _cells(
         for scheme in schemes:
             if not depends_on_seed(scheme) and job.seed != sweep.seeds[0]:
                 continue
-            broken = [found for found in (model, source) if isinstance(found, str)]
-            if isinstance(source, str) or isinstance(model, str):
-                yield _Cell(job, scheme, "").unavailable("; ".join(broken))
-            else:
-                yield _Cell(job, scheme, fingerprint(job, scheme, model, *source))
+            for runtime in _runners(job, scheme):
+                cell = _Cell(job, scheme, runtime, "")
+                broken = [found for found in (model, source) if isinstance(found, str)]
+                if isinstance(source, str) or isinstance(model, str):
+                    yield cell.unavailable("; ".join(broken))
+                else:
+                    name = fingerprint(job, scheme, model, *source, engine=cell.engine)
+                    yield replace(cell, fingerprint=name)
+
+
+def _runners(job: Job, scheme: Scheme) -> list[Runtime | None]:
+    """What runs a scheme: the graph itself, and the job's runtime where the scheme is named."""
+    runtime = runtime_of(job)
+    return [None] if runtime is None or scheme not in deployed_schemes(job) else [None, runtime]
 
 
 class _Run:
@@ -214,7 +241,7 @@ class _Run:
         self.references = {
             (cell.job.model, cell.job.dataset): cell.fingerprint
             for cell in self.cells
-            if cell.scheme == Scheme()
+            if cell.is_reference
         }
 
     def record(self, result: Result) -> None:
@@ -272,20 +299,25 @@ class _Run:
             self.fail(cells, describe(error))
             return
         provenance = make_provenance(job, loaded, graph, sources[0], windows)
-        level = running_level(job.level, job.device)
-        converter = Converter(graph, windows.batches, job.cache, level=level)
+        converter = Converter(
+            graph,
+            windows.batches,
+            job.cache,
+            keeps_last=job.runtime is not None,
+            level=running_level(job.level, job.device),
+        )
         for cell in cells:
             try:
                 torch.manual_seed(job.seed)
-                reference = self.reference(cell)
-                row = measure(converter, cell.scheme, windows, job.batch_size, reference)
+                row = self.row(cell, converter, windows)
             except WriteError:
                 raise  # no cell's fault, and the next would meet it too
             except Exception as error:
                 self.record(cell.failed(describe(error)))
                 continue
             seed = "" if cell.seed is None else f", seed {cell.seed}"
-            say_finished(f"{job.model}, {job.dataset}, {cell.scheme}{seed}", row)
+            name = f"{cell.scheme} in {cell.engine}" if cell.engine else str(cell.scheme)
+            say_finished(f"{job.model}, {job.dataset}, {name}{seed}", row)
             self.record(
                 replace(
                     cell.failed(""),
@@ -296,9 +328,17 @@ class _Run:
                 )
             )
 
+    def row(self, cell: _Cell, converter: Converter, windows: Windows) -> Row:
+        """The cell's figures."""
+        reference, size = self.reference(cell), cell.job.batch_size
+        if cell.runtime is None:
+            return measure(converter, cell.scheme, windows, size, reference)
+        check_deployable(cell.runtime, converter.graph, [cell.scheme])
+        return deployed_row(converter, cell.scheme, cell.runtime, windows, size, reference)
+
     def reference(self, cell: _Cell) -> WindowSums | None:
         """The float model's sums on the cell's windows; None for the float model itself."""
-        if cell.scheme == Scheme():
+        if cell.is_reference:
             return None
         result = self.journal.results[self.references[cell.job.model, cell.job.dataset]]
         if result.figures is None:

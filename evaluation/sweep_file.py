@@ -26,6 +26,7 @@ _OPTIONS: Final[Mapping[str, type]] = {
     "level": str,
     "dtype": str,
     "revision": str,
+    "runtime": str,
     "stream": bool,
     "cache": str,
 }

@@ -22,13 +22,14 @@ from fxquant.ir.calibration import NOTHING, UNKNOWN, version_words
 from fxquant.schemes.scheme import Scheme, brief
 
 FORMATS: Final = ("csv", *tabulate_formats)
-_PER_SEED: Final = ("seed", "command", "threads", "windows_hash")
+_PER_SEED: Final = ("seed", "command", "threads", "windows_hash", "engine")
 _OF_CALIBRATION: Final = ("calibration", "calibration_windows")
 
 
 @dataclass(frozen=True)
 class Line:
-    """One scheme's figures in a group: over its seeds, beside what was published.
+    """One scheme's figures in a group: over its seeds, beside what was published; ``engine``: what
+    ran its export, "" for the graph itself.
 
     ``loss``, ``difference`` None: published only. ``spread``: standard deviation of the loss over
     seeds, None for fewer than two. ``off``: ours minus published, in the published unit.
@@ -36,6 +37,7 @@ class Line:
     """
 
     scheme: str
+    engine: str = ""
     seeds: int = 0
     loss: float | None = None
     difference: Difference | None = None
@@ -138,10 +140,10 @@ def _shared_provenance(members: list[Result]) -> Provenance:
 def _group(members: list[Result], published: Sequence[Published], unmatched: bool) -> Group:
     provenance = _shared_provenance(members)
     known = [figure for figure in published if _comparable(figure, provenance)]
-    by_scheme: dict[str, list[Result]] = {}
+    by_scheme: dict[tuple[str, str], list[Result]] = {}
     for result in members:
-        by_scheme.setdefault(result.scheme, []).append(result)
-    float_model = by_scheme.get(str(Scheme()))
+        by_scheme.setdefault((result.scheme, result.engine), []).append(result)
+    float_model = by_scheme.get((str(Scheme()), ""))
     reference = None if float_model is None else float_model[0].figures
     lines = [_line(results, reference, known) for results in by_scheme.values()]
     if unmatched:
@@ -169,12 +171,14 @@ def _line(results: list[Result], reference: Row | None, known: list[Published]) 
     rows = [result.figures for result in results if result.figures is not None]
     first, sums = rows[0], mean_sums([row.sums for row in rows])
     scheme = Scheme.parse(first.scheme)
+    known = [] if first.engine else known  # published figures are of a simulation too
     matching = [f for f in known if f.scheme is not None and Scheme.parse(f.scheme) == scheme]
     # A perplexity under the same protocol says more than a difference on another text.
     matching.sort(key=lambda figure: figure.dataset is None)
     clipped = [row.share_clipped for row in rows if row.share_clipped is not None]
     return Line(
         scheme=first.scheme,
+        engine=first.engine,
         seeds=len(rows),
         loss=sums.loss,
         difference=None if reference is None else paired_difference(sums, reference.sums),
@@ -248,9 +252,9 @@ def format_group(group: Group, style: str = "github") -> str:
 
 def _cells(line: Line) -> dict[str, str]:
     figure = line.published
-    scheme = brief(line.scheme)
+    said = (f"in {line.engine}" if line.engine else "", line.overlap)
     return {
-        "scheme": f"{scheme} [{line.overlap}]" if line.overlap else scheme,
+        "scheme": " ".join([brief(line.scheme), *(f"[{each}]" for each in said if each)]),
         "loss": _number(line.loss, ".4f"),
         "ppl": _perplexity(line.perplexity),
         "Δloss ± s.e.": _delta(line),
@@ -268,7 +272,7 @@ def _cells(line: Line) -> dict[str, str]:
 def _delta(line: Line) -> str:
     if line.difference is None:
         return "-"
-    return "0" if line.scheme == str(Scheme()) else str(line.difference)
+    return "0" if (line.scheme, line.engine) == (str(Scheme()), "") else str(line.difference)
 
 
 def _published(figure: Published) -> str:
@@ -326,6 +330,7 @@ def _csv_row(made: Provenance, line: Line) -> dict[str, object]:
         "versions": version_words(made.versions),
         "weights": made.weights,
         "scheme": line.scheme,
+        "engine": line.engine,
         "overlap": line.overlap,
         "seeds": line.seeds,
         "loss": line.loss,

@@ -58,11 +58,12 @@ def operators(folder: Path) -> Counter[str]:
 
 
 NORMAL = (
-    '{"scheme": "w4-g32-asym", "overrides": {"embeddings": "w4-g32", "*.o_proj": "w8a8-static"}}',
+    '{"scheme": "w4-g32-asym", "overrides": {"embeddings": "w4-g32", "*.o_proj": "w8a8-static", '
+    '"*.k_proj": "w4-g24", "*.down_proj": "w8-g64-asym"}}',
 )
 SLOW = (
     "fp", "w8", "w4", "w3-asym", "w8/a5-dynamic-token", "w8-tensor", "w4-g32", "w8a8-static",
-    "w8a8-static-asym",
+    "w8a8-static-asym", "w4-g7", "w3-g40-asym",
     "w8a8-dynamic", "w8a8-dynamic-token", "w8-asym/a8-dynamic-token", "w4/a8-dynamic-token",
     "w8a8-dynamic-token-asym", "w8a8-dynamic-token+attn8", "w8a8-static+attn8", "w4-g32+gptq",
     "w8a8-static+smooth(alpha=0.7,where=all)", "w8+rotate", "w8+correct_bias",
@@ -161,9 +162,12 @@ def test_the_prepared_graph_computes_the_same(scheme: str) -> None:
 
 
 REFUSED = {
-    "w4-g7": ("groups of 7 do not divide its 64 columns", "w4-g4"),
+    '{"scheme": "w8", "overrides": {"embeddings": "w4-g7"}}': (
+        "groups of 7 do not divide its 64 columns",
+        "w4-g4",
+    ),
     "w8+kv8": ("cache", "without +kv8"),
-    "w4-g32/a8-dynamic-token": ("no scale for each group", "w4/a8-dynamic-token"),
+    "w4-g32/a8-dynamic-token": ("no scale for each group", "w4a8-dynamic-token"),
 }
 
 

@@ -110,7 +110,8 @@ def test_only_where_enough_equal_batches_are_to_come(recorder: Recorded) -> None
 
 def test_what_waits_for_the_device_is_run_as_it_is(recorder: Recorded) -> None:
     """On the CPU it is asked while the graph runs whether anything is clipped; not on CUDA."""
-    graph = fxquant.convert(llama(num_hidden_layers=1), "w8a8-dynamic-token-asym")
+    batch = [token_ids(2, 9)]
+    graph = fxquant.convert(llama(num_hidden_layers=1), "w8a8-static:p99", calibration=batch)
     ids = token_ids(PAYS + 2, 9)
     with pytest.warns(RuntimeWarning, match="run one by one, not replayed .* the same") as noted:
         found = evaluate(graph, ids)

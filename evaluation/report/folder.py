@@ -10,7 +10,7 @@ from typing import Any
 from fxquant.errors import DataError
 from fxquant.evaluation.journal import Result, parse_journal
 from fxquant.evaluation.report.fields import Fields
-from fxquant.evaluation.results import parse_results
+from fxquant.evaluation.results import parse_results, place
 from fxquant.files.doors import parse_json, read_bytes, reason
 
 RESULTS, SWEEP = "results.json", "results.jsonl"
@@ -56,7 +56,9 @@ class _Reader:
         """The rows of a results.json, and whether they are all."""
         rows, made, complete = parse_results(self.content(path), path)
         setting = (made.dataset, made.seed, made.protocol)
-        cells = (Result(r.scheme, made.model, r.scheme, *setting, r, made) for r in rows)
+        cells = (
+            Result(place(r), made.model, r.scheme, *setting, r, made, engine=r.engine) for r in rows
+        )
         return tuple(cells), complete
 
     def sweep(self, path: Path) -> tuple[Result, ...]:

@@ -16,7 +16,7 @@ from fxquant.errors import CalibrationError, DataError, SchemeError
 from fxquant.ir.calibrated_rows import seen_rows
 from fxquant.ir.calibration import Spans, calibration_words
 from fxquant.ir.counted import part_of
-from fxquant.ir.graph import device_of, info
+from fxquant.ir.graph import GraphInfo, device_of, info
 from fxquant.ir.streamed import check_present
 from fxquant.pipeline.recording import DrawnBatches, Recording, record_of
 from fxquant.pipeline.repair import Repair
@@ -37,14 +37,18 @@ def as_windows(data: Windows | None, graph: GraphModule, what: str = "data") -> 
     Raises DataError, about the argument ``what``, for anything else, for ids outside the
     vocabulary, and when nothing is there.
     """
+    check_present(graph)
+    return tuple(ids.to(device_of(graph)) for ids in token_windows(data, info(graph), what))
+
+
+def token_windows(data: Windows | None, facts: GraphInfo, what: str = "data") -> tuple[Tensor, ...]:
+    """As ``as_windows``, on the CPU, for a graph of which there are facts only."""
     if data is None:
         raise DataError(
             "no windows to measure the loss on: pass data=, a LongTensor [N, L] or a list of them"
         )
-    facts, device = info(graph), device_of(graph)
-    check_present(graph)
     given = enumerate(batches_of(data, what, DataError))
-    parts = tuple(_window(part, f"window {index}").to(device) for index, part in given)
+    parts = tuple(_window(part, f"window {index}") for index, part in given)
     if not parts:
         raise DataError(f"{what}= holds no window")
     for index, ids in enumerate(parts):

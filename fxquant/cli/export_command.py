@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 from fxquant.checkpoint.manifest import is_checkpoint
@@ -20,7 +21,7 @@ from fxquant.errors import DataError, ExportError
 from fxquant.evaluation.models import read_saved_tokenizer
 from fxquant.exports.folder import output_folder
 from fxquant.exports.table import FORMATS, Format
-from fxquant.exports.target import refusing
+from fxquant.exports.target import check_possible, refusing
 from fxquant.files.doors import as_path
 from fxquant.ir.graph import Level, info
 from fxquant.ir.streamed import workspace_folder
@@ -51,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     format_ = FORMATS[options.to]
+    check_possible(format_.target, options.stream)
     output_folder(options.output)
     with held_target(options.output, ExportError), workspace_folder() as workspace:
         if options.scheme is None:
@@ -69,6 +71,17 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _of_conversions(options: argparse.Namespace) -> Iterator[tuple[str, object, object]]:
+    """The options that only a conversion reads: name, what was given, and what is usual."""
+    parser = argparse.ArgumentParser(add_help=False)
+    for add in (add_text_arguments, add_held_out_arguments, add_cache_argument):
+        add(parser)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--revision")
+    for name, usual in vars(parser.parse_args([])).items():
+        yield f"--{name.replace('_', '-')}", getattr(options, name), usual
+
+
 def _converted(options: argparse.Namespace, format_: Format, workspace: Path) -> Converted:
     options.level = format_.target.level
     after_pass = refusing(format_.target, as_scheme(options.scheme))
@@ -79,9 +92,11 @@ def _saved(options: argparse.Namespace) -> Converted:
     folder = as_path(options.model, "the model")
     if not is_checkpoint(folder):
         raise DataError(f"{options.model} is no saved graph: give --scheme, such as w4-g128")
-    asked = {"--dtype": options.dtype != "auto", "--revision": options.revision is not None}
-    if any(asked.values()):
-        named = " and ".join(name for name, given in asked.items() if given)
-        raise DataError(f"{folder} is a saved graph, which has its own: leave out {named}")
+    named = [name for name, value, usual in _of_conversions(options) if value != usual]
+    if named:
+        raise DataError(
+            f"{folder} is a saved graph, of which no text, seed or dtype changes anything: leave "
+            f"out {' and '.join(named)}"
+        )
     graph = load(folder, options.device, stream=options.stream)
     return Converted(graph, read_saved_tokenizer(folder), None)

@@ -19,13 +19,13 @@ from fxquant.errors import ExportError
 from fxquant.exports.check import Checked, compared, in_float32, unchecked, version
 from fxquant.exports.compressed_rules import cause, take_buffers, under_engine_rules
 from fxquant.exports.folder import Exported, output_folder, write_export
-from fxquant.exports.modules import Modules
+from fxquant.exports.modules import Modules, repair_refusal
 from fxquant.exports.shards import write_shards
 from fxquant.exports.sites import CodedSite, coded_sites
 from fxquant.exports.source import Source, converted, generation_of
 from fxquant.exports.target import Refusal, Target, nearest_group
 from fxquant.files.doors import Location
-from fxquant.formats.integer import IntegerGrid
+from fxquant.formats.integer import IntegerGrid, integer
 from fxquant.frontends.hub import without_notices
 from fxquant.frontends.model_config import CONFIG
 from fxquant.frontends.pretrained import read_written
@@ -35,7 +35,8 @@ from fxquant.numerics.quantization import group_count
 from fxquant.pipeline.arguments import checked_call
 from fxquant.run.batches import Batches
 from fxquant.schemes.scheme import SchemeLike
-from fxquant.schemes.specs import SiteSpec, TensorSpec
+from fxquant.schemes.specs import ActivationSpec, SiteSpec, TensorSpec
+from fxquant.schemes.spelling import spell_site
 
 NAME: Final = "compressed-tensors"
 _NEEDED: Final = ("compressed_tensors", "accelerate")
@@ -47,11 +48,11 @@ def refusal(gm: GraphModule, site: Site, spec: SiteSpec) -> Refusal | None:
     weight, activation = spec.weight, spec.activation
     assert weight is not None
     if site.role != "linear" and site.role != "head":
-        return Refusal(f"it codes linears only, not {site.role}", "the scheme without it")
+        return Refusal(f"it codes linears only, not {site.role}", "fp there")
     if isinstance(gm.get_submodule(site.path), Conv1D):
         return Refusal("it codes nn.Linear only, and this is a Conv1D", "ONNX (--to onnx)")
     if not isinstance(weight.grid, IntegerGrid):
-        return Refusal(f"codes of {weight.grid.name} are not written here", "w8 or w4-g128")
+        return Refusal(f"codes of {weight.grid.name} are not written here", "w8")
     ragged = nearest_group(weight, site.shape[1])
     if ragged is not None:
         return ragged
@@ -61,7 +62,9 @@ def refusal(gm: GraphModule, site: Site, spec: SiteSpec) -> Refusal | None:
         return None
     if not isinstance(activation.tensor.grid, IntegerGrid) or activation.tensor.grid.bits != 8:
         name = activation.tensor.grid.name
-        return Refusal(f"engines run inputs of 8 bits, not of {name}", "a8-dynamic-token")
+        reason = f"engines run inputs of 8 bits, not of {name}"
+        eight = ActivationSpec(TensorSpec(integer(8), "token"))
+        return Refusal(reason, spell_site(SiteSpec(weight, eight)))
     return None
 
 
@@ -94,6 +97,7 @@ TARGET: Final = Target(
         "kv4": "transformers does not simulate the storage of a cache",
         "split_outliers": "a linear has codes or floats there, not some columns of each",
     },
+    check_repairs=repair_refusal,
 )
 
 

@@ -74,14 +74,15 @@ def write_export(
     leaves what was there before.
     """
     target = output_folder(directory)
-    with saving(target, ExportError), _writing(target), partial_folder(target) as partial:
-        write(partial)
-        for each in extras:
-            if isinstance(each, GenerationConfig):  # as the model has it, valid or not
-                each.to_json_file(partial / "generation_config.json", use_diff=True)
-            elif each is not None:
-                each.save_pretrained(partial)
-        found = check(partial)
+    with saving(target, ExportError), partial_folder(target) as partial:
+        with _writing(target):
+            write(partial)
+            for each in extras:
+                if isinstance(each, GenerationConfig):  # as the model has it, valid or not
+                    each.to_json_file(partial / "generation_config.json", use_diff=True)
+                elif each is not None:
+                    each.save_pretrained(partial)
+        found = check(partial)  # an engine's own errors are none of writing
         if not found.passed:
             raise ExportError(f"{name}: nothing is written to {target}: {found}")
         record = {
@@ -99,8 +100,9 @@ def write_export(
             },
             "checked": asdict(found),
         }
-        (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        put_in_place(partial, target)
+        with _writing(target):
+            (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            put_in_place(partial, target)
     return Exported(target, name, found)
 
 

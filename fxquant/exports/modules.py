@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fxquant.errors import ExportError, ModelError
+from fxquant.exports.target import Refusal
 from fxquant.files.doors import door
 from fxquant.frontends.model_config import CONFIG
 from fxquant.frontends.pretrained import empty_model, read_config
@@ -25,6 +26,7 @@ from fxquant.ir.graph import float_dtype, info, tag
 from fxquant.ir.leaves import QuantizedParameters
 from fxquant.ir.operands import op_name
 from fxquant.ir.streamed import sources_of
+from fxquant.schemes.scheme import Scheme
 
 # Passes whose nodes are the float model's own, or what a quantized site stands as.
 _OF_THE_MODEL: Final = ("trace", "name_sites", "quantize", "integerize")
@@ -35,10 +37,27 @@ _BEHIND: Final = {
 }
 # Forms of a repair that leave everything in the model's own tensors.
 _MILDER: Final = {
-    "rotate_inputs": "+rotate(online=false)",
-    "smooth": "+smooth without where=all",
-    "awq": "+awq where a norm or a linear takes the scale",
+    "rotate_inputs": "the scheme with +rotate(online=false)",
+    "smooth": "the scheme with +smooth",
+    "awq": "the scheme without +awq",
 }
+
+
+def repair_refusal(gm: GraphModule, scheme: Scheme) -> tuple[str, Refusal] | None:
+    """What a repair of ``scheme`` would do to the float graph that no module of its model does,
+    with its place; None where none is known before it has run."""
+    for name, options in scheme.repairs:
+        if name == "rotate" and dict(options).get("online", True):
+            reason = "it rotates inputs by nodes of the graph, which no module of the model does"
+            return f"scheme {scheme}", Refusal(reason, _MILDER["rotate_inputs"])
+        if name != "correct_bias":
+            continue
+        for site in info(gm).sites:
+            coded = scheme.spec_for(site.path, site.role).weight is not None
+            if coded and getattr(gm.get_submodule(site.path), "bias", None) is None:
+                reason = "correct_bias would give it a bias, and the model's module there has none"
+                return site.path, Refusal(reason, "the scheme without +correct_bias")
+    return None
 
 
 @dataclass(frozen=True)

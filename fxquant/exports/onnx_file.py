@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +21,7 @@ from fxquant.exports.folder import Exported, output_folder, write_export
 from fxquant.exports.onnx_names import INPUTS, name_sites
 from fxquant.exports.onnx_prepare import four_bit, groups, prepared
 from fxquant.exports.source import Source, converted, generation_of
-from fxquant.exports.target import Refusal, Target, nearest_group
+from fxquant.exports.target import Refusal, Target, check_possible, nearest_group
 from fxquant.files.doors import Location
 from fxquant.formats.integer import IntegerGrid
 from fxquant.formats.scales import FP32
@@ -29,11 +29,11 @@ from fxquant.frontends.model_config import CONFIG
 from fxquant.frontends.patching import exclusive
 from fxquant.ir.graph import Level, Site, info, is_op, tag
 from fxquant.ir.legal_forms import OPS
-from fxquant.ir.streamed import streamed_device
 from fxquant.pipeline.arguments import checked_call
 from fxquant.run.batches import Batches
 from fxquant.schemes.scheme import SchemeLike
 from fxquant.schemes.specs import SiteSpec
+from fxquant.schemes.spelling import spell_site
 
 NAME: Final = "onnx"
 MODEL: Final = "model.onnx"
@@ -54,12 +54,11 @@ def refusal(gm: GraphModule, site: Site, spec: SiteSpec) -> Refusal | None:
     weight, activation = spec.weight, spec.activation
     assert weight is not None
     if not isinstance(weight.grid, IntegerGrid):
-        return Refusal(f"codes of {weight.grid.name} are not written here", "w8 or w4-g128")
-    nearest = nearest_group(weight, site.shape[1])
-    if nearest is not None:
-        return nearest
+        return Refusal(f"codes of {weight.grid.name} are not written here", "w8")
+    if site.role == "embeddings" and (ragged := nearest_group(weight, site.shape[1])) is not None:
+        return ragged
     if site.role == "embeddings" and weight.scale != FP32:
-        return Refusal(f"a table has no scales in {weight.scale.name}", "w4-g32 there")
+        return Refusal(f"a table has no scales in {weight.scale.name}", "w8")
     if activation is None:
         return None
     if activation.tensor.granularity == "group":
@@ -71,12 +70,13 @@ def refusal(gm: GraphModule, site: Site, spec: SiteSpec) -> Refusal | None:
         )
     if groups(weight, site.shape[1]):
         reason = "its integer product has no scale for each group of a weight"
-        return Refusal(reason, f"w{weight.grid.bits}/a8-dynamic-token, or the same without a8")
+        rows = replace(weight, granularity="channel", group_size=None, scale=FP32)
+        return Refusal(reason, spell_site(SiteSpec(rows, activation)))
     return None
 
 
 def check_graph(gm: GraphModule) -> None:
-    """Raise ExportError for an operator that has no form in ONNX, and for a streamed graph."""
+    """Raise ExportError for an operator that has no form in ONNX."""
     for node in gm.graph.nodes:
         for op, reason in _NO_ROW.items():
             if is_op(node, op):
@@ -84,8 +84,6 @@ def check_graph(gm: GraphModule) -> None:
                     f"{NAME} cannot hold {tag(node).site or node.name}: {reason}; nearest that it "
                     f"can: the scheme without what {tag(node).origin} does there"
                 )
-    if streamed_device(gm) is not None:
-        raise ExportError(f"{NAME}: a streamed graph cannot be exported: load it without stream")
 
 
 _CACHE: Final = "a session has no cache whose storage it could show"
@@ -96,6 +94,8 @@ TARGET: Final = Target(
     check_site=refusal,
     check_graph=check_graph,
     never={"kv8": _CACHE, "kv4": _CACHE},
+    packages=_WRITERS,
+    streams=False,
 )
 
 
@@ -127,11 +127,7 @@ def onnx(
     fails. Nothing is written.
     """
     target = output_folder(directory)
-    absent = [name for name in _WRITERS if importlib.util.find_spec(name) is None]
-    if absent:
-        raise ExportError(
-            f"{NAME} needs {' and '.join(absent)} to be installed: pip install fxquant[exports]"
-        )
+    check_possible(TARGET)
     gm = converted(source, TARGET, scheme, calibration)
     return write_export(
         gm,

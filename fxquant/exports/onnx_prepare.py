@@ -36,9 +36,11 @@ def coded_linear(
 ) -> Tensor:
     """``x @ ((codes - zero_point) * scale) + bias``: codes int8 [K, N], scale [N] or [G, N]."""
     steps = codes.to(torch.float32)
-    if group_size:
-        scale = scale.repeat_interleave(group_size, 0)
-        zero_point = None if zero_point is None else zero_point.repeat_interleave(group_size, 0)
+    if group_size:  # the last group may be shorter
+        length = codes.shape[0]
+        scale = scale.repeat_interleave(group_size, 0)[:length]
+        if zero_point is not None:
+            zero_point = zero_point.repeat_interleave(group_size, 0)[:length]
     if zero_point is not None:
         steps = steps - zero_point.to(torch.float32)
     y = torch.matmul(x, steps * scale)

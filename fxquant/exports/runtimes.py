@@ -176,7 +176,9 @@ def read_facts(folder: Path, runtime: Runtime) -> GraphInfo:
     try:
         facts = {name: from_json(kind, data[name]) for name, kind in _FACTS.items()}
         Scheme.parse(facts["scheme"])
-    except (KeyError, CheckpointError, SchemeError) as error:
+    except KeyError as error:
+        raise ExportError(f"{folder / RECORD}: {error} is missing; export again") from error
+    except (CheckpointError, SchemeError) as error:
         raise ExportError(f"{folder / RECORD}: {reason(error)}; export again") from error
     return GraphInfo(**facts, blocks=(), head=None, embeddings=None)
 

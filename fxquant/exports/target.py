@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.fx import GraphModule
 
 from fxquant.errors import ExportError
+from fxquant.formats.scales import FP32
 from fxquant.ir.graph import Level, Site, info
+from fxquant.ir.streamed import streamed_device
 from fxquant.pipeline.pipeline import AfterPass, Pass
 from fxquant.schemes.scheme import Scheme
 from fxquant.schemes.specs import SiteSpec, TensorSpec
@@ -35,6 +38,9 @@ class Target:
         check_graph: raises ExportError for what else stands in the graph and cannot be held.
         never: passes whose work it can never hold, each with the reason.
         check_specs: raises ExportError for specs that it cannot hold beside each other.
+        packages: that write it, by the names that they are imported under.
+        streams: whether a streamed graph can be written.
+        check_repairs: why it cannot hold what a repair of a scheme does to this float graph.
     """
 
     name: str
@@ -44,6 +50,24 @@ class Target:
     check_graph: Callable[[GraphModule], None]
     never: dict[str, str]
     check_specs: Callable[[Sequence[tuple[Site, SiteSpec]]], None] | None = None
+    packages: tuple[str, ...] = ()
+    streams: bool = True
+    check_repairs: Callable[[GraphModule, Scheme], tuple[str, Refusal] | None] | None = None
+
+
+def check_possible(target: Target, streamed: bool = False) -> None:
+    """Raise ExportError where nothing can be written, whatever the scheme: a package is missing, or
+    weights are ``streamed`` and it needs them in memory."""
+    absent = [name for name in target.packages if importlib.util.find_spec(name) is None]
+    if absent:
+        raise ExportError(
+            f"{target.name} needs {' and '.join(absent)} to be installed: pip install "
+            "fxquant[exports]"
+        )
+    if streamed and not target.streams:
+        raise ExportError(
+            f"{target.name}: a streamed graph cannot be exported: load it without stream"
+        )
 
 
 def check_scheme(target: Target, gm: GraphModule, scheme: Scheme) -> None:
@@ -51,15 +75,20 @@ def check_scheme(target: Target, gm: GraphModule, scheme: Scheme) -> None:
 
     ``gm``: the model's float graph with its sites named; nothing has been converted yet.
     """
+    check_possible(target, streamed_device(gm) is not None)
+    specs = [(site, scheme.spec_for(site.path, site.role)) for site in info(gm).sites]
+    _check_specs(target, gm, specs, str(scheme))
     for name, _ in scheme.repairs:
         if name in target.never:
             raise _refused(target, f"scheme {scheme}", Refusal(target.never[name], _without(name)))
-    specs = [(site, scheme.spec_for(site.path, site.role)) for site in info(gm).sites]
-    _check_specs(target, gm, specs, str(scheme))
+    found = None if target.check_repairs is None else target.check_repairs(gm, scheme)
+    if found is not None:
+        raise _refused(target, *found)
 
 
 def check_converted(target: Target, gm: GraphModule) -> None:
     """Raise ExportError for what stands in a converted graph and cannot be held."""
+    check_possible(target, streamed_device(gm) is not None)
     facts = info(gm)
     if facts.level not in (Level.QDQ, Level.INTEGER) and (
         target.needs_codes or facts.level != Level.FLOAT
@@ -80,7 +109,9 @@ def check_converted(target: Target, gm: GraphModule) -> None:
 
 def refusing(target: Target, scheme: Scheme) -> AfterPass:
     """A callback of the pipeline that raises ExportError as soon as a pass has made what cannot be
-    held: sites before any work, the rest behind the pass that makes it."""
+    held: sites before any work, the rest behind the pass that makes it. What does not depend on the
+    graph is refused at once."""
+    check_possible(target)
 
     def after(step: Pass, gm: GraphModule) -> None:
         if step.name == "name_sites":
@@ -98,9 +129,12 @@ def nearest_group(weight: TensorSpec, length: int) -> Refusal | None:
     if size is None or length <= size or length % size == 0:
         return None
     fits = max(each for each in range(1, size + 1) if length % each == 0)
-    asym = "-asym" if weight.grid.has_zero_point else ""
-    nearest = f"w{weight.grid.bits}-g{fits}{asym}" if fits > 1 else f"w{weight.grid.bits}{asym}"
-    return Refusal(f"groups of {size} do not divide its {length} columns", nearest)
+    near = replace(weight, group_size=fits)
+    if fits == 1:  # a scale an element: no codes
+        near = replace(weight, granularity="channel", group_size=None, scale=FP32)
+    return Refusal(
+        f"groups of {size} do not divide its {length} columns", spell_site(SiteSpec(near))
+    )
 
 
 def _check_specs(

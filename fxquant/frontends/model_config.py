@@ -31,12 +31,12 @@ _NEEDED: Final = (
 _ACTIVATIONS: Final = ("hidden_act", "activation_function", "hidden_activation")
 
 
-def check_config_file(directory: Path) -> None:
+def check_config_file(directory: Path, coded: bool = False) -> None:
     """Raise ModelError, naming the field, for a config.json that describes no float causal LM.
 
     Sizes must be whole numbers from 1, activations known to transformers, other values of their
     fields' kinds; what names other files than this folder's is refused, and so is a checkpoint that
-    is quantized already or only an adapter.
+    is quantized already, unless ``coded``, or only an adapter.
     """
     path = directory / CONFIG
     data = read_object(path, ModelError)
@@ -45,7 +45,7 @@ def check_config_file(directory: Path) -> None:
         raise ModelError(f"{path}: model_type must be text such as 'opt', got {_shown(kind)}")
     _check_fields(path, data, "")
     check_kinds(path, data)
-    if data.get("quantization_config") is not None:
+    if data.get("quantization_config") is not None and not coded:
         raise ModelError(
             f"{path}: quantization_config says that the weights are quantized already; fxquant "
             "starts from the float checkpoint"

@@ -70,16 +70,17 @@ _OF_TOKENIZERS: Final = (
 
 
 def read_config(
-    source: str | Path, revision: str | None = None, *, offline: bool = False
+    source: str | Path, revision: str | None = None, *, offline: bool = False, coded: bool = False
 ) -> PretrainedConfig:
-    """The config of a hub model or of a folder; ``offline``: only from the cache.
+    """The config of a hub model or of a folder; ``offline``: only from the cache; ``coded``: of an
+    export, whose weights may be codes.
 
     Raises ModelError naming file and field.
     """
     directory = Path(source)
     if directory.is_dir():
         check_files(directory)
-        check_config_file(directory)
+        check_config_file(directory, coded)
     if (directory / GENERATION).exists():  # it comes with a model that is read as a whole
         with _reading(str(source), GENERATION):
             GenerationConfig.from_dict(read_object(directory / GENERATION, ModelError))
@@ -93,9 +94,14 @@ def read_config(
 
 
 def read_tokenizer(
-    source: str | Path, revision: str | None = None, *, fast: bool = True, offline: bool = False
+    source: str | Path,
+    revision: str | None = None,
+    *,
+    fast: bool = True,
+    offline: bool = False,
+    coded: bool = False,
 ) -> Tokenizer:
-    """The tokenizer of a hub model or of a folder; ``offline``: only from the cache.
+    """The tokenizer of a hub model or of a folder; ``offline`` and ``coded`` as in read_config.
 
     Raises ModelError naming the file: damaged, or one that names files of elsewhere.
     """
@@ -106,7 +112,7 @@ def read_tokenizer(
         _check_there(directory)
         check_tokenizer_files(directory)
         if (directory / CONFIG).exists():  # transformers takes the tokenizer's class from it
-            check_config_file(directory)
+            check_config_file(directory, coded)
         if fast and (directory / FULL).exists():
             _check_fast(directory / FULL)
     else:

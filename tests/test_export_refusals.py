@@ -1,0 +1,147 @@
+"""Refusals of exports: before any work, and with a nearest scheme that is one and is held."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.fx import GraphModule
+
+import fxquant
+from fxquant.cli.main import main
+from fxquant.errors import ExportError
+from fxquant.exports import compressed_tensors
+from fxquant.exports.folder import write_export
+from fxquant.exports.table import FORMATS
+from fxquant.exports.target import check_scheme
+from fxquant.schemes.scheme import Scheme
+from tests.architectures import gpt2
+from tests.models import SMALL_OPT
+from tests.test_export_compressed import Untouched, batches, tiny_llama
+
+SCHEMES = (
+    *("w8", "w4-g7", "w4-g7-asym", "w4-g65", "w8a8-static", "w8/a4-dynamic", "w4-g24/a4-dynamic"),
+    *("w4-g32/a8-dynamic-token", "w4-g32-asym/a8-static", "w8a8-dynamic-g16", "w3-asym/a6-dynamic"),
+    *("fp8", "wfp8", "mxfp4", "wmxfp4", "nvfp4", "wnvfp4", "w4-g16-e4m3", "w4-g16-e8m0", "wnf4"),
+    *("w8+kv8", "w8+kv4", "w8a8-dynamic+attn8", "w8+rotate", "w8+rotate(online=false)"),
+    *("w8+correct_bias", "w8a8-static+split_outliers", "w8+kv8+correct_bias"),
+    '{"scheme": "w8", "overrides": {"embeddings": "w4-g7"}}',
+    '{"scheme": "w8", "overrides": {"embeddings": "w4-g16-e4m3"}}',
+)
+
+
+@cache
+def named(which: str) -> GraphModule:
+    model: Any = {"llama": tiny_llama, "gpt2": gpt2}[which]()
+    return fxquant.convert(model, "fp", level="float")
+
+
+def refused(target: str, which: str, scheme: Scheme) -> str:
+    try:
+        check_scheme(FORMATS[target].target, named(which), scheme)
+    except ExportError as error:
+        return str(error)
+    return ""
+
+
+def place(said: str) -> str:
+    """The site of a refusal, or the scheme that holds one repair too many."""
+    return said.partition("cannot hold ")[2].partition(": ")[0].partition(" (")[0]
+
+
+def advised(said: str, scheme: Scheme) -> Iterator[Scheme]:
+    """What the hint at the end of a refusal names, as whole schemes."""
+    hint = said.rpartition("nearest that it can: ")[2]
+    if hint == "the scheme with +rotate(online=false)":
+        yield Scheme.parse(str(scheme).replace("+rotate", "+rotate(online=false)"))
+    elif hint.startswith("the scheme without +"):
+        gone = re.findall(r"\+(\w+)", hint)
+        text = str(scheme)
+        for name in gone:
+            text = re.sub(rf"\+{name}(\([^)]*\))?", "", text)
+        yield Scheme.parse(text)
+    elif hint == "fp there":
+        yield Scheme.parse("w8")
+    elif "(--to " not in hint:
+        yield Scheme.parse(hint)
+
+
+@pytest.mark.parametrize("target", FORMATS)
+@pytest.mark.parametrize("text", SCHEMES)
+def test_every_hint_is_a_scheme_that_is_held(target: str, text: str) -> None:
+    for which in ("llama", "gpt2"):
+        scheme = Scheme.parse(text)
+        said = refused(target, which, scheme)
+        if not said:
+            continue
+        assert "nearest that it can: " in said or "nothing that the format is for" in said
+        for nearest in advised(said, scheme):
+            again = refused(target, which, nearest)
+            # What has several faults is refused for the next one then.
+            assert not again or place(again) != place(said)
+
+
+EARLY = ("w8+rotate", "w8a8-static+correct_bias")
+
+
+@pytest.mark.parametrize("scheme", EARLY)
+def test_repairs_that_modules_cannot_hold_are_refused_before_work(
+    scheme: str, tmp_path: Path
+) -> None:
+    model = tiny_llama()
+    with pytest.raises(ExportError, match="cannot hold"):
+        compressed_tensors(
+            model, tmp_path / "out", scheme=scheme, calibration=Untouched(batches(model))
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [["--stream"], []])
+def test_what_no_scheme_mends_is_refused_before_the_model_is_read(
+    options: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("the model was read")
+
+    if not options:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("fxquant.evaluation.job.load_model", forbidden)
+    asked = ["export", "--to", "onnx", "--model", str(SMALL_OPT), "--scheme", "w8", *options]
+    assert main([*asked, "--output", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert ("without stream" if options else "pip install fxquant[exports]") in said
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *(["--text", "builtin2"], ["--dataset", "builtin"], ["--length", "48"], ["--seed", "1"]),
+        *(["--calibration-windows", "2"], ["--windows", "3"], ["--allow-overlap"]),
+        *(["--dtype", "float16"], ["--cache", "x"]),
+    ],
+)
+def test_a_saved_graph_takes_no_option_of_a_conversion(
+    option: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fxquant.save(fxquant.convert(tiny_llama(), "w8"), tmp_path / "saved")
+    asked = ["export", "--to", "compressed-tensors", "--model", str(tmp_path / "saved"), *option]
+    assert main([*asked, "--output", str(tmp_path / "out")]) == 2
+    assert f"leave out {option[0]}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_engines_own_error_is_no_error_of_writing(tmp_path: Path) -> None:
+    def check(folder: Path) -> Any:
+        raise OSError("the engine lost its library")
+
+    gm = fxquant.convert(tiny_llama(), "w8")
+    with pytest.raises(OSError, match=r"^the engine lost its library$"):
+        write_export(gm, tmp_path / "out", "onnx", lambda folder: None, check, ())
+    assert list(tmp_path.iterdir()) == []
