@@ -52,8 +52,8 @@ class Quantizers:
 
         Raises NonFiniteError that names the first site whose input holds NaN or infinity.
         """
-        clipped, first = counts.tolist()
-        if first >= 0:
+        clipped, finite, first = counts.tolist()
+        if not finite:
             seen = zip(self.calls, accumulate(sizes), strict=True)
             node = next(node for node, end in seen if first < end)
             raise NonFiniteError(
@@ -150,14 +150,14 @@ class ClippingCounter:
         return [each.numel() for each in self._ends]
 
     def on_device(self, like: Tensor) -> Tensor:
-        """int64 [2] on like's device: elements clipped; the first of all sites' ``sizes`` numbers
-        that is not finite, -1 if all are."""
+        """int64 [3] on like's device: elements clipped; 1 if all sites' inputs are finite; the first
+        of their ``sizes`` numbers that is least so."""
         if not self._ends:
-            return like.new_tensor((0, -1))
+            return like.new_tensor((0, 1, 0), dtype=torch.int64)
         finite = torch.isfinite(torch.cat([each.flatten() for each in self._ends]))
-        first = torch.where(finite.all(), -1, torch.logical_not(finite).to(torch.uint8).argmax())
+        first = finite.to(torch.uint8).argmin()
         clipped = torch.stack((torch.zeros_like(first), *self._clipped)).sum()
-        return torch.stack((clipped, first))
+        return torch.stack((clipped, finite.all().to(torch.int64), first))
 
 
 def _dynamic_range(scale: Node) -> Any:

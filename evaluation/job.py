@@ -51,7 +51,7 @@ from fxquant.ir.graph import GraphInfo, Level, float_dtype, info, set_workspace
 from fxquant.ir.streamed import Workspace, workspace_folder
 from fxquant.recipes import conversion
 from fxquant.recipes.repairs import can_resume
-from fxquant.recipes.running import AUTO, as_run, running_level
+from fxquant.recipes.running import as_run, running_level
 from fxquant.run.batches import check_ids
 from fxquant.run.distributed import world_size
 from fxquant.schemes.scheme import Scheme, as_scheme
@@ -149,7 +149,7 @@ def _run_export(job: Job, source: Source, say: Callable[[str], None]) -> Outcome
 
 def runtime_of(job: Job) -> Runtime | None:
     """The engine that exported models are run in; raises what ``runtime_named`` does."""
-    return None if job.runtime is None else runtime_named(job.runtime, job.device)
+    return None if job.runtime is None else runtime_named(job.runtime, job.device, job.level)
 
 
 def deployed_schemes(job: Job) -> list[Scheme]:
@@ -177,10 +177,6 @@ def check_job(job: Job) -> list[Scheme]:
     check_device(job.device)
     runtime_of(job)
     resolve_dtype(job.dtype, job.device)
-    if job.runtime is not None and job.level != AUTO:
-        raise DataError(
-            f"--level {job.level} with --runtime {job.runtime}: it runs no level of ours"
-        )
     running_level(job.level, job.device)
     for name in (job.dataset, job.calibration_dataset):
         if name is not None:

@@ -22,7 +22,7 @@ from fxquant.frontends.tracing import trace
 from fxquant.ir.counted import counted
 from fxquant.ir.graph import GraphInfo, Level, device_of, float_dtype, info
 from fxquant.ir.streamed import check_present
-from fxquant.recipes.running import AUTO, as_run
+from fxquant.recipes.running import as_run
 from fxquant.schemes.scheme import Scheme, brief
 
 
@@ -72,13 +72,10 @@ def subject_of(
 ) -> Subject:
     """With the graph lowered to ``level`` (``as_run``), where it is run itself.
 
-    Raises ExportError for a runtime that is not there, what it cannot hold and a folder that is
-    no export for it, DataError for an observed graph and for a level beside a runtime, what ``trace`` raises."""
-    engine = None if runtime is None else runtime_named(runtime)
-    if engine is not None and level != AUTO:
-        raise DataError(
-            f"level={level!r} with runtime={runtime!r}: {runtime} runs no level of ours"
-        )
+    Raises ExportError for a runtime that is not there, what it cannot hold and a folder that is no
+    export for it, DataError for an observed graph, what ``trace`` raises.
+    """
+    engine = None if runtime is None else runtime_named(runtime, level=level)
     if engine is not None and isinstance(model, str | os.PathLike):
         folder = as_path(model, "model")
         return Subject(read_facts(folder, engine), None, folder, engine)

@@ -203,3 +203,9 @@ def test_a_damaged_record_is_said(tmp_path: Path) -> None:
     (tmp_path / "fxquant_export.json").write_text(json.dumps({**record, **more, "scheme": "w99"}))
     with pytest.raises(ExportError, match=r"bits must be 2..8, got 99; export again"):
         runtimes.read_facts(tmp_path, RUNTIMES["onnxruntime"])
+
+
+@pytest.mark.parametrize("level", ["qdq", "integer", "kernels"])
+def test_an_engine_runs_no_level(level: str) -> None:
+    with pytest.raises(ExportError, match=f"runs no graph at level {level}"):
+        fxquant.evaluate(llama(), token_ids(2, 9), runtime="onnxruntime", level=level)

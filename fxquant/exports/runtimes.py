@@ -22,6 +22,7 @@ from fxquant.frontends.hub import without_notices
 from fxquant.frontends.pretrained import read_written
 from fxquant.ir.calibration import CalibrationRecord
 from fxquant.ir.graph import GraphInfo
+from fxquant.recipes.running import AUTO
 from fxquant.run.loss import token_nll
 from fxquant.schemes.scheme import Scheme
 
@@ -142,8 +143,9 @@ RUNTIMES: Final = {
 }
 
 
-def runtime_named(name: str, device: str = "cpu") -> Runtime:
-    """The engine; ExportError for one that is not known, not installed, or not on ``device``."""
+def runtime_named(name: str, device: str = "cpu", level: str = AUTO) -> Runtime:
+    """The engine; ExportError for one that is not known, not installed, or not on ``device``, and
+    where a ``level`` is asked for, which is a graph's."""
     if name not in RUNTIMES:
         raise ExportError(f"unknown runtime {name!r}: known are {', '.join(RUNTIMES)}")
     runtime = RUNTIMES[name]
@@ -154,6 +156,8 @@ def runtime_named(name: str, device: str = "cpu") -> Runtime:
         )
     if not device.startswith("cpu") and name != "vllm":
         raise ExportError(f"runtime {name} is run on cpu, not on {device}: give --device cpu")
+    if level != AUTO:
+        raise ExportError(f"runtime {name} runs no graph at level {level}: leave one of them out")
     return runtime
 
 
