@@ -146,7 +146,7 @@ class ClippingCounter:
 
     @property
     def sizes(self) -> list[int]:
-        """How many numbers stand for each site's input where it is looked at for what is finite."""
+        """How many numbers are looked at for each site's input, whether they are finite."""
         return [each.numel() for each in self._ends]
 
     def on_device(self, like: Tensor) -> Tensor:

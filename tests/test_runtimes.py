@@ -22,6 +22,7 @@ from fxquant.evaluation.results import read_results
 from fxquant.evaluation.sweep_tables import format_results
 from fxquant.exports import compressed_tensors, runtimes
 from fxquant.exports.runtimes import RUNTIMES, runtime_named
+from tests.architectures import llama, token_ids
 from tests.models import SMALL_OPT, small_opt
 
 ENGINES = pytest.mark.needs_program(
