@@ -150,7 +150,7 @@ class ClippingCounter:
         return [each.numel() for each in self._ends]
 
     def on_device(self, like: Tensor) -> Tensor:
-        """int64 [3] on like's device: elements clipped; 1 if all sites' inputs are finite; the first
+        """int64 [3] on like's device: elements clipped; 1 if all inputs are finite; the first
         of their ``sizes`` numbers that is least so."""
         if not self._ends:
             return like.new_tensor((0, 1, 0), dtype=torch.int64)
