@@ -30,6 +30,7 @@ _NAMES = (
     *("weight", "weight_scale", "weight_zero_point", "weight_sum", "input_zero_point", "bias"),
     GLOBAL_SCALE,
 )
+_CODED = ("weight", "weight_scale")  # what may be of float8
 _ELEMENTS = 2**22  # of codes that are unpacked at once
 
 
@@ -74,7 +75,9 @@ def _check_numbers(gm: GraphModule) -> None:
             if value is None or not value.is_floating_point() or not value.numel():
                 continue
             value = value.detach()
-            if value.element_size() == 1:  # float8, which has no minimum
+            if value.element_size() == 1:  # float8, which has no minimum, and no sum with floats
+                if not (isinstance(module, QuantizedParameters) and name in _CODED):
+                    _fail(path, name, "a dtype to compute in")
                 value = value.to(torch.float32)
             low, high = (float(end) for end in torch.aminmax(value))
             if math.isfinite(low) and math.isfinite(high):

@@ -40,7 +40,9 @@ def quantize(x: Any, scale: Any, zero_point: Any, qmin: int, qmax: int, dtype: t
     if len(scale.shape) == 0:
         codes = op.QuantizeLinear(x, scale, zero)
     else:
-        rows = op.Reshape(x, _constant([-1, x.shape[-1]], np.int64))
+        # The columns of attention's probabilities are as many as there are tokens.
+        shape = op.Concat(_constant([-1], np.int64), op.Shape(x, start=-1), axis=0)
+        rows = op.Reshape(x, shape)
         scales = op.Reshape(scale, _constant([-1], np.int64))
         if zero_point is None:
             zeros = op.Expand(zero, op.Shape(scales))

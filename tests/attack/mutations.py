@@ -283,9 +283,8 @@ def change_tensor(rng: random.Random, folder: Path) -> None:
     elif how == "bytes":
         tensors[name] = _other_bytes(rng, value)
     elif how == "dtype":
-        kinds = [torch.int8, torch.uint8, torch.int32, torch.int64, torch.float16, torch.float64]
-        kinds += [torch.float8_e4m3fn, torch.float8_e5m2]
-        kind = rng.choice(kinds)
+        dtypes = [torch.int8, torch.uint8, torch.int32, torch.int64, torch.float16, torch.float64]
+        kind = rng.choice([*dtypes, torch.float8_e4m3fn, torch.float8_e5m2])
         same = kind.itemsize == value.element_size() and rng.random() < 0.5
         tensors[name] = value.view(kind) if same else value.to(kind)
     elif how == "shape":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tarfile
@@ -123,9 +124,12 @@ def run(gm: GraphModule, expected: torch.Tensor) -> str:
         return "as saved"
     if bool(found.isfinite().all()):
         return "finite"
-    with pytest.raises(NonFiniteError):
-        evaluate(gm, inputs()["input_ids"])
-    return "one clear error when run"
+    try:  # a range of a whole batch may hold each row alone
+        loss = evaluate(gm, inputs()["input_ids"]).loss
+    except NonFiniteError:
+        return "one clear error when run"
+    assert math.isfinite(loss)
+    return "finite row by row"
 
 
 def check(seeds: range, bases: Path, tmp_path: Path) -> Counter[str]:

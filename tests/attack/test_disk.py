@@ -39,6 +39,7 @@ COMMANDS = {
     "explain": [*EXPLAIN, "--worst", "0"],
     "plan": PLAN,
     "convert": ["convert", *SHORT, "--scheme", "w8"],
+    "export": ["export", *SHORT, "--scheme", "w8", "--to", "compressed-tensors", "--no-check"],
 }
 
 
@@ -298,7 +299,7 @@ def test_a_second_run_is_refused(
 ) -> None:
     output = tmp_path / "out"
     lock: contextlib.AbstractContextManager[None] = hold_folder(output)
-    if name == "convert":
+    if name in ("convert", "export"):
         lock = held_target(output)
     if name == "sweep":
         output.mkdir()
@@ -351,7 +352,7 @@ def test_two_processes_at_once(name: str, tmp_path: Path) -> None:
         said = [run.communicate(timeout=BOUND)[1] for run in runs]
     codes = [run.returncode for run in runs]
     # The slower one may come when the faster has ended: then it is told what is there, or goes on.
-    late = {"evaluate": 2, "explain": 0, "plan": 0, "convert": 0, "sweep": 0}[name]
+    late = 2 if name == "evaluate" else 0
     assert sorted(codes) in ([0, 2], sorted([0, late])), said
     for code, text in zip(codes, said, strict=True):
         assert code == 0 or "another process is writing" in text or "holds a finished run" in text
