@@ -40,16 +40,23 @@ def scattered_into_the_input(x: Tensor) -> Tensor:
 
 
 def added_to(x: Tensor) -> Tensor:
-    y = x.clone().unsqueeze(0)
+    y = x.cumsum(0).unsqueeze(0)
     overwrite(y, ..., y + 2)
     return y.view(-1) * 3
 
 
 def added_behind_a_view(x: Tensor) -> Tensor:
-    y = x.clone().unsqueeze(0)
+    y = x.cumsum(0).unsqueeze(0)
     before = y.view(-1)
     overwrite(y, ..., y + 2)
     return before + y.view(-1)
+
+
+def product_of_bool(x: Tensor) -> Tensor:
+    """Which stays bool where it is written into one."""
+    y = (x > 0).clone()
+    overwrite(y, ..., y * 2)
+    return y
 
 
 def sum_in_another_dtype(x: Tensor) -> Tensor:
@@ -67,6 +74,7 @@ def sum_in_another_dtype(x: Tensor) -> Tensor:
         (scattered_into_the_input, 1),
         (added_to, 0),
         (added_behind_a_view, 1),
+        (product_of_bool, 1),
         (sum_in_another_dtype, 1),
     ],
 )

@@ -49,6 +49,23 @@ def found_frequencies(folder: Path, buffer: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
+    ("model_type", "name", "key"),
+    [
+        ("qwen3_moe", "Qwen3MoeForCausalLM", "num_experts"),
+        ("olmoe", "OlmoeForCausalLM", "num_experts"),
+        ("mixtral", "MixtralForCausalLM", "num_local_experts"),
+    ],
+)
+def test_the_number_of_experts_is_read(
+    tmp_path: Path, model_type: str, name: str, key: str
+) -> None:
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    folder = write(tmp_path / "model", model_type, name, rope, num_local_experts=3)
+    config: Any = read_config(folder)
+    assert getattr(config, key) == 3
+
+
+@pytest.mark.parametrize(
     ("model_type", "name", "theta", "partial", "buffer"),
     [
         ("llama", "LlamaForCausalLM", 77.0, None, "model.rotary_emb.inv_freq"),

@@ -45,14 +45,16 @@ def token_windows(data: Windows | None, facts: GraphInfo, what: str = "data") ->
     """As ``as_windows``, on the CPU, for a graph of which there are facts only."""
     if data is None:
         raise DataError(
-            "no windows to measure the loss on: pass data=, a LongTensor [N, L] or a list of them"
+            f"no windows to measure the loss on: pass {what}=, a LongTensor [N, L] or a list of "
+            "them"
         )
     given = enumerate(batches_of(data, what, DataError))
-    parts = tuple(_window(part, f"window {index}") for index, part in given)
+    where = "window" if what == "data" else f"{what}= window"
+    parts = tuple(_window(part, f"{where} {index}") for index, part in given)
     if not parts:
         raise DataError(f"{what}= holds no window")
     for index, ids in enumerate(parts):
-        check_ids(ids, facts, f"window {index}")
+        check_ids(ids, facts, f"{where} {index}")
     return parts
 
 

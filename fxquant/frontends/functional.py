@@ -17,6 +17,7 @@ _MAKE = (
     *("arange", "clone", "cumsum", "empty", "empty_like", "full", "full_like", "new_empty"),
     *("new_full", "new_ones", "new_zeros", "ones", "ones_like", "zeros", "zeros_like"),
 )
+_NUMBERS = ("arange", "cumsum")
 _VIEW = ("unsqueeze", "squeeze", "view", "transpose", "permute", "getitem")
 # Methods that give the dtype of what they write into; add_ and add differ there.
 _SAME_DTYPE = ("scatter_", "masked_fill_", "index_fill_", "index_copy_", "tril_", "triu_")
@@ -43,6 +44,15 @@ def _is_own(value: object, user: Node) -> bool:
     )
 
 
+def _is_own_number(value: object) -> bool:
+    """Whether ``value`` is fresh and surely not bool, whose sum with a number is no bool."""
+    if not isinstance(value, Node):
+        return False
+    if op_name(value) in _VIEW and bool(value.args):
+        return _is_own(value.args[0], value) and _is_own_number(value.args[0])
+    return op_name(value) in _NUMBERS
+
+
 def _make_sum(graph: Graph, node: Node) -> None:
     """A number added in place: all that read the tensor afterwards read the sum."""
     target, value = node.args[0], node.args[2]
@@ -52,9 +62,7 @@ def _make_sum(graph: Graph, node: Node) -> None:
     number = value.args[1] if added else None
     order = {each: place for place, each in enumerate(graph.nodes)}
     before = [user for user in target.users if order[user] < order[node]]
-    fresh = op_name(target) in _MAKE or (
-        op_name(target) in _VIEW and _is_own(target.args[0], target)
-    )
+    fresh = _is_own_number(target)
     if type(number) is int and before == [value] and list(value.users) == [node] and fresh:
         graph.erase_node(node)
         target.replace_all_uses_with(value, lambda user: user is not value)

@@ -45,7 +45,7 @@ from fxquant.frontends.tokenizer_files import (
 )
 from fxquant.frontends.weight_files import Stored, stored_weights
 from fxquant.frontends.weight_names import check_names, match
-from fxquant.frontends.written_by_5 import restore_rope, tokenizer_arguments
+from fxquant.frontends.written_by_5 import restore_experts, restore_rope, tokenizer_arguments
 
 # What transformers raises on a file whose values it cannot use, besides reading errors.
 _BAD_FILES: Final = (
@@ -90,6 +90,7 @@ def read_config(
         )
     check_config(config, str(source))
     restore_rope(config, str(source))
+    restore_experts(config)
     return config
 
 

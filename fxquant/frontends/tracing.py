@@ -33,6 +33,7 @@ from fxquant.frontends.patching import exclusive, no_mask_left_out, tracing
 from fxquant.frontends.recorder.record import Recorded, record
 from fxquant.frontends.scoring import ScoringGraph
 from fxquant.frontends.settled import settle
+from fxquant.ir.blocks import block_of
 from fxquant.ir.functions import default_mask
 from fxquant.ir.graph import (
     GraphInfo,
@@ -280,8 +281,8 @@ def _decoder_blocks(model: nn.Module) -> tuple[str, ...]:
     """Paths of the repeated blocks: children of the outermost ModuleLists that hold matrices."""
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in lists)
-        if isinstance(module, nn.ModuleList) and _holds_matrix(module) and not inside:
+        outermost = block_of(name, lists) is None
+        if isinstance(module, nn.ModuleList) and _holds_matrix(module) and outermost:
             lists[name] = module
     return tuple(
         f"{name}.{index}" for name, blocks in lists.items() for index in range(len(blocks))

@@ -6,6 +6,7 @@ keys by its defaults: another model, without a word. It refuses the tokenizers' 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +23,7 @@ READS_ITS_OWN: Final = hasattr(transformers, _CLASS)  # transformers 5 itself
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _THETA: Final = ("rope_theta", "rotary_emb_base")
 _PARTIAL: Final = ("partial_rotary_factor", "rotary_pct")
+_EXPERTS: Final = "num_local_experts"
 _LENGTH: Final = "original_max_position_embeddings"
 
 
@@ -40,6 +42,16 @@ def restore_rope(config: PretrainedConfig, name: str) -> None:
             raise ModelError(f"{name}: config.json's rope_parameters is {shown(rope)}, no object")
         _restore(each, rope, name)
         del each.rope_parameters
+
+
+def restore_experts(config: PretrainedConfig) -> None:
+    """Give ``num_experts``, as some mixtures of 4.57 say, what 5 calls ``num_local_experts``."""
+    written = vars(config).get(_EXPERTS)
+    if READS_ITS_OWN or written is None or not hasattr(config, "num_experts"):
+        return
+    if _EXPERTS not in {*inspect.signature(type(config)).parameters, *config.attribute_map}:
+        config.num_experts = written
+        delattr(config, _EXPERTS)
 
 
 def _restore(config: PretrainedConfig, rope: Mapping[str, Any], name: str) -> None:

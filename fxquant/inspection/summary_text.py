@@ -212,11 +212,16 @@ def _range(records: Sequence[SiteRecord]) -> str:
     low = span(record.low for record in records)
     high = span(record.high for record in records)
     if low is None or high is None:
-        return "each batch" if records and "dynamic" in records[0].spec else "-"
+        return "each batch" if records and _has_codes(records[0]) else "-"
     estimator = Counter(record.estimator for record in records).most_common(1)[0][0]
     symmetric = all(-(r.low or 0) == r.high for r in records)
     ends = f"±{_between(high, '.2g')}" if symmetric else f"{low[0]:.2g}..{high[1]:.2g}"
     return f"{ends} {estimator}"
+
+
+def _has_codes(record: SiteRecord) -> bool:
+    """Whether an input of the site becomes codes; a product's operand always does."""
+    return bool(record.operand) or Scheme.parse(record.spec).spec.activation is not None
 
 
 def _between(ends: tuple[float, float] | None, form: str) -> str:

@@ -146,6 +146,8 @@ class _Analysis:
             self._follow(node, "normed", norm)
         elif kinds == {"normed"} and is_a(node, Kind.PRODUCT) and self._gain(node) is not None:
             norm = self.norm_of[operands[0]]
+            if norm.gain is not None or norm.readers:
+                self._refuse(node, "one norm is read with two gains, and only one can be folded")
             norm.node, norm.normed, norm.gain = node, operands[0], self._gain(node)
             self._follow(node, "gained", norm)
         elif len(kinds) == 1 and keeps(node, operands[0], self.values):
@@ -162,7 +164,10 @@ class _Analysis:
         """A linear ends the stream, or what a norm of it gives."""
         kind = self.kind[operands[0]]
         if kind in ("normed", "gained"):
-            self.norm_of[operands[0]].readers.append(node)
+            norm = self.norm_of[operands[0]]
+            if kind == "normed" and norm.gain is not None:
+                self._refuse(node, "one norm is read with its gain and without")
+            norm.readers.append(node)
         elif kind == "stream":
             self.stream.readers.append(node)
         else:
