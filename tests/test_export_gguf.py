@@ -98,6 +98,16 @@ def test_other_scales_move_and_it_is_said(scheme: str, tmp_path: Path) -> None:
 
 
 @READER
+def test_a_saved_graph_is_exported(tmp_path: Path) -> None:
+    graph = fxquant.convert(tiny_llama(), "w4-g32-fp16-asym", level="qdq")
+    fxquant.save(graph, tmp_path / "saved")
+    loaded = fxquant.load(tmp_path / "saved")
+    assert loaded.get_submodule("model.layers.0.mlp.up_proj").weight_scale.dtype == torch.float16
+    again, direct = gguf(loaded, tmp_path / "a"), gguf(graph, tmp_path / "b", check=False)
+    assert (again.path / MODEL).read_bytes() == (direct.path / MODEL).read_bytes()
+
+
+@READER
 @pytest.mark.parametrize("scheme", ["w8-g32-fp16", "w4-g32-fp16", "w4-g32-fp16-asym"])
 def test_the_file_holds_the_numbers_of_the_graph(scheme: str, tmp_path: Path) -> None:
     """By gguf's own reading of its blocks."""
