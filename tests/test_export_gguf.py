@@ -49,7 +49,7 @@ MIXED = (
 
 def qwen(number: int) -> PreTrainedModel:
     config, kind = {2: (Qwen2Config, Qwen2ForCausalLM), 3: (Qwen3Config, Qwen3ForCausalLM)}[number]
-    model = build(kind, config(**SIZES))  # type: ignore[arg-type]
+    model = build(kind, config(**SIZES))
     randomize(model, 3)
     return model
 
