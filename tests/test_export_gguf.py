@@ -49,7 +49,7 @@ MIXED = (
 
 def qwen(number: int) -> PreTrainedModel:
     config, kind = {2: (Qwen2Config, Qwen2ForCausalLM), 3: (Qwen3Config, Qwen3ForCausalLM)}[number]
-    model = build(kind, config(**SIZES))  # type: ignore[arg-type]
+    model = build(kind, config(**SIZES))
     randomize(model, 3)
     return model
 
@@ -95,6 +95,16 @@ def test_other_scales_move_and_it_is_said(scheme: str, tmp_path: Path) -> None:
     again = gguf(with_half_scales(graph), tmp_path / "b").checked
     assert again.difference <= 1e-6 * again.largest
     assert (tmp_path / "a" / MODEL).read_bytes() == (tmp_path / "b" / MODEL).read_bytes()
+
+
+@READER
+def test_a_saved_graph_is_exported(tmp_path: Path) -> None:
+    graph = fxquant.convert(tiny_llama(), "w4-g32-fp16-asym", level="qdq")
+    fxquant.save(graph, tmp_path / "saved")
+    loaded = fxquant.load(tmp_path / "saved")
+    assert loaded.get_submodule("model.layers.0.mlp.up_proj").weight_scale.dtype == torch.float16
+    again, direct = gguf(loaded, tmp_path / "a"), gguf(graph, tmp_path / "b", check=False)
+    assert (again.path / MODEL).read_bytes() == (direct.path / MODEL).read_bytes()
 
 
 @READER

@@ -21,8 +21,8 @@ from tests.test_export_compressed import Untouched, batches, tiny_llama
 
 def number(row: Tensor, bits: int, index: int) -> int:
     """The ``index``-th number in a row of words, by Python's integers."""
-    whole = sum((int(word) & 0xFFFFFFFF) << (32 * place) for place, word in enumerate(row))
-    return (whole >> (bits * index)) & (2**bits - 1)
+    whole: int = sum((int(word) & 0xFFFFFFFF) << (32 * place) for place, word in enumerate(row))
+    return (whole >> (bits * index)) & ((1 << bits) - 1)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

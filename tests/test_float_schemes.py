@@ -8,7 +8,6 @@ import pytest
 
 from fxquant.errors import SchemeError, SpellingError
 from fxquant.formats.integer import IntegerGrid
-from fxquant.formats.scales import FP32
 from fxquant.formats.table import GRIDS, SCALES
 from fxquant.schemes.named import NAMED
 from fxquant.schemes.scheme import Scheme
@@ -101,7 +100,7 @@ def a_tensor(random_: random.Random, grains: tuple[str, ...]) -> TensorSpec:
     grain = random_.choice(grains)
     if grain != "group":
         return TensorSpec(grid, grain)  # type: ignore[arg-type]
-    kept = [FP32] if grid.has_zero_point else list(SCALES.values())
+    kept = [each for each in SCALES.values() if each.zero_points or not grid.has_zero_point]
     kept = [each for each in kept if "even" not in each.name or not isinstance(grid, IntegerGrid)]
     kept = [each for each in kept if "even" not in each.name or grid.name != "nf4"]
     return TensorSpec(grid, "group", random_.choice((1, 16, 32, 100)), random_.choice(kept))

@@ -133,4 +133,5 @@ def site_tensors(held: WeightCodes) -> dict[str, Tensor]:
 
 
 def _shuffled(numbers: Tensor) -> Tensor:
-    return numbers.unflatten(1, (-1, len(_ORDER)))[..., _ORDER].flatten(1)
+    eights: Tensor = numbers.unflatten(1, (-1, len(_ORDER)))
+    return eights[..., _ORDER].flatten(1)

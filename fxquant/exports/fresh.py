@@ -7,16 +7,15 @@ import nothing of fxquant, nor transformers: that the file needs neither is what
 """
 
 import sys
+from typing import Any
 
 import torch
 
 
 def main(kind: str, file: str, threads: str, given: str, found: str) -> None:
     torch.set_num_threads(int(threads))
-    if kind == "pt2":
-        program = torch.export.load(file).module()
-    else:
-        program = torch._inductor.aoti_load_package(file)
+    load: Any = torch._inductor.aoti_load_package if kind == "aoti" else torch.export.load
+    program = load(file) if kind == "aoti" else load(file).module()
     with torch.no_grad():
         logits = [program(**inputs) for inputs in torch.load(given, weights_only=True)]
     foreign = sorted({"fxquant", "transformers"} & sys.modules.keys())

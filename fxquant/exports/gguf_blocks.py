@@ -72,5 +72,5 @@ def turned(held: WeightCodes, heads: int) -> WeightCodes:
 
 def pairs(rows: Tensor, heads: int) -> Tensor:
     """Rows [heads * (2 * half), ...] in the order (first, second) of each pair."""
-    halves = rows.unflatten(0, (heads, 2, -1))
+    halves: Tensor = rows.unflatten(0, (heads, 2, -1))
     return halves.transpose(1, 2).flatten(0, 2).contiguous()

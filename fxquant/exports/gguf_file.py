@@ -217,8 +217,8 @@ def _parts(modules: Modules) -> Iterator[_Part]:
         yield _Part(f"{names.get_name(path)}.weight", shape, kind_of(spec), coded)
         bias = getattr(gm.get_submodule(path), "bias", None)
         if bias is not None:
-            own = partial(_floats, bias.detach, torch.float32, heads(path))
-            yield _Part(f"{names.get_name(path)}.bias", tuple(bias.shape), "F32", own)
+            value = partial(_floats, bias.detach, torch.float32, heads(path))
+            yield _Part(f"{names.get_name(path)}.bias", tuple(bias.shape), "F32", value)
 
 
 def _floats(read: Callable[[], Tensor], dtype: torch.dtype, heads: int) -> Tensor:

@@ -116,7 +116,8 @@ def _run(kind: Kind, file: Path, probes: list[dict[str, Tensor]]) -> list[Tensor
         given, found = Path(folder) / "given.pt", Path(folder) / "found.pt"
         torch.save(probes, given)
         threads = str(torch.get_num_threads())
-        command = [sys.executable, "-I", fresh_program.__file__, kind, file, threads, given, found]
+        paths = map(str, (given, found))
+        command = [sys.executable, "-I", fresh_program.__file__, kind, str(file), threads, *paths]
         done = subprocess.run(command, capture_output=True, text=True, timeout=_BOUND)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no word"])[-1]
@@ -143,13 +144,12 @@ def _sensitivity(gm: GraphModule) -> float:
     for module in noisy.modules():
         if isinstance(module, QuantizedParameters):
             continue
-        for kept in (module._parameters, module._buffers):
-            for name, value in kept.items():
-                if value is not None and value.is_floating_point():
-                    noise = torch.randn(value.shape, generator=generator) * _NOISE
-                    moved = (value.detach().float() * (1 + noise)).to(value.dtype)
-                    is_parameter = isinstance(value, torch.nn.Parameter)
-                    kept[name] = torch.nn.Parameter(moved, False) if is_parameter else moved
+        for name, value in [*module._parameters.items(), *module._buffers.items()]:
+            if value is not None and value.is_floating_point():
+                noise = torch.randn(value.shape, generator=generator) * _NOISE
+                moved = (value.detach().float() * (1 + noise)).to(value.dtype)
+                is_parameter = isinstance(value, torch.nn.Parameter)
+                setattr(module, name, torch.nn.Parameter(moved, False) if is_parameter else moved)
     first, second, largest = _masked(gm), _masked(noisy), 0.0
     with torch.no_grad():
         for ids in random_tokens(gm):

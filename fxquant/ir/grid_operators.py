@@ -6,6 +6,9 @@ what stands here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -148,7 +151,7 @@ def _numbers(
     return (x if zero_point is None else x - zero_point), w
 
 
-COMPOSITE = {
+COMPOSITE: dict[str, Callable[..., Any]] = {
     "choose_scale(Tensor x, str granularity, str grid) -> Tensor": choose_scale,
     "choose_global_scale(Tensor x, str grid, str scale) -> Tensor": choose_global_scale,
     "choose_group_scales(Tensor x, Tensor? global_scale, str grid, str scale, int group_size)"

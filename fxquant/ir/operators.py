@@ -9,6 +9,9 @@ of it, which has no code, makes that row of the result NaN.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -195,7 +198,7 @@ def add_bias(y: Tensor, bias: Tensor, like: Tensor) -> Tensor:
     return _with_nan_of(y + bias.to(torch.float32), like).to(like.dtype)
 
 
-_COMPOSITE = {
+_COMPOSITE: dict[str, Callable[..., Any]] = {
     "choose_qparams(Tensor x, str granularity, bool symmetric, int qmin, int qmax)"
     " -> (Tensor, Tensor)": choose_qparams,
     "quantize(Tensor x, Tensor scale, Tensor? zero_point, int qmin, int qmax, ScalarType dtype)"
@@ -220,7 +223,9 @@ _COMPOSITE = {
 }
 
 # What each operator of a graph is, by its name without "fxquant::".
-WRITTEN_OUT = {schema.split("(")[0]: function for schema, function in _COMPOSITE.items()}
+WRITTEN_OUT: dict[str, Callable[..., Any]] = {
+    schema.split("(")[0]: function for schema, function in _COMPOSITE.items()
+}
 
 for _schema, _function in _COMPOSITE.items():
     _LIBRARY.define(_schema)

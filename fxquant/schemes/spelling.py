@@ -162,9 +162,9 @@ def _scan_groups(scanner: Scanner, element: Grid, of: str) -> TensorSpec:
         name = max(found, key=len)
         scanner.accept(f"-{name}")
         scale = SCALES[name]
-    if scanner.peek("-asym") and (scale != FP32 or of != "weight"):
-        what = f"groups of an {of}" if scale == FP32 else f"groups whose scales are {scale.name}"
-        scanner.fail(f"{what} have no zero points")
+    if scanner.peek("-asym") and not (scale.zero_points and of == "weight"):
+        held = f"whose scales are {scale.name}" if not scale.zero_points else f"of an {of}"
+        scanner.fail(f"groups {held} have no zero points")
     try:
         return TensorSpec(_scan_zero_point(scanner, element), "group", group_size, scale)
     except SpellingError:
