@@ -65,7 +65,12 @@ def check_deployable(runtime: Runtime, graph: GraphModule, schemes: list[Scheme]
 
 
 def run_exported(
-    folder: Path, runtime: Runtime, windows: Tensor, batch_size: int, label: str, scored: Tensor
+    folder: Path,
+    runtime: Runtime,
+    windows: Tensor,
+    batch_size: int,
+    label: str,
+    scored: Tensor | None,
 ) -> Perplexity:
     """Losses of the export in ``folder`` on windows int64 [N, L]: see ``perplexity.evaluate``.
 
@@ -103,7 +108,6 @@ def run_graph(
     """
     is_float = info(gm).level == Level.FLOAT
     scheme = str(FLOAT) if is_float else info(gm).scheme
-    everything = torch.full((len(windows),), windows.shape[1] - 1)
     try:
         place = tempfile.TemporaryDirectory(prefix="fxquant-", ignore_cleanup_errors=True)
     except OSError as error:
@@ -123,7 +127,7 @@ def run_graph(
             windows,
             batch_size,
             brief(scheme),
-            everything if scored is None else scored,
+            scored,
         )
     return Deployed(scheme, found, seconds, info(gm).calibration)
 

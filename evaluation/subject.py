@@ -79,7 +79,7 @@ def subject_of(
     if engine is not None and isinstance(model, str | os.PathLike):
         folder = as_path(model, "model")
         return Subject(read_facts(folder, engine), None, folder, engine)
-    graph = model if isinstance(model, GraphModule) else trace(model)  # type: ignore[arg-type]
+    graph = model if isinstance(model, GraphModule) else trace(model)
     facts = info(graph)
     check_present(graph)
     if facts.level == Level.OBSERVED:

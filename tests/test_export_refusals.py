@@ -36,7 +36,7 @@ SCHEMES = (
 
 @cache
 def named(which: str) -> GraphModule:
-    model: Any = {"llama": tiny_llama, "gpt2": gpt2}[which]()
+    model = tiny_llama() if which == "llama" else gpt2()
     return fxquant.convert(model, "fp", level="float")
 
 

@@ -12,9 +12,10 @@ from fxquant.cli.signals import INTERRUPTED
 from fxquant.errors import DataError
 from fxquant.evaluation.datasets import NAMED, tokenizer_note
 from fxquant.evaluation.gguf import weights_note
-from fxquant.evaluation.job import Job, Outcome, run
+from fxquant.evaluation.job import Job, run
 from fxquant.evaluation.models import DTYPES
 from fxquant.evaluation.results import row_notes
+from fxquant.evaluation.rows import Outcome
 from fxquant.evaluation.tables import LEGEND, format_table, sentences
 from fxquant.exports.runtimes import RUNTIMES
 from fxquant.files.doors import as_path, printable

@@ -1,7 +1,7 @@
 """Formats that other engines load: one file a format, each read from the graph and checked.
 
 Users and the command line call this room. It knows graphs, not how an option spelled them; an
-engine is imported only where an export is checked.
+engine is imported only where an export is checked or run.
 """
 
 from fxquant.exports.aoti_file import aoti as aoti
