@@ -1,6 +1,6 @@
 """Random schemes over all grids: read back, converted, codes of their grid, logits of a reference.
 
-Or one clear refusal, before any work: a number of fewer levels than there is to tell, say.
+What is not converted has to be refused by one of fxquant's errors; any other is a failure.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import random
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fxquant
 from fxquant.errors import FxquantError
@@ -64,39 +64,28 @@ def valid_codes(gm: torch.fx.GraphModule, spec: TensorSpec) -> bool:
 
 
 @torch.no_grad()
-def check(drawn: Scheme, model: nn.Module, plain: Tensor) -> str:
+def check(drawn: Scheme, model: torch.fx.GraphModule, plain: Tensor) -> str:
     """How it went: "right", or "refused" where there is one clear error."""
     text = str(drawn)
     assert Scheme.parse(text) == drawn, text
     try:
-        graph = fxquant.convert(model, text, calibration=[IDS])  # type: ignore[arg-type]
-    except FxquantError as error:
-        assert str(error).strip(), text
+        graph = fxquant.convert(model, text, calibration=[IDS])
+    except FxquantError:
         return "refused"
     assert info(graph).scheme == text
     assert drawn.spec.weight is not None
     assert valid_codes(graph, drawn.spec.weight), text
     wanted, found = reference(text, IDS), graph(IDS)
     assert bool(found.isfinite().all()), text
+    # Both compute in float64 between the codes, so that codes hardly ever fall apart.
     noise = float((wanted - plain).norm())
-    # float32 in front of a code moves it where it lies next to a middle; of few coarse codes each
-    # such flip is a large part of all there is.
-    coarse = min(each.grid.bits for each in specs(drawn.spec))
-    share = 0.05 if coarse > 4 else 0.3
-    assert float((found.double() - wanted).norm()) <= share * noise + 1e-5 * float(plain.norm()), (
-        text
-    )
+    assert float((found - wanted).norm()) <= 0.02 * noise + 1e-5 * float(plain.norm()), text
     return "right"
 
 
-def specs(spec: SiteSpec) -> list[TensorSpec]:
-    assert spec.weight is not None
-    return [spec.weight, *([spec.activation.tensor] if spec.activation else [])]
-
-
 def run(count: int) -> dict[str, int]:
-    r, model = random.Random(), llama()
-    graph, plain = fxquant.trace(model), llama().double()(input_ids=IDS).logits.detach()
+    r, model = random.Random(), llama().double()
+    graph, plain = fxquant.trace(model), model(input_ids=IDS).logits.detach()
     found = {"right": 0, "refused": 0}
     for _ in range(count):
         found[check(scheme(r), graph, plain)] += 1
