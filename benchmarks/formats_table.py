@@ -37,6 +37,7 @@ from fxquant.schemes.scheme import Scheme
 DATA = ROOT / "benchmarks" / "formats_table.json"
 PAGE = ROOT / "docs" / "formats_measured.md"
 COST = "cost"
+TOGETHER = 4  # windows a call where only weights are codes: a call decodes them once
 CONVERTED = ("w8", "wfp8", "w8a8-dynamic-token", "fp8")
 ROUNDS = 3
 
@@ -83,8 +84,10 @@ def measure_all(only: str | None, minutes: float) -> None:
 def _row(
     converter: Converter, scheme: str, windows: Windows, reference: WindowSums | None
 ) -> dict[str, Any]:
+    parsed = Scheme.parse(scheme)
+    inputs = any(spec.activation is not None for spec in parsed.specs)
     try:
-        row = measure(converter, Scheme.parse(scheme), windows, 1, reference)
+        row = measure(converter, parsed, windows, 1 if inputs else TOGETHER, reference)
     except FxquantError as error:
         return {"refused": str(error)}
     return {

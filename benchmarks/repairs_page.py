@@ -40,7 +40,7 @@ def page(subjects: Sequence[Subject], data: dict[str, Any], cost: dict[str, Any]
         return found[0] if found[1] == "tables" else figure(found[1], sources)
 
     blocks = _FIGURE.sub(fill, text).strip().split("\n\n")
-    return "\n\n".join(map(_wrapped, blocks)).replace("{{tables}}", tables) + "\n"
+    return "\n\n".join(map(wrapped, blocks)).replace("{{tables}}", tables) + "\n"
 
 
 def figure(asked: str, sources: Mapping[str, Mapping[str, Any]]) -> str:
@@ -55,7 +55,7 @@ def figure(asked: str, sources: Mapping[str, Mapping[str, Any]]) -> str:
     return format(known[field[0] if field else "delta_loss"], form).replace("-", "−")
 
 
-def _wrapped(block: str) -> str:
+def wrapped(block: str) -> str:
     """A paragraph, or the items of a list, in lines of one width whatever its figures are."""
     items = re.split(r"\n(?=- )", block)
     return "\n".join(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from statistics import mean, median
 
+from benchmarks.study_side import side_by_side
 from benchmarks.study_trust import Data, costs, rescues, table_of, trust, validation
 from benchmarks.weight_grids import weights_past
 from fxquant.ir.calibration import version_words
@@ -16,12 +17,12 @@ STATIC, ABSMAX, DYNAMIC = "w8a8-static", "w8a8-static:absmax", "w8a8-dynamic"
 NOTICED = 0.05  # nats a token: a loss that a user would call an error
 
 
-def page(data: Data) -> str:
-    """The whole page."""
-    return "\n\n".join(part.strip() for part in _parts(data)) + "\n"
+def page(data: Data, beside: Data) -> str:
+    """The whole page; ``beside``: what benchmarks.side_by_side measured."""
+    return "\n\n".join(part.strip() for part in _parts(data, beside)) + "\n"
 
 
-def _parts(data: Data) -> Iterator[str]:
+def _parts(data: Data, beside: Data) -> Iterator[str]:
     yield "# Why static quantization fails, measured"
     yield (
         "Written by `python -m benchmarks.why_static_fails` from `benchmarks/why_static_fails.json`"
@@ -54,6 +55,7 @@ def _parts(data: Data) -> Iterator[str]:
         for scheme in (collapse(subject), DYNAMIC):
             yield _repairs(subject, scheme)
     yield "![recovery curves](images/recovery.png)"
+    yield from side_by_side(beside)
     yield "## Which cheap figure can be trusted"
     yield (
         "Each figure against the exact effect of every site: Spearman's rank correlation, the "
@@ -74,7 +76,8 @@ def _parts(data: Data) -> Iterator[str]:
     yield (
         f"Text: {data['text']} ({data['text_hash'][:23]}), windows drawn with seed 0; float32 on "
         f"CPU, {data['machine']}, shared with other work; "
-        f"{versions}. One text and few windows: other windows give other figures."
+        f"{versions}. One text and few windows: other windows give other figures. int8 and E4M3 on the "
+        "same ranges have a setting of their own, which stands there."
     )
 
 

@@ -3,7 +3,8 @@
     python -m benchmarks.why_static_fails            measure, then write page and pictures
     python -m benchmarks.why_static_fails --render   write them from the data that is there
 
-The data are benchmarks/why_static_fails.json. Finished losses are kept in results/why_static_fails,
+The data are benchmarks/why_static_fails.json, and benchmarks/side_by_side.json, which
+benchmarks.side_by_side measures. Finished losses are kept in results/why_static_fails,
 so an interrupted run goes on. Needs the ``plots`` extra for the pictures.
 """
 
@@ -32,6 +33,7 @@ from fxquant.passes.observe import observers
 from fxquant.schemes.specs import Estimator, TensorSpec
 
 DATA = ROOT / "benchmarks" / "why_static_fails.json"
+BESIDE = ROOT / "benchmarks" / "side_by_side.json"
 PAGE = ROOT / "docs" / "why_static_fails.md"
 KEPT = ROOT / "results" / "why_static_fails"
 CAUSES = ("causes", "causes:kinds")
@@ -169,7 +171,7 @@ def main() -> None:
     if not parser.parse_args().render:
         DATA.write_text(json.dumps(measure(), separators=(",", ":")) + "\n")
     data = json.loads(DATA.read_text())
-    PAGE.write_text(page(data))
+    PAGE.write_text(page(data, json.loads(BESIDE.read_text())))
     from benchmarks.study_pictures import draw
 
     draw(data, ROOT / "docs" / "images")

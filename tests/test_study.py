@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 
 from benchmarks.study_page import page
+from benchmarks.study_side import E4M3, side_by_side
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "benchmarks" / "why_static_fails.json"
+BESIDE = ROOT / "benchmarks" / "side_by_side.json"
 
 
 def test_the_page_follows_from_the_data() -> None:
-    data = json.loads(DATA.read_text())
-    assert (ROOT / "docs" / "why_static_fails.md").read_text() == page(data)
+    data, beside = json.loads(DATA.read_text()), json.loads(BESIDE.read_text())
+    assert (ROOT / "docs" / "why_static_fails.md").read_text() == page(data, beside)
 
 
 def test_the_data_add_up() -> None:
@@ -27,3 +29,20 @@ def test_the_data_add_up() -> None:
             if "in_order" in found["costs"]:
                 total = sum(site["in_order"] for site in found["sites"])
                 assert total == pytest.approx(found["delta_loss"], abs=slack), scheme
+
+
+def test_each_window_adds_up() -> None:
+    data = json.loads(BESIDE.read_text())
+    for windows in data["schemes"].values():
+        for window in windows:
+            assert sum(window["causes"].values()) == pytest.approx(window["delta_loss"], abs=1e-6)
+
+
+def test_the_figures_side_by_side_are_means_over_windows() -> None:
+    data = json.loads(BESIDE.read_text())
+    data["schemes"] = {scheme: windows[:4] for scheme, windows in data["schemes"].items()}
+    for window, delta in zip(data["schemes"][E4M3], (0.0, 1.0, 0.0, 1.0), strict=True):
+        window["delta_loss"] = delta
+    text = "\n\n".join(side_by_side(data))
+    assert f"| +0.5000 ± {(1 / 3 / 4) ** 0.5:.4f}" in text
+    assert "4 windows of 512 tokens" in text
