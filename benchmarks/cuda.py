@@ -27,7 +27,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 import fxquant
 from benchmarks.memory import MODEL
-from benchmarks.speed import Step, interleaved
+from benchmarks.timing import Step, interleaved
 from fxquant.errors import FxquantError
 from fxquant.evaluation.data import cut_windows, load_text
 from fxquant.evaluation.models import load_model, versions

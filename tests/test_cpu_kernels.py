@@ -31,7 +31,7 @@ def test_blocks_of_queries_are_causal_attention(length: int, scale: float | None
     query, key, value = operands(length, torch.float32)
     found = causal_attention(query, key, value, scale)
     expected = scaled_dot_product_attention(
-        *(each.double() for each in (query, key, value)), is_causal=True, scale=scale
+        query.double(), key.double(), value.double(), is_causal=True, scale=scale
     )
     # Weighted means of numbers below 5: some roundings of float32.
     assert torch.allclose(found.double(), expected, atol=1e-5)
@@ -45,7 +45,7 @@ def test_blocks_of_queries_round_once(dtype: torch.dtype) -> None:
     query, key, value = operands(300, dtype)
     found = causal_attention(query, key, value, None)
     expected = scaled_dot_product_attention(
-        *(each.float() for each in (query, key, value)), is_causal=True
+        query.float(), key.float(), value.float(), is_causal=True
     )
     # Scores, shares and the result are rounded where the kernel stores them.
     assert found.dtype == dtype
