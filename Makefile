@@ -59,8 +59,10 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# HELD=avx2: with torch's libraries held to AVX2. One file a machine; then the README's table.
 bench: venv
-	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.speed $(if $(HELD),--held-to-$(HELD))
+	$(BIN)/python -m benchmarks.readme_tables
 
 clean:
 	rm -rf .venv .venv-5 results/demo results/demo-5 build dist *.egg-info

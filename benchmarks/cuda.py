@@ -28,7 +28,7 @@ import fxquant
 from benchmarks.cuda_peers import PEERS, MissingPeer, prepared
 from benchmarks.cuda_table import page_table
 from benchmarks.memory import MODEL
-from benchmarks.speed import Step, interleaved
+from benchmarks.timing import Step, interleaved
 from fxquant.errors import FxquantError
 from fxquant.evaluation.data import cut_windows, load_text
 from fxquant.evaluation.models import load_model, versions

@@ -9,10 +9,10 @@ root; everything between the two marks is replaced:
     <!-- /table -->
 
 results.json (of ``fxquant evaluate``) gives table, provenance and sentences; results.jsonl (of a
-sweep) gives its tables beside the published figures; speed.json (of benchmarks/speed.py) its ratios
-beside their goals, streaming.json (of benchmarks/streaming.py) its runs under a memory limit;
-weight_grids.json (of benchmarks/weight_grids.py) what grids make of a model's weights; published.py
-the reference ladder, which is data in the package.
+sweep) gives its tables beside the published figures; a folder (of benchmarks/speed.py) a column for
+each machine, beside its goals; streaming.json (of benchmarks/streaming.py) its runs under a memory
+limit; weight_grids.json (of benchmarks/weight_grids.py) what grids make of a model's weights;
+published.py the reference ladder, which is data in the package.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from tabulate import tabulate
 
 from benchmarks.cuda_table import page_table
+from benchmarks.speed_table import column, measured, speed_rows
 from fxquant.errors import DataError
 from fxquant.evaluation.gguf import weights_note
 from fxquant.evaluation.journal import read_journal
@@ -45,37 +45,6 @@ ROOT = Path(__file__).parent.parent
 _MARKED = re.compile(r"(<!-- table: (?P<path>\S+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 
 
-@dataclass(frozen=True)
-class Ratio:
-    """A line of the speed table: a key of speed.json's ratios, in words, and at most how much it
-    was to be; ``beside``: another ratio, and how it is introduced."""
-
-    key: str
-    label: str
-    goal: float | None = None
-    beside: tuple[str, str] | None = None
-
-
-SPEED: Final = (
-    Ratio("w8a8-dynamic-token graph", "integer graph, w8a8-dynamic-token", 1.08),
-    Ratio(
-        "w8a8-dynamic-token graph, compiled",
-        "the same, `torch.compile`",
-        0.97,
-        ("the float model compiled", "float model, compiled"),
-    ),
-    Ratio("fake-quant module swap", "float fake-quant module swap, not exact"),
-    Ratio("w8 graph", "weight-only graph, w8"),
-    Ratio("convert w8a8-dynamic-token / forward", "`convert` without calibration", 6),
-    Ratio("calibration per window / forward", "calibration, per window", 1.4),
-    Ratio(
-        "peak memory of convert / (float + codes)",
-        "peak memory of `convert`, over float model + codes",
-        1.15,
-    ),
-)
-
-
 def pages() -> list[Path]:
     """Where marks may stand."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -85,8 +54,8 @@ def table_of(path: Path) -> str:
     """The Markdown that stands for a file of results. Raises DataError if it is none."""
     if path.suffix == ".jsonl":
         return format_results(read_journal(path))
-    if path.name == "speed.json":
-        return speed_table(path)
+    if path.is_dir():
+        return _machines(path)
     if path.name == "streaming.json":
         return streaming_tables(path)
     if path.name == "weight_grids.json":
@@ -100,18 +69,6 @@ def table_of(path: Path) -> str:
     past = weights_note(made.model, made.weights)
     parts = (format_table(rows), made.line(), f"`{made.command}`", said, past)
     return "\n\n".join(part for part in parts if part)
-
-
-def speed_table(path: Path) -> str:
-    """The ratios of a speed.json beside their goals, and what they were measured with."""
-    head = ("measured against one eager float forward", "ratio", "goal")
-    with _results(path, "speed.py") as data:
-        body = [_speed_row(line, data["ratios"]) for line in SPEED]
-        what = (
-            f"{data['model']} ({data['revision'][:23]}), one window of {data['length']} tokens, "
-            f"{data['rounds']} rounds"
-        )
-        return f"{_table(head, body)}\n\n{_made(what, data)}"
 
 
 @contextlib.contextmanager
@@ -129,18 +86,18 @@ def _made(what: str, data: dict[str, Any]) -> str:
     return f"{what}; {threads} on {data['processor']}; {versions}"
 
 
-def _speed_row(line: Ratio, ratios: dict[str, float]) -> tuple[str, str, str]:
-    ratio = ratios[line.key]
-    goal = "" if line.goal is None else f"{line.goal:g}"
-    if line.goal is not None and ratio > line.goal:
-        goal += ": missed"
-    if line.beside is not None:
-        goal += f" ({line.beside[0]}: {_three(ratios[line.beside[1]])})"
-    return line.label, _three(ratio), goal
-
-
-def _three(value: float) -> str:
-    return f"{value:.1f}" if value >= 2 else f"{value:.2f}"
+def _machines(folder: Path) -> str:
+    """What benchmarks/speed.py measured, a column a machine, and what each column is."""
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        raise DataError(f"{folder} holds no result of benchmarks/speed.py")
+    found = []
+    for path in files:
+        with _results(path, "speed.py") as data:
+            speed_rows([data])  # all that is read of it
+            found.append((data, f"{column(data)}: {_made(measured(data), data)}"))
+    head, *body = speed_rows([data for data, _ in found])
+    return "\n\n".join((_table(head, body), "\n".join(f"- {made}" for _, made in found)))
 
 
 def streaming_tables(path: Path) -> str:

@@ -1,9 +1,12 @@
-"""Speed and memory of the integer graph and of conversion, as ratios measured in one run.
+"""Speed and memory on this machine's CPU, as ratios measured in one run.
 
-    python -m benchmarks.speed [--rounds 7] [--no-compile]
+    python -m benchmarks.speed [--rounds 7] [--no-compile] [--held-to-avx2]
 
-Each candidate alternates with the eager float model (A B A B ...), so that a slow spell of the
-machine hits both; a ratio is that of medians. Writes benchmarks/speed.json. Measure alone.
+Each candidate alternates with an eager model (A B A B ...), so that a slow spell of the machine
+hits both; a ratio is that of medians. Writes one file for this machine into benchmarks/machines;
+the README's table has a column for each. Measure alone. ``--held-to-avx2``: torch's libraries are
+told to use no more than AVX2, which says what the code does without the int8 instructions, on this
+processor; a processor that has no more is another machine.
 """
 
 from __future__ import annotations
@@ -11,8 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import statistics
+import re
 import subprocess
 import sys
 import time
@@ -25,35 +27,18 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import fxquant
+from benchmarks import machine, main_job
 from benchmarks.fake_quant import swap_linears
 from benchmarks.memory import MODEL
+from benchmarks.timing import Step, clock, interleaved, ratios_to
 from fxquant.evaluation.data import cut_windows, load_text
 from fxquant.evaluation.models import load_model, versions
+from fxquant.evaluation.token_windows import Windows
+from fxquant.run.regional import compiled_blocks
 
 LENGTH = 512
-Step = Callable[[], object]
-
-
-def interleaved(steps: dict[str, Step], rounds: int) -> dict[str, float]:
-    """Median seconds of each step over ``rounds`` rounds, after one round to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for index in range(rounds + 1):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            if index:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def ratios_to(base: str, steps: dict[str, Step], rounds: int) -> dict[str, float]:
-    """Each step against ``base`` alone, A B A B: other candidates would empty the caches."""
-    found: dict[str, float] = {}
-    for name, step in steps.items():
-        if name != base:
-            pair = interleaved({base: steps[base], name: step}, rounds)
-            found[name] = pair[name] / pair[base]
-    return found
+RESULTS = Path(__file__).parent / "machines"
+EAGER = "float model, eager"
 
 
 def memory() -> dict[str, int]:
@@ -65,27 +50,44 @@ def memory() -> dict[str, int]:
     return found
 
 
-def forwards(model: nn.Module, ids: Tensor, compiled: bool) -> dict[str, Step]:
+def called(module: Callable[..., Any], ids: Tensor) -> Step:
+    """One forward of a model, a graph or a compiled one."""
+    more = {"use_cache": False} if hasattr(module, "config") else {}
+    return lambda: module(input_ids=ids, **more)
+
+
+def forwards(model: nn.Module, ids: Tensor, calibration: Tensor) -> dict[str, Step]:
     """The float model, its graph, quantized graphs and a float fake-quant module swap."""
-    integer = fxquant.convert(model, "w8a8-dynamic-token")
-    modules: dict[str, Callable[..., Any]] = {
-        "float model, eager": model,
-        "float graph": fxquant.trace(model),
-        "w8a8-dynamic-token graph": integer,
-        "w8 graph": fxquant.convert(model, "w8"),
-        "fake-quant module swap": swap_linears(model),
-    }
-    if compiled:
-        modules["w8a8-dynamic-token graph, compiled"] = torch.compile(integer)
-        modules["float model, compiled"] = torch.compile(model)
+    modules: dict[str, Callable[..., Any]] = {EAGER: model, "float graph": fxquant.trace(model)}
+    for scheme in ("w8a8-dynamic-token", "w8a8-static:absmax", "w8", "w4-g128"):
+        for level in ("integer", "kernels"):
+            modules[f"{scheme} graph" + (", kernels" if level == "kernels" else "")] = (
+                fxquant.convert(model, scheme, calibration=[calibration], level=level)
+            )
+    modules["fake-quant module swap"] = swap_linears(model)
+    return {name: called(module, ids) for name, module in modules.items()}
 
-    def step(module: Callable[..., Any]) -> Step:
-        more = {} if isinstance(module, torch.fx.GraphModule) else {"use_cache": False}
-        if module is modules.get("w8a8-dynamic-token graph, compiled"):
-            more = {}
-        return lambda: module(input_ids=ids, **more)
 
-    return {name: step(module) for name, module in modules.items()}
+def in_bfloat16(ids: Tensor) -> dict[str, Step]:
+    """The model in bfloat16, and its quantized graph."""
+    model = load_model(MODEL, dtype="bfloat16").model
+    modules: dict[str, Callable[..., Any]] = {EAGER: model}
+    for level in ("integer", "kernels"):
+        name = "w8a8-dynamic-token graph" + (", kernels" if level == "kernels" else "")
+        modules[name] = fxquant.convert(model, "w8a8-dynamic-token", level=level)
+    return {name: called(module, ids) for name, module in modules.items()}
+
+
+def compiled(model: nn.Module, ids: Tensor, rounds: int) -> tuple[dict[str, float], float]:
+    """Graphs with compiled blocks, against the eager model; the longest first call in seconds."""
+    steps, longest = {EAGER: called(model, ids)}, 0.0
+    for name, scheme in (("w8a8-dynamic-token graph", "w8a8-dynamic-token"), ("float graph", "fp")):
+        step = called(compiled_blocks(fxquant.convert(model, scheme)), ids)
+        started = time.perf_counter()
+        step()
+        longest = max(longest, time.perf_counter() - started)
+        steps[f"{name}, compiled blocks"] = step
+    return ratios_to(EAGER, steps, rounds), longest
 
 
 def conversions(model: nn.Module, ids: Tensor, calibration: Tensor) -> dict[str, Step]:
@@ -99,56 +101,82 @@ def conversions(model: nn.Module, ids: Tensor, calibration: Tensor) -> dict[str,
         )
 
     return {
-        "one forward": lambda: model(input_ids=ids, use_cache=False),
+        "one forward": called(model, ids),
         "convert w8a8-dynamic-token": lambda: fxquant.convert(model, "w8a8-dynamic-token"),
         "observe 1 window": observe(1),
         f"observe {len(batches)} windows": observe(len(batches)),
     }
 
 
+def ratios(model: nn.Module, windows: Windows, rounds: int) -> dict[str, float]:
+    """Of forwards, in float32 and bfloat16, of the main job, convert and calibration."""
+    ids, calibration = windows.evaluation[:1], windows.calibration
+    found = ratios_to(EAGER, forwards(model, ids, calibration), rounds)
+    in_bf16 = ratios_to(EAGER, in_bfloat16(ids), rounds)
+    found |= {f"bfloat16: {name}": ratio for name, ratio in in_bf16.items()}
+    job = main_job.ratios(model, windows.evaluation, calibration, rounds)
+    found |= {f"evaluate / forwards, {name}": ratio for name, ratio in job.items()}
+    work = interleaved(conversions(model, ids, calibration), max(3, rounds // 2))
+    extra = len(calibration) - 1
+    observed = work[f"observe {len(calibration)} windows"] - work["observe 1 window"]
+    forward = work["one forward"]
+    found["convert w8a8-dynamic-token / forward"] = work["convert w8a8-dynamic-token"] / forward
+    found["calibration per window / forward"] = observed / extra / forward
+    return found | {"seconds of one forward": forward}
+
+
 @torch.no_grad()
-def measure(rounds: int, compiled: bool) -> dict[str, Any]:
+def measure(rounds: int, with_compiler: bool) -> dict[str, Any]:
     loaded = load_model(MODEL)
     windows = cut_windows(
-        load_text("builtin"), loaded.tokenizer, count=1, length=LENGTH, calibration=5, seed=0
+        load_text("builtin"), loaded.tokenizer, count=4, length=LENGTH, calibration=5, seed=0
     )
-    model, ids = loaded.model, windows.evaluation
-    memory_bytes = memory()
-    size, codes, grown = memory_bytes.values()
-    ratios = ratios_to("float model, eager", forwards(model, ids, compiled), rounds)
-    work = interleaved(conversions(model, ids, windows.calibration), max(3, rounds // 2))
-    many = next(name for name in work if name.startswith("observe") and "1 window" not in name)
-    extra = len(windows.calibration) - 1
-    calibrate = (work[many] - work["observe 1 window"]) / extra
+    bytes_of = memory()
+    size, codes, grown = bytes_of.values()
+    found = ratios(loaded.model, windows, rounds)
+    seconds = {"one forward": found.pop("seconds of one forward")}
+    if with_compiler:
+        more, longest = compiled(loaded.model, windows.evaluation[:1], rounds)
+        found |= more
+        seconds["first call of compiled blocks, the longest"] = longest
+    found["peak memory of convert / (float + codes)"] = (size + grown) / (size + codes)
     return {
+        **machine.description(),
         "model": MODEL,
         "revision": loaded.revision,
         "length": LENGTH,
         "rounds": rounds,
+        "clock": clock(),
         "versions": versions(),
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "seconds": work,
-        "ratios": {
-            **ratios,
-            "convert w8a8-dynamic-token / forward": work["convert w8a8-dynamic-token"]
-            / work["one forward"],
-            "calibration per window / forward": calibrate / work["one forward"],
-            "peak memory of convert / (float + codes)": (size + grown) / (size + codes),
-        },
-        "megabytes": {name: value / 1e6 for name, value in memory_bytes.items()},
+        "seconds": seconds,
+        "ratios": found,
+        "megabytes": {name: value / 1e6 for name, value in bytes_of.items()},
     }
+
+
+def file_of(data: dict[str, Any]) -> Path:
+    """Of this machine, these threads, and what it was held to."""
+    words = (data["processor"], *data["features"], *data["held"].values(), str(data["threads"]))
+    return RESULTS / (re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-") + ".json")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--held-to-avx2", action="store_true")
     options = parser.parse_args()
+    if options.held_to_avx2 and not machine.HELD_TO_AVX2.items() <= os.environ.items():
+        # The libraries have read their environment by now.
+        again = [sys.executable, "-m", "benchmarks.speed", *sys.argv[1:]]
+        sys.exit(subprocess.call(again, env={**os.environ, **machine.HELD_TO_AVX2}))
     result = measure(options.rounds, not options.no_compile)
-    Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+    file = file_of(result)
+    file.write_text(json.dumps(result, indent=2) + "\n")
     print(tabulate(result["ratios"].items(), ("measured", "ratio"), floatfmt=".3f"))
+    print(tabulate(result["seconds"].items(), ("seconds", "s"), floatfmt=".2f"))
     print(tabulate(result["megabytes"].items(), ("memory", "MB"), floatfmt=".0f"))
+    print(f"written: {file.name}")
 
 
 if __name__ == "__main__":

@@ -59,10 +59,10 @@ def test_missing_results_are_named(tmp_path: Path) -> None:
 # --- the tables of README that no evaluation makes ------------------------------------------------
 
 README = (ROOT / "README.md").read_text()
-SPEED = ROOT / "benchmarks" / "speed.json"
+MACHINES = ROOT / "benchmarks" / "machines"
 
 
-@pytest.mark.parametrize("source", ["benchmarks/speed.json", "evaluation/published.py"])
+@pytest.mark.parametrize("source", ["benchmarks/machines", "evaluation/published.py"])
 def test_readme_has_no_other_figures_than_its_sources(source: str) -> None:
     """Any digit changed by hand is noticed, and put right."""
     start = README.index(f"<!-- table: {source} -->")
@@ -84,22 +84,36 @@ def test_the_reference_is_the_published_ladder(monkeypatch: pytest.MonkeyPatch) 
     assert with_tables(README) != README
 
 
-def test_speed_is_what_was_measured_with_its_goals(tmp_path: Path) -> None:
-    data = json.loads(SPEED.read_text())
-    data["ratios"]["w8 graph"] = 1.2345
-    data["ratios"]["calibration per window / forward"] = 1.41
-    data["ratios"]["w8a8-dynamic-token graph"] = 1.07
-    data["threads"] = 7
-    path = tmp_path / "speed.json"
-    path.write_text(json.dumps(data))
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table_of(path).split("\n")]
-    assert ["weight-only graph, w8", "1.23", ""] in rows
-    assert ["calibration, per window", "1.41", "1.4: missed"] in rows
-    assert ["integer graph, w8a8-dynamic-token", "1.07", "1.08"] in rows
-    last = table_of(path).split("\n")[-1]
-    for words in ("7 threads", f"torch {data['versions']['torch']}", "512 tokens", data["model"]):
-        assert words in last
-    del data["ratios"]["w8 graph"]
-    path.write_text(json.dumps(data))
-    with pytest.raises(DataError, match=r"speed\.json is no result of benchmarks/speed\.py"):
-        table_of(path)
+def test_machines_stand_side_by_side_with_their_goals(tmp_path: Path) -> None:
+    """A ratio that a machine lacks is an empty cell; goals are those of what the machine can do."""
+    data = json.loads((MACHINES / "older-code-avx2.json").read_text())
+    data["ratios"] |= {
+        "w8 graph": 1.2345,
+        "calibration per window / forward": 1.41,
+        "w8a8-dynamic-token graph": 1.04,
+    }
+    fast = {**data, "processor": "Quick", "features": ["avx2", "avx512_vnni"], "int8": True}
+    fast |= {"threads": 7, "held": {"SOME_ISA": "AVX2"}, "note": ""}
+    fast["ratios"] = {"w8a8-dynamic-token graph": 0.46, "bfloat16: w8a8-dynamic-token graph": 0.7}
+    for name, found in (("a", data), ("b", fast)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(found))
+    lines = table_of(tmp_path).split("\n")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert rows[0][1:] == ["x86_64, AVX2, older code", "Quick, AVX512-VNNI held to AVX2"]
+    assert ["weights alone: w8, level integer", "1.23", ""] in rows
+    assert ["calibration, per window", "1.41 (1.4: missed)", ""] in rows
+    assert ["w8a8-dynamic-token, level integer", "1.04 (1.05)", "0.46 (0.45: missed)"] in rows
+    assert ["in a bfloat16 model, to it: level integer", "", "0.70 (0.75)"] in rows
+    assert not any("4-g128" in line for line in lines)
+    words = ("7 threads on Quick", f"torch {data['versions']['torch']}", "512 tokens")
+    for each in (*words, data["model"], "SOME_ISA=AVX2", "int8 instructions"):
+        assert each in lines[-1]
+    assert data["note"] in lines[-2]
+
+
+def test_a_file_of_another_kind_among_the_machines(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no result"):
+        table_of(tmp_path)
+    (tmp_path / "other.json").write_text('{"rows": []}')
+    with pytest.raises(DataError, match=r"other\.json is no result of benchmarks/speed\.py"):
+        table_of(tmp_path)

@@ -1,7 +1,7 @@
 """The operators that stand in quantized graphs: ``torch.ops.fxquant.*``.
 
-All but ``int_gemm_cuda`` and ``int_matmul_cpu``, which no graph names, are
-CompositeImplicitAutograd: one node in an fx graph, yet torch.compile and FakeTensor see through
+All but ``int_gemm_cuda``, ``int_matmul_cpu`` and ``causal_attention_cpu``, which no graph names,
+are CompositeImplicitAutograd: one node in an fx graph, yet torch.compile and FakeTensor see through
 them. None returns or aliases an input. ``like`` operands give the result's dtype, so that a
 converted model follows ``.half()`` and ``.to()``; where they are the site's input, a NaN in a row
 of it, which has no code, makes that row of the result NaN.
@@ -18,6 +18,7 @@ from torch import Tensor
 from fxquant.formats.integer import integer
 from fxquant.formats.packing import unpack_int4
 from fxquant.ir import grid_operators
+from fxquant.kernels import cpu_attention
 from fxquant.numerics import cpu_int8, gemm, quantization
 
 _LIBRARY = torch.library.Library("fxquant", "DEF")
@@ -90,9 +91,18 @@ def attention(
     mask [batch or 1, heads or 1, length, length]: True where a query attends, or float scores to
     add; None: causal, by a kernel that needs no mask.
     """
+    if mask is None and _own_attention(query, key, value):
+        out: Tensor = torch.ops.fxquant.causal_attention_cpu(query, key, value, scale)
+        return out
     return torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale
     )
+
+
+def _own_attention(*operands: Tensor) -> bool:
+    """Whether ours takes a causal call: it has no derivative, and other engines do not know it."""
+    wanted = torch.is_grad_enabled() and any(each.requires_grad for each in operands)
+    return operands[0].device.type == "cpu" and not (wanted or torch.compiler.is_exporting())
 
 
 def store_kv(x: Tensor, bits: int) -> Tensor:
@@ -241,6 +251,24 @@ def _fake_int_matmul_cpu(left_codes: Tensor, right_codes: Tensor) -> Tensor:
 
 
 torch.library.register_fake("fxquant::int_matmul_cpu", _fake_int_matmul_cpu, lib=_LIBRARY)
+
+# Opaque: a loop over the length.
+_LIBRARY.define(
+    "causal_attention_cpu(Tensor query, Tensor key, Tensor value, float? scale) -> Tensor"
+)
+_LIBRARY.impl("causal_attention_cpu", cpu_attention.causal_attention, "CPU")
+
+
+def _fake_causal_attention_cpu(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None
+) -> Tensor:
+    batch, heads, length, _ = query.shape
+    return query.new_empty((batch, length, heads, value.shape[-1])).transpose(1, 2)
+
+
+torch.library.register_fake(
+    "fxquant::causal_attention_cpu", _fake_causal_attention_cpu, lib=_LIBRARY
+)
 
 # Opaque: cuBLASLt's limits and the TF32 switch are questions for run time.
 _LIBRARY.define("int_gemm_cuda(Tensor x_codes, Tensor weight_codes, int chunk) -> Tensor")

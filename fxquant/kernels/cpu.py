@@ -82,7 +82,7 @@ def quantize_rows(
     x: Tensor, granularity: str, symmetric: bool, qmin: int, qmax: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = x.reshape(-1, x.shape[-1])
-    low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
+    low, high = _ends(rows)
     nan = _nan_of(high)
     if granularity == "tensor":
         low, high = low.amin(), high.amax()
@@ -105,8 +105,20 @@ def quantize_static(
 ) -> tuple[Tensor, Tensor]:
     rows = x.reshape(-1, x.shape[-1])
     codes = _encoded(rows, scale, zero_point, (qmin, qmax))
-    nan = _nan_of(rows.amax(-1, keepdim=True))
+    nan = _nan_of(_ends(rows)[1])
     return codes.view(x.shape), nan.view(*x.shape[:-1], 1)
+
+
+def _ends(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest of each row, [M, 1], in its dtype: reductions in fp32 are vectorized,
+    those of narrower floats are not."""
+    if rows.dtype == torch.float32:
+        return rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
+    low, high = (torch.empty((len(rows), 1), dtype=rows.dtype) for _ in range(2))
+    for block in _blocks(*rows.shape):
+        wide = rows[block].to(torch.float32)
+        low[block], high[block] = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
+    return low, high
 
 
 def _nan_of(largest: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxquant.ir.graph import info, source_of
+from fxquant.kernels.cpu_linear import linear
 from fxquant.run.execution import Cut, Executor, OnNode
 from fxquant.run.loss import check_logits
 
@@ -67,7 +68,7 @@ def head_nll(x: Tensor, head: nn.Linear, input_ids: Tensor) -> Tensor:
     for start in range(0, head.out_features, _COLUMNS):
         bias = None if head.bias is None else head.bias[start : start + _COLUMNS]
         weight = head.weight[start : start + _COLUMNS]
-        logits = nn.functional.linear(rows, weight, bias).to(torch.float32)
+        logits = linear(rows, weight, bias).to(torch.float32)
         index = targets - start
         inside = (index >= 0) & (index < len(weight))
         found = logits.gather(1, index.clamp(0, len(weight) - 1)[:, None]).squeeze(1)
