@@ -25,6 +25,7 @@ from fxquant.schemes.scheme import Scheme
 _BAR = 40
 _ROWS = 20
 _TICKS = 6
+_NUMBERS = 2**20  # of a weight that are counted together
 
 
 def site_view(gm: GraphModule, site: Site, history: History, values: Mapping[str, Value]) -> str:
@@ -148,11 +149,15 @@ def _ticks(count: int) -> str:
 def _weight(module: QuantizedParameters, site: Site, record: SiteRecord) -> str:
     spec = Scheme.parse(record.spec).spec.weight
     assert spec is not None
-    codes: Tensor = spec.grid.unpack(module.get_buffer("weight").detach(), site.shape[1])
-    levels = torch.tensor(spec.grid.levels, device=codes.device)
+    stored: Tensor = module.get_buffer("weight").detach()
+    levels = torch.tensor(spec.grid.levels, device=stored.device)
     width = math.ceil(len(levels) / _ROWS)
-    places = torch.searchsorted(levels, spec.grid.decode(codes).reshape(-1)) // width
-    counts = torch.bincount(places, minlength=math.ceil(len(levels) / width)).tolist()
+    total = torch.zeros(math.ceil(len(levels) / width), dtype=torch.int64, device=stored.device)
+    for rows in stored.split(max(1, _NUMBERS // max(1, site.shape[1]))):
+        numbers = spec.grid.decode(spec.grid.unpack(rows, site.shape[1])).reshape(-1)
+        places = torch.searchsorted(levels, numbers) // width
+        total += torch.bincount(places, minlength=len(total))
+    counts = total.tolist()
     lines = [
         _bar(f"{spec.grid.levels[i * width]:10.4g}", count, max(counts), "#")
         for i, count in enumerate(counts)

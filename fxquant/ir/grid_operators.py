@@ -76,11 +76,15 @@ def code_gemm(
     Zero points, where a grid has them, are subtracted first: the input's () or [..., 1], the
     weight's () or [N, 1]. float32 where that is exact, else float64: see numerics.code_products.
     """
-    x, w = _numbers(x_codes, weight, zero_point, x_grid, weight_grid)
-    if weight_zero_point is not None:
-        w = w - weight_zero_point
-    dtype = code_products.exact_dtype(grid_named(x_grid), grid_named(weight_grid), x.shape[-1])
-    return code_products.product(x, w, dtype)
+    grids, length = (grid_named(x_grid), grid_named(weight_grid)), x_codes.shape[-1]
+    dtype = code_products.exact_dtype(*grids, length)
+    x = _input(x_codes, zero_point, grids[0]).to(dtype)
+    blocks = code_products.row_blocks(weight.shape[0], *grids, length)
+    parts = [
+        code_products.product(x, _rows(weight, weight_zero_point, rows, grids[1], length, 0), dtype)
+        for rows in blocks
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def grouped_code_gemm(
@@ -101,23 +105,26 @@ def grouped_code_gemm(
     columns, None and 0 where an operand has none; weight_zero_point is () [N, 1] or [N, G]. Where
     the groups differ, sums are over what lies in one group of each.
     """
-    x, w = _numbers(x_codes, weight, zero_point, x_grid, weight_grid)
-    if weight_zero_point is not None:
-        shift = quantization.expand_groups(weight_zero_point, w.shape[-1], weight_group or None)
-        w = w - shift
-    grids = grid_named(x_grid), grid_named(weight_grid)
-    total: Tensor | None = None
-    for start, end in code_products.runs(x.shape[-1], x_group, weight_group):
-        dtype = code_products.exact_dtype(*grids, end - start)
-        xs, ws = (each.narrow(-1, start, end - start) for each in (x, w))
-        part = code_products.product(xs, ws, dtype).to(torch.float32)
-        if weight_scale is not None:
-            part = part * weight_scale.select(-1, start // weight_group)
-        if x_scale is not None:
-            part = part * x_scale.narrow(-1, start // x_group, 1)
-        total = part if total is None else total.add_(part)
-    assert total is not None
-    return total
+    grids, length = (grid_named(x_grid), grid_named(weight_grid)), x_codes.shape[-1]
+    x = _input(x_codes, zero_point, grids[0])
+    runs = list(code_products.runs(length, x_group, weight_group))
+    parts = []
+    for rows in code_products.row_blocks(weight.shape[0], *grids, length):
+        w = _rows(weight, weight_zero_point, rows, grids[1], length, weight_group)
+        scale = None if weight_scale is None else weight_scale.narrow(0, *rows)
+        total: Tensor | None = None
+        for start, end in runs:
+            dtype = code_products.exact_dtype(*grids, end - start)
+            xs, ws = (each.narrow(-1, start, end - start) for each in (x, w))
+            part = code_products.product(xs, ws, dtype).to(torch.float32)
+            if scale is not None:
+                part = part * scale.select(-1, start // weight_group)
+            if x_scale is not None:
+                part = part * x_scale.narrow(-1, start // x_group, 1)
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        parts.append(total)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def code_matmul(left_codes: Tensor, right_codes: Tensor, left_grid: str, right_grid: str) -> Tensor:
@@ -141,14 +148,26 @@ def store_kv_to(x: Tensor, grid: str) -> Tensor:
     return found.nearest_(torch.div(x.to(torch.float32), scale)).mul_(scale).to(x.dtype)
 
 
-def _numbers(
-    x_codes: Tensor, weight: Tensor, zero_point: Tensor | None, x_grid: str, weight_grid: str
-) -> tuple[Tensor, Tensor]:
-    """float32 [..., K] and [N, K], the first less its zero point."""
-    x = grid_named(x_grid).decode(x_codes)
-    found: Grid = grid_named(weight_grid)
-    w = found.decode(found.unpack(weight, x.shape[-1]))
-    return (x if zero_point is None else x - zero_point), w
+def _input(codes: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
+    """float32 [..., K]: the numbers of an input's codes, less its zero point."""
+    x = grid.decode(codes)
+    return x if zero_point is None else x - zero_point
+
+
+def _rows(
+    weight: Tensor,
+    zero_point: Tensor | None,
+    rows: tuple[int, int],
+    grid: Grid,
+    length: int,
+    group: int,
+) -> Tensor:
+    """float32 [n, K]: the numbers of some rows of a weight, less their zero points."""
+    w = grid.decode(grid.unpack(weight.narrow(0, *rows), length))
+    if zero_point is None:
+        return w
+    shift = zero_point.narrow(0, *rows) if zero_point.dim() else zero_point
+    return w - (quantization.expand_groups(shift, length, group) if group else shift)
 
 
 COMPOSITE: dict[str, Callable[..., Any]] = {

@@ -19,6 +19,8 @@ from torch import Tensor
 from fxquant.formats.grid import Grid
 from fxquant.numerics import gemm
 
+BLOCK = 2**22  # numbers of a weight that stand at once
+
 
 def exact_length(x: Grid, weight: Grid, digits: int) -> int:
     """The longest K whose sums of products are exact in a float of ``digits`` binary digits."""
@@ -35,6 +37,18 @@ def _steps(grid: Grid) -> float:
 def exact_dtype(x: Grid, weight: Grid, length: int) -> torch.dtype:
     """float32 where K = ``length`` is exact in it, else float64, the widest there is."""
     return torch.float32 if length <= exact_length(x, weight, 24) else torch.float64
+
+
+def row_blocks(rows: int, x: Grid, weight: Grid, length: int) -> Iterator[tuple[int, int]]:
+    """(first, count) of a weight's rows whose numbers stand at once, for sums of ``length``.
+
+    Its codes are decoded at each product, since the numbers take 4 to 16 times their memory; in
+    blocks they never all stand at once. Sums that are rounded might be added in another order then:
+    such a weight is one block.
+    """
+    exact = length <= exact_length(x, weight, 53)
+    size = max(1, BLOCK // max(1, length)) if exact else max(1, rows)
+    return ((first, min(size, rows - first)) for first in range(0, max(1, rows), size))
 
 
 def runs(length: int, x_group: int, weight_group: int) -> Iterator[tuple[int, int]]:
