@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -62,6 +63,13 @@ def test_other_folders_are_left_alone(tmp_path: Path) -> None:
         with pytest.raises(ExportError, match="file"):
             exported(tmp_path / place)
     assert (tmp_path / "mine" / "note.txt").read_text() == "keep"
+
+
+def test_a_pipe_in_the_place_of_a_record_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    os.mkfifo(tmp_path / "out" / RECORD)
+    with pytest.raises(ExportError, match="is not an export of fxquant"):
+        exported(tmp_path / "out")
 
 
 def test_a_kill_leaves_nothing_that_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

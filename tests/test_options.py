@@ -138,3 +138,9 @@ def test_every_option_of_every_repair_is_checked(name: str) -> None:
         spelled = Scheme.parse(f"w8+{name}({each.name}=nonsense)")
         with pytest.raises(SchemeError, match=f"^{name}: {each.name} must be .*got 'nonsense'"):
             fxquant.recipe(spelled, calibration=[token_ids(1, 5)])
+
+
+@pytest.mark.parametrize("value", [2**64, 10**30, 10**300])
+def test_a_whole_number_that_no_text_can_say(value: int) -> None:
+    with pytest.raises(SchemeError, match="tokens must be a number of at most 64 bits"):
+        Smooth(tokens=value)
