@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -84,9 +85,13 @@ def _shared_out(
     return complete(torch.cat(losses)).cpu(), clipped / total if total else None
 
 
+def _read(quantizers: Quantizers, counts: Tensor, total: int) -> tuple[int, int]:
+    return quantizers.read(counts), total
+
+
 def _one_late(steps: Iterator[T]) -> Iterator[T]:
     """Each step when the next has begun: what is read of it leaves no device without work."""
-    before = []
+    before: list[T] = []
     for step in steps:
         yield from before
         before = [step]
@@ -123,8 +128,7 @@ def _batch_results(
         captured = replay and not why_not(gm)
         found = map(Replayed(step, batches, CudaRecorder()) if captured else step, batches)
     for ids, (nll, counts) in zip(batches, found, strict=True):
-        total = totals[ids.shape]
-        yield nll, (lambda counts=counts, total=total: (quantizers.read(counts), total))
+        yield nll, partial(_read, quantizers, counts, totals[ids.shape])
 
 
 def evaluate(

@@ -244,10 +244,10 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, Any]]]:
 if __name__ == "__main__":
     what, numbers = sys.argv[1], [int(each) for each in sys.argv[2:]]
     if what == "agree":
-        agree(*numbers)
+        agree(numbers[0], numbers[1])
     elif what == "graphs":
         graphs()
     elif what == "first":
-        first_tests(*numbers)
+        first_tests(numbers[0])
     else:
         compiled(numbers)
