@@ -71,7 +71,7 @@ class Waits(TorchFunctionMode):
     """Counts what waits for a CUDA device, on tensors that have no numbers: these are answered."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.calls: list[str] = []
 
     def listed(self, tensor: Tensor) -> Any:

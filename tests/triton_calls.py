@@ -101,7 +101,7 @@ def planted() -> Iterator[tuple[str, Any, Callable[[Kind], bool]]]:
     """Mistakes in what is compiled: what it is, how it is made, the kinds that have it."""
     multiply, weight = triton_gemm._multiply, triton_gemm.dequantized_weight
 
-    def of_products(change: Callable[[list[Any]], None]) -> Any:
+    def of_products(change: Callable[[list[Any]], object]) -> Any:
         def run(*operands: Any) -> Tensor:
             changed = list(operands)
             change(changed)
