@@ -119,7 +119,8 @@ def planted() -> Iterator[tuple[str, Any, Callable[[Kind], bool]]]:
         return found + step if found.dtype == HALF else found
 
     def unshifted(*operands: Any) -> Tensor:
-        return weight(*operands[:2], None, *operands[3:])
+        given: tuple[Any, ...] = (*operands[:2], None, *operands[3:])
+        return weight(*given)
 
     product = frozenset(OPERATORS[:2])
     yield (
