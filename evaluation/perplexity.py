@@ -88,7 +88,7 @@ def _shared_out(
 
 def _one_late(steps: Iterator[T]) -> Iterator[T]:
     """Each step when the next has begun: what is read of it leaves no device without work."""
-    before = []
+    before: list[T] = []
     for step in steps:
         yield from before
         before = [step]

@@ -69,7 +69,9 @@ class Wrong(Recorded):
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorded:
-    return installed(monkeypatch, Recorded())
+    made = Recorded()
+    installed(monkeypatch, made)
+    return made
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, recorder: Any) -> Any:

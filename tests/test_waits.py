@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -70,26 +71,28 @@ class Waits(TorchFunctionMode):
     """Counts what waits for a CUDA device, on tensors that have no numbers: these are answered."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.calls: list[str] = []
 
     def listed(self, tensor: Tensor) -> Any:
         """In place of FakeTensor's own tolist, which asks for one number after the other."""
         if tensor.is_cuda:
             self.calls.append("tolist")
-        sizes, found = list(tensor.shape), 1
+        sizes = list(tensor.shape)
+        found: Any = 1
         while sizes:
-            found = [found] * sizes.pop()  # type: ignore[assignment]
+            found = [found] * sizes.pop()
         return found
 
     def __enter__(self) -> Waits:
-        self._tolist, FakeTensor.tolist = FakeTensor.tolist, lambda x: self.listed(x)
-        super().__enter__()
+        self._patch = mock.patch.object(FakeTensor, "tolist", lambda x: self.listed(x))
+        self._patch.start()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *raised: Any) -> None:
-        FakeTensor.tolist = self._tolist  # type: ignore[method-assign]
-        super().__exit__(*raised)
+        self._patch.stop()
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -101,7 +101,7 @@ def planted() -> Iterator[tuple[str, Any, Callable[[Kind], bool]]]:
     """Mistakes in what is compiled: what it is, how it is made, the kinds that have it."""
     multiply, weight = triton_gemm._multiply, triton_gemm.dequantized_weight
 
-    def of_products(change: Callable[[list[Any]], None]) -> Any:
+    def of_products(change: Callable[[list[Any]], object]) -> Any:
         def run(*operands: Any) -> Tensor:
             changed = list(operands)
             change(changed)
@@ -119,7 +119,8 @@ def planted() -> Iterator[tuple[str, Any, Callable[[Kind], bool]]]:
         return found + step if found.dtype == HALF else found
 
     def unshifted(*operands: Any) -> Tensor:
-        return weight(*operands[:2], None, *operands[3:])
+        given: tuple[Any, ...] = (*operands[:2], None, *operands[3:])
+        return weight(*given)
 
     product = frozenset(OPERATORS[:2])
     yield (
@@ -244,10 +245,10 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, Any]]]:
 if __name__ == "__main__":
     what, numbers = sys.argv[1], [int(each) for each in sys.argv[2:]]
     if what == "agree":
-        agree(*numbers)
+        agree(numbers[0], numbers[1])
     elif what == "graphs":
         graphs()
     elif what == "first":
-        first_tests(*numbers)
+        first_tests(numbers[0])
     else:
         compiled(numbers)

@@ -88,7 +88,7 @@ class Lab:
         for cut, ids in zip(cuts, self.windows, strict=True):
             sums.append(self.nll(cut, ids, under).to(torch.float64).sum())
             advance()
-        loss = sum(torch.stack(sums).tolist()) / self.tokens
+        loss = float(sum(torch.stack(sums).tolist())) / self.tokens
         if loss != loss or loss in (float("inf"), float("-inf")):
             raise NonFiniteError(
                 "the loss is NaN or infinite under quantization: a site overflows the model's "

@@ -63,6 +63,7 @@ class Replayed:
         self._step, self._recorder = step, recorder
         self._left = Counter(batch.shape for batch in batches)
         self._shape: torch.Size | None = None
+        self._outputs: tuple[Tensor, ...] = ()
         self._refused = False
 
     def __call__(self, ids: Tensor) -> tuple[Tensor, ...]:
