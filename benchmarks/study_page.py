@@ -76,8 +76,8 @@ def _parts(data: Data, beside: Data) -> Iterator[str]:
     yield (
         f"Text: {data['text']} ({data['text_hash'][:23]}), windows drawn with seed 0; float32 on "
         f"CPU, {data['machine']}, shared with other work; "
-        f"{versions}. One text and few windows: other windows give other figures. int8 and E4M3 on the "
-        "same ranges have a setting of their own, which stands there."
+        f"{versions}. One text and few windows: other windows give other figures. int8 and E4M3 "
+        "on the same ranges have a setting of their own, which stands there."
     )
 
 

@@ -30,8 +30,9 @@ def side_by_side(data: dict[str, Any]) -> Iterator[str]:
     runs = {scheme: windows[:count] for scheme, windows in runs.items()}
     yield TITLE
     yield (
-        f"`{INT8}` and `{E4M3}` calibrate the same ranges: the largest |x| of each input, one scale "
-        f"for a whole tensor; weights have a scale a channel. {data['name']} (`{data['model']}`), "
+        f"`{INT8}` and `{E4M3}` calibrate the same ranges: the largest |x| of each input, one "
+        f"scale for a whole tensor; weights have a scale a channel. {data['name']} "
+        f"(`{data['model']}`), "
         f"{counted(count, 'window')} of {data['length']} tokens, "
         f"{data['calibration_windows']} to calibrate; each window is taken apart by itself "
         "(`python -m benchmarks.side_by_side`), and a figure is the mean over windows ± its "
@@ -45,9 +46,9 @@ def side_by_side(data: dict[str, Any]) -> Iterator[str]:
     yield _sites(runs)
     yield (
         "Zeroed: the share of the input's elements that are not zero and become it. The channel is "
-        "the one with most blame, with its mean share of it, in all windows unless a number of them "
-        "is said. Blame under E4M3 is given by the same rule, though its steps near zero do not grow "
-        "with the range: there it says which channel stands out, not which one costs."
+        "the one with most blame, with its mean share of it, in all windows unless a number of "
+        "them is said. Blame under E4M3 is given by the same rule, though its steps near zero do "
+        "not grow with the range: there it says which channel stands out, not which one costs."
     )
     yield (
         f"Text: {data['text']} ({data['text_hash'][:23]}); float32 on CPU, "
@@ -85,8 +86,8 @@ def _verdict(runs: dict[str, list[Window]]) -> str:
     weights = {s: mean(w["causes"]["weights"] for w in each) for s, each in runs.items()}
     down = {s: mean(_of_down(w, "flushed") for w in each) for s, each in runs.items()}
     return (
-        f"The ranges are the same, so what differs is where the numbers lie inside them. int8's are "
-        f"evenly spaced: under a range that a few channels stretch, "
+        f"The ranges are the same, so what differs is where the numbers lie inside them. int8's "
+        f"are evenly spaced: under a range that a few channels stretch, "
         f"{down[INT8]:.1%} of the inputs of down_proj become zero, and rounding is "
         f"{rounding[INT8]:+.3f} of the loss. E4M3 has numbers down to 2⁻⁹ of its scale, one in "
         f"230,000 of its largest, with a relative error of at most 1/16 from 2⁻⁶ on: "

@@ -40,8 +40,8 @@ from fxquant.schemes.scheme import Scheme
 from fxquant.schemes.specs import SiteSpec
 
 DEFAULT_CHOICES = ("w4-g128-asym/a8-dynamic-token", "w8a8-dynamic-token", "w8", "fp")
-# Under a budget of bits: formats of 4.25, 4.25, 4.5, 4.5 and 8 bits with their scales.
-BITS_CHOICES = ("w4-g128", "we2m1-g32-e8m0-rceil", "w4-g128-asym", "we2m1-g16-e4m3", "w8")
+# Under a budget of bits: formats of about 4.25, 4.25, 4.5, 4.5 and 8 bits with their scales.
+BITS_CHOICES = ("w4-g128", "we2m1-g32-e8m0-rceil", "we2m1-g16-e4m3", "w4-g16-e4m3", "w8")
 
 
 @dataclass(frozen=True)
