@@ -199,7 +199,8 @@ def test_an_interrupted_plan_goes_on_and_another_limit_takes_its_effects(
 
 def test_one_budget_is_given() -> None:
     _, graph = traced("opt")
-    for wish in ({}, {"budget": 1, "bits": 5}):
+    wishes: tuple[dict[str, Any], ...] = ({}, {"budget": 1, "bits": 5})
+    for wish in wishes:
         with pytest.raises(SchemeError, match=r"either budget=.* or bits="):
             fxquant.plan(graph, data=token_ids(1, 8), **wish)
     for bits in (0, -1, float("nan"), float("inf")):

@@ -102,8 +102,8 @@ TURNS: dict[str, Turn] = {
         ArgumentError, "missing a required argument: 'tokenizer'",
     ),
     "no budget": (
-        lambda: fxquant.plan(MODEL, data=ids()),  # type: ignore[call-arg]
-        ArgumentError, "missing a required argument: 'budget'",
+        lambda: fxquant.plan(MODEL, data=ids()),
+        SchemeError, "either budget=.* or bits=",
     ),
     "a count as text": (
         lambda: fxquant.windows("builtin", TOKENIZER, count="3"),  # type: ignore[arg-type]

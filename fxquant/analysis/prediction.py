@@ -79,9 +79,10 @@ class PlannedSite:
         """How many parts its error can have."""
         if self.site.role == "matmul":
             return 2
-        tensors = [self.spec.weight, self.spec.activation and self.spec.activation.tensor]
+        weight, activation = self.spec.weight, self.spec.activation
+        tensors = [weight, None if activation is None else activation.tensor]
         rounded = any(each is not None and each.scale != FP32 for each in tensors)
-        if self.spec.activation is None:
+        if activation is None:
             return 3 if rounded else 1
         return 4 if rounded else 3
 

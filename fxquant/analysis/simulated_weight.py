@@ -48,7 +48,7 @@ class SimulatedWeight:
         if self.split is None:
             return self.coded if "weights" in parts else self.float_
         # Of a weight, "weights" is what "rounding" is of an input.
-        own = {"rounding"} if "weights" in parts else set()
+        own: set[Cause] = {"rounding"} if "weights" in parts else set()
         return combined(self.float_, self.split, frozenset({*own, *(parts - {"rounding"})}))
 
     def errors(self) -> dict[Cause, Tensor]:

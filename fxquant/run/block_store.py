@@ -75,8 +75,8 @@ class Expected:
         low, high = grid.codes
         if not grid.valid(codes):
             raise ValueError(f"{site}.codes are not all codes of {grid.name}")
-        for name, value in (("scales", scales), ("global_scale", found.global_scale)):
-            if value is not None and not bool((torch.isfinite(value) & (value > 0)).all()):
+        for name, each in (("scales", scales), ("global_scale", found.global_scale)):
+            if each is not None and not bool((torch.isfinite(each) & (each > 0)).all()):
                 raise ValueError(f"{site}.{name} is not all finite and positive")
         kept = self.spec.scale.encode(scales, found.global_scale)
         if not torch.equal(self.spec.scale.decode(kept, found.global_scale), scales):

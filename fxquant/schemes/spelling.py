@@ -260,8 +260,9 @@ def check_repair(name: str, options: Options) -> None:
 
 def _shown(value: object) -> str:
     """Python prints no int of thousands of digits."""
-    huge = isinstance(value, int) and value.bit_length() > 256
-    return f"an integer of {value.bit_length()} bits" if huge else repr(value)[:200]
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"
+    return repr(value)[:200]
 
 
 def has_spelling(value: object) -> bool:
