@@ -33,7 +33,7 @@ from tests.test_export_compressed import tiny_llama
 HERE: Final = Path(__file__).parent
 KEPT: Final = HERE / "exports.json"
 PAGE: Final = HERE.parent / "docs" / "exports.md"
-BEGIN, END = "<!-- table: benchmarks/exports.json -->", "<!-- /table -->"
+BEGIN, END = "<!-- exports -->", "<!-- /exports -->"
 MODELS: Final[dict[str, Callable[[], PreTrainedModel]]] = {"Llama": tiny_llama, "GPT-2": gpt2}
 # Of the Llama, 64 and 96 columns, unless another model is named behind a comma.
 SCHEMES: Final = (
