@@ -51,7 +51,7 @@ from fxquant.ir.graph import GraphInfo, Level, float_dtype, info, set_workspace
 from fxquant.ir.streamed import Workspace, workspace_folder
 from fxquant.recipes import conversion
 from fxquant.recipes.repairs import can_resume
-from fxquant.recipes.running import as_run, running_level
+from fxquant.recipes.running import AUTO, as_run, running_level
 from fxquant.run.batches import check_ids
 from fxquant.run.distributed import world_size
 from fxquant.schemes.scheme import Scheme, as_scheme
@@ -74,7 +74,7 @@ class Job:
     calibration_dataset: str | None = None
     data: Path | None = None  # text and whatever else is a path are made one
     device: str = "cpu"
-    level: str = "auto"
+    level: str = AUTO
     dtype: str = "auto"
     revision: str | None = None
     seed: int = 0
@@ -91,6 +91,8 @@ class Job:
             given = getattr(self, name)
             if given is not None:
                 object.__setattr__(self, name, as_path(given, name))
+        if self.runtime is not None and self.level == AUTO:  # what exports are written from
+            object.__setattr__(self, "level", str(Level.INTEGER))
 
 
 def run(job: Job, say: Callable[[str], None] = print) -> Outcome:

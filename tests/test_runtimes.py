@@ -206,7 +206,7 @@ def test_a_damaged_record_is_said(tmp_path: Path) -> None:
         runtimes.read_facts(tmp_path, RUNTIMES["onnxruntime"])
 
 
-@pytest.mark.parametrize("level", ["qdq", "integer", "kernels"])
+@pytest.mark.parametrize("level", ["qdq", "kernels"])
 def test_an_engine_runs_no_level(level: str) -> None:
     with pytest.raises(ExportError, match=f"runs no graph at level {level}"):
         fxquant.evaluate(llama(), token_ids(2, 9), runtime="onnxruntime", level=level)

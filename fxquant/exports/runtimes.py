@@ -21,7 +21,7 @@ from fxquant.files.doors import printable, reason
 from fxquant.frontends.hub import without_notices
 from fxquant.frontends.pretrained import read_written
 from fxquant.ir.calibration import CalibrationRecord
-from fxquant.ir.graph import GraphInfo
+from fxquant.ir.graph import GraphInfo, Level
 from fxquant.recipes.running import AUTO
 from fxquant.run.loss import token_nll
 from fxquant.schemes.scheme import Scheme
@@ -145,7 +145,7 @@ RUNTIMES: Final = {
 
 def runtime_named(name: str, device: str = "cpu", level: str = AUTO) -> Runtime:
     """The engine; ExportError for one that is not known, not installed, or not on ``device``, and
-    where a ``level`` is asked for, which is a graph's."""
+    where another ``level`` is asked for than the one that exports are written from."""
     if name not in RUNTIMES:
         raise ExportError(f"unknown runtime {name!r}: known are {', '.join(RUNTIMES)}")
     runtime = RUNTIMES[name]
@@ -156,7 +156,7 @@ def runtime_named(name: str, device: str = "cpu", level: str = AUTO) -> Runtime:
         )
     if not device.startswith("cpu") and name != "vllm":
         raise ExportError(f"runtime {name} is run on cpu, not on {device}: give --device cpu")
-    if level != AUTO:
+    if level not in (AUTO, Level.INTEGER):
         raise ExportError(f"runtime {name} runs no graph at level {level}: leave one of them out")
     return runtime
 
