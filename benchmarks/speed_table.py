@@ -60,8 +60,11 @@ SPEED: Final = (
         1.15,
     ),
 )
-# Of the results' seconds, those that are told.
-SECONDS: Final = ("one forward", "first call of compiled blocks, the longest")
+# Of the results' seconds, those that are told, and at most how many they were to be.
+SECONDS: Final[dict[str, float | None]] = {
+    "one forward": None,
+    "first call of compiled blocks, the longest": 10,
+}
 
 
 def speed_rows(machines: list[dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -79,9 +82,13 @@ def _cell(line: Ratio, data: dict[str, Any]) -> str:
     ratio = data["ratios"][line.key]
     goal = line.goal if data["int8"] or line.plain is None else line.plain
     shown = f"{ratio:.1f}" if ratio >= 2 else f"{ratio:.2f}"
+    return shown + _judged(ratio, goal)
+
+
+def _judged(found: float, goal: float | None) -> str:
     if goal is None:
-        return shown
-    return f"{shown} ({goal:g}{': missed' if ratio > goal else ''})"
+        return ""
+    return f" ({goal:g}{': missed' if found > goal else ''})"
 
 
 def column(data: dict[str, Any]) -> str:
@@ -89,13 +96,16 @@ def column(data: dict[str, Any]) -> str:
     held = " held to AVX2" if data["held"] else ""
     strongest = next((name for name in _STRENGTH if name in data["features"]), "no AVX2")
     older = ", older code" if data.get("note") else ""
-    return f"{data['processor']}, {strongest.upper().replace('_', '-')}{held}{older}"
+    threads = counted(data["threads"], "thread")
+    return f"{data['processor']}, {strongest.upper().replace('_', '-')}, {threads}{held}{older}"
 
 
 def measured(data: dict[str, Any]) -> str:
     """What was measured, and how."""
     seconds = ", ".join(
-        f"{name} {data['seconds'][name]:.2f} s" for name in SECONDS if name in data["seconds"]
+        f"{name} {data['seconds'][name]:.2f} s{_judged(data['seconds'][name], goal)}"
+        for name, goal in SECONDS.items()
+        if name in data["seconds"]
     )
     parts = [
         f"{data['model']} ({data['revision'][:23]}), windows of {data['length']} tokens",

@@ -52,6 +52,8 @@ class Quantizers:
 
         Raises NonFiniteError that names the first site whose input holds NaN or infinity.
         """
+        if not self.calls:
+            return 0
         clipped, finite, first = counts.tolist()
         if not finite:
             seen = zip(self.calls, accumulate(sizes), strict=True)
@@ -152,8 +154,8 @@ class ClippingCounter:
     def on_device(self, like: Tensor) -> Tensor:
         """int64 [3] on like's device: elements clipped; 1 if all inputs are finite; the first
         of their ``sizes`` numbers that is least so."""
-        if not self._ends:
-            return like.new_tensor((0, 1, 0), dtype=torch.int64)
+        if not self._ends:  # made there: a copy from the host waits, and cannot be captured
+            return (torch.arange(3, device=like.device) == 1).to(torch.int64)
         finite = torch.isfinite(torch.cat([each.flatten() for each in self._ends]))
         first = finite.to(torch.uint8).argmin()
         clipped = torch.stack((torch.zeros_like(first), *self._clipped)).sum()

@@ -121,7 +121,7 @@ def _run(job: Job, schemes: list[Scheme], say: Callable[[str], None]) -> Outcome
         return _run_export(job, source, say)
     loaded = load(job)
     windows = cut(job, source, other, loaded)
-    graph = loaded.graph if job.schemes else as_run(loaded.graph, job.level)
+    graph = loaded.graph if job.schemes or job.runtime else as_run(loaded.graph, job.level)
     torch.manual_seed(job.seed)
     check_windows(windows, graph)
     provenance = make_provenance(job, loaded, graph, source, windows)
@@ -146,7 +146,7 @@ def _run_export(job: Job, source: Source, say: Callable[[str], None]) -> Outcome
     step = Step(
         loaded.facts.scheme, lambda _: measure_export(loaded, runtime, windows, job.batch_size)
     )
-    return measured([step], provenance, job.output, say)
+    return measured([step], replace(provenance, level=""), job.output, say)
 
 
 def runtime_of(job: Job) -> Runtime | None:

@@ -54,6 +54,14 @@ class Refused:
         raise self.error
 
 
+class Empty:
+    """As a capture on another stream: the step ran, and nothing is replayed."""
+
+    def record(self, step: Callable[[], Outputs]) -> tuple[Callable[[], object], Outputs]:
+        outputs = step()
+        return (lambda: None), outputs
+
+
 class Wrong(Recorded):
     """Its first element is not what the step computes."""
 
@@ -121,6 +129,7 @@ def test_only_where_enough_equal_batches_are_to_come(recorder: Recorded) -> None
             "not permitted",
         ),
         (Refused(torch.OutOfMemoryError("CUDA out of memory. Tried 2.00 GiB")), "out of memory"),
+        (Empty(), "it gave other bits"),
         (Wrong(), "it gave other bits"),
     ],
 )

@@ -129,6 +129,7 @@ QUICK = (
     ("w8a8-static", "kernels"),
     ("w8a8-dynamic-token-asym", "integer"),
     ("fp8-static", "integer"),
+    ("fp", "kernels"),
 )
 SLOW = [
     pytest.param(scheme, level, marks=pytest.mark.slow)

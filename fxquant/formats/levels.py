@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +51,7 @@ class LevelGrid(Grid):
 
     # Not kept: under fake tensors it would stay a fake one.
     def _table(self, device: torch.device) -> Tensor:
-        return torch.tensor(self.levels, dtype=torch.float32, device=device)
+        return _made_there(self.levels, device)
 
     def _at(self, places: Tensor) -> Tensor:
         """The numbers at these places."""
@@ -61,7 +62,7 @@ class LevelGrid(Grid):
         """Place of the nearest number, int64."""
         ends = zip(self.levels[:-1], self.levels[1:], strict=True)
         between = [(a + b) / 2 for a, b in ends]
-        middles = torch.tensor(between, dtype=torch.float32, device=values.device)
+        middles = _made_there(between, values.device)
         below = torch.bucketize(values, middles)  # a middle itself belongs to the place below
         above = torch.bucketize(values, middles, right=True)
         return torch.where(below % 2 == 0, below, above)
@@ -88,3 +89,10 @@ NF4 = LevelGrid(
         *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
     ),
 )
+
+
+def _made_there(numbers: Sequence[float], device: torch.device) -> Tensor:
+    """float32 [n]. On CUDA a copy from the host would wait, and could not be captured."""
+    if device.type != "cuda":
+        return torch.tensor(numbers, dtype=torch.float32, device=device)
+    return torch.stack([torch.full((), each, device=device) for each in numbers])

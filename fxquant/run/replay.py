@@ -35,8 +35,12 @@ class CudaRecorder:
         self, step: Callable[[], tuple[Tensor, ...]]
     ) -> tuple[Callable[[], object], tuple[Tensor, ...]]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = step()
+        before = torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+                outputs = step()
+        finally:
+            torch.cuda.set_stream(before)  # where a capture's end fails, torch leaves its own
         return graph.replay, outputs
 
 
@@ -85,7 +89,10 @@ class Replayed:
         self._shape, self._outputs = None, ()
         self._input = ids.clone()
         try:
-            self._replay, self._outputs = self._recorder.record(lambda: self._step(self._input))
+            with torch.cuda.device_of(ids):
+                self._replay, self._outputs = self._recorder.record(lambda: self._step(self._input))
+            for each in self._outputs:
+                each.fill_(-1)  # what a step left there that was not captured must not pass
             same = all(map(_same_bits, self._replayed(ids), found))
         except RuntimeError as error:  # it waits for the device, or memory is short
             return _refuse(reason(error))
