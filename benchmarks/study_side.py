@@ -92,8 +92,8 @@ def _verdict(runs: dict[str, list[Window]]) -> str:
         f"{rounding[INT8]:+.3f} of the loss. E4M3 has numbers down to 2⁻⁹ of its scale, one in "
         f"230,000 of its largest, with a relative error of at most 1/16 from 2⁻⁶ on: "
         f"{down[E4M3]:.1%} become zero, and rounding is {rounding[E4M3]:+.3f}. As weights, which "
-        f"have no such outliers, E4M3 loses {weights[E4M3]:+.3f} where int8 loses "
-        f"{weights[INT8]:+.3f}."
+        f"have no such outliers, the difference is {weights[E4M3]:+.3f} under E4M3 and "
+        f"{weights[INT8]:+.3f} under int8."
     )
 
 

@@ -198,6 +198,7 @@ def test_a_model_that_gave_its_hidden_states_is_taken(asked: str) -> None:
     model.set_attn_implementation("eager")
     with torch.no_grad():
         model(token_ids(1, 4), **{asked: True})
+    assert not [note for note in info(fxquant.trace(model)).notes if "hook" in note.text]
     agrees(model)
     setattr(model.config, asked, True)
     agrees(model)

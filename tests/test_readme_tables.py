@@ -99,7 +99,10 @@ def test_machines_stand_side_by_side_with_their_goals(tmp_path: Path) -> None:
         (tmp_path / f"{name}.json").write_text(json.dumps(found))
     lines = table_of(tmp_path).split("\n")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    assert rows[0][1:] == ["x86_64, AVX2, older code", "Quick, AVX512-VNNI held to AVX2"]
+    assert rows[0][1:] == [
+        "x86_64, AVX2, 2 threads, older code",
+        "Quick, AVX512-VNNI, 7 threads held to AVX2",
+    ]
     assert ["weights alone: w8, level integer", "1.23", ""] in rows
     assert ["calibration, per window", "1.41 (1.4: missed)", ""] in rows
     assert ["w8a8-dynamic-token, level integer", "1.04 (1.05)", "0.46 (0.45: missed)"] in rows

@@ -149,3 +149,25 @@ def test_path_splits_scale_off_too() -> None:
     total = sum(sum((site.path or {}).values()) for site in why.sites)
     assert total == pytest.approx(why.path.estimate, abs=1e-6)
     assert all(set(site.path or {}) == set(FOUR) for site in why.sites)
+
+
+@pytest.mark.parametrize("text", ["w4-g16-fp16-asym", "w4-g12-fp16-asym/a8-dynamic-g16-fp16"])
+def test_scales_in_fp16_beside_zero_points(text: str) -> None:
+    why = fxquant.explain(llama(), text, data=DATA, methods="causes", worst=1)
+    assert why.causes is not None
+    assert tuple(why.causes) == FOUR
+    assert sum(why.causes.values()) == pytest.approx(why.delta_loss, abs=1e-6)
+
+
+@pytest.mark.parametrize("repair", ["kv8", "kv4", "kv8(format=fp8)"])
+def test_gradients_pass_the_caches_rounding(repair: str) -> None:
+    """As if it were not there: what one backward pass predicts stays of the size that it had."""
+    graph = fxquant.trace(llama())
+    plain, stored = (
+        fxquant.explain(graph, text, data=DATA, methods=("path", "first_order"), worst=0)
+        for text in ("w3", f"w3+{repair}")
+    )
+    for one, other in zip(plain.sites, stored.sites, strict=True):
+        if one.site.endswith(("k_proj", "v_proj")):
+            first, second = one.effects["first_order"], other.effects["first_order"]
+            assert abs(second - first) < 0.5 * abs(first) + 1e-3

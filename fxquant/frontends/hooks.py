@@ -25,6 +25,9 @@ WAY_OUT = (
     "a graph has no hooks: remove it (handle.remove()), or put the change into a module of its own"
 )
 
+# Where transformers 5 has the hooks by which a forward collects states; they stay behind.
+_COLLECTING = "transformers.utils.output_capturing"
+
 
 @dataclass(frozen=True)
 class HookAt:
@@ -66,7 +69,8 @@ def _hooks(model: PreTrainedModel) -> Iterator[HookAt]:
     for path, module in model.named_modules():
         for hooks, pre in ((module._forward_hooks, False), (module._forward_pre_hooks, True)):
             for number, hook in hooks.items():
-                if number not in harmless and not isinstance(hook, WEIGHT_HOOKS):
+                collects = getattr(hook, "__module__", "") == _COLLECTING
+                if not (number in harmless or collects or isinstance(hook, WEIGHT_HOOKS)):
                     yield HookAt(path or type(model).__name__, pre, number, named(hook))
 
 

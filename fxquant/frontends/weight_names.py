@@ -45,6 +45,7 @@ def match(
         if name in state:
             _check_kind(name, stored[key], state[name])
             found[name] = stored[key]
+    _stacked(state, names.experts, stored, directory)
     return _with_ties(model, found)
 
 
@@ -55,13 +56,31 @@ def experts(
 
     Raises ModelError where there are more or fewer of them than the model has, or misshapen ones.
     """
-    state = model.state_dict(keep_vars=True)
+    names = renamed(model, stored, directory)
+    return _stacked(model.state_dict(keep_vars=True), names.experts, stored, directory)
+
+
+def _stacked(
+    state: Mapping[str, Tensor],
+    stacks: Mapping[str, tuple[tuple[str, ...], ...]],
+    stored: Mapping[str, Stored],
+    directory: Path,
+) -> dict[str, tuple[tuple[Stored, ...], ...]]:
     found = {}
-    for name, rows in renamed(model, stored, directory).experts.items():
+    for name, rows in stacks.items():
+        if name not in state:  # of a layer that the architecture says to ignore: see match
+            continue
         wanted = tuple(state[name].shape)
+        for keys in rows:
+            if "" in keys:
+                raise ModelError(
+                    f"{directory} holds {listed(list(filter(None, keys)))} alone, of {len(keys)} "
+                    f"tensors that an expert of {name} is made of"
+                )
         found[name] = tuple(tuple(stored[key] for key in row) for row in rows)
         for row in found[name]:
-            shape = (len(rows), sum(each.shape[0] for each in row), *row[0].shape[1:])
+            lengths = sum(length for each in row for length in each.shape[:1])
+            shape = (len(rows), lengths, *row[0].shape[1:])
             if shape != wanted or len({each.shape[1:] for each in row}) != 1:
                 raise ModelError(
                     f"{name} has shape {list(wanted)} by the config; {row[0].path} holds "

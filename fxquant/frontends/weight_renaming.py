@@ -29,7 +29,7 @@ class Names:
 
     ``made``: the model's names of the weights that a stored tensor has a part in, by its name.
     ``experts``: of a weight that is a stack, for each expert the stored tensors that lie one behind
-    the other in it; other ways to make a weight are not among them.
+    the other in it, "" for one that is missing; other ways to make a weight are not among them.
     """
 
     names: dict[str, str]
@@ -71,13 +71,14 @@ def _experts(
             for each in _converter(patterns[0], converters).operations
         ]
         joined = [("Concatenate", 1)] if len(patterns) > 1 else []
-        lists = [sorted(found.get(each, ()), key=_number) for each in patterns]
-        if operations == [("MergeModulelist", 0), *joined] and len({*map(len, lists)}) == 1:
-            yield name, tuple(zip(*lists, strict=True))
+        lists = [{_number(key): key for key in found.get(each, ())} for each in patterns]
+        if operations == [("MergeModulelist", 0), *joined]:
+            numbers = sorted({number for keys in lists for number in keys})
+            yield name, tuple(tuple(keys.get(n, "") for keys in lists) for n in numbers)
 
 
-def _number(key: str) -> list[int]:
-    return [int(part) for part in key.split(".") if part.isdigit()]
+def _number(key: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in key.split(".") if part.isdigit())
 
 
 def _converter(pattern: str, converters: list[Any]) -> Any:

@@ -141,11 +141,13 @@ def code_matmul(left_codes: Tensor, right_codes: Tensor, left_grid: str, right_g
 def store_kv_to(x: Tensor, grid: str) -> Tensor:
     """``x`` [batch, heads, tokens, width] as a cache of codes on a grid would give it back.
 
-    One scale for each token and head (its last dimension), symmetric, in x's dtype.
+    One scale for each token and head (its last dimension), symmetric, in x's dtype. Its gradient
+    is x's own.
     """
     found = grid_named(grid)
     scale = quantization.calc_qparams_symmetric(x, found.reach, -1)
-    return found.nearest_(torch.div(x.to(torch.float32), scale)).mul_(scale).to(x.dtype)
+    steps = torch.div(x.detach().to(torch.float32), scale.detach())
+    return quantization.straight_through(x, found.nearest_(steps).mul_(scale.detach()).to(x.dtype))
 
 
 def _input(codes: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:

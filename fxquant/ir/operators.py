@@ -108,14 +108,15 @@ def _own_attention(*operands: Tensor) -> bool:
 def store_kv(x: Tensor, bits: int) -> Tensor:
     """``x`` [batch, heads, tokens, width] as a cache of ``bits`` bits would give it back.
 
-    Affine codes per token and head (its last dimension), in x's dtype.
+    Affine codes per token and head (its last dimension), in x's dtype. Its gradient is x's own.
     """
     qmin, qmax = integer(bits, symmetric=False).codes
     scale, zero_point = quantization.choose_qparams(
         x, qmin, qmax, symmetric=False, granularity="token"
     )
     codes = quantization.encode(x, scale, zero_point, qmin, qmax)
-    return quantization.dequantize(codes, scale, zero_point, dtype=x.dtype)
+    stored = quantization.dequantize(codes, scale, zero_point, dtype=x.dtype)
+    return quantization.straight_through(x, stored)
 
 
 def code_sum(codes: Tensor) -> Tensor:

@@ -220,3 +220,10 @@ def dequantize(
     if zero_point is not None:
         codes = codes.to(torch.int32) - expand_groups(zero_point, length, group_size)
     return (codes.to(torch.float32) * expand_groups(scale, length, group_size)).to(dtype)
+
+
+def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
+    """``rounded``, whose gradient is that of ``x``: its error is held fixed (Bengio et al. 2013,
+    arXiv 1308.3432)."""
+    wanted = torch.is_grad_enabled() and x.requires_grad
+    return rounded.detach() + (x - x.detach()) if wanted else rounded

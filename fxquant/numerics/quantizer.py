@@ -131,7 +131,7 @@ class Quantizer:
     def split(self, x: Tensor) -> Split:
         """x clipped into its range, and rounded."""
         scale, zero_point = self.qparams(x)
-        shift = 0 if zero_point is None else zero_point
+        shift = 0 if zero_point is None else self._spread(zero_point, x)
         grid, spread = self.spec.grid, self._spread(scale, x)
         low, high = (grid.lowest - shift) * spread, (grid.highest - shift) * spread
         clipped = x.to(torch.float32).clamp(low, high).to(x.dtype)
