@@ -16,6 +16,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from benchmarks.causes_found import causes_found
 from benchmarks.repairs_tried import FAMILIES, spelled
 from benchmarks.subjects import Subject
 from benchmarks.weight_grids import weights_past
@@ -23,7 +24,6 @@ from fxquant.ir.calibration import version_words
 from fxquant.ir.counted import counted
 
 TEMPLATE = Path(__file__).with_suffix(".template.md")
-CAUSES = ("weights", "clipping", "rounding")
 NAMES = {"opt": "small OPT with planted outliers", "smollm2": "SmolLM2-135M"}
 WIDTH = 110
 _FIGURE = re.compile(r"\{\{([^{}]+)\}\}")
@@ -83,14 +83,15 @@ def _setting(data: dict[str, Any]) -> str:
 def table(subject: Subject, data: dict[str, Any]) -> str:
     """The subject's rows, each beside the scheme that it repairs."""
     rows = data["rows"].get(subject.name, {})
+    causes = causes_found(row.get("causes", {}) for row in rows.values())
     lines: list[tuple[str, ...]] = []
     missing: list[str] = []
     for family in FAMILIES:
         schemes = [spelled(family.base, repair) for repair in ("", *family.repairs)]
         without = rows.get(family.base, {}).get("delta_loss", float("nan"))
-        lines += [_line(scheme, rows, without) for scheme in schemes if scheme in rows]
+        lines += [_line(scheme, rows, without, causes) for scheme in schemes if scheme in rows]
         missing += [scheme for scheme in schemes if scheme not in rows]
-    head = ("scheme", "Δloss ± s.e.", "of without", "bits", "convert s", *CAUSES, "worst kind")
+    head = ("scheme", "Δloss ± s.e.", "of without", "bits", "convert s", *causes, "worst kind")
     setting = (
         f"**{subject.name}**: {subject.windows} windows of {subject.length} tokens of "
         f"{data['text']}, calibrated on {subject.calibration} others."
@@ -113,10 +114,12 @@ def _refusals(rows: dict[str, Any]) -> list[str]:
     return [f"Refused: {', '.join(schemes)}: {why}." for why, schemes in by_reason.items()]
 
 
-def _line(scheme: str, rows: dict[str, Any], without: float) -> tuple[str, ...]:
+def _line(
+    scheme: str, rows: dict[str, Any], without: float, listed: tuple[str, ...]
+) -> tuple[str, ...]:
     row = rows[scheme]
     if "refused" in row:
-        return (f"`{scheme}`", "refused", *[""] * 7)
+        return (f"`{scheme}`", "refused", *[""] * (4 + len(listed)))
     causes = row.get("causes", {})
     kind = f"{row['worst_kind']} {row['worst_kind_rescue']:+.3f}" if causes else ""
     return (
@@ -125,6 +128,6 @@ def _line(scheme: str, rows: dict[str, Any], without: float) -> tuple[str, ...]:
         f"{row['delta_loss'] / without:.2f}×",
         f"{row['bits_per_weight']:.2f}",
         f"{row['convert_seconds']:.0f}",
-        *(f"{causes[cause]:+.3f}" if cause in causes else "" for cause in CAUSES),
+        *(f"{causes[cause]:+.3f}" if cause in causes else "" for cause in listed),
         kind,
     )

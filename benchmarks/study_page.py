@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from statistics import mean, median
 
+from benchmarks.causes_found import causes_found
 from benchmarks.study_side import side_by_side
 from benchmarks.study_trust import Data, costs, rescues, table_of, trust, validation
 from benchmarks.weight_grids import weights_past
 from fxquant.ir.calibration import version_words
 from fxquant.ir.counted import counted
 
-CAUSES = ("weights", "clipping", "rounding")
+_NUMBERS = {3: "three", 4: "four"}
 STATIC, ABSMAX, DYNAMIC = "w8a8-static", "w8a8-static:absmax", "w8a8-dynamic"
 NOTICED = 0.05  # nats a token: a loss that a user would call an error
 
@@ -23,13 +24,16 @@ def page(data: Data, beside: Data) -> str:
 
 
 def _parts(data: Data, beside: Data) -> Iterator[str]:
+    causes = causes_of(data["subjects"])
+    names = [f"`{cause}`" for cause in causes]
     yield "# Why static quantization fails, measured"
     yield (
         "Written by `python -m benchmarks.why_static_fails` from `benchmarks/why_static_fails.json`"
         " (`--render` writes it again without measuring). The claim under test is that of the "
         "reference write-up: *low clipping is not low error; scale mismatch dominates, not "
         "saturation*. Each figure below is a loss difference in nats a token that was measured; "
-        "`weights`, `clipping` and `rounding` are exact Shapley values of the three parts into "
+        f"{', '.join(names[:-1])} and {names[-1]} are exact Shapley values of the "
+        f"{_NUMBERS[len(causes)]} parts into "
         "which a site's error splits, so they sum to Δloss. A range that is too wide shows as "
         "rounding, one that is too narrow as clipping. Whether rounding is a fault of the scale is "
         "asked of the best range: what the range with the least error, of the same granularity and "
@@ -38,7 +42,7 @@ def _parts(data: Data, beside: Data) -> Iterator[str]:
     yield "\n".join(f"- **{each['name']}**: {_verdict(each)}" for each in data["subjects"])
     yield "## Causes"
     for subject in data["subjects"]:
-        yield f"{_where(subject)}\n\n{_cause_table(subject)}"
+        yield f"{_where(subject)}\n\n{_cause_table(subject, causes)}"
     yield "![cause bars](images/causes.png)"
     yield "![the range drawn into a histogram of activations](images/histogram.png)"
     yield "## Where: sites, channels, tokens"
@@ -100,9 +104,16 @@ def collapse(subject: Data) -> str:
     return str(max(static, key=lambda name: float(schemes[name]["delta_loss"])))
 
 
+def causes_of(subjects: Iterable[Data]) -> tuple[str, ...]:
+    """The causes that any scheme of ``subjects`` has, in their usual order."""
+    return causes_found(
+        found["causes"] for subject in subjects for found in subject["schemes"].values()
+    )
+
+
 def _main_cause(found: Data) -> tuple[str, float]:
     """The cause with the largest value, and its share of Δloss."""
-    cause = max(CAUSES, key=lambda name: found["causes"][name])
+    cause = max(found["causes"], key=lambda name: float(found["causes"][name]))
     total = found["delta_loss"]
     return cause, float(found["causes"][cause] / total) if total > 0 else math.nan
 
@@ -165,7 +176,7 @@ _CLIPPED = (
 )
 
 
-def _cause_table(subject: Data) -> str:
+def _cause_table(subject: Data, causes: tuple[str, ...]) -> str:
     rows = []
     for scheme, found in subject["schemes"].items():
         best = _best_range(found)
@@ -174,13 +185,16 @@ def _cause_table(subject: Data) -> str:
             [
                 scheme,
                 f"{found['delta_loss']:+.4f}",
-                *(f"{found['causes'][cause]:+.4f}" for cause in CAUSES),
+                *(
+                    f"{found['causes'][cause]:+.4f}" if cause in found["causes"] else ""
+                    for cause in causes
+                ),
                 f"{_clipped(found):.4%}",
                 "" if math.isnan(best) else f"{best:.0%}",
                 "refused" if path["refused"] else f"{path['residual']:+.4f}",
             ]
         )
-    headers = ["scheme", "Δloss", *CAUSES, "clipped, mean of sites", "best range leaves"]
+    headers = ["scheme", "Δloss", *causes, "clipped, mean of sites", "best range leaves"]
     return f"{table_of(rows, [*headers, 'path residual'])}\n\n{_CLIPPED}"
 
 

@@ -12,9 +12,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
-from benchmarks.study_page import collapse, effect
+from benchmarks.study_page import causes_of, collapse, effect
 
-COLOURS = {"weights": "#4c72b0", "clipping": "#c44e52", "rounding": "#ccb974"}
+COLOURS = {
+    **{"weights": "#4c72b0", "clipping": "#c44e52", "rounding": "#ccb974", "scale": "#64b5cd"}
+}
 
 
 def draw(data: dict[str, Any], folder: Path) -> None:
@@ -64,14 +66,14 @@ def _inside(site: dict[str, Any]) -> str:
 
 
 def _causes(axis: Any, subject: dict[str, Any]) -> None:
-    schemes = list(subject["schemes"])
+    schemes, causes = list(subject["schemes"]), causes_of([subject])
     for row, scheme in enumerate(schemes):
         # Negative values go to the left of 0, positive ones are stacked to the right.
         ends = [0.0, 0.0]
-        for cause, colour in COLOURS.items():
-            value = subject["schemes"][scheme]["causes"][cause]
-            side = int(value > 0)
-            axis.barh(row, value, left=ends[side], color=colour, label=cause if row == 0 else None)
+        for cause in causes:
+            value = subject["schemes"][scheme]["causes"].get(cause, 0.0)
+            side, label = int(value > 0), cause if row == 0 else None
+            axis.barh(row, value, left=ends[side], color=COLOURS[cause], label=label)
             ends[side] += value
     axis.set_yticks(range(len(schemes)), schemes)
     axis.invert_yaxis()

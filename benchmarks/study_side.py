@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from statistics import mean, stdev
 from typing import Any
 
+from benchmarks.causes_found import causes_found
 from benchmarks.study_trust import table_of
 from fxquant.ir.calibration import version_words
 from fxquant.ir.counted import counted
 
 Window = dict[str, Any]
-CAUSES = ("weights", "clipping", "rounding")
 INT8, E4M3 = "w8a8-static:absmax", "fp8-static"
 NAMES = {INT8: "int8", E4M3: "E4M3"}
 TITLE = "## int8 and E4M3 on the same ranges"
@@ -69,16 +69,17 @@ def _column(windows: list[Window], figure: Callable[[Window], float], form: str 
 
 
 def _causes(runs: dict[str, list[Window]]) -> str:
+    causes = causes_found(window["causes"] for windows in runs.values() for window in windows)
     rows = [
         [
             NAMES[scheme],
             f"`{scheme}`",
             _column(windows, lambda w: w["delta_loss"]),
-            *(_column(windows, lambda w, c=cause: w["causes"][c]) for cause in CAUSES),  # type: ignore[misc]
+            *(_column(windows, lambda w, c=cause: w["causes"].get(c, 0.0)) for cause in causes),  # type: ignore[misc]
         ]
         for scheme, windows in runs.items()
     ]
-    return table_of(rows, ["grid", "scheme", "Δloss", *CAUSES])
+    return table_of(rows, ["grid", "scheme", "Δloss", *causes])
 
 
 def _verdict(runs: dict[str, list[Window]]) -> str:

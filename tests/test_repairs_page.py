@@ -36,6 +36,19 @@ def test_prose_and_table_take_a_figure_from_the_data() -> None:
     assert "to +7.25, with `order=static`" in " ".join(text.split())
 
 
+def test_a_fourth_cause_has_its_column() -> None:
+    changed = copy.deepcopy(DATA_NOW)
+    changed["rows"][SMOLLM2]["w4+gptq"]["causes"] = {"weights": 0.5, "scale": 1.125}
+    changed["rows"][SMOLLM2]["w4+gptq"] |= {"worst_kind": "mlp", "worst_kind_rescue": 0.25}
+    text = page(SUBJECTS, changed, COST_NOW)
+    (row,) = (
+        line for line in text.split("\n") if line.startswith("| `w4+gptq` ") and "+1.125" in line
+    )
+    assert [cell.strip() for cell in row.split("|")[6:11]] == [
+        *("+0.500", "", "", "+1.125", "mlp +0.250")
+    ]
+
+
 def test_what_was_not_measured_is_said_so() -> None:
     partial = copy.deepcopy(DATA_NOW)
     del partial["rows"][SMOLLM2]["w4+clip"]

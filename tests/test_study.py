@@ -20,6 +20,26 @@ def test_the_page_follows_from_the_data() -> None:
     assert (ROOT / "docs" / "why_static_fails.md").read_text() == page(data, beside)
 
 
+def test_a_fourth_cause_has_its_column_and_its_bar(tmp_path: Path) -> None:
+    data, beside = json.loads(DATA.read_text()), json.loads(BESIDE.read_text())
+    subject = data["subjects"][0]
+    subject["schemes"]["w8a8-dynamic"]["causes"]["scale"] = 1.2345
+    text = page(data, beside)
+    assert "`rounding` and `scale` are exact Shapley values of the four parts" in text
+    assert "| rounding | scale |" in " ".join(text.split())
+    (row,) = (line for line in text.split("\n") if "+1.2345" in line)
+    assert "w8a8-dynamic" in row
+    pytest.importorskip("matplotlib")
+    from benchmarks.study_pictures import draw
+
+    draw(data, tmp_path / "with")
+    subject["schemes"]["w8a8-dynamic"]["causes"]["scale"] = 0.0
+    draw(data, tmp_path / "without")
+    assert (tmp_path / "with/causes.png").read_bytes() != (
+        tmp_path / "without/causes.png"
+    ).read_bytes()
+
+
 def test_the_data_add_up() -> None:
     for subject in json.loads(DATA.read_text())["subjects"]:
         for scheme, found in subject["schemes"].items():

@@ -98,12 +98,11 @@ class HalfScale(ScaleFormat):
 
     def nearest(self, scale: Tensor, grid: Grid) -> Tensor:
         """float32: the nearest to ``scale``, float32 and positive, that it stores."""
-        least, most = torch.finfo(torch.float16).smallest_normal * 2.0**-10, 65504.0
-        found = scale
+        most, found = 65504.0, scale.clamp(min=2.0**_HALF_LEAST)
         if grid.has_zero_point and grid.bits <= 4:
-            found = _with_digits(scale, _HALF_DIGITS - grid.bits)
+            found = _with_digits(found, _HALF_DIGITS - grid.bits)
             most = 2.0 ** (_HALF_TOP - grid.bits)
-        found = found.clamp(least, most).to(torch.float16).to(torch.float32)
+        found = found.clamp(max=most).to(torch.float16).to(torch.float32)
         return torch.where(scale.isfinite(), found, scale)
 
     def encode(self, scales: Tensor, global_scale: Tensor | None = None) -> Tensor:
@@ -117,13 +116,17 @@ class HalfScale(ScaleFormat):
 
 
 _HALF_DIGITS, _HALF_TOP = 11, 16  # of a mantissa, and the power that fp16 does not reach
+_HALF_LEAST = -24  # the power that is its smallest number
 
 
 def _with_digits(x: Tensor, digits: int) -> Tensor:
-    """Positive float32 ``x`` rounded to so many binary digits, ties to even."""
-    gone = 24 - digits
+    """float32 ``x``, at least 2^-24, rounded to so many binary digits, ties to even; to fewer where
+    fp16 holds no more, so that the nearest is not missed by rounding twice."""
     bits = x.view(torch.int32)
-    bits = bits + (1 << (gone - 1)) - 1 + ((bits >> gone) & 1)
+    exponent = (bits >> 23) - 126
+    gone = 24 - digits + (digits + _HALF_LEAST - exponent).clamp(min=0)
+    half = torch.ones_like(bits) << (gone - 1)
+    bits = bits + half - 1 + ((bits >> gone) & 1)
     return ((bits >> gone) << gone).view(torch.float32)
 
 
