@@ -62,7 +62,7 @@ def refusal(gm: GraphModule, site: Site, spec: SiteSpec) -> Refusal | None:
         nearest = "w8-g32-fp16" if eight else f"w4-g32-fp16{asym}"
         return Refusal(f"its blocks are w8, w4 or w4-asym in groups of {SIZE} columns", nearest)
     if site.shape[1] % SIZE:
-        return Refusal(f"blocks of {SIZE} do not divide its {site.shape[1]} columns", "float there")
+        return Refusal(f"blocks of {SIZE} do not divide its {site.shape[1]} columns", "fp there")
     return None
 
 
