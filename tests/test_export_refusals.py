@@ -107,8 +107,12 @@ def test_repairs_that_modules_cannot_hold_are_refused_before_work(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("options", [["--stream"], []])
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [("onnx", []), ("onnx", ["--stream"]), ("pt2", ["--stream"]), ("aoti", ["--stream"])],
+)
 def test_what_no_scheme_mends_is_refused_before_the_model_is_read(
+    target: str,
     options: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -120,7 +124,7 @@ def test_what_no_scheme_mends_is_refused_before_the_model_is_read(
     if not options:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("fxquant.evaluation.job.load_model", forbidden)
-    asked = ["export", "--to", "onnx", "--model", str(SMALL_OPT), "--scheme", "w8", *options]
+    asked = ["export", "--to", target, "--model", str(SMALL_OPT), "--scheme", "w8", *options]
     assert main([*asked, "--output", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert ("without stream" if options else "pip install fxquant[exports]") in said
