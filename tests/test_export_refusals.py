@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from fxquant.exports.folder import write_export
 from fxquant.exports.table import FORMATS
 from fxquant.exports.target import check_scheme
 from fxquant.schemes.scheme import Scheme
+from fxquant.schemes.specs import SiteSpec
 from tests.architectures import gpt2
 from tests.models import SMALL_OPT
 from tests.test_export_compressed import Untouched, batches, tiny_llama
@@ -31,6 +33,8 @@ SCHEMES = (
     *("w8+correct_bias", "w8a8-static+split_outliers", "w8+kv8+correct_bias"),
     '{"scheme": "w8", "overrides": {"embeddings": "w4-g7"}}',
     '{"scheme": "w8", "overrides": {"embeddings": "w4-g16-e4m3"}}',
+    '{"scheme": "w4-g32", "overrides": {"*.k_proj": "w8"}}',
+    '{"scheme": "w4-g32", "overrides": {"*.q_proj": "fp", "head": "w4-g32"}}',
 )
 
 
@@ -65,8 +69,11 @@ def advised(said: str, scheme: Scheme) -> Iterator[Scheme]:
             text = re.sub(rf"\+{name}(\([^)]*\))?", "", text)
         yield Scheme.parse(text)
     elif hint == "fp there":
-        yield Scheme.parse("w8")
-    elif "(--to " not in hint:
+        left = (place(said), SiteSpec())
+        yield replace(scheme, overrides=(*scheme.overrides, left))
+    elif "(--to " in hint:
+        assert hint.rpartition("(--to ")[2].rstrip(")") in FORMATS
+    else:
         yield Scheme.parse(hint)
 
 
@@ -100,8 +107,12 @@ def test_repairs_that_modules_cannot_hold_are_refused_before_work(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("options", [["--stream"], []])
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [("onnx", []), ("onnx", ["--stream"]), ("pt2", ["--stream"]), ("aoti", ["--stream"])],
+)
 def test_what_no_scheme_mends_is_refused_before_the_model_is_read(
+    target: str,
     options: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -113,7 +124,7 @@ def test_what_no_scheme_mends_is_refused_before_the_model_is_read(
     if not options:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("fxquant.evaluation.job.load_model", forbidden)
-    asked = ["export", "--to", "onnx", "--model", str(SMALL_OPT), "--scheme", "w8", *options]
+    asked = ["export", "--to", target, "--model", str(SMALL_OPT), "--scheme", "w8", *options]
     assert main([*asked, "--output", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert ("without stream" if options else "pip install fxquant[exports]") in said

@@ -25,6 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 import fxquant
 from fxquant.errors import TracingError
+from fxquant.exports.pt2_file import MODEL, pt2
 from fxquant.frontends.streaming import stream
 from tests.architectures import ARCHITECTURES, gpt2, llama, opt, padding_mask, token_ids
 from tests.environments import needs_hf_tracer, patched_by_hf_tracer
@@ -312,3 +313,21 @@ def _lines_of(step: Callable[[], object], stop_at: int | None = None) -> int:
     finally:
         sys.settrace(before)
     return count
+
+
+def test_exports_leave_threads_alone_that_convert_and_run_models(tmp_path: Path) -> None:
+    scheme = "w8a8-dynamic-token"
+    models = [llama(), llama(seed=5)]
+    graphs = [fxquant.convert(model, scheme) for model in models]
+
+    def export(number: int) -> GraphModule:
+        pt2(graphs[number], tmp_path / str(number), check=False)
+        return fxquant.convert(models[number], scheme)
+
+    with unharmed(llama(seed=7)), ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(export, range(2)))
+    assert all(alike(each, graphs[number]) for number, each in enumerate(found))
+    for number in range(2):
+        program = torch.export.load(tmp_path / str(number) / MODEL).module()
+        expected = graphs[number](input_ids=IDS, attention_mask=MASK)
+        assert torch.equal(program(input_ids=IDS, attention_mask=MASK), expected)

@@ -16,12 +16,13 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from fxquant.errors import ExportError
 from fxquant.exports.check import Checked, unchecked, version
 from fxquant.exports.folder import Exported, output_folder, write_export
-from fxquant.exports.pt2_file import holds
-from fxquant.exports.pt2_program import check_graph, elsewhere, exported, on_cpu
+from fxquant.exports.pt2_file import all_of, holds
+from fxquant.exports.pt2_program import elsewhere, exported, on_cpu
 from fxquant.exports.source import Source, converted, generation_of
 from fxquant.exports.target import Target
 from fxquant.files.doors import Location
 from fxquant.frontends.model_config import CONFIG
+from fxquant.frontends.patching import exclusive, exporting
 from fxquant.ir.graph import Level, info
 from fxquant.pipeline.arguments import checked_call
 from fxquant.run.batches import Batches
@@ -30,7 +31,13 @@ from fxquant.schemes.scheme import SchemeLike
 NAME: Final = "aoti"
 MODEL: Final = "model.pt2"
 TARGET: Final = Target(
-    NAME, Level.INTEGER, needs_codes=False, check_site=holds, check_graph=check_graph, never={}
+    NAME,
+    Level.INTEGER,
+    needs_codes=False,
+    check_site=holds,
+    check_graph=all_of,
+    never={},
+    streams=False,
 )
 
 
@@ -88,10 +95,11 @@ def _check_compiler() -> None:
         ) from error
 
 
+@exclusive  # it replaces functions of torch and the process's stderr for all threads
 def _write(gm: GraphModule, folder: Path) -> None:
     program = exported(on_cpu(gm))
     inductor: Any = torch._inductor
-    with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):  # its progress
+    with exporting(), torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):  # its progress
         inductor.aoti_compile_and_package(program, package_path=str(folder / MODEL))
     if info(gm).config:
         (folder / CONFIG).write_text(info(gm).config, encoding="utf-8")

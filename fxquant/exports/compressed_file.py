@@ -28,6 +28,7 @@ from fxquant.files.doors import Location
 from fxquant.formats.integer import IntegerGrid, integer
 from fxquant.frontends.hub import without_notices
 from fxquant.frontends.model_config import CONFIG
+from fxquant.frontends.patching import exclusive
 from fxquant.frontends.pretrained import read_written
 from fxquant.ir.graph import Level, Site, float_dtype
 from fxquant.ir.leaves import Conv1D
@@ -265,6 +266,7 @@ def _arguments(bits: int, has_zero_point: bool, strategy: str, dynamic: bool) ->
     }
 
 
+@exclusive  # it replaces the process's stderr
 def _check(gm: GraphModule, folder: Path, wanted: bool) -> Checked:
     said = unchecked(gm, wanted, _NEEDED)
     if said is not None:

@@ -30,6 +30,7 @@ from fxquant.exports.sites import codes_at
 from fxquant.exports.source import Source, converted
 from fxquant.exports.target import Refusal, Target
 from fxquant.files.doors import Location
+from fxquant.frontends.patching import exclusive
 from fxquant.frontends.pretrained import read_gguf_model, read_gguf_tokenizer
 from fxquant.ir.graph import Level, Site, info
 from fxquant.pipeline.arguments import checked_call
@@ -62,7 +63,7 @@ def refusal(gm: GraphModule, site: Site, spec: SiteSpec) -> Refusal | None:
         nearest = "w8-g32-fp16" if eight else f"w4-g32-fp16{asym}"
         return Refusal(f"its blocks are w8, w4 or w4-asym in groups of {SIZE} columns", nearest)
     if site.shape[1] % SIZE:
-        return Refusal(f"blocks of {SIZE} do not divide its {site.shape[1]} columns", "float there")
+        return Refusal(f"blocks of {SIZE} do not divide its {site.shape[1]} columns", "fp there")
     return None
 
 
@@ -259,6 +260,7 @@ def _add_tokenizer(writer: Any, words: Vocabulary | None) -> None:
         writer.add_chat_template(words.chat_template)
 
 
+@exclusive  # it replaces the process's stderr
 def _check(gm: GraphModule, tokenizer: Tokenizer | None, path: Path, wanted: bool) -> Checked:
     said = unchecked(gm, wanted, ("accelerate",))
     if said is not None:

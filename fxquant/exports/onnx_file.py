@@ -26,7 +26,7 @@ from fxquant.files.doors import Location
 from fxquant.formats.integer import IntegerGrid
 from fxquant.formats.scales import FP32
 from fxquant.frontends.model_config import CONFIG
-from fxquant.frontends.patching import exclusive
+from fxquant.frontends.patching import exclusive, exporting
 from fxquant.ir.graph import Level, Site, info, is_op, tag
 from fxquant.ir.legal_forms import OPS
 from fxquant.pipeline.arguments import checked_call
@@ -158,7 +158,7 @@ def _write(gm: GraphModule, folder: Path) -> None:
 @exclusive  # torch's exporters replace functions of torch and levels of loggers for all threads
 def _made(copy: GraphModule) -> tuple[torch.export.ExportedProgram, Any]:
     """The graph as torch exports it, and as ONNX."""
-    with _quietly():
+    with _quietly(), exporting():
         exported = _exported(copy)
         return exported, _translated(exported)
 

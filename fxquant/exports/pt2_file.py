@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fxquant.exports.check import Checked, unchecked, version
 from fxquant.exports.folder import Exported, output_folder, write_export
-from fxquant.exports.pt2_program import check_graph, elsewhere, exported, on_cpu, quietly
+from fxquant.exports.pt2_program import elsewhere, exported, on_cpu, quietly
 from fxquant.exports.source import Source, converted, generation_of
 from fxquant.exports.target import Refusal, Target
 from fxquant.files.doors import Location
@@ -32,8 +32,18 @@ def holds(gm: GraphModule, site: Site, spec: SiteSpec) -> Refusal | None:
     return None
 
 
+def all_of(gm: GraphModule) -> None:
+    """Nothing is refused: the program is the graph."""
+
+
 TARGET: Final = Target(
-    NAME, Level.INTEGER, needs_codes=False, check_site=holds, check_graph=check_graph, never={}
+    NAME,
+    Level.INTEGER,
+    needs_codes=False,
+    check_site=holds,
+    check_graph=all_of,
+    never={},
+    streams=False,
 )
 
 

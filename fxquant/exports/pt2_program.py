@@ -20,11 +20,11 @@ import fxquant.exports.fresh as fresh_program
 from fxquant.errors import ExportError
 from fxquant.exports.check import ALLOWED, Checked, compared, random_tokens
 from fxquant.files.doors import printable
+from fxquant.frontends.patching import exclusive, exporting
 from fxquant.ir.graph import clone_sharing_storage, info
 from fxquant.ir.leaves import QuantizedParameters
 from fxquant.ir.legal_forms import OPS
 from fxquant.ir.operators import WRITTEN_OUT
-from fxquant.ir.streamed import streamed_device
 
 INPUTS: Final = ("input_ids", "attention_mask")
 _BOUND: Final = 1200.0  # seconds
@@ -38,12 +38,7 @@ _TABLE: Final[dict[Any, Callable[..., Any]]] = {
 Kind = Literal["pt2", "aoti"]
 
 
-def check_graph(gm: GraphModule) -> None:
-    """Raise ExportError for a streamed graph."""
-    if streamed_device(gm) is not None:
-        raise ExportError("pt2: a streamed graph cannot be exported: load it without stream")
-
-
+@exclusive  # torch.export replaces functions of torch and sets flags for all threads
 def exported(gm: GraphModule) -> torch.export.ExportedProgram:
     """The program: input_ids and attention_mask int64 [batch, length], any size, to logits.
 
@@ -54,7 +49,7 @@ def exported(gm: GraphModule) -> torch.export.ExportedProgram:
     most = info(gm).max_positions or 64
     ids = torch.zeros(2, min(7, most), dtype=torch.int64)
     any_size = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    with quietly(), torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
+    with quietly(), exporting(), torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
         return torch.export.export(
             _written_out(gm),
             (),

@@ -36,7 +36,7 @@ def refusal(gm: GraphModule, site: Site, spec: SiteSpec, bits: tuple[int, ...]) 
     weight = spec.weight
     assert weight is not None
     if site.role != "linear":
-        return Refusal(f"engines read the {site.role} in float", "the scheme without it")
+        return Refusal(f"engines read the {site.role} in float", "fp there")
     if isinstance(gm.get_submodule(site.path), Conv1D):
         return Refusal("it codes nn.Linear only, and this is a Conv1D", "ONNX (--to onnx)")
     if spec.activation is not None:
@@ -50,7 +50,7 @@ def refusal(gm: GraphModule, site: Site, spec: SiteSpec, bits: tuple[int, ...]) 
     rows, columns = site.shape
     if rows % WORD or columns % WORD:
         reason = f"words of {WORD} bits do not divide its {rows} rows and {columns} columns"
-        return Refusal(reason, "float there, or compressed-tensors (--to compressed-tensors)")
+        return Refusal(reason, "compressed-tensors (--to compressed-tensors)")
     return None
 
 
@@ -66,13 +66,13 @@ def check_alike(target: str, specs: Specs, whole: bool) -> None:
             raise ExportError(
                 f"{target} cannot hold {site.path} ({spell_site(spec)}): it says once for all how "
                 f"codes are kept, and {coded[0][0].path} has {spell_site(first)}; nearest that it "
-                f"can: {spell_site(first)} without overrides"
+                f"can: {spell_site(first)}"
             )
     for site, spec in specs:
         if whole and coded and spec.weight is None and site.role == "linear":
             raise ExportError(
                 f"{target} cannot hold {site.path} in float: it codes every linear of the blocks; "
-                f"nearest that it can: {spell_site(coded[0][1])} without overrides"
+                f"nearest that it can: {spell_site(coded[0][1])}"
             )
 
 

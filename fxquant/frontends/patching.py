@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+import torch._export.utils as export_utils
+import torch.export._trace as export_trace
 import torch.fx._symbolic_trace as symbolic
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -41,6 +43,9 @@ _PATCHED: tuple[tuple[Any, str], ...] = (
     (symbolic, "_new_patcher"),
     (symbolic, "CURRENT_PATCHER"),
     (PreTrainedModel, "init_weights"),
+    (torch.compiler, "_is_compiling_flag"),
+    (torch.compiler, "_is_exporting_flag"),
+    *((module, "_compiling_state_context") for module in (export_utils, export_trace)),
 )
 if hf_fx is not None:
     _PATCHED += (
@@ -213,6 +218,26 @@ def _replaced(*changes: tuple[Any, str, object]) -> Iterator[None]:
     finally:
         for change in before:
             setattr(*change)
+
+
+@contextlib.contextmanager
+def _compiling_here() -> Iterator[None]:
+    """What torch does while it exports, whose flags are true for all threads: models that run there
+    meanwhile would hand their operators to this thread's trace."""
+    flags = [
+        (torch.compiler, f"_is_{name}_flag", _HereOnly()) for name in ("compiling", "exporting")
+    ]
+    with _replaced(*flags):
+        yield
+
+
+@contextlib.contextmanager
+def exporting() -> Iterator[None]:
+    """In an ``exclusive`` function: torch.export of this thread leaves others alone."""
+    modules = (export_utils, export_trace)
+    changes = [(module, "_compiling_state_context", _compiling_here) for module in modules]
+    with tracing(), _replaced(*changes):
+        yield
 
 
 @contextlib.contextmanager
