@@ -429,7 +429,7 @@ def test_an_interrupted_plan_says_what_is_kept(
         time.sleep(5)
 
     with monkeypatch.context() as patch:
-        patch.setattr("fxquant.analysis.planning.climbs", stop)
+        patch.setattr("fxquant.analysis.planner.climbs", stop)
         assert main(command) == 143
     (kept,) = tmp_path.glob("losses-*.jsonl")
     before = kept.read_text()
