@@ -29,8 +29,26 @@ from fxquant.schemes.scheme import SchemeLike
 
 NAME: Final = "aoti"
 MODEL: Final = "model.pt2"
+
+
+def _check_compiler() -> None:
+    try:
+        cpp_builder.get_cpp_compiler()
+    except (exc.InvalidCxxCompiler, exc.CppCompileError, OSError) as error:
+        raise ExportError(
+            f"{NAME} needs a C++ compiler, and torch finds none (it asks the variable CXX, then "
+            "for g++): install one, or take --to pt2, which needs none"
+        ) from error
+
+
 TARGET: Final = Target(
-    NAME, Level.INTEGER, needs_codes=False, check_site=holds, check_graph=check_graph, never={}
+    NAME,
+    Level.INTEGER,
+    needs_codes=False,
+    check_site=holds,
+    check_graph=check_graph,
+    never={},
+    ready=_check_compiler,
 )
 
 
@@ -66,7 +84,6 @@ def aoti(
     be written; a check that fails. Nothing is written.
     """
     target = output_folder(directory)
-    _check_compiler()
     gm = converted(source, TARGET, scheme, calibration)
     return write_export(
         gm,
@@ -76,16 +93,6 @@ def aoti(
         check=lambda folder: _check(gm, folder / MODEL, check),
         extras=(tokenizer, generation_of(source, generation_config)),
     )
-
-
-def _check_compiler() -> None:
-    try:
-        cpp_builder.get_cpp_compiler()
-    except (exc.InvalidCxxCompiler, exc.CppCompileError, OSError) as error:
-        raise ExportError(
-            f"{NAME} needs a C++ compiler, and torch finds none (it asks the variable CXX, then "
-            "for g++): install one, or take --to pt2, which needs none"
-        ) from error
 
 
 def _write(gm: GraphModule, folder: Path) -> None:
