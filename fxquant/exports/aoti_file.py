@@ -20,7 +20,7 @@ from fxquant.exports.pt2_file import holds
 from fxquant.exports.pt2_program import check_graph, elsewhere, exported, on_cpu
 from fxquant.exports.source import Source, converted, generation_of
 from fxquant.exports.target import Target
-from fxquant.files.doors import Location
+from fxquant.files.doors import Location, printable
 from fxquant.frontends.model_config import CONFIG
 from fxquant.ir.graph import Level, info
 from fxquant.pipeline.arguments import checked_call
@@ -80,8 +80,8 @@ def aoti(
     their neighbour by that, and the result says how far noise of that size moves the graph's own
     logits.
 
-    Raises ExportError: no C++ compiler (before any work); a streamed graph; a folder that cannot
-    be written; a check that fails. Nothing is written.
+    Raises ExportError: no C++ compiler (before any work), or one that fails; a streamed graph; a
+    folder that cannot be written; a check that fails. Nothing is written.
     """
     target = output_folder(directory)
     gm = converted(source, TARGET, scheme, calibration)
@@ -98,8 +98,15 @@ def aoti(
 def _write(gm: GraphModule, folder: Path) -> None:
     program = exported(on_cpu(gm))
     inductor: Any = torch._inductor
-    with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):  # its progress
-        inductor.aoti_compile_and_package(program, package_path=str(folder / MODEL))
+    try:
+        with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):  # its progress
+            inductor.aoti_compile_and_package(program, package_path=str(folder / MODEL))
+    except (exc.CppCompileError, exc.InductorError) as error:
+        last = (str(error).strip().splitlines() or ["no word"])[-1].strip()
+        raise ExportError(
+            f"{NAME}: the graph does not compile: {printable(last[:300])}; mend the C++ compiler, "
+            "or take --to pt2"
+        ) from error
     if info(gm).config:
         (folder / CONFIG).write_text(info(gm).config, encoding="utf-8")
 
