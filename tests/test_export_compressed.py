@@ -46,9 +46,11 @@ MIXED = {
 }
 
 
-def tiny_llama(tied: bool = True, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def tiny_llama(
+    tied: bool = True, dtype: torch.dtype = torch.float32, inner: int = 96
+) -> PreTrainedModel:
     config = LlamaConfig(
-        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        vocab_size=96, hidden_size=64, intermediate_size=inner, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
         tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip

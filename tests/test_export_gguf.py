@@ -237,6 +237,7 @@ def test_names_of_what_splits_a_text() -> None:
 
 
 REFUSED = {
+    "w4-g32-e4m3": ("not codes under one in fp32", "w4-g32-fp16"),
     "w8": ("groups of 32", "w8-g32-fp16"),
     "w4-g16-asym": ("model.layers.0.self_attn.q_proj", "w4-g32-fp16-asym"),
     "w8a8-static": ("codes inputs by a rule of its own", "w8-g32-fp16"),

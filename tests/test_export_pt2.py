@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch._inductor import cpp_builder
+from torch import Tensor
+from torch._inductor import cpp_builder, exc
 from torch.fx import GraphModule
 
 import fxquant
 from fxquant.errors import ExportError
-from fxquant.exports import aoti, pt2, pt2_file
+from fxquant.exports import aoti, aoti_file, pt2, pt2_file, pt2_program
+from fxquant.exports.check import ALLOWED
 from fxquant.exports.pt2_file import MODEL
 from fxquant.exports.pt2_program import exported as program_of
 from fxquant.ir.operators import WRITTEN_OUT
@@ -77,6 +81,64 @@ def test_compiling_needs_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(ExportError, match=r"needs a C\+\+ compiler.*--to pt2, which needs none"):
         aoti(tiny_llama(), tmp_path / "out", scheme="w8")
     assert list(tmp_path.iterdir()) == []
+
+
+def killed(*_: object, **__: object) -> Any:
+    return subprocess.CompletedProcess([], -9, "", "")
+
+
+def stuck(*_: object, **__: object) -> Any:
+    raise subprocess.TimeoutExpired([], 1200)
+
+
+@pytest.mark.parametrize(("run", "said"), [(killed, "signal 9"), (stuck, "not done in 1200 s")])
+def test_a_process_without_an_answer(
+    run: Any, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pt2_program.subprocess, "run", run)
+    with pytest.raises(ExportError, match=rf"cannot run model.pt2: .*{said}.*--no-check"):
+        pt2_program._run("pt2", tmp_path / "model.pt2", [])
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_compiler_that_fails(
+    wrapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        error = exc.CppCompileError(["g++"], "a.cpp:1: error: no such thing")
+        raise exc.InductorError(error, None) if wrapped else error
+
+    monkeypatch.setattr(aoti_file, "exported", lambda gm: None)
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", failing)
+    with pytest.raises(ExportError, match=r"does not compile: a.cpp:1: .* or take --to pt2"):
+        aoti(one_block(), tmp_path / "out", scheme="w8")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("scheme", ["w8a8-dynamic-token", "w8a8-static"])
+def test_a_library_that_quantizes_nothing_is_noticed(
+    scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise moves some codes far; the float model's logits are off everywhere."""
+    model = tiny_llama()
+    floats = fxquant.convert(model, "fp")
+    graph = fxquant.convert(model, scheme, calibration=batches(model))
+
+    def of_floats(kind: str, file: Path, probes: list[dict[str, Tensor]]) -> list[Tensor]:
+        with torch.no_grad():
+            return [floats(**inputs) for inputs in probes]
+
+    def of_other_roundings(kind: str, file: Path, probes: Any) -> list[Tensor]:
+        with torch.no_grad():
+            return [noisy(**inputs) for inputs in probes]
+
+    monkeypatch.setattr(pt2_program, "_run", of_floats)
+    found = pt2_program.elsewhere("aoti", tmp_path / MODEL, graph, "none", "floats")
+    assert not found.passed
+    assert found.allowed == ALLOWED
+    noisy = pt2_program._noisy(graph, 100)
+    monkeypatch.setattr(pt2_program, "_run", of_other_roundings)
+    assert pt2_program.elsewhere("aoti", tmp_path / MODEL, graph, "none", "roundings").passed
 
 
 def test_nothing_is_written_where_the_process_differs(

@@ -6,16 +6,17 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch._inductor import cpp_builder, exc
 from torch.fx import GraphModule
 
 import fxquant
 from fxquant.cli.main import main
 from fxquant.errors import ExportError
-from fxquant.exports import compressed_tensors
 from fxquant.exports.folder import write_export
 from fxquant.exports.table import FORMATS
 from fxquant.exports.target import check_scheme
@@ -93,27 +94,43 @@ def test_every_hint_is_a_scheme_that_is_held(target: str, text: str) -> None:
 
 
 EARLY = ("w8+rotate", "w8a8-static+correct_bias")
+WORDS = [name for name in ("gguf", "gptq", "awq") if name != "gguf" or find_spec(name)]
+REPAIRS = ("rotate", "gptq+correct_bias")
 
 
-@pytest.mark.parametrize("scheme", EARLY)
+@pytest.mark.parametrize(
+    ("target", "scheme"),
+    [
+        *[("compressed-tensors", repair) for repair in EARLY],
+        *[(target, f"w4-g32+{repair}") for target in WORDS for repair in REPAIRS],
+    ],
+)
 def test_repairs_that_modules_cannot_hold_are_refused_before_work(
-    scheme: str, tmp_path: Path
+    target: str, scheme: str, tmp_path: Path
 ) -> None:
     model = tiny_llama()
-    with pytest.raises(ExportError, match="cannot hold"):
-        compressed_tensors(
+    with pytest.raises(ExportError, match=r"cannot hold.* the scheme with"):
+        FORMATS[target].export(
             model, tmp_path / "out", scheme=scheme, calibration=Untouched(batches(model))
         )
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("target", "options"),
-    [("onnx", []), ("onnx", ["--stream"]), ("pt2", ["--stream"]), ("aoti", ["--stream"])],
+    ("target", "options", "said"),
+    [
+        ("onnx", ["--stream"], "without stream"),
+        ("pt2", ["--stream"], "without stream"),
+        ("aoti", ["--stream"], "without stream"),
+        ("onnx", [], "pip install fxquant[exports]"),
+        ("gguf", [], "gguf needs gguf to be installed: pip install fxquant[exports]"),
+        ("aoti", [], "aoti needs a C++ compiler"),
+    ],
 )
 def test_what_no_scheme_mends_is_refused_before_the_model_is_read(
     target: str,
     options: list[str],
+    said: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -121,13 +138,16 @@ def test_what_no_scheme_mends_is_refused_before_the_model_is_read(
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("the model was read")
 
+    def no_compiler() -> str:
+        raise exc.InvalidCxxCompiler
+
     if not options:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        monkeypatch.setattr(cpp_builder, "get_cpp_compiler", no_compiler)
     monkeypatch.setattr("fxquant.evaluation.job.load_model", forbidden)
     asked = ["export", "--to", target, "--model", str(SMALL_OPT), "--scheme", "w8", *options]
     assert main([*asked, "--output", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err
-    assert ("without stream" if options else "pip install fxquant[exports]") in said
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,11 @@ from torch import Tensor
 import fxquant
 from fxquant.errors import ExportError
 from fxquant.exports import awq, gptq, gptq_file
+from fxquant.exports.half_scales import in_half
 from fxquant.exports.sites import coded_sites
 from fxquant.exports.words import words
+from fxquant.numerics.weight_codes import min_max_codes
+from fxquant.schemes.scheme import Scheme
 from tests.architectures import gpt2
 from tests.test_export_compressed import Untouched, batches, tiny_llama
 
@@ -100,7 +104,57 @@ def test_other_scales_move_and_it_is_said(scheme: str, export: object, tmp_path:
     assert "to their nearest in fp16, by up to 0.000" in found.cause
 
 
+@pytest.mark.parametrize("export", [gptq, awq])
+def test_one_group_size_is_said_of_rows_of_several_lengths(export: object, tmp_path: Path) -> None:
+    """Rows of 64 are one group, those of down_proj two."""
+    assert callable(export)
+    model = tiny_llama(inner=128)
+    exported = export(model, tmp_path / "out", scheme="w4-g64-fp16")
+    assert exported.checked.difference <= 1e-6 * exported.checked.largest
+    config = json.loads((exported.path / "config.json").read_text())
+    assert config["quantization_config"]["group_size"] == 64
+    stored = load_file(exported.path / "model.safetensors")
+    assert stored["model.layers.0.mlp.down_proj.scales"].shape == (2, 64)
+    assert stored["model.layers.0.mlp.up_proj.scales"].shape == (1, 128)
+
+
+@pytest.mark.parametrize("export", [gptq, awq])
+def test_rows_shorter_than_the_one_group_are_refused(export: object, tmp_path: Path) -> None:
+    assert callable(export)
+    model = tiny_llama(inner=256)
+    with pytest.raises(ExportError, match=r"128 does not divide its 64 columns.*: w4-g64$"):
+        export(model, tmp_path / "out", scheme="w4-g128")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_group_size_that_is_not_the_files_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gptq_file, "common_group_size", lambda gm: -1)
+    with pytest.raises(ExportError, match=r"nothing is written: g_idx is not in groups of -1"):
+        gptq(tiny_llama(), tmp_path / "out", scheme="w4-g32")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("scheme", "most"), [("w4-g32-asym", 4096.0), ("w4-g32", 65504.0)])
+def test_scales_that_the_file_has_no_number_for_are_refused(scheme: str, most: float) -> None:
+    spec = Scheme.parse(scheme).spec.weight
+    assert spec is not None
+    held = min_max_codes(torch.randn(4, 64), spec, "here")
+    for factor in (0.9, 1.1):
+        scales = held.scales / held.scales.max() * most * factor
+        moved = replace(held, scales=scales)
+        if factor < 1:
+            assert torch.allclose(in_half(moved, "here", True).scales, scales, rtol=2.0**-7)
+            continue
+        with pytest.raises(
+            ExportError, match=rf"here: a scale of {most * 1.1:.6g} is .*{most:.0f}"
+        ):
+            in_half(moved, "here", True)
+
+
 REFUSED = {
+    "w4-g32-e4m3": ("not codes under one in fp32", "w4-g32-fp16"),
     "w5": ("integers of", "w4-g128"),
     "w8a8-static": ("run inputs in float", "w4-g128"),
     "w4-g7": ("groups of 7 do not divide its 64 columns", "w4-g4"),

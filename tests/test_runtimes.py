@@ -170,6 +170,8 @@ def test_vllm_is_asked_for_each_tokens_logprob(
     class Model:
         def __init__(self, **options: Any) -> None:
             assert options["model"] == str(tmp_path)
+            held = types.SimpleNamespace(max_model_len=8)
+            self.llm_engine = types.SimpleNamespace(model_config=held)
 
         def generate(self, prompts: Any, asked: Any, use_tqdm: bool) -> list[Any]:
             assert [each["prompt_token_ids"] for each in prompts] == ids.tolist()
@@ -186,7 +188,10 @@ def test_vllm_is_asked_for_each_tokens_logprob(
     stand_in: Any = types.ModuleType("vllm")
     stand_in.LLM, stand_in.SamplingParams = Model, lambda **options: options
     monkeypatch.setitem(sys.modules, "vllm", stand_in)
-    found: Tensor = RUNTIMES["vllm"].open(tmp_path)(ids)
+    losses = RUNTIMES["vllm"].open(tmp_path)
+    with pytest.raises(ExportError, match=r"windows of 8 are too long.*--length 7 or less"):
+        losses(torch.randint(11, (3, 8)))
+    found: Tensor = losses(ids)
     assert torch.allclose(found, fxquant_losses(logits, ids), atol=1e-6)
 
 

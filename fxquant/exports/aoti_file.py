@@ -20,7 +20,7 @@ from fxquant.exports.pt2_file import all_of, holds
 from fxquant.exports.pt2_program import elsewhere, exported, on_cpu
 from fxquant.exports.source import Source, converted, generation_of
 from fxquant.exports.target import Target
-from fxquant.files.doors import Location
+from fxquant.files.doors import Location, printable
 from fxquant.frontends.model_config import CONFIG
 from fxquant.frontends.patching import exclusive, exporting
 from fxquant.ir.graph import Level, info
@@ -30,6 +30,18 @@ from fxquant.schemes.scheme import SchemeLike
 
 NAME: Final = "aoti"
 MODEL: Final = "model.pt2"
+
+
+def _check_compiler() -> None:
+    try:
+        cpp_builder.get_cpp_compiler()
+    except (exc.InvalidCxxCompiler, exc.CppCompileError, OSError) as error:
+        raise ExportError(
+            f"{NAME} needs a C++ compiler, and torch finds none (it asks the variable CXX, then "
+            "for g++): install one, or take --to pt2, which needs none"
+        ) from error
+
+
 TARGET: Final = Target(
     NAME,
     Level.INTEGER,
@@ -38,6 +50,7 @@ TARGET: Final = Target(
     check_graph=all_of,
     never={},
     streams=False,
+    ready=_check_compiler,
 )
 
 
@@ -69,11 +82,10 @@ def aoti(
     their neighbour by that, and the result says how far noise of that size moves the graph's own
     logits.
 
-    Raises ExportError: no C++ compiler (before any work); a streamed graph; a folder that cannot
-    be written; a check that fails. Nothing is written.
+    Raises ExportError: no C++ compiler (before any work), or one that fails; a streamed graph; a
+    folder that cannot be written; a check that fails. Nothing is written.
     """
     target = output_folder(directory)
-    _check_compiler()
     gm = converted(source, TARGET, scheme, calibration)
     return write_export(
         gm,
@@ -85,22 +97,19 @@ def aoti(
     )
 
 
-def _check_compiler() -> None:
-    try:
-        cpp_builder.get_cpp_compiler()
-    except (exc.InvalidCxxCompiler, exc.CppCompileError, OSError) as error:
-        raise ExportError(
-            f"{NAME} needs a C++ compiler, and torch finds none (it asks the variable CXX, then "
-            "for g++): install one, or take --to pt2, which needs none"
-        ) from error
-
-
 @exclusive  # it replaces functions of torch and the process's stderr for all threads
 def _write(gm: GraphModule, folder: Path) -> None:
     program = exported(on_cpu(gm))
     inductor: Any = torch._inductor
-    with exporting(), torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):  # its progress
-        inductor.aoti_compile_and_package(program, package_path=str(folder / MODEL))
+    try:  # its progress goes to stderr
+        with exporting(), torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
+            inductor.aoti_compile_and_package(program, package_path=str(folder / MODEL))
+    except (exc.CppCompileError, exc.InductorError) as error:
+        last = (str(error).strip().splitlines() or ["no word"])[-1].strip()
+        raise ExportError(
+            f"{NAME}: the graph does not compile: {printable(last[:300])}; mend the C++ compiler, "
+            "or take --to pt2"
+        ) from error
     if info(gm).config:
         (folder / CONFIG).write_text(info(gm).config, encoding="utf-8")
 

@@ -13,15 +13,14 @@ from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fxquant.exports.folder import Exported, output_folder, write_export
-from fxquant.exports.modules import Modules
+from fxquant.exports.modules import Modules, repair_refusal
 from fxquant.exports.sites import coded_sites
 from fxquant.exports.source import Source, converted, generation_of
 from fxquant.exports.target import Refusal, Target
 from fxquant.exports.words import (
     check_alike,
     check_graph,
-    first_site,
-    group_size,
+    common_group_size,
     lifted,
     refusal,
     words,
@@ -57,6 +56,7 @@ TARGET: Final = Target(
     check_graph=partial(check_graph, NAME),
     never={"attn8": _ATTENTION, "kv8": _ATTENTION, "kv4": _ATTENTION, "split_outliers": _ROW},
     check_specs=partial(check_alike, NAME, whole=False),
+    check_repairs=repair_refusal,
 )
 
 
@@ -108,13 +108,12 @@ def _write(modules: Modules, folder: Path) -> None:
 
 def quantization(gm: GraphModule) -> dict[str, Any]:
     """What config.json says of the codes."""
-    site = first_site(gm)
     coded = {each.path for each in coded_sites(gm)}
     left = [each.path for each, _ in linear_sites(gm) if each.path not in coded]
     return {
         "quant_method": NAME,
         "bits": 4,
-        "group_size": group_size(site.weight_spec, site.site.shape[1]),
+        "group_size": common_group_size(gm),
         "zero_point": True,
         "version": "gemm",
         "modules_to_not_convert": left,

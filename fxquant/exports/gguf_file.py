@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -24,8 +23,14 @@ from fxquant.exports.folder import Exported, output_folder, write_export
 from fxquant.exports.gguf_blocks import SIZE, blocks, bytes_of, kind_of, pairs, turned
 from fxquant.exports.gguf_model import add_model, architecture, unknown
 from fxquant.exports.gguf_tokenizer import Vocabulary, vocabulary
-from fxquant.exports.half_scales import in_half, moved, weight_specs, with_half_scales
-from fxquant.exports.modules import Modules
+from fxquant.exports.half_scales import (
+    in_half,
+    moved,
+    scale_refusal,
+    weight_specs,
+    with_half_scales,
+)
+from fxquant.exports.modules import Modules, repair_refusal
 from fxquant.exports.sites import codes_at
 from fxquant.exports.source import Source, converted
 from fxquant.exports.target import Refusal, Target
@@ -64,7 +69,7 @@ def refusal(gm: GraphModule, site: Site, spec: SiteSpec) -> Refusal | None:
         return Refusal(f"its blocks are w8, w4 or w4-asym in groups of {SIZE} columns", nearest)
     if site.shape[1] % SIZE:
         return Refusal(f"blocks of {SIZE} do not divide its {site.shape[1]} columns", "fp there")
-    return None
+    return scale_refusal(spec.weight)
 
 
 def check_graph(gm: GraphModule) -> None:
@@ -87,6 +92,8 @@ TARGET: Final = Target(
         "kv4": "how a cache is stored is a setting of llama.cpp, not of a file",
         "split_outliers": "a tensor has one kind of block, not some columns in float",
     },
+    packages=(NAME,),
+    check_repairs=repair_refusal,
 )
 
 
@@ -120,8 +127,6 @@ def gguf(
     fails. Nothing is written.
     """
     target = output_folder(directory)
-    if importlib.util.find_spec("gguf") is None:
-        raise ExportError(f"{NAME} needs gguf to be installed: pip install fxquant[exports]")
     gm = converted(source, TARGET, scheme, calibration)
     modules = Modules.of(gm)
     words = None if tokenizer is None else vocabulary(tokenizer, modules.model.config.vocab_size)

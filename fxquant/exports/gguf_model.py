@@ -15,17 +15,16 @@ from fxquant.ir.graph import info
 @dataclass(frozen=True)
 class Architecture:
     """``name``: llama.cpp's; ``pairs``: whether it rotates neighbours, so that rows of q and k
-    stand in another order; ``biases``: of q, k and v."""
+    stand in another order."""
 
     name: str
     pairs: bool = False
-    biases: bool = False
 
 
 ARCHITECTURES: Final = {
     "llama": Architecture("llama", pairs=True),
     "mistral": Architecture("llama", pairs=True),
-    "qwen2": Architecture("qwen2", biases=True),
+    "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
 }
 

@@ -23,6 +23,7 @@ _LETTERS: Final = (
 )
 # What splits a text before BPE, and llama.cpp's name for it.
 _BY_SPLIT: Final = {_LETTERS % "{1,3}": "llama-bpe", _LETTERS % "": "qwen2"}
+_MARKING: Final = {"Prepend", "Replace"}  # of spaces, where SentencePiece's BPE is a fast one
 _BY_KINDS: Final = {("ByteLevel",): "gpt-2", ("Digits", "ByteLevel"): "smollm"}
 
 
@@ -37,7 +38,7 @@ class Vocabulary:
         merges: of two tokens, "a b", in the order of their ranks.
         special: ids by name: bos, eos, unknown, padding.
         adds_bos, adds_eos, adds_space: what stands around and before a text's own tokens.
-        chat_template: None where it has none.
+        chat_template: one, or several by name; None where it has none.
     """
 
     model: str
@@ -50,7 +51,7 @@ class Vocabulary:
     adds_bos: bool
     adds_eos: bool
     adds_space: bool
-    chat_template: str | None
+    chat_template: str | list[dict[str, str]] | None
 
 
 def vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
@@ -73,6 +74,8 @@ def vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
         tokens[number] = token
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     by_bytes = not model.get("byte_fallback") or "ByteLevel" in _kinds(data)
+    if not by_bytes:
+        _check_pieces(tokenizer, data)
     around = tokenizer("a", verbose=False)["input_ids"]
     bare = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
     return Vocabulary(
@@ -100,9 +103,11 @@ def _special(tokenizer: Tokenizer) -> dict[str, int]:
     return {name: number for name, number in found.items() if number is not None}
 
 
-def _template(tokenizer: Tokenizer) -> str | None:
-    found = tokenizer.chat_template
-    return found if isinstance(found, str) else None
+def _template(tokenizer: Tokenizer) -> str | list[dict[str, str]] | None:
+    found: str | dict[str, str] | None = tokenizer.chat_template
+    if not isinstance(found, dict):
+        return found
+    return [{"name": name, "template": text} for name, text in found.items()]
 
 
 def _types(data: Any, tokens: list[str], known: set[int], unknown: int | None) -> tuple[int, ...]:
@@ -136,21 +141,42 @@ def _scores(tokens: list[str], merges: list[str]) -> tuple[float, ...]:
 
 def _pre(tokenizer: Tokenizer, data: Any) -> str:
     """llama.cpp's name for what splits a text before BPE."""
-    steps, kinds = _steps(data["pre_tokenizer"]), _kinds(data)
-    if data["normalizer"] is None or not data["normalizer"].get("normalizers", [True]):
-        plain = all(not step.get("add_prefix_space", False) for step in steps)
-        digits = all(step.get("individual_digits", True) for step in steps)
-        if kinds in _BY_KINDS and plain and digits:
-            return _BY_KINDS[kinds]
-    if kinds == ("Split", "ByteLevel"):
-        pattern = steps[0]["pattern"].get("Regex", "")
-        if steps[0]["behavior"] == "Isolated" and pattern in _BY_SPLIT:
+    steps, kinds, normal = _steps(data["pre_tokenizer"]), _kinds(data), _normalizers(data)
+    split = kinds == ("Split", "ByteLevel")
+    by_bytes = [step for step in steps if step["type"] == "ByteLevel"]
+    # What splits comes once: by a pattern of its own, or by that of ByteLevel.
+    plain = all(not s["add_prefix_space"] and s["use_regex"] is not split for s in by_bytes)
+    digits = all(step.get("individual_digits", True) for step in steps)
+    if plain and digits and not normal and kinds in _BY_KINDS:
+        return _BY_KINDS[kinds]
+    if split and plain and normal in ((), ("NFC",)):
+        pattern, isolated = steps[0]["pattern"].get("Regex", ""), steps[0]["behavior"] == "Isolated"
+        if isolated and not steps[0]["invert"] and pattern in _BY_SPLIT:
             return _BY_SPLIT[pattern]
-    raise _refused(
+    raise _split(tokenizer, data)
+
+
+def _check_pieces(tokenizer: Tokenizer, data: Any) -> None:
+    """Raise ExportError for what SentencePiece's BPE does not do to a text first."""
+    if _kinds(data) not in ((), ("Metaspace",)) or not set(_normalizers(data)) <= _MARKING:
+        raise _split(tokenizer, data)
+
+
+def _split(tokenizer: Tokenizer, data: Any) -> ExportError:
+    kinds = " and ".join((*_normalizers(data), *_kinds(data))) or "none"
+    return _refused(
         tokenizer,
-        f"llama.cpp has no name that is known here for its way to split a text first "
-        f"({' and '.join(kinds) or 'none'})",
+        "llama.cpp has no name that is known here for its way to normalize and split a text first "
+        f"({kinds}, as its tokenizer.json sets them)",
     )
+
+
+def _normalizers(data: Any) -> tuple[str, ...]:
+    found = data["normalizer"]
+    if found is None:
+        return ()
+    parts = found["normalizers"] if found["type"] == "Sequence" else [found]
+    return tuple(part["type"] for part in parts)
 
 
 def _kinds(data: Any) -> tuple[str, ...]:

@@ -14,12 +14,13 @@ from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fxquant.exports.folder import Exported, output_folder, write_export
-from fxquant.exports.modules import Modules
+from fxquant.exports.modules import Modules, repair_refusal
 from fxquant.exports.source import Source, converted, generation_of
 from fxquant.exports.target import Refusal, Target
 from fxquant.exports.words import (
     check_alike,
     check_graph,
+    common_group_size,
     first_site,
     group_size,
     lifted,
@@ -55,6 +56,7 @@ TARGET: Final = Target(
     check_graph=partial(check_graph, NAME),
     never={"attn8": _ATTENTION, "kv8": _ATTENTION, "kv4": _ATTENTION, "split_outliers": _ROW},
     check_specs=partial(check_alike, NAME, whole=True),
+    check_repairs=repair_refusal,
 )
 
 
@@ -111,7 +113,7 @@ def quantization(gm: GraphModule) -> dict[str, Any]:
     return {
         "quant_method": NAME,
         "bits": site.weight_spec.grid.bits,
-        "group_size": group_size(site.weight_spec, site.site.shape[1]),
+        "group_size": common_group_size(gm),
         "desc_act": False,
         "sym": symmetric,
         "lm_head": False,

@@ -10,14 +10,15 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxquant.errors import ExportError
+from fxquant.exports.target import Refusal
 from fxquant.formats.integer import integer
 from fxquant.formats.scales import FP16, FP32
 from fxquant.ir.graph import clone_sharing_storage, info, install
 from fxquant.ir.leaves import QuantizedParameters
 from fxquant.numerics.weight_codes import WeightCodes
 from fxquant.schemes.scheme import Scheme
-from fxquant.schemes.specs import TensorSpec
-from fxquant.schemes.spelling import spell_weight
+from fxquant.schemes.specs import SiteSpec, TensorSpec
+from fxquant.schemes.spelling import spell_site, spell_weight
 
 # fp16 has fewer digits below it: a scale there is off by up to a part in 2^(24 + its exponent).
 _FEW_DIGITS: Final = torch.finfo(torch.float16).smallest_normal
@@ -28,20 +29,30 @@ def in_half(held: WeightCodes, path: str, minima: bool = False) -> WeightCodes:
 
     ``minima``: and under which the least number of an asymmetric group is fp16 too.
 
-    Raises ExportError, naming ``path``, for scales beyond fp16.
+    Raises ExportError, naming ``path``, for scales beyond the largest that can be held.
     """
     if held.spec.scale == FP16:
         return held
-    if float(held.scales.max()) > torch.finfo(torch.float16).max:
+    found = float(held.scales.max())
+    most = float(_nearest(torch.tensor(torch.finfo(torch.float32).max), held.spec, minima))
+    if found > most:
         raise ExportError(
-            f"{path}: a scale of {float(held.scales.max()):.3g} is beyond fp16, which the format "
-            "keeps scales in: divide the weights of the model, or take ONNX (--to onnx)"
+            f"{path}: a scale of {found:.6g} is beyond {most:.6g}, the largest that the format "
+            "keeps (in fp16): divide the weights of the model, or take ONNX (--to onnx)"
         )
     return replace(held, scales=_nearest(held.scales, held.spec, minima))
 
 
 def _nearest(scales: Tensor, spec: TensorSpec, minima: bool) -> Tensor:
     return FP16.nearest(scales, spec.grid if minima else integer(8))
+
+
+def scale_refusal(weight: TensorSpec) -> Refusal | None:
+    """Why files whose scales are fp16 cannot hold those of ``weight``, None if they can."""
+    if not weight.scale.two_level:
+        return None
+    nearest = spell_site(SiteSpec(replace(weight, scale=FP16)))
+    return Refusal("its scales are fp16 numbers, not codes under one in fp32", nearest)
 
 
 def with_half_scales(gm: GraphModule, *, minima: bool = True) -> GraphModule:

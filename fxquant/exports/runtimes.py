@@ -95,7 +95,14 @@ def _vllm(folder: Path) -> Losses:
         steps = zip(found.prompt_logprobs[1:], row[1:], strict=True)
         return [-float(step[token].logprob) for step, token in steps]
 
+    most = engine.llm_engine.model_config.max_model_len
+
     def losses(ids: Tensor) -> Tensor:
+        if ids.shape[1] >= most:
+            raise ExportError(
+                f"runtime vllm holds {most} tokens of this model, and one of them is its answer: "
+                f"windows of {ids.shape[1]} are too long for it; give --length {most - 1} or less"
+            )
         rows = ids.tolist()
         found = engine.generate([{"prompt_token_ids": row} for row in rows], asked, use_tqdm=False)
         return torch.tensor([of_row(each, row) for each, row in zip(found, rows, strict=True)])

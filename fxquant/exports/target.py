@@ -40,6 +40,7 @@ class Target:
         check_specs: raises ExportError for specs that it cannot hold beside each other.
         packages: that write it, by the names that they are imported under.
         streams: whether a streamed graph can be written.
+        ready: raises ExportError where something else is missing that writes it.
         check_repairs: why it cannot hold what a repair of a scheme does to this float graph.
     """
 
@@ -52,18 +53,21 @@ class Target:
     check_specs: Callable[[Sequence[tuple[Site, SiteSpec]]], None] | None = None
     packages: tuple[str, ...] = ()
     streams: bool = True
+    ready: Callable[[], None] | None = None
     check_repairs: Callable[[GraphModule, Scheme], tuple[str, Refusal] | None] | None = None
 
 
 def check_possible(target: Target, streamed: bool = False) -> None:
-    """Raise ExportError where nothing can be written, whatever the scheme: a package is missing, or
-    weights are ``streamed`` and it needs them in memory."""
+    """Raise ExportError where nothing can be written, whatever the scheme: a package or a compiler
+    is missing, or weights are ``streamed`` and it needs them in memory."""
     absent = [name for name in target.packages if importlib.util.find_spec(name) is None]
     if absent:
         raise ExportError(
             f"{target.name} needs {' and '.join(absent)} to be installed: pip install "
             "fxquant[exports]"
         )
+    if target.ready is not None:
+        target.ready()
     if streamed and not target.streams:
         raise ExportError(
             f"{target.name}: a streamed graph cannot be exported: load it without stream"

@@ -4,7 +4,9 @@ around the words."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxquant.errors import ExportError
-from fxquant.exports.half_scales import in_half
+from fxquant.exports.half_scales import in_half, scale_refusal
 from fxquant.exports.modules import Modules
 from fxquant.exports.shards import write_shards
 from fxquant.exports.sites import CodedSite, coded_sites
@@ -44,9 +46,9 @@ def refusal(gm: GraphModule, site: Site, spec: SiteSpec, bits: tuple[int, ...]) 
     if not isinstance(weight.grid, IntegerGrid) or weight.grid.bits not in bits:
         known = ", ".join(map(str, bits))
         return Refusal(f"its codes are integers of {known} bits, not {weight.grid.name}", "w4-g128")
-    ragged = nearest_group(weight, site.shape[1])
-    if ragged is not None:
-        return ragged
+    kept = scale_refusal(weight) or nearest_group(weight, site.shape[1])
+    if kept is not None:
+        return kept
     rows, columns = site.shape
     if rows % WORD or columns % WORD:
         reason = f"words of {WORD} bits do not divide its {rows} rows and {columns} columns"
@@ -68,11 +70,29 @@ def check_alike(target: str, specs: Specs, whole: bool) -> None:
                 f"codes are kept, and {coded[0][0].path} has {spell_site(first)}; nearest that it "
                 f"can: {spell_site(first)}"
             )
+    _check_one_size(target, coded)
     for site, spec in specs:
         if whole and coded and spec.weight is None and site.role == "linear":
             raise ExportError(
                 f"{target} cannot hold {site.path} in float: it codes every linear of the blocks; "
                 f"nearest that it can: {spell_site(coded[0][1])}"
+            )
+
+
+def _check_one_size(target: str, coded: Specs) -> None:
+    """Raise ExportError where the size of groups that the longest rows need fits others not."""
+    weight = coded[0][1].weight if coded else None
+    size = None if weight is None else weight.group_size
+    if weight is None or size is None or max(site.shape[1] for site, _ in coded) <= size:
+        return
+    for site, spec in coded:
+        if site.shape[1] % size:
+            fits = math.gcd(size, *(each.shape[1] for each, _ in coded))
+            nearest = spell_site(replace(spec, weight=replace(weight, group_size=fits)))
+            raise ExportError(
+                f"{target} cannot hold {site.path} ({spell_site(spec)}): it says once for all how "
+                f"long a group is, and {size} does not divide its {site.shape[1]} columns; nearest "
+                f"that it can: {nearest}"
             )
 
 
@@ -94,6 +114,12 @@ def group_size(spec: TensorSpec, length: int) -> int:
     """As the formats say it: -1 where a row has one scale."""
     size = spec.group_size
     return size if size is not None and group_count(length, size) > 1 else -1
+
+
+def common_group_size(gm: GraphModule) -> int:
+    """What the file says for all its linears, by the longest rows: in others one group is a row."""
+    sites = list(coded_sites(gm))
+    return group_size(sites[0].weight_spec, max(site.site.shape[1] for site in sites))
 
 
 def lifted(held: WeightCodes) -> tuple[Tensor, Tensor, Tensor]:

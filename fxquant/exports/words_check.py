@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fxquant.errors import ExportError
 from fxquant.exports.check import Checked, compared, in_float32, unchecked, version
 from fxquant.exports.compressed_rules import take_buffers
 from fxquant.exports.half_scales import moved, with_half_scales
@@ -69,7 +70,9 @@ def _gptq(parts: dict[str, Tensor], groups: Tensor | None, said: dict[str, Any])
     bits = said["bits"]
     codes = _numbers(parts["qweight"].t(), bits).T  # [K, N]
     zeros = _numbers(parts["qzeros"], bits) + (said["checkpoint_format"] == "gptq")
-    at = groups.numpy()
+    at, size = groups.numpy(), said["group_size"]
+    if not np.array_equal(at, np.arange(len(codes)) // (size if size > 0 else len(codes))):
+        raise ExportError(f"gptq: nothing is written: g_idx is not in groups of {size} columns")
     return _weight(codes, zeros[at], parts["scales"].float().numpy()[at])
 
 
