@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fxquant.kernels import cuda, table
+from fxquant.kernels.first_test import Kind
 from tests.fused_calls import SINGLE, Calls
 from tests.processes import finished
 
@@ -40,6 +41,12 @@ def test_interpreted_calls_give_the_same_bits(first: int, last: int) -> None:
 @pytest.mark.parametrize("every", ["7", pytest.param("1", marks=pytest.mark.slow)])
 def test_each_kind_of_kernel_is_asked_before_its_first_call(every: str) -> None:
     assert "kinds of kernel are asked" in run("first", every)
+
+
+@needs_triton
+@pytest.mark.parametrize("every", ["7", pytest.param("1", marks=pytest.mark.slow)])
+def test_a_mistake_in_one_tile_is_seen_and_its_calls_fall_back(every: str) -> None:
+    assert "is asked for itself" in run("tiles", every)
 
 
 @needs_triton
@@ -73,6 +80,31 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_without", lambda *_: "")
     assert "sums or more" in row_reasons("int_linear", huge, *site[1:], 0, False)
     assert row_reasons("quantize_rows", torch.empty(0, 4), "tensor", True, -127, 127)
+
+
+@pytest.mark.parametrize(
+    ("rows", "tall"), [(1, 16), (16, 16), (17, 32), (33, 64), (64, 64), (65, 128), (999, 128)]
+)
+@pytest.mark.parametrize(("length", "deep"), [(5, 32), (63, 32), (64, 64), (127, 64), (128, 128)])
+def test_calls_of_each_tile_ask_a_kind_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, rows: int, tall: int, length: int, deep: int
+) -> None:
+    """By their rows, and by the length of K or of a group of it; int_linear's chunk is neither."""
+    asked: list[Kind] = []
+
+    def without(x: torch.Tensor, kind: Kind) -> str:
+        asked.append(kind)
+        return ""
+
+    monkeypatch.setattr(cuda, "_without", without)
+    site = Calls(rows, (rows, length), SINGLE).site(3, 0, False)
+    for chunk in (0, 1024):
+        assert not row_reasons("int_linear", *site, chunk, False)
+    grouped = Calls(rows, (1, rows, 2 * length + 1), SINGLE).site(3, length, False)
+    assert not row_reasons("grouped_int_linear", *grouped, length, False)
+    product = Calls(rows, (2, rows), SINGLE).product(length, 3)
+    assert not row_reasons("int_product", *product)
+    assert [(kind.rows, kind.depth) for kind in asked] == [(tall, deep)] * 4
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,13 +4,16 @@ run when it is imported.
     TRITON_INTERPRET=1 python -m tests.triton_calls agree FIRST LAST    calls of these seeds
     TRITON_INTERPRET=1 python -m tests.triton_calls graphs              whole graphs
     TRITON_INTERPRET=1 python -m tests.triton_calls first EVERY         what precedes the first call
+    TRITON_INTERPRET=1 python -m tests.triton_calls tiles EVERY         the same for each tile
     python -m tests.triton_calls compiled 80 90                         machine code, without a GPU
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -21,11 +24,12 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.errors import OutOfResources
 
 import fxquant
 from fxquant.formats.packing import unpack_int4
 from fxquant.ir import fused, operators
-from fxquant.kernels import first_test, table, triton_gemm, triton_quantize
+from fxquant.kernels import cuda, first_test, table, tiles, triton_gemm, triton_quantize
 from fxquant.kernels.first_test import Kind
 from fxquant.passes import FuseKernels
 from tests.architectures import llama, opt, token_ids
@@ -163,6 +167,91 @@ def first_tests(every: int) -> None:
     print(f"{len(KINDS[::every])} kinds of kernel are asked")
 
 
+TILES = tuple((rows, depth) for depth in (32, 64, 128) for rows in (16, 32, 64, 128))
+PRODUCTS = ("int_linear", "grouped_int_linear", "int_product")
+
+
+def product(operator: str, tile: tuple[int, int], seed: int) -> tuple[Any, ...]:
+    """Operands of a call in the tile, not of the sizes that its first test has."""
+    rows, depth = tile[0] - 1, tile[1] + 22
+    if operator == "int_product":
+        return Calls(seed, (2, rows), SINGLE).product(depth, 33)
+    group = tile[1] if operator == "grouped_int_linear" else 0
+    site = Calls(seed, (rows, depth), SINGLE).site(33, group, False)
+    return (*site, group or 1024, False)
+
+
+@contextlib.contextmanager
+def mistake_in(tile: tuple[int, int], raised: bool) -> Iterator[None]:
+    """Products in this tile do not run, or have another sign; all others are right."""
+    sizes, last = triton_gemm._tiles, [(0, 0)]
+
+    def noted(rows: int, length: int) -> dict[str, Any]:
+        found = sizes(rows, length)
+        last[0] = (found["BM"], found["BK"])
+        if raised and last[0] == tile:
+            raise OutOfResources(200_000, 100_000, "shared memory")
+        return found
+
+    def turned(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *operands: run(*operands) * (-1 if last[0] == tile else 1)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(triton_gemm, "_tiles", noted))
+        for name in ("_multiply", "int_product"):
+            run = getattr(triton_gemm, name)
+            stack.enter_context(mock.patch.object(triton_gemm, name, turned(run)))
+        yield
+
+
+@contextlib.contextmanager
+def as_on_cuda() -> Iterator[None]:
+    """The table's rows of CUDA take calls here, and are asked before the first, as there."""
+    rows = tuple(replace(row, device="cpu") for row in table.TABLE if row.device == "cuda")
+    cuda._inexact.cache_clear()
+    with (
+        mock.patch.object(table, "TABLE", rows),
+        mock.patch.object(cuda, "_without_device", return_value=""),
+        mock.patch.object(torch.cuda, "device", contextlib.nullcontext),
+        mock.patch.object(torch.cuda, "get_device_name", return_value="this processor"),
+    ):
+        yield
+    cuda._inexact.cache_clear()
+
+
+def falls_back(kind: Kind, other: tuple[int, int], raised: bool) -> None:
+    """Calls in the kind's tile, which is mistaken, after one warning; others are Triton's."""
+    operator, tile = kind.operator, (kind.rows, kind.depth)
+    called, composed = getattr(torch.ops.fxquant, operator), getattr(fused, operator)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for size, reasons in ((other, 0), (tile, 1), (tile, 1), (other, 1)):
+            operands = product(operator, size, sum(tile))
+            by_triton = table.implementation(operator, *operands) is not None
+            assert by_triton == (size == other), (kind, size, raised)
+            assert len(told) == reasons, (kind, size, raised)
+            assert same(called(*operands), composed(*operands)), (kind, size, raised)
+    said = "OutOfResources: out of resource: shared memory" if raised else "other bits"
+    assert said in str(told[0].message), told[0].message
+
+
+def each_tile(every: int) -> None:
+    """Each tile is asked for itself; where one alone is mistaken, its calls fall back."""
+    here = torch.device("cpu")
+    for at, (operator, tile) in enumerate((each, tile) for tile in TILES for each in PRODUCTS):
+        if at % every:
+            continue
+        kind = Kind(operator, SINGLE, rows=tile[0], depth=tile[1])
+        with mock.patch.object(triton_gemm, "_tiles", wraps=triton_gemm._tiles) as asked:
+            assert not first_test.differs(kind, here), kind
+        assert {tiles.tile(*call.args) for call in asked.mock_calls} == {tile}, kind
+        other = TILES[(TILES.index(tile) + 5) % len(TILES)]  # of other rows and another depth
+        for raised in (False, True):
+            with as_on_cuda(), mistake_in(tile, raised):
+                falls_back(kind, other, raised)
+    print(f"{len(TILES) * len(PRODUCTS)} tiles of a product, each {every}th is asked for itself")
+
+
 def agree(first: int, last: int) -> None:
     count = 0
     for seed in range(first, last):
@@ -250,5 +339,7 @@ if __name__ == "__main__":
         graphs()
     elif what == "first":
         first_tests(numbers[0])
+    elif what == "tiles":
+        each_tile(numbers[0])
     else:
         compiled(numbers)

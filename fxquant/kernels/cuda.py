@@ -1,7 +1,8 @@
 """Fused operators on CUDA by Triton, an optional library: when it takes a call, and its first test.
 
-Triton compiles for the device at hand and its versions differ, so each kind of kernel (by dtype and
-by what it is given) is asked once a process before its first call is Triton's: see first_test.
+Triton compiles for the device at hand and its versions differ, so each kind of kernel (by dtype, by
+what it is given and by the tile of a product) is asked once a process before its first call is
+Triton's: see first_test.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fxquant.kernels.first_test import Kind, differs
+from fxquant.kernels.tiles import tile
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LARGEST = 2**31  # elements, that a kernel counts in int32
@@ -40,7 +42,8 @@ def without_static(
 
 def without_gemm(codes: Tensor, weight: Tensor, *rest: Any) -> str:
     """Why Triton does not multiply; operands as int_linear's."""
-    return _too_large(codes, weight) or _without(codes, _product_kind("int_linear", *rest))
+    kind = _product_kind("int_linear", codes, *rest)
+    return _too_large(codes, weight) or _without(codes, kind)
 
 
 def without_groups(codes: Tensor, weight: Tensor, *rest: Any) -> str:
@@ -48,7 +51,7 @@ def without_groups(codes: Tensor, weight: Tensor, *rest: Any) -> str:
     group_size, packed = rest[-2:]
     if packed and group_size % 2:
         return f"groups of {group_size} codes begin in the middle of a byte"
-    kind = _product_kind("grouped_int_linear", *rest)
+    kind = _product_kind("grouped_int_linear", codes, *rest)
     return _too_large(codes, weight) or _without(codes, kind)
 
 
@@ -76,11 +79,16 @@ def without_product(
         return f"{batches.numel()} matrices"
     if max(rows * right.shape[-1], left.numel(), right.numel()) >= _LARGEST:
         return f"{rows * right.shape[-1]} sums or more"
-    return _without(left, Kind("int_product", nan.dtype))
+    tall, deep = tile(*left.shape[-2:])
+    return _without(left, Kind("int_product", nan.dtype, rows=tall, depth=deep))
 
 
-def _product_kind(operator: str, *rest: Any) -> Kind:
-    _, _, zero_point, _, shift, bias, nan, _, packed = rest
+def _product_kind(operator: str, codes: Tensor, *rest: Any) -> Kind:
+    _, _, zero_point, _, shift, bias, nan, size, packed = rest
+    length = codes.shape[-1]
+    rows = codes.numel() // max(1, length)
+    # int_linear's ``size`` is a chunk of fp32 sums, which is nothing to Triton.
+    tall, deep = tile(rows, size if operator == "grouped_int_linear" else length)
     return Kind(
         operator,
         nan.dtype,
@@ -88,6 +96,8 @@ def _product_kind(operator: str, *rest: Any) -> Kind:
         shifted=zero_point is not None,
         weight_shifted=shift is not None,
         biased=bias is not None,
+        rows=tall,
+        depth=deep,
     )
 
 

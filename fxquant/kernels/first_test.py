@@ -1,7 +1,8 @@
 """What each of Triton's kernels is asked before the first call is its: the bits of plain operators.
 
-A kernel is compiled for each dtype and for each set of operands that may be missing, and each is
-asked for itself, when a call of its kind first comes: what no call needs is not compiled.
+A kernel is compiled for each dtype, for each set of operands that may be missing and, where it
+multiplies codes, for each tile, and each is asked for itself, when a call of its kind first comes:
+what no call needs is not compiled.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ from torch import Tensor
 from fxquant.formats.packing import pack_int4
 from fxquant.numerics import gemm, quantization
 
-ROWS, LENGTH, COLUMNS, GROUP = 40, 200, 72, 64
+ROWS, LENGTH, COLUMNS = 40, 200, 72
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What is compiled apart. ``dtype``: of the input, or of the result where that is codes.
+    """What is asked apart. ``dtype``: of the input, or of the result where that is codes.
 
     ``token``: a range for each row; ``shifted``: the input has zero points, ``weight_shifted``: the
-    weight has; ``ends``: the smallest and the largest code.
+    weight has; ``ends``: the smallest and the largest code; ``rows``, ``depth``: of a tile, where
+    codes are multiplied.
     """
 
     operator: str
@@ -34,6 +36,8 @@ class Kind:
     weight_shifted: bool = False
     biased: bool = False
     ends: tuple[int, int] = (-128, 127)
+    rows: int = 64
+    depth: int = 64
 
 
 def differs(kind: Kind, device: torch.device) -> bool:
@@ -77,15 +81,17 @@ def _static_differs(kind: Kind, x: Tensor) -> bool:
 
 
 def _matrices_differ(kind: Kind, x: Tensor, generator: torch.Generator) -> bool:
-    """Both ways in which the right matrix may lie in memory."""
+    """Both ways in which the right matrix may lie in memory; sizes that the kind's tile is for."""
     from fxquant.kernels import triton_gemm
+
+    height, length = kind.rows * 5 // 8, kind.depth * 25 // 16
 
     def whole(*shape: int) -> Tensor:
         return torch.randint(-128, 128, shape, generator=generator).to(torch.int8).to(x.device)
 
-    left, right, turned = whole(2, ROWS, LENGTH), whole(2, LENGTH, COLUMNS), whole(2, 9, LENGTH)
-    rows = torch.rand(2, ROWS, 1, generator=generator).to(x.device)
-    nan = x.new_zeros(2, ROWS, 1)
+    left, right, turned = whole(2, height, length), whole(2, length, COLUMNS), whole(2, 9, length)
+    rows = torch.rand(2, height, 1, generator=generator).to(x.device)
+    nan = x.new_zeros(2, height, 1)
     for codes in (right, turned.transpose(1, 2)):
         columns = torch.rand(2, 1, codes.shape[2], generator=generator).to(x.device)
         exact = left.cpu().to(torch.int64) @ codes.cpu().to(torch.int64)
@@ -97,32 +103,34 @@ def _matrices_differ(kind: Kind, x: Tensor, generator: torch.Generator) -> bool:
 
 
 def _products_differ(kind: Kind, x: Tensor, generator: torch.Generator) -> bool:
+    """Sizes that the kind's tile is for: two steps along K, or four groups; the last is short."""
     from fxquant.kernels import triton_gemm
 
-    group = 0 if kind.operator == "int_linear" else GROUP
-    groups = quantization.group_count(LENGTH, group) if group else 1
+    group = 0 if kind.operator == "int_linear" else kind.depth
+    rows, length = kind.rows * 5 // 8, kind.depth * 25 // (8 if group else 16)
+    groups = quantization.group_count(length, group) if group else 1
 
     def whole(low: int, high: int, *shape: int) -> Tensor:
         found = torch.randint(low, high + 1, shape, generator=generator)
         return found.to(torch.int32).to(x.device)
 
     low, high = (-8, 7) if kind.packed else (-128, 127)
-    weight = whole(low, high, COLUMNS, LENGTH).to(torch.int8)
+    weight = whole(low, high, COLUMNS, length).to(torch.int8)
     stored = pack_int4(weight) if kind.packed else weight
     scales = torch.rand(COLUMNS, groups, generator=generator).mul_(0.01).to(x.device)
     shift = whole(-8, 8, COLUMNS, groups) if kind.weight_shifted else None
     if kind.operator == "dequant_linear":
         found = triton_gemm.dequantized_weight(
-            stored, scales, shift, LENGTH, GROUP, kind.packed, kind.dtype
+            stored, scales, shift, length, group, kind.packed, kind.dtype
         )
-        numbers = quantization.dequantize(weight, scales, shift, group_size=GROUP)
+        numbers = quantization.dequantize(weight, scales, shift, group_size=group)
         return not torch.equal(found, numbers.to(kind.dtype))
-    codes = whole(-128, 127, ROWS, LENGTH).to(torch.int8)
-    scale = torch.rand(ROWS, 1, generator=generator).to(x.device)
-    zero = whole(-128, 127, ROWS, 1) if kind.shifted else None
+    codes = whole(-128, 127, rows, length).to(torch.int8)
+    scale = torch.rand(rows, 1, generator=generator).to(x.device)
+    zero = whole(-128, 127, rows, 1) if kind.shifted else None
     sums = whole(-999, 999, COLUMNS, groups) if kind.shifted else None
     bias = torch.randn(COLUMNS, generator=generator).to(x) if kind.biased else None
-    nan = x.new_zeros(ROWS, 1)
+    nan = x.new_zeros(rows, 1)
     run = triton_gemm.grouped_int_linear if group else triton_gemm.int_linear
     given = sums if sums is None or group else sums.flatten()
     found = run(codes, stored, scale, scales, zero, given, shift, bias, nan, group, kind.packed)
@@ -143,7 +151,8 @@ def _sums(
 ) -> Tensor:
     """float32 [M, N]: corrected int32 sums; those of groups under their scales, added in order."""
     total: Tensor | None = None
-    pairs = zip(codes.split(group or LENGTH, 1), weight.split(group or LENGTH, 1), strict=True)
+    size = group or codes.shape[1]
+    pairs = zip(codes.split(size, 1), weight.split(size, 1), strict=True)
     for g, (left, right) in enumerate(pairs):
         part = gemm.reference_int_gemm(left.cpu(), right.cpu()).to(codes.device, torch.int32)
         if zero is not None and sums is not None:

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fxquant.kernels.tiles import tile
+
 
 @triton.jit
 def _tile(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
@@ -168,9 +170,8 @@ def weight_kernel(
 
 
 def _tiles(rows: int, length: int) -> dict[str, Any]:
-    """Sizes by the number of rows: int8 dot products take 16 rows and 32 columns at least."""
-    tall = 128 if rows > 64 else 64 if rows > 32 else 32 if rows > 16 else 16
-    deep = 128 if length >= 128 else 64 if length >= 64 else 32
+    """What a product is compiled with: constants that its ``tile`` decides."""
+    tall, deep = tile(rows, length)
     return {
         **{"BM": tall, "BN": 128, "BK": deep, "GROUP": 8},
         **{"num_warps": 8 if tall == 128 else 4, "num_stages": 3, "enable_fp_fusion": False},
