@@ -29,7 +29,7 @@ from triton.runtime.errors import OutOfResources
 import fxquant
 from fxquant.formats.packing import unpack_int4
 from fxquant.ir import fused, operators
-from fxquant.kernels import cuda, first_test, table, triton_gemm, triton_quantize
+from fxquant.kernels import cuda, first_test, table, tiles, triton_gemm, triton_quantize
 from fxquant.kernels.first_test import Kind
 from fxquant.passes import FuseKernels
 from tests.architectures import llama, opt, token_ids
@@ -235,7 +235,7 @@ def falls_back(kind: Kind, other: tuple[int, int], raised: bool) -> None:
     assert said in str(told[0].message), told[0].message
 
 
-def tiles(every: int) -> None:
+def each_tile(every: int) -> None:
     """Each tile is asked for itself; where one alone is mistaken, its calls fall back."""
     here = torch.device("cpu")
     for at, (operator, tile) in enumerate((each, tile) for tile in TILES for each in PRODUCTS):
@@ -244,7 +244,7 @@ def tiles(every: int) -> None:
         kind = Kind(operator, SINGLE, rows=tile[0], depth=tile[1])
         with mock.patch.object(triton_gemm, "_tiles", wraps=triton_gemm._tiles) as asked:
             assert not first_test.differs(kind, here), kind
-        assert {first_test.tile(*call.args) for call in asked.mock_calls} == {tile}, kind
+        assert {tiles.tile(*call.args) for call in asked.mock_calls} == {tile}, kind
         other = TILES[(TILES.index(tile) + 5) % len(TILES)]  # of other rows and another depth
         for raised in (False, True):
             with as_on_cuda(), mistake_in(tile, raised):
@@ -340,6 +340,6 @@ if __name__ == "__main__":
     elif what == "first":
         first_tests(numbers[0])
     elif what == "tiles":
-        tiles(numbers[0])
+        each_tile(numbers[0])
     else:
         compiled(numbers)

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxquant.kernels.first_test import Kind, differs, tile
+from fxquant.kernels.first_test import Kind, differs
+from fxquant.kernels.tiles import tile
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LARGEST = 2**31  # elements, that a kernel counts in int32

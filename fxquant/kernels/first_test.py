@@ -24,7 +24,7 @@ class Kind:
     """What is asked apart. ``dtype``: of the input, or of the result where that is codes.
 
     ``token``: a range for each row; ``shifted``: the input has zero points, ``weight_shifted``: the
-    weight has; ``ends``: the smallest and the largest code; ``rows``, ``depth``: of ``tile``, where
+    weight has; ``ends``: the smallest and the largest code; ``rows``, ``depth``: of a tile, where
     codes are multiplied.
     """
 
@@ -38,15 +38,6 @@ class Kind:
     ends: tuple[int, int] = (-128, 127)
     rows: int = 64
     depth: int = 64
-
-
-def tile(rows: int, length: int) -> tuple[int, int]:
-    """Rows of a program, and codes of K in each of its steps, in a product of ``rows`` rows.
-
-    ``length``: of K, or of a group of K. int8 dot products take 16 rows and 32 codes at least.
-    """
-    tall = 128 if rows > 64 else 64 if rows > 32 else 32 if rows > 16 else 16
-    return tall, 128 if length >= 128 else 64 if length >= 64 else 32
 
 
 def differs(kind: Kind, device: torch.device) -> bool:

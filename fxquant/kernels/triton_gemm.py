@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxquant.kernels.first_test import tile
+from fxquant.kernels.tiles import tile
 
 
 @triton.jit
@@ -170,7 +170,7 @@ def weight_kernel(
 
 
 def _tiles(rows: int, length: int) -> dict[str, Any]:
-    """What a product is compiled with: constants that its ``tile`` decides, see first_test."""
+    """What a product is compiled with: constants that its ``tile`` decides."""
     tall, deep = tile(rows, length)
     return {
         **{"BM": tall, "BN": 128, "BK": deep, "GROUP": 8},
