@@ -95,7 +95,7 @@ def stuck(*_: object, **__: object) -> Any:
 def test_a_process_without_an_answer(
     run: Any, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pt2_program.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(ExportError, match=rf"cannot run model.pt2: .*{said}.*--no-check"):
         pt2_program._run("pt2", tmp_path / "model.pt2", [])
 
