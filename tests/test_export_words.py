@@ -160,7 +160,10 @@ REFUSED = {
     "w4-g7": ("groups of 7 do not divide its 64 columns", "w4-g4"),
     "w4+kv8": ("nothing of attention", "without +kv8"),
     '{"scheme": "w4", "overrides": {"head": "w4"}}': ("lm_head", "nearest that it can: fp there"),
-    '{"scheme": "w4", "overrides": {"*.v_proj": "w4-asym"}}': ("once for all", "nearest that it can: w4"),
+    '{"scheme": "w4", "overrides": {"*.v_proj": "w4-asym"}}': (
+        "once for all",
+        "nearest that it can: w4",
+    ),
     "fp": ("quantizes no weight", "save_pretrained"),
 }
 
