@@ -243,7 +243,7 @@ def test_refused_before_work(scheme: str, tmp_path: Path) -> None:
 LATE = {
     "w8+rotate": ("layers.0.mlp.down_proj", "+rotate(online=false)"),
     "w8+correct_bias": ("layers.0.self_attn.q_proj", "without +correct_bias"),
-    "w8+kv8": ("self_attn", "without +kv8"),
+    "w8+kv8": ("scheme w8+kv8", "without +kv8"),
 }
 
 

@@ -19,7 +19,7 @@ from fxquant.cli.main import main
 from fxquant.errors import ExportError
 from fxquant.exports.folder import write_export
 from fxquant.exports.table import FORMATS
-from fxquant.exports.target import check_scheme
+from fxquant.exports.target import check_converted, check_scheme
 from fxquant.schemes.scheme import Scheme
 from fxquant.schemes.specs import SiteSpec
 from tests.architectures import gpt2
@@ -96,6 +96,30 @@ def test_every_hint_is_a_scheme_that_is_held(target: str, text: str) -> None:
 EARLY = ("w8+rotate", "w8a8-static+correct_bias")
 WORDS = [name for name in ("gguf", "gptq", "awq") if name != "gguf" or find_spec(name)]
 REPAIRS = ("rotate", "gptq+correct_bias")
+
+
+NEVER = {
+    "w4-g32+kv8": ("compressed-tensors", "onnx", *WORDS),
+    "w8+kv4": ("compressed-tensors", "onnx"),
+    "w8a8-dynamic+attn8": ("compressed-tensors",),
+    "w8a8-static+split_outliers(threshold=2)": ("compressed-tensors",),
+}
+
+
+@pytest.mark.parametrize("text", NEVER)
+def test_a_saved_graphs_hint_is_a_scheme_that_is_held(text: str, tmp_path: Path) -> None:
+    model, scheme = tiny_llama(), Scheme.parse(text)
+    graph = fxquant.convert(model, scheme, calibration=batches(model), level="qdq")
+    fxquant.save(graph, tmp_path / "saved")
+    loaded = fxquant.load(tmp_path / "saved")
+    for target in NEVER[text]:
+        if not all(find_spec(name) for name in FORMATS[target].target.packages):
+            continue
+        with pytest.raises(ExportError, match="cannot hold scheme") as found:
+            check_converted(FORMATS[target].target, loaded)
+        assert place(str(found.value)) == f"scheme {text}"
+        (nearest,) = advised(str(found.value), scheme)
+        assert refused(target, "llama", nearest) == ""
 
 
 @pytest.mark.parametrize(

@@ -83,8 +83,7 @@ def check_scheme(target: Target, gm: GraphModule, scheme: Scheme) -> None:
     specs = [(site, scheme.spec_for(site.path, site.role)) for site in info(gm).sites]
     _check_specs(target, gm, specs, str(scheme))
     for name, _ in scheme.repairs:
-        if name in target.never:
-            raise _refused(target, f"scheme {scheme}", Refusal(target.never[name], _without(name)))
+        _check_pass(target, name, str(scheme))
     found = None if target.check_repairs is None else target.check_repairs(gm, scheme)
     if found is not None:
         raise _refused(target, *found)
@@ -108,6 +107,8 @@ def check_converted(target: Target, gm: GraphModule) -> None:
     }
     specs = [(site, records.get(site.path, SiteSpec())) for site in facts.sites]
     _check_specs(target, gm, specs, facts.scheme)
+    for record in facts.history:
+        _check_pass(target, record.name, facts.scheme)
     target.check_graph(gm)
 
 
@@ -120,9 +121,7 @@ def refusing(target: Target, scheme: Scheme) -> AfterPass:
     def after(step: Pass, gm: GraphModule) -> None:
         if step.name == "name_sites":
             check_scheme(target, gm, scheme)
-        if step.name in target.never:
-            reason = target.never[step.name]
-            raise _refused(target, f"scheme {scheme}", Refusal(reason, _without(step.name)))
+        _check_pass(target, step.name, str(scheme))
 
     return after
 
@@ -162,8 +161,10 @@ def _check_specs(
         )
 
 
-def _without(name: str) -> str:
-    return f"the scheme without +{name}"
+def _check_pass(target: Target, name: str, scheme: str) -> None:
+    if name in target.never:
+        nearest = f"the scheme without +{name}"
+        raise _refused(target, f"scheme {scheme}", Refusal(target.never[name], nearest))
 
 
 def _refused(target: Target, where: str, refusal: Refusal) -> ExportError:
