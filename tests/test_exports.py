@@ -5,23 +5,21 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import time
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 import fxquant
 from fxquant.checkpoint.target import held_target
 from fxquant.cli.main import main
 from fxquant.errors import ExportError, SchemeError
-from fxquant.exports import compressed_file, compressed_tensors
+from fxquant.exports import compressed_tensors
 from fxquant.exports.folder import RECORD
 from fxquant.exports.shards import write_shards
-from fxquant.exports.sites import CodedSite
 from fxquant.exports.table import FORMATS
 from fxquant.frontends.weight_files import safetensors_weights
 from tests.kills import killed
@@ -72,19 +70,36 @@ def test_a_pipe_in_the_place_of_a_record_is_not_waited_for(tmp_path: Path) -> No
         exported(tmp_path / "out")
 
 
-def test_a_kill_leaves_nothing_that_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = compressed_file.site_tensors
+KILLED = {  # where a process ends, and the file that it has begun by then
+    "compressed-tensors": ("fxquant.exports.compressed_file.site_tensors", "config.json"),
+    "onnx": ("onnx.checker.check_model", "model.onnx"),
+    "gguf": ("gguf.GGUFWriter.write_tensor_data", "model.gguf"),
+}
 
-    def slow(site: CodedSite) -> dict[str, Tensor]:
-        time.sleep(0.5)
-        return honest(site)
 
-    monkeypatch.setattr(compressed_file, "site_tensors", slow)
-    assert killed(lambda: exported(tmp_path / "out"), after=3)
+@pytest.mark.parametrize("name", KILLED)
+def test_a_kill_leaves_nothing_that_stays(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in FORMATS[name].target.packages:
+        if not find_spec(package):
+            pytest.skip(f"not installed: {package}")
+
+    def killing(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def export() -> None:
+        FORMATS[name].export(tiny_llama(), tmp_path / "out", scheme="w8-g32-fp16", check=False)
+
+    place, begun = KILLED[name]
+    with monkeypatch.context() as patched:
+        patched.setattr(place, killing)
+        assert killed(export, after=300)
+    assert [path.name for path in tmp_path.glob(".out.partial-*/*")] == [begun]
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(compressed_file, "site_tensors", honest)
-    exported(tmp_path / "out")
+    export()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / begun).exists()
 
 
 def test_shards_have_an_index(tmp_path: Path) -> None:
