@@ -7,11 +7,16 @@ from typing import Any
 
 import pytest
 from tokenizers import Regex, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+import fxquant
+from fxquant.cli.main import main
 from fxquant.errors import ExportError
 from fxquant.exports import gguf
 from fxquant.exports.gguf_file import MODEL
 from fxquant.exports.gguf_tokenizer import vocabulary
+from tests.architectures import gpt2
+from tests.test_export_compressed import Untouched, batches
 from tests.test_export_gguf import READER, llama_for, trained
 
 LLAMA3, QWEN2 = (
@@ -85,3 +90,39 @@ def test_chat_templates_by_name_are_kept(tmp_path: Path) -> None:
     assert fields["tokenizer.chat_template"].contents() == "{{ messages }}"
     assert fields["tokenizer.chat_template.tool_use"].contents() == "{{ tools }}"
     assert fields["tokenizer.chat_templates"].contents() == ["tool_use"]
+
+
+def unsplit() -> PreTrainedTokenizerFast:
+    return trained("Ġ", by_pattern(pattern=r"\p{L}+"))
+
+
+@READER
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_tokenizer_is_refused_before_work(traced: bool, tmp_path: Path) -> None:
+    model = llama_for(unsplit())
+    source = fxquant.trace(model) if traced else model
+    scheme, given = "w4-g32-fp16+gptq", Untouched(batches(model))
+    with pytest.raises(ExportError, match=r"no name.*leave the tokenizer out"):
+        gguf(source, tmp_path / "out", scheme=scheme, calibration=given, tokenizer=unsplit())
+    with pytest.raises(ExportError, match="of type gpt2 is not written here"):
+        gguf(gpt2(), tmp_path / "out", scheme="fp", tokenizer=unsplit())
+    assert list(tmp_path.iterdir()) == []
+
+
+@READER
+def test_the_command_refuses_a_tokenizer_before_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("the model was converted")
+
+    monkeypatch.setattr("fxquant.recipes.conversion.convert", forbidden)
+    monkeypatch.setattr("fxquant.cli.converting.cut", forbidden)
+    llama_for(unsplit()).save_pretrained(tmp_path / "model")
+    unsplit().save_pretrained(tmp_path / "model")
+    asked = ["export", "--to", "gguf", "--model", str(tmp_path / "model")]
+    asked += ["--scheme", "w4-g32-fp16+gptq", "--length", "48", "--calibration-windows", "2"]
+    for more in ([], ["--stream"]):
+        assert main([*asked, *more, "--output", str(tmp_path / "out")]) == 2
+        assert "gguf cannot hold the tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

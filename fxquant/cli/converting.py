@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fxquant.cli.arguments import job_of
 from fxquant.evaluation.job import check_job, cut, load, open_sources
-from fxquant.evaluation.models import check_float
+from fxquant.evaluation.models import LoadedModel, check_float
 from fxquant.ir.graph import set_workspace
 from fxquant.ir.streamed import Workspace
 from fxquant.pipeline.pipeline import AfterPass
@@ -33,14 +34,18 @@ class Converted:
 
 
 def convert_as_asked(
-    options: argparse.Namespace, after_pass: AfterPass | None, workspace: Path | None = None
+    options: argparse.Namespace,
+    after_pass: AfterPass | None,
+    workspace: Path | None = None,
+    check: Callable[[LoadedModel], None] | None = None,
 ) -> Converted:
     """Load ``options.model``, calibrate where ``options.scheme`` needs it, convert.
 
     ``options`` holds what ``arguments.add_model_arguments``, ``add_text_arguments`` and
     ``add_held_out_arguments`` add, and ``scheme`` and ``level``. Calibration keeps apart from the
     windows to evaluate, as in an evaluation. With ``stream``, new leaves go to the folder
-    ``workspace``. Raises FxquantError, before the model is loaded where it can.
+    ``workspace``. ``check`` looks at the model before its text is cut and it is converted. Raises
+    FxquantError, before the model is loaded where it can.
     """
     scheme = as_scheme(options.scheme)
     # What --level says here is where to stop, and nothing is measured.
@@ -52,6 +57,8 @@ def convert_as_asked(
     calibrates = bool(job.calibration_windows and reads_calibration(scheme))
     sources = open_sources(job) if calibrates else None
     loaded = load(job)
+    if check is not None:
+        check(loaded)
     batches = cut(job, *sources, loaded).batches if sources else None
     pipeline = conversion.recipe(
         scheme,

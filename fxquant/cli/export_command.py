@@ -18,7 +18,7 @@ from fxquant.cli.arguments import (
 )
 from fxquant.cli.converting import Converted, convert_as_asked
 from fxquant.errors import DataError, ExportError
-from fxquant.evaluation.models import read_saved_tokenizer
+from fxquant.evaluation.models import LoadedModel, read_saved_tokenizer
 from fxquant.exports.folder import output_folder
 from fxquant.exports.table import FORMATS, Format
 from fxquant.exports.target import check_possible, refusing
@@ -83,9 +83,15 @@ def _of_conversions(options: argparse.Namespace) -> Iterator[tuple[str, object, 
 
 
 def _converted(options: argparse.Namespace, format_: Format, workspace: Path) -> Converted:
-    options.level = format_.target.level
-    after_pass = refusing(format_.target, as_scheme(options.scheme))
-    return convert_as_asked(options, after_pass, workspace)
+    target = format_.target
+    options.level = target.level
+    after_pass = refusing(target, as_scheme(options.scheme))
+
+    def check(loaded: LoadedModel) -> None:
+        if target.check_tokenizer is not None:
+            target.check_tokenizer(loaded.tokenizer, loaded.model)
+
+    return convert_as_asked(options, after_pass, workspace, check)
 
 
 def _saved(options: argparse.Namespace) -> Converted:

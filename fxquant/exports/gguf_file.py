@@ -21,7 +21,7 @@ from fxquant.exports.check import Checked, compared, in_float32, unchecked, vers
 from fxquant.exports.compressed_rules import take_buffers
 from fxquant.exports.folder import Exported, output_folder, write_export
 from fxquant.exports.gguf_blocks import SIZE, blocks, bytes_of, kind_of, pairs, turned
-from fxquant.exports.gguf_model import add_model, architecture, unknown
+from fxquant.exports.gguf_model import add_model, architecture, unknown, vocabulary_size
 from fxquant.exports.gguf_tokenizer import Vocabulary, vocabulary
 from fxquant.exports.half_scales import (
     in_half,
@@ -80,6 +80,14 @@ def check_graph(gm: GraphModule) -> None:
     Modules.of(gm).check(NAME)
 
 
+def check_tokenizer(tokenizer: Tokenizer, source: Source) -> None:
+    """Raise ExportError for a tokenizer that has no form beside the model of ``source``; a model
+    that has none itself is refused for that."""
+    size = vocabulary_size(source)
+    if size is not None:
+        vocabulary(tokenizer, size)
+
+
 TARGET: Final = Target(
     NAME,
     Level.QDQ,
@@ -94,6 +102,7 @@ TARGET: Final = Target(
     },
     packages=(NAME,),
     check_repairs=repair_refusal,
+    check_tokenizer=check_tokenizer,
 )
 
 
@@ -123,10 +132,12 @@ def gguf(
     that does to the logits (``fxquant.exports.with_half_scales`` gives the graph of the file).
 
     Raises ExportError: gguf is not installed, something that the format cannot hold, with the site
-    (before any work where the scheme shows it); a folder that cannot be written; a check that
-    fails. Nothing is written.
+    (before any work where scheme and tokenizer show it); a folder that cannot be written; a check
+    that fails. Nothing is written.
     """
     target = output_folder(directory)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, source)
     gm = converted(source, TARGET, scheme, calibration)
     modules = Modules.of(gm)
     words = None if tokenizer is None else vocabulary(tokenizer, modules.model.config.vocab_size)

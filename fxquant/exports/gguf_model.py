@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from torch.fx import GraphModule
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from fxquant.ir.graph import info
 
@@ -48,6 +48,15 @@ def unknown(gm: GraphModule) -> str:
     if config.get("mlp_bias") or (config.get("attention_bias") and kind != "qwen2"):
         return "its linears have biases, which transformers does not read back"
     return ""
+
+
+def vocabulary_size(source: PreTrainedModel | GraphModule) -> int | None:
+    """Rows of the embedding; None for a model of a type that is not known."""
+    if isinstance(source, GraphModule):
+        kind = json.loads(info(source).config or "{}").get("model_type")
+        return info(source).vocab_size if kind in ARCHITECTURES else None
+    kind = getattr(getattr(source, "config", None), "model_type", None)  # of no model: none
+    return int(source.config.vocab_size) if kind in ARCHITECTURES else None
 
 
 def architecture(gm: GraphModule) -> Architecture:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from torch.fx import GraphModule
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fxquant.errors import ExportError
 from fxquant.formats.scales import FP32
@@ -42,6 +44,8 @@ class Target:
         streams: whether a streamed graph can be written.
         ready: raises ExportError where something else is missing that writes it.
         check_repairs: why it cannot hold what a repair of a scheme does to this float graph.
+        check_tokenizer: raises ExportError for a tokenizer that it cannot hold beside a model or
+            graph, which may be in float still.
     """
 
     name: str
@@ -55,6 +59,7 @@ class Target:
     streams: bool = True
     ready: Callable[[], None] | None = None
     check_repairs: Callable[[GraphModule, Scheme], tuple[str, Refusal] | None] | None = None
+    check_tokenizer: Callable[[Tokenizer, PreTrainedModel | GraphModule], None] | None = None
 
 
 def check_possible(target: Target, streamed: bool = False) -> None:
