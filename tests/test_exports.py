@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import GenerationConfig
 
 import fxquant
 from fxquant.checkpoint.target import held_target
@@ -150,6 +151,12 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert (tmp_path / "b" / "tokenizer.json").exists()
+    assert not (tmp_path / "b" / "generation_config.json").exists()
+    given = GenerationConfig(temperature=0.5)
+    graph = fxquant.load(tmp_path / "saved")
+    compressed_tensors(graph, tmp_path / "b", generation_config=given, check=False)
+    written = json.loads((tmp_path / "b" / "generation_config.json").read_text())
+    assert written["temperature"] == 0.5
 
 
 def test_command_line_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
