@@ -20,7 +20,7 @@ from fxquant.evaluation.statistics import WindowSums
 from fxquant.ir.graph import device_of, tag
 from fxquant.run.batched import is_streamed, run_batches
 from fxquant.run.distributed import complete, is_main, shard
-from fxquant.run.execution import Executor
+from fxquant.run.execution import Cut, Executor
 from fxquant.run.head import final_head, nll_to_the_end
 from fxquant.run.loss import highest_id, token_nll
 from fxquant.run.replay import CudaRecorder, Replayed, why_not
@@ -110,18 +110,23 @@ def _batch_results(
 
     def step(ids: Tensor) -> tuple[Tensor, ...]:
         counter = ClippingCounter(quantizers)
-        return finished(ids, counter, loss_of(ids, counter if quantizers.calls else None))
+        watcher = counter if quantizers.calls else None
+        return finished(ids, counter, rest(executor, executor.start(input_ids=ids), ids, watcher))
 
     found: Iterable[tuple[Tensor, ...]]
+    rest = _loss_behind(gm, highest)
     if is_streamed(gm):
         counters = [ClippingCounter(quantizers) for _ in batches]
         watchers = [counter if quantizers.calls else None for counter in counters]
         inputs = [{"input_ids": ids} for ids in batches]
-        outputs = run_batches(gm, inputs, watchers, label=label if is_main() else "")
-        losses = (token_nll(y, x, highest) for y, x in zip(outputs, batches, strict=True))
+        losses = run_batches(
+            *(gm, inputs, watchers),
+            label=label if is_main() else "",
+            finish=lambda run, cut, index: rest(run, cut, batches[index], watchers[index]),
+        )
         found = map(finished, batches, counters, losses)
     else:
-        loss_of = _loss_of_a_run(gm, highest)
+        executor = Executor(gm)
         captured = replay and not why_not(gm)
         found = map(Replayed(step, batches, CudaRecorder()) if captured else step, batches)
     for ids, (nll, counts) in zip(batches, found, strict=True):
@@ -133,17 +138,22 @@ def _read(quantizers: Quantizers, counts: Tensor, sizes: list[int], total: int) 
     return quantizers.read(counts, sizes), total
 
 
-def _loss_of_a_run(
+def _loss_behind(
     gm: GraphModule, highest: int
-) -> Callable[[Tensor, ClippingCounter | None], Tensor]:
-    """From a batch's ids and its watcher to token_nll; on the CPU without a tensor of all logits,
-    where the graph ends in its head."""
-    executor, head = Executor(gm), final_head(gm)
-    if head is None or device_of(gm).type != "cpu":
-        return lambda ids, watcher: token_nll(executor.run(watcher, input_ids=ids), ids, highest)
-    return lambda ids, watcher: nll_to_the_end(
-        *(executor, executor.start(input_ids=ids), head, ids), on_node=watcher, highest=highest
-    )
+) -> Callable[[Executor, Cut, Tensor, ClippingCounter | None], Tensor]:
+    """What runs a graph on from a cut, with its batch's ids and watcher, to token_nll; on the CPU
+    without a tensor of all logits, where the graph ends in its head."""
+    head = final_head(gm)
+    if head is not None and device_of(gm).type == "cpu":
+        return lambda executor, cut, ids, watcher: nll_to_the_end(
+            *(executor, cut, head, ids), on_node=watcher, highest=highest
+        )
+
+    def whole(executor: Executor, cut: Cut, ids: Tensor, watcher: ClippingCounter | None) -> Tensor:
+        end = executor.advance(cut, on_node=watcher)
+        return token_nll(end.values[executor.nodes[-1]], ids, highest)
+
+    return whole
 
 
 def evaluate(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ from fxquant.ir.operators import WRITTEN_OUT
 from tests.models import SMALL_OPT
 from tests.test_export_compressed import batches, tiny_llama
 from tests.test_export_onnx import one_block
+
+PROCESSES: Any = vars(pt2_program)["subprocess"]  # what the check starts, faked here
 
 NORMAL = '{"scheme": "w8a8-dynamic-token", "overrides": {"*.mlp.*": "w4-g32-fp16-asym"}}'
 SLOW = (
@@ -84,18 +85,18 @@ def test_compiling_needs_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def killed(*_: object, **__: object) -> Any:
-    return subprocess.CompletedProcess([], -9, "", "")
+    return PROCESSES.CompletedProcess([], -9, "", "")
 
 
 def stuck(*_: object, **__: object) -> Any:
-    raise subprocess.TimeoutExpired([], 1200)
+    raise PROCESSES.TimeoutExpired([], 1200)
 
 
 @pytest.mark.parametrize(("run", "said"), [(killed, "signal 9"), (stuck, "not done in 1200 s")])
 def test_a_process_without_an_answer(
     run: Any, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(PROCESSES, "run", run)
     with pytest.raises(ExportError, match=rf"cannot run model.pt2: .*{said}.*--no-check"):
         pt2_program._run("pt2", tmp_path / "model.pt2", [])
 

@@ -90,6 +90,8 @@ def truth(text: Path, command: list[str], **other: Any) -> dict[str, Any]:
         "command": shlex.join(["fxquant", *command]),
         "processes": 1,
         "weights": "",
+        "engine": "",
+        "level": "integer",
         **done,
     }
 
@@ -245,7 +247,7 @@ def test_sweep_table_report(text: Path, tmp_path: Path, capsys: pytest.CaptureFi
     for value in (*(made[name] for name in names), *made["versions"].values()):
         assert value in title
     assert made["text_hash"][:23] in title
-    assert f"batch size 1, float32 on cpu; fxquant {made['versions']['fxquant']}" in title
+    assert f"float32 on cpu at level integer; fxquant {made['versions']['fxquant']}" in title
     run(["report", str(out)])
     page = html.unescape((out / "report.html").read_text())
     for value in (made["calibration"], made["windows_hash"], made["revision"], "4, 6"):
@@ -260,7 +262,7 @@ def test_explain_goes_on_and_says_what_was_done_then(text: Path, tmp_path: Path)
         command = [*explain, "--seed", str(seed), *more, "--output", str(tmp_path)]
         run(command)
         data = json.loads((tmp_path / "explanation.json").read_text())
-        assert data["provenance"] == truth(text, command, **calibrated(2, seed))
+        assert data["provenance"] == truth(text, command, level="qdq", **calibrated(2, seed))
         (record,) = data["calibration"]
         check_record(record, text, 2 * LENGTH, seed=seed, command=data["provenance"]["command"])
         report = (tmp_path / "report.md").read_text()
@@ -272,7 +274,7 @@ def test_explain_goes_on_and_says_what_was_done_then(text: Path, tmp_path: Path)
     weights = [*explain, "--scheme", "w8", "--output", str(tmp_path / "w")]
     run(weights)
     data = json.loads((tmp_path / "w" / "explanation.json").read_text())
-    assert data["provenance"] == truth(text, weights)
+    assert data["provenance"] == truth(text, weights, level="qdq")
 
 
 def test_plan_and_what_is_converted_by_it(text: Path, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_other_doors_to_schemes() -> None:
     windows = torch.ones(1, 4, dtype=torch.int64)
     with pytest.raises(ArgumentError, match="choices must be a list of text or none, got 'w8'"):
         fxquant.plan(MODEL, data=windows, budget=1, choices="w8")
-    with pytest.raises(ArgumentError, match="choices must be a list of text, got"):
+    with pytest.raises(ArgumentError, match="choices must be a list of text or none, got"):
         fxquant.plan(MODEL, data=windows, budget=1, choices=["w8", None])  # type: ignore[list-item]
 
 

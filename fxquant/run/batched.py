@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from fxquant.ir.blocks import block_starts
 from fxquant.ir.streamed import Streamed
-from fxquant.run.execution import Executor, OnNode
+from fxquant.run.execution import Cut, Executor, OnNode
 
 
 def is_streamed(gm: GraphModule) -> bool:
@@ -25,8 +25,12 @@ def run_batches(
     watchers: Sequence[OnNode | None] | None = None,
     until: Node | None = None,
     label: str = "",
+    finish: Callable[[Executor, Cut, int], Any] | None = None,
 ) -> Iterator[Any]:
     """The graph's output (None if ``until`` stops before it) for each of ``inputs``, in order.
+
+    ``finish``: what runs the rest, behind the last block, of the input with this index, and gives
+    what stands in the output's place.
 
     All of them go through one block before the next begins; a streamed leaf is read once and let
     go with its block. ``watchers``: an ``on_node`` for each of the inputs. Memory: what is alive
@@ -46,6 +50,9 @@ def run_batches(
                 for index, watcher in enumerate(watchers):
                     cuts[index] = executor.advance(cuts[index], node, watcher)
     with executor.holding(cuts[0].position if cuts else 0, until):
-        for cut, watcher in zip(cuts, watchers, strict=True):
+        for index, (cut, watcher) in enumerate(zip(cuts, watchers, strict=True)):
+            if finish is not None:
+                yield finish(executor, cut, index)
+                continue
             end = executor.advance(cut, until, watcher)
             yield end.values.get(executor.nodes[-1])

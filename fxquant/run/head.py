@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxquant.ir.graph import info, source_of
+from fxquant.ir.streamed import plain_type
 from fxquant.kernels.cpu_linear import linear
 from fxquant.run.execution import Cut, Executor, OnNode
 from fxquant.run.loss import check_logits
@@ -31,7 +32,7 @@ def final_head(gm: GraphModule) -> Node | None:
     if not is_head or len(node.users) > 1:
         return None
     assert isinstance(node, Node)
-    return node if type(gm.get_submodule(str(node.target))) is nn.Linear else None
+    return node if plain_type(gm.get_submodule(str(node.target))) is nn.Linear else None
 
 
 def nll_to_the_end(
@@ -63,11 +64,12 @@ def head_nll(x: Tensor, head: nn.Linear, input_ids: Tensor) -> Tensor:
     Equal up to the order of summation; works under autograd.
     """
     rows, targets = x[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()
+    matrix, vector = head.weight, head.bias  # a streamed one reads them at each access
     totals = []
     wanted = torch.zeros(targets.shape, dtype=torch.float32, device=x.device)
     for start in range(0, head.out_features, _COLUMNS):
-        bias = None if head.bias is None else head.bias[start : start + _COLUMNS]
-        weight = head.weight[start : start + _COLUMNS]
+        bias = None if vector is None else vector[start : start + _COLUMNS]
+        weight = matrix[start : start + _COLUMNS]
         logits = linear(rows, weight, bias).to(torch.float32)
         index = targets - start
         inside = (index >= 0) & (index < len(weight))
