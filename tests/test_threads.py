@@ -26,6 +26,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 import fxquant
 from fxquant.errors import TracingError
 from fxquant.exports.pt2_file import MODEL, pt2
+from fxquant.frontends import patching
+from fxquant.frontends.patching import exclusive
 from fxquant.frontends.streaming import stream
 from tests.architectures import ARCHITECTURES, gpt2, llama, opt, padding_mask, token_ids
 from tests.environments import needs_hf_tracer, patched_by_hf_tracer
@@ -281,7 +283,30 @@ def test_everything_is_put_back_wherever_a_trace_is_interrupted(frontend: str, t
         with contextlib.suppress(Interrupted):
             _lines_of(trace, stop_at=at)
         assert not differing(before, process()), (seed, at)
+        assert _is_free(), (seed, at)
     assert torch.equal(trace()(IDS, MASK), expected)
+
+
+def test_the_lock_is_free_wherever_its_holder_is_interrupted() -> None:
+    """At each line, that of letting it go too: other threads would wait for ever."""
+    step = exclusive(lambda: None)
+    for at in range(1, _lines_of(step) + 1):
+        with pytest.raises(Interrupted):
+            _lines_of(step, stop_at=at)
+        assert _is_free(), at
+
+
+def _is_free() -> bool:
+    """Whether another thread may trace."""
+
+    def taken() -> bool:
+        if not patching.LOCK.acquire(timeout=5):
+            return False
+        patching.LOCK.release()
+        return True
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(taken).result(60)
 
 
 def _lines_of(step: Callable[[], object], stop_at: int | None = None) -> int:

@@ -119,22 +119,35 @@ def _putting_back() -> Callable[[], None]:
 def exclusive(step: Callable[P, T]) -> Callable[P, T]:
     """``step`` holding LOCK, after which everything that is patched anywhere is as it was.
 
-    Plain try and finally: an interruption inside contextlib would leave its generator suspended.
+    Plain try and finally: an interruption inside contextlib would leave its generator suspended,
+    and one on the way out of a with statement LOCK taken, for which other threads wait for ever.
     """
+
+    def restoring(*args: P.args, **kwargs: P.kwargs) -> T:
+        put_back, depth = _putting_back(), len(_UNDER_WAY)
+        try:
+            try:
+                _UNDER_WAY.append(put_back)
+                return step(*args, **kwargs)
+            finally:
+                put_back()
+        finally:
+            put_back()  # the first may have been interrupted
+            del _UNDER_WAY[depth:]
 
     @functools.wraps(step)
     def alone(*args: P.args, **kwargs: P.kwargs) -> T:
-        with contextlib.nullcontext() if _is_lent() else LOCK:
-            put_back, depth = _putting_back(), len(_UNDER_WAY)
+        taken = False
+        try:
             try:
-                try:
-                    _UNDER_WAY.append(put_back)
-                    return step(*args, **kwargs)
-                finally:
-                    put_back()
+                taken = not _is_lent() and LOCK.acquire()
+                return restoring(*args, **kwargs)
             finally:
-                put_back()  # the first may have been interrupted
-                del _UNDER_WAY[depth:]
+                # One line, which is interrupted before it or behind it.
+                taken = bool(taken and LOCK.release())  # type: ignore[func-returns-value]
+        finally:
+            if taken:
+                LOCK.release()
 
     return alone
 
