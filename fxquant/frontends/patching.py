@@ -103,9 +103,11 @@ class _Patcher(symbolic._Patcher):
 def _putting_back() -> Callable[[], None]:
     before = [(owner, name, inspect.getattr_static(owner, name)) for owner, name in _PATCHED]
     registered = [(registry, set(registry)) for registry in _REGISTRIES]
-    level = _LOGGER.level
+    level, thread, grad = _LOGGER.level, threading.get_ident(), torch.is_grad_enabled()
 
     def put_back() -> None:
+        if threading.get_ident() == thread:  # not in a child that another thread forked
+            torch.set_grad_enabled(grad)
         for owner, name, value in before:
             setattr(owner, name, value)
         for registry, names in registered:
