@@ -65,4 +65,4 @@ bench: venv
 	$(BIN)/python -m benchmarks.readme_tables
 
 clean:
-	rm -rf .venv .venv-5 results/demo results/demo-5 build dist *.egg-info
+	rm -rf .venv .venv-5 .torchao results/demo results/demo-5 build dist *.egg-info

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -110,7 +111,8 @@ def tried(build: Callable[[], PreTrainedModel]) -> dict[str, str]:
 
 
 def _reason(error: FxquantError) -> str:
-    return str(error).partition("\n")[0]
+    """Its first line, without a temporary folder's name, which is another one each time."""
+    return re.sub(r"\S+/\.export\.partial-\w+", "the export", str(error).partition("\n")[0])
 
 
 @torch.no_grad()

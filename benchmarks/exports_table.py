@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from fxquant.errors import ExportError
 from fxquant.evaluation.models import versions
-from fxquant.exports.check import ALLOWED, Checked
+from fxquant.exports.check import Checked
 from fxquant.exports.table import FORMATS
 from fxquant.files.whole_file import write_text
 from fxquant.schemes.scheme import Scheme
@@ -86,7 +86,7 @@ def tried(target: str, row: str) -> tuple[str, str]:
 def _kind(found: Checked) -> tuple[str, str]:
     if found.skipped:
         return UNCHECKED, found.skipped
-    near = found.difference <= max(found.allowed, ALLOWED) * found.largest
+    near = found.difference <= found.allowed * found.largest
     # Codes at an edge, of which the check counts how many flip, are no other rule.
     flips = found.under_rules < found.difference and "of inputs differ" in found.cause
     return (EXACT, "") if near or flips else (RULE, found.cause)
@@ -104,8 +104,7 @@ def measure(targets: list[str]) -> dict[str, Any]:
     for target in targets:
         bar = tqdm(SCHEMES, target, disable=None)
         kept["targets"][target] = {row: tried(target, row) for row in bar}
-    listed = [*FORMATS, *(name for name in kept["targets"] if name not in FORMATS)]
-    rows = {name: kept["targets"][name] for name in listed if name in kept["targets"]}
+    rows = {name: kept["targets"][name] for name in FORMATS if name in kept["targets"]}
     return {"versions": versions(), "targets": rows}
 
 

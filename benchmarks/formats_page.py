@@ -9,14 +9,13 @@ stands where a table goes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
 from benchmarks.formats_tried import BOTH, EIGHT, GROUPS, SUBJECT
 from benchmarks.repairs_page import figure, wrapped
+from benchmarks.study_trust import table_of
 from benchmarks.weight_grids import weights_past
 from fxquant.evaluation.statistics import Difference, WindowSums, paired_difference
 from fxquant.ir.calibration import version_words
@@ -56,7 +55,6 @@ def page(data: dict[str, Any]) -> str:
         "row": rows,
         "part": values,
         "ratio": ratios,
-        "cost": {name: {"delta_loss": value} for name, value in data.get("cost", {}).items()},
         "best": _best(rows),
     }
     tables = {
@@ -139,7 +137,7 @@ def _parts_table(rows: Rows, parts: Mapping[str, Mapping[str, Difference]]) -> s
         for name, found in parts.items()
     ]
     head = ["format", "scheme", "bits", "Δloss ± s.e.", "elements", "block size", "scale rounding"]
-    return _table(body, head)
+    return table_of(body, head)
 
 
 def _equal_table(rows: Rows) -> str:
@@ -147,7 +145,7 @@ def _equal_table(rows: Rows) -> str:
     known = [name for name in GROUPS["four"] if name in rows]
     known.sort(key=lambda name: (round(rows[name]["bits_per_weight"], 2), rows[name]["delta_loss"]))
     body = [[_bits(rows[n]), f"`{n}`", _stands_for(n, rows), _delta(rows[n])] for n in known]
-    return _table(body, ["bits", "scheme", "stands for", "Δloss ± s.e."])
+    return table_of(body, ["bits", "scheme", "stands for", "Δloss ± s.e."])
 
 
 def _plain_table(rows: Rows, schemes: Iterable[str]) -> str:
@@ -156,7 +154,7 @@ def _plain_table(rows: Rows, schemes: Iterable[str]) -> str:
         for n in schemes
         if n in rows
     ]
-    return _table(body, ["scheme", "stands for", "bits/weight", "Δloss ± s.e."])
+    return table_of(body, ["scheme", "stands for", "bits/weight", "Δloss ± s.e."])
 
 
 def _stands_for(name: str, rows: Rows) -> str:
@@ -176,7 +174,7 @@ def _repaired_table(rows: Rows, ratios: Mapping[str, Mapping[str, float]]) -> st
         ]
         for name in known
     ]
-    return _table(body, ["scheme", "bits", "Δloss ± s.e.", "rounded to nearest", "ratio"])
+    return table_of(body, ["scheme", "bits", "Δloss ± s.e.", "rounded to nearest", "ratio"])
 
 
 def _setting(data: dict[str, Any]) -> str:
@@ -197,7 +195,3 @@ def _bits(row: dict[str, Any]) -> str:
 
 def _delta(row: dict[str, Any]) -> str:
     return str(Difference(row["delta_loss"], row["delta_error"]))
-
-
-def _table(body: Sequence[Sequence[str]], head: Sequence[str]) -> str:
-    return tabulate(body, head, tablefmt="github", disable_numparse=True)

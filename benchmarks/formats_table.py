@@ -3,7 +3,7 @@
     python -m benchmarks.formats_table                measure what is missing, then write the page
     python -m benchmarks.formats_table --render       write the page from the data that is there
     python -m benchmarks.formats_table --minutes 9    begin no row after so long
-    python -m benchmarks.formats_table --only four    a part: eight, four, both, repaired, cost
+    python -m benchmarks.formats_table --only four    a part: eight, four, both, repaired
 
 The data are benchmarks/formats_table.json; a run that is interrupted goes on from it. The prose of
 the page is benchmarks/formats_page.template.md, the rows are benchmarks/formats_tried.py.
@@ -14,14 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import time
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
 
-import fxquant
 from benchmarks.formats_page import page
 from benchmarks.formats_tried import GROUPS, SUBJECT
 from benchmarks.subjects import ROOT
@@ -36,10 +33,7 @@ from fxquant.schemes.scheme import Scheme
 
 DATA = ROOT / "benchmarks" / "formats_table.json"
 PAGE = ROOT / "docs" / "formats_measured.md"
-COST = "cost"
 TOGETHER = 4  # windows a call where only weights are codes: a call decodes them once
-CONVERTED = ("w8", "wfp8", "w8a8-dynamic-token", "fp8")
-ROUNDS = 3
 
 
 def read_data() -> dict[str, Any]:
@@ -48,14 +42,13 @@ def read_data() -> dict[str, Any]:
     return data
 
 
-def keep(text: Source, **new: Any) -> None:
-    """Add to DATA as it is now."""
+def keep(text: Source, scheme: str, row: dict[str, Any]) -> None:
+    """Add a row to DATA as it is now."""
     data = read_data()
     data.update(
         text=text.name, text_hash=text.digest, versions=versions(), threads=torch.get_num_threads()
     )
-    data["rows"] |= new.pop("rows", {})
-    data |= new
+    data["rows"][scheme] = row
     write_text(DATA, json.dumps(data, indent=1) + "\n")
 
 
@@ -67,18 +60,16 @@ def measure_all(only: str | None, minutes: float) -> None:
     windows = prepared.windows
     converter = Converter(prepared.graph, windows.batches)
     if "fp" not in read_data()["rows"]:
-        keep(text, rows={"fp": _row(converter, "fp", windows, None)})
+        keep(text, "fp", _row(converter, "fp", windows, None))
     kept = read_data()["rows"]["fp"]
     reference = WindowSums(tuple(kept["window_nll"]), tuple(kept["window_tokens"]))
     for name, schemes in GROUPS.items():
         for scheme in schemes if only in (None, name) else ():
             if scheme not in read_data()["rows"] and time.monotonic() < end:
                 row = _row(converter, scheme, windows, reference)
-                keep(text, rows={scheme: row})
+                keep(text, scheme, row)
                 said = row.get("refused", f"{row.get('delta_loss', math.nan):+.4f}")
                 print(f"{scheme}: {said}", flush=True)
-    if only in (None, COST) and COST not in read_data() and time.monotonic() < end:
-        keep(text, cost=conversions(prepared.graph))
 
 
 def _row(
@@ -100,17 +91,6 @@ def _row(
     }
 
 
-def conversions(graph: GraphModule) -> dict[str, float]:
-    """CPU seconds of ``convert`` without calibration, of all blocks: medians, taken in turns."""
-    taken: dict[str, list[float]] = {scheme: [] for scheme in CONVERTED}
-    for _ in range(ROUNDS):
-        for scheme, seconds in taken.items():
-            started = time.process_time()
-            fxquant.convert(graph, scheme, progress=False)
-            seconds.append(time.process_time() - started)
-    return {scheme: statistics.median(seconds) for scheme, seconds in taken.items()}
-
-
 def render() -> None:
     """Write the page from what was measured."""
     write_text(PAGE, page(read_data()))
@@ -119,7 +99,7 @@ def render() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--render", action="store_true", help="write the page, measure nothing")
-    parser.add_argument("--only", choices=(*GROUPS, COST), help="measure a part, write no page")
+    parser.add_argument("--only", choices=tuple(GROUPS), help="measure a part, write no page")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no row after it")
     options = parser.parse_args()
     if not options.render:

@@ -1,23 +1,17 @@
 """Speed of exported models in ONNX Runtime against the eager float model, in one run.
 
-    python -m benchmarks.onnx_speed [SCHEME ...] [--rounds 9] [--threads 2] [--cpu-time] [--nodes]
+    python -m benchmarks.onnx_speed [SCHEME ...] [--rounds 9] [--threads 2] [--nodes]
 
 Each session alternates with the eager float forward (A B A B ...) on 1 x 512 tokens; a ratio is
-that of medians. ``--cpu-time``: of processor seconds of all threads, for a machine that is not idle
-(with --threads 1: several threads wait for each other busily). ``--nodes``: where the time goes, by
-operator. Writes benchmarks/onnx_speed.json.
+that of medians, of CPU seconds with --threads 1. ``--nodes``: where the time goes, by operator.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
 import tempfile
-import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,37 +22,22 @@ from torch import Tensor
 
 import fxquant
 from benchmarks.memory import MODEL
-from fxquant.evaluation.models import versions
+from benchmarks.timing import Step, clock, ratios_to
 from fxquant.exports.onnx_check import EXACT, inputs_of, session
 from fxquant.exports.onnx_file import MODEL as FILE
 
 SCHEMES = ("w8a8-dynamic-token", "w8", "w4-g128")
 LENGTH = 512
-RESULTS = Path(__file__).with_suffix(".json")
-
-
-def ratio(base: Callable[[], object], step: Callable[[], object], rounds: int, cpu: bool) -> float:
-    """Median seconds of ``step`` over those of ``base``, A B A B, after a round to warm up."""
-    clock = time.process_time if cpu else time.perf_counter
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for index in range(rounds + 1):
-        for call, kept in zip((base, step), seconds, strict=True):
-            started = clock()
-            call()
-            if index:
-                kept.append(clock() - started)
-    return statistics.median(seconds[1]) / statistics.median(seconds[0])
 
 
 def exported(model: Any, scheme: str, folder: Path) -> Path:
-    graph = fxquant.convert(model, scheme)
-    given = scheme if scheme == "fp" else None
-    return fxquant.exports.onnx(graph, folder, scheme=given, check=False).path / FILE
+    return fxquant.exports.onnx(model, folder, scheme=scheme, check=False).path / FILE
 
 
-def measured(path: Path, base: Callable[[], object], ids: Tensor, options: Any) -> float:
+def measured(path: Path, base: Step, ids: Tensor, rounds: int) -> float:
     engine, given = session(path, **EXACT), inputs_of(ids, torch.ones_like(ids))
-    return ratio(base, lambda: engine.run(["logits"], given), options.rounds, options.cpu_time)
+    steps: dict[str, Step] = {"float": base, "engine": lambda: engine.run(["logits"], given)}
+    return ratios_to("float", steps, rounds)["engine"]
 
 
 def by_operator(path: Path, ids: Tensor, rounds: int) -> str:
@@ -88,7 +67,6 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("schemes", nargs="*", default=SCHEMES)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--nodes", action="store_true")
     parser.add_argument("--folder", type=Path, help="keeps the exports, or has them")
@@ -96,7 +74,6 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     loaded = fxquant.load_model(MODEL)
     ids = fxquant.windows("builtin", loaded.tokenizer, count=1, length=LENGTH).evaluation
-    found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as own, torch.no_grad():
         folder = options.folder or Path(own)
         for scheme in options.schemes:
@@ -106,18 +83,8 @@ def main() -> None:
             if options.nodes:
                 print(f"{scheme}\n{by_operator(path, ids, options.rounds)}", flush=True)
                 continue
-            found[scheme] = measured(path, lambda: loaded.model(ids), ids, options)
-            print(f"{scheme}: {found[scheme]:.3f} of the eager float forward", flush=True)
-    if not options.nodes:
-        said = {
-            "ratios": found,
-            "of": "processor seconds" if options.cpu_time else "seconds",
-            "rounds": options.rounds,
-            "threads": options.threads,
-            "processor": platform.processor(),
-            "versions": {**versions(), "onnxruntime": onnxruntime.__version__},
-        }
-        RESULTS.write_text(json.dumps(said, indent=1) + "\n")
+            found = measured(path, lambda: loaded.model(ids), ids, options.rounds)
+            print(f"{scheme}: {found:.3f} of eager float in {clock()} seconds", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from benchmarks.study_page import causes_of, collapse, effect
 
-COLOURS = {
-    **{"weights": "#4c72b0", "clipping": "#c44e52", "rounding": "#ccb974", "scale": "#64b5cd"}
-}
+COLOURS = {"weights": "#4c72b0", "clipping": "#c44e52", "rounding": "#ccb974", "scale": "#64b5cd"}
 
 
 def draw(data: dict[str, Any], folder: Path) -> None:

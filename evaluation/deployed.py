@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import tempfile
 import time
@@ -18,7 +17,7 @@ from transformers import PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fxquant.errors import ExportError, NonFiniteError, WriteError
-from fxquant.evaluation.models import read_saved_tokenizer
+from fxquant.evaluation.models import read_saved_tokenizer, weights_hash
 from fxquant.evaluation.overlap import overlap_of
 from fxquant.evaluation.perplexity import Perplexity
 from fxquant.evaluation.results import Row
@@ -28,7 +27,6 @@ from fxquant.exports.runtimes import Losses, Runtime, read_facts
 from fxquant.exports.table import FORMATS
 from fxquant.exports.target import check_converted, check_scheme
 from fxquant.files.locks import reason
-from fxquant.files.whole_file import file_hash
 from fxquant.frontends.pretrained import read_config
 from fxquant.ir.calibration import Calibration
 from fxquant.ir.graph import GraphInfo, Level, info
@@ -44,7 +42,6 @@ FLOAT: Final = Scheme()
 class Deployed:
     """What a row of an engine is made from beside its losses."""
 
-    scheme: str
     losses: Perplexity
     export_seconds: float
     calibration: Calibration
@@ -129,38 +126,26 @@ def run_graph(
             brief(scheme),
             scored,
         )
-    return Deployed(scheme, found, seconds, info(gm).calibration)
-
-
-def measure_deployed(
-    gm: GraphModule,
-    scheme: Scheme,
-    runtime: Runtime,
-    windows: Windows,
-    batch_size: int,
-    reference: WindowSums | None,
-) -> Row:
-    """The row of ``gm``, converted to ``scheme``, as ``runtime`` runs it; ``reference``: the float
-    graph's sums, None where there is none."""
-    found = run_graph(gm, runtime, windows.evaluation, batch_size=batch_size, scored=windows.scored)
-    return row_of(found, runtime, windows, reference, str(scheme))
+    return Deployed(found, seconds, info(gm).calibration)
 
 
 def row_of(
+    scheme: str,
     found: Deployed,
     runtime: Runtime,
     windows: Windows,
     reference: WindowSums | None,
-    scheme: str = "",
 ) -> Row:
-    """A row without what an engine does not count: clipped codes and the bits of weights."""
+    """A row without what an engine does not count: clipped codes and the bits of weights.
+
+    ``reference``: the float graph's sums, None where there is none."""
     sums = found.losses.sums
     change = Difference(math.nan, None)
     if reference is not None:
         change = paired_difference(sums, reference)
     calibration = found.calibration
     return Row(
-        scheme=scheme or found.scheme,
+        scheme=scheme,
         loss=found.losses.loss,
         perplexity=found.losses.perplexity,
         delta_loss=change.delta,
@@ -201,10 +186,7 @@ def load_export(folder: Path, runtime: Runtime) -> LoadedExport:
             f"{folder} holds no tokenizer, which an evaluation needs to cut text: export again "
             "with tokenizer=..., or let fxquant export --model name a model that has one"
         )
-    digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("model.onnx*")]):
-        digest.update(f"{path.name} {file_hash(path)}\n".encode())
-    revision = f"sha256:{digest.hexdigest()}"
+    revision = weights_hash(folder, ("*.safetensors", "model.onnx*"))
     return LoadedExport(folder, facts, tokenizer, read_config(folder, coded=True), revision)
 
 
@@ -221,5 +203,5 @@ def measure_export(
         brief(loaded.facts.scheme),
         windows.scored,
     )
-    deployed = Deployed(loaded.facts.scheme, found, 0.0, loaded.facts.calibration)
-    return row_of(deployed, runtime, windows, None)
+    deployed = Deployed(found, 0.0, loaded.facts.calibration)
+    return row_of(loaded.facts.scheme, deployed, runtime, windows, None)

@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -194,9 +195,9 @@ def resolve_dtype(dtype: str, device: str) -> torch.dtype | str:
     return DTYPES[dtype]
 
 
-def weights_hash(directory: Path) -> str:
+def weights_hash(directory: Path, kinds: Sequence[str] = ("*.safetensors", "*.bin")) -> str:
     """One sha256 over the hashes of the directory's weight files, by name."""
-    files = sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")])
+    files = sorted(path for kind in kinds for path in directory.glob(kind))
     digest = hashlib.sha256()
     for path in files:
         digest.update(f"{path.name} {file_hash(path)}\n".encode())

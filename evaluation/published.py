@@ -21,7 +21,6 @@ OPT: Final = {
 # Of one shape with others: a figure is theirs only where the model's name holds this one.
 NAMED_MODELS: Final = {
     "llama-2-7b": "llama 32x4096",
-    "llama-3.1-8b": "llama 32x4096",
     "qwen1.5-0.5b": "qwen2 24x1024",
 }
 LENGTH: Final = 2048
@@ -171,15 +170,6 @@ _PER_TENSOR: Final = (
     ("llama-2-7b", (5.47, 5.54, 19.09)),
     ("qwen1.5-0.5b", (14.8, 15.57, 40.29)),
 )
-# lm_eval's WikiText-2 is scored by words, which no protocol here is.
-WORDS: Final = "wikitext by words of lm_eval"
-_TORCHAO: Final = (
-    ("BF16", "fp", 7.33),
-    ("FP8", "fp8", 7.42),
-    ("INT8 W8A8", "w8a8-dynamic-token", 7.45),
-    ("MXFP8", "mxfp8", 7.60),
-    ("NVFP4", "nvfp4", 8.45),
-)
 
 
 def _formats() -> Iterator[Published]:
@@ -198,10 +188,6 @@ def _formats() -> Iterator[Published]:
                 calibration=_calibrated(scheme, _UNRECORDED),
                 named=named,
             )
-    model = "llama-3.1-8b"
-    for method, scheme, value in _TORCHAO:
-        place = (NAMED_MODELS[model], WORDS, method, scheme, "torchao's documentation")
-        yield Published(*place, value, named=model)
 
 
 FORMATS_TABLE: Final = tuple(_formats())

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from fxquant.evaluation.datasets import tokenizer_note
 from fxquant.evaluation.gguf import weights_note
 from fxquant.evaluation.journal import Result
+from fxquant.evaluation.results import in_engine
 
 
 def tokenizer_notes(results: Iterable[Result]) -> list[str]:
@@ -32,7 +33,7 @@ def failed_lines(failed: Iterable[Result]) -> list[str]:
     """One line for all cells of a model and text that failed alike."""
     alike: dict[tuple[str, str, str], list[str]] = {}
     for result in failed:
-        cell = f"{result.scheme} in {result.engine}" if result.engine else result.scheme
+        cell = in_engine(result.scheme, result.engine)
         cell = cell if result.seed is None else f"{cell} (seed {result.seed})"
         alike.setdefault((result.model, result.dataset, str(result.error)), []).append(cell)
     return [

@@ -156,7 +156,11 @@ def write_results(
 def row_notes(rows: Sequence[Row], provenance: Provenance) -> list[str]:
     """What has to be said of single rows: windows that they were calibrated on, and calibrations
     that another command made, each once."""
-    said = [f"{place(row)}: {_overlap_note(row)}" for row in rows if overlap_words(row)]
+    said = [
+        f"{in_engine(row.scheme, row.engine)}: {_overlap_note(row)}"
+        for row in rows
+        if overlap_words(row)
+    ]
     schemes: dict[str, list[str]] = {}
     for row in rows:
         for record in folded(row.calibration or ()) if not row.engine else ():
@@ -174,9 +178,9 @@ def _overlap_note(row: Row) -> str:
     return f"{overlap_words(row)} (number {listed}), so that its loss is not of unseen text"
 
 
-def place(row: Row) -> str:
+def in_engine(scheme: str, engine: str) -> str:
     """Which row it is: the scheme, and the engine of an exported model."""
-    return f"{row.scheme} in {row.engine}" if row.engine else row.scheme
+    return f"{scheme} in {engine}" if engine else scheme
 
 
 def overlap_words(row: Row) -> str:

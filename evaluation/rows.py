@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fxquant.evaluation.converter import Converter, measure
-from fxquant.evaluation.deployed import measure_deployed
+from fxquant.evaluation.deployed import row_of, run_graph
 from fxquant.evaluation.progress import say_finished
 from fxquant.evaluation.provenance import Provenance
 from fxquant.evaluation.results import Row, write_results
@@ -68,7 +68,8 @@ def deployed_row(
     """The row of a scheme in an engine; a saved graph has no float model beside it."""
     beside = None if converter.as_it_is else reference
     gm = converter.convert(scheme)
-    return measure_deployed(gm, scheme, runtime, windows, batch_size, beside)
+    found = run_graph(gm, runtime, windows.evaluation, batch_size=batch_size, scored=windows.scored)
+    return row_of(str(scheme), found, runtime, windows, beside)
 
 
 def measured(

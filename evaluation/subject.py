@@ -59,8 +59,10 @@ class Subject:
 
     def setting(self, batch_size: int) -> str:
         """Batch size, dtype, device and threads, and how an engine was run."""
-        where = f"float32 in {self.runtime.words()}" if self.runtime is not None else ""
-        if self.runtime is None and self.graph is not None:
+        if self.runtime is not None:
+            where = f"float32 in {self.runtime.words()}"
+        else:
+            assert self.graph is not None
             where = f"{dtype_name(float_dtype(self.graph))} on {device_of(self.graph)}"
             where += f" at level {self.level}"
         threads = counted(torch.get_num_threads(), "thread")

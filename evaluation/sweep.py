@@ -42,7 +42,7 @@ from fxquant.evaluation.job import (
 from fxquant.evaluation.journal import Journal, Result
 from fxquant.evaluation.models import LoadedModel
 from fxquant.evaluation.progress import say_finished
-from fxquant.evaluation.results import Row
+from fxquant.evaluation.results import Row, in_engine
 from fxquant.evaluation.rows import deployed_row
 from fxquant.evaluation.statistics import WindowSums
 from fxquant.evaluation.sweep_tables import format_results
@@ -316,7 +316,7 @@ class _Run:
                 self.record(cell.failed(describe(error)))
                 continue
             seed = "" if cell.seed is None else f", seed {cell.seed}"
-            name = f"{cell.scheme} in {cell.engine}" if cell.engine else str(cell.scheme)
+            name = in_engine(str(cell.scheme), cell.engine)
             say_finished(f"{job.model}, {job.dataset}, {name}{seed}", row)
             self.record(
                 replace(

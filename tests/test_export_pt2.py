@@ -17,7 +17,6 @@ from fxquant.exports import aoti, aoti_file, pt2, pt2_file, pt2_program
 from fxquant.exports.check import ALLOWED
 from fxquant.exports.pt2_file import MODEL
 from fxquant.exports.pt2_program import exported as program_of
-from fxquant.ir.operators import WRITTEN_OUT
 from tests.models import SMALL_OPT
 from tests.test_export_compressed import batches, tiny_llama
 from tests.test_export_onnx import one_block
@@ -134,12 +133,12 @@ def test_a_library_that_quantizes_nothing_is_noticed(
             return [noisy(**inputs) for inputs in probes]
 
     monkeypatch.setattr(pt2_program, "_run", of_floats)
-    found = pt2_program.elsewhere("aoti", tmp_path / MODEL, graph, "none", "floats")
+    found = pt2_program.elsewhere("aoti", tmp_path / MODEL, graph, True, "", "floats")
     assert not found.passed
     assert found.allowed == ALLOWED
     noisy = pt2_program._noisy(graph, 100)
     monkeypatch.setattr(pt2_program, "_run", of_other_roundings)
-    assert pt2_program.elsewhere("aoti", tmp_path / MODEL, graph, "none", "roundings").passed
+    assert pt2_program.elsewhere("aoti", tmp_path / MODEL, graph, True, "", "roundings").passed
 
 
 def test_nothing_is_written_where_the_process_differs(
@@ -160,8 +159,3 @@ def test_a_streamed_graph_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="load it without stream"):
         pt2(streamed, tmp_path / "out", scheme="w8")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_every_operator_is_written_out() -> None:
-    for name in WRITTEN_OUT:
-        assert hasattr(torch.ops.fxquant, name)

@@ -7,12 +7,12 @@ import random
 import pytest
 
 from fxquant.errors import SchemeError, SpellingError
-from fxquant.formats.integer import IntegerGrid
 from fxquant.formats.table import GRIDS, SCALES
 from fxquant.schemes.named import NAMED
 from fxquant.schemes.scheme import Scheme
 from fxquant.schemes.specs import ActivationSpec, Estimator, SiteSpec, TensorSpec
 from fxquant.schemes.spelling import spell_site
+from tests.test_random_schemes import tensor as tensor_spec
 
 STANDS_FOR = {
     "fp8": "we4m3/ae4m3-dynamic-token",
@@ -95,25 +95,14 @@ def test_specs_that_cannot_be_are_refused_by_their_parts() -> None:
         ActivationSpec(TensorSpec(e2m1, "group", 32, e8m0), Estimator("absmax"))
 
 
-def a_tensor(random_: random.Random, grains: tuple[str, ...]) -> TensorSpec:
-    grid = random_.choice(list(GRIDS.values()))
-    grain = random_.choice(grains)
-    if grain != "group":
-        return TensorSpec(grid, grain)  # type: ignore[arg-type]
-    kept = [each for each in SCALES.values() if each.zero_points or not grid.has_zero_point]
-    kept = [each for each in kept if "even" not in each.name or not isinstance(grid, IntegerGrid)]
-    kept = [each for each in kept if "even" not in each.name or grid.name != "nf4"]
-    return TensorSpec(grid, "group", random_.choice((1, 16, 32, 100)), random_.choice(kept))
-
-
 def test_random_schemes_of_all_grids_are_read_back() -> None:
     random_ = random.Random()
     for _ in range(2000):
-        weight = a_tensor(random_, ("tensor", "channel", "group"))
+        weight = tensor_spec(random_, ("tensor", "channel", "group"))
         activation: ActivationSpec | None = None
         if random_.random() < 0.7:
             static = random_.random() < 0.3
-            tensor = a_tensor(random_, ("tensor",) if static else ("tensor", "token", "group"))
+            tensor = tensor_spec(random_, ("tensor",) if static else ("tensor", "token", "group"))
             if tensor.granularity == "group" and tensor.grid.has_zero_point:
                 continue
             activation = ActivationSpec(tensor, Estimator("mse") if static else None)

@@ -22,7 +22,6 @@ from fxquant.evaluation.published import (
     NAMED_MODELS,
     OPT,
     SMOOTH_LEVELS,
-    WORDS,
     Published,
 )
 from fxquant.evaluation.results import Row
@@ -240,7 +239,7 @@ def test_published_rows_are_well_formed() -> None:
         assert figure.architecture == NAMED_MODELS.get(figure.named, figure.architecture)
         assert (figure.dataset is None) == (figure.delta_loss is not None)
         if figure.dataset is not None:
-            known = (*NAMED, WORDS) if figure.architecture != OPT["opt-175b"] else (figure.dataset,)
+            known = tuple(NAMED) if figure.architecture != OPT["opt-175b"] else (figure.dataset,)
             assert figure.dataset in known
             assert figure.perplexity is not None
     places = [(f.architecture, f.named, f.dataset, f.method, f.source) for f in ALL]

@@ -10,7 +10,7 @@ from typing import Any
 from fxquant.errors import DataError
 from fxquant.evaluation.journal import Result, parse_journal
 from fxquant.evaluation.report.fields import Fields
-from fxquant.evaluation.results import parse_results, place
+from fxquant.evaluation.results import in_engine, parse_results
 from fxquant.files.doors import parse_json, read_bytes, reason
 
 RESULTS, SWEEP = "results.json", "results.jsonl"
@@ -57,7 +57,11 @@ class _Reader:
         rows, made, complete = parse_results(self.content(path), path)
         setting = (made.dataset, made.seed, made.protocol)
         cells = (
-            Result(place(r), made.model, r.scheme, *setting, r, made, engine=r.engine) for r in rows
+            Result(
+                *(in_engine(r.scheme, r.engine), made.model, r.scheme, *setting, r, made),
+                engine=r.engine,
+            )
+            for r in rows
         )
         return tuple(cells), complete
 

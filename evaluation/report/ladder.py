@@ -11,7 +11,7 @@ from fxquant.evaluation.provenance import Provenance
 from fxquant.evaluation.report.folder import RESULTS, SWEEP, Folder
 from fxquant.evaluation.report.tables import flatten, text_of
 from fxquant.evaluation.result_notes import failures
-from fxquant.evaluation.results import Row
+from fxquant.evaluation.results import Row, in_engine
 from fxquant.evaluation.sweep_tables import Group, Line, groups
 from fxquant.inspection.folding import fold
 from fxquant.ir.calibration import version_words
@@ -103,7 +103,7 @@ def _folded(lines: Iterable[str]) -> tuple[str, ...]:
 
 def _ladder(group: Group, failed: Iterable[Result], origin: str) -> Ladder:
     """Its provenance is what its results share, the group's calibration, and the seeds."""
-    rungs = [Rung(_name(line.scheme, line.engine), line) for line in group.lines]
+    rungs = [Rung(in_engine(line.scheme, line.engine), line) for line in group.lines]
     results = [result for rung in rungs for result in rung.line.results]
     facts = [_facts(asdict(_joined(r.provenance, group))) for r in results if r.provenance]
     shared = {k: v for k, v in facts[0].items() if all(each.get(k) == v for each in facts)}
@@ -125,16 +125,12 @@ def _failed(results: Iterable[Result], finished: set[str]) -> Iterable[Rung]:
     """A rung for each scheme that failed; for each of its seeds where others are finished."""
     seen = set()
     for result in results:
-        name = _name(result.scheme, result.engine)
+        name = in_engine(result.scheme, result.engine)
         if name in finished:
             name += f" (seed {result.seed})"
         if name not in seen:
             seen.add(name)
             yield Rung(name, Line(result.scheme), result.error)
-
-
-def _name(scheme: str, engine: str) -> str:
-    return f"{scheme} in {engine}" if engine else scheme
 
 
 def _distinct(found: list[Ladder]) -> list[Ladder]:

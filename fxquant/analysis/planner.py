@@ -19,7 +19,7 @@ from fxquant.analysis.progress import Progress
 from fxquant.analysis.search import candidates
 from fxquant.analysis.sites import SimulatedSite, SiteMaker
 from fxquant.analysis.store import Store
-from fxquant.analysis.upgrades import Rung, States, climbs, order_upgrades
+from fxquant.analysis.upgrades import States, climbs, order_upgrades, priced
 from fxquant.errors import BudgetError
 from fxquant.ir.graph import Site
 from fxquant.schemes.scheme import Scheme
@@ -75,7 +75,7 @@ class Planner:
     def _of_loss(self, effects: Mapping[str, Mapping[str, float]], verify: Verify) -> Plan:
         """The fewest upgrades from the cheapest choices that keep the budget of loss."""
         assert self.budget.loss is not None
-        steps = climbs(self.sites, self.specs, self.cost, effects)
+        steps = climbs(priced(self.sites, self.specs, self.cost, effects))
         chosen = {path: rungs[0].choice for path, rungs in steps.items()}
         states = States(chosen, order_upgrades(steps))
         cheapest = self._delta(states.at(0))
@@ -106,13 +106,7 @@ class Planner:
         """Of the mix with the least summed effect and each choice everywhere, as far as they keep
         the budget of bits, the one that loses least with all sites together."""
         limit = limit_of(self.budget, self.sites, self.specs)
-        rungs = {
-            site.path: [
-                Rung(name, self.cost(site, spec), effects[site.path][name])
-                for name, spec in self.specs.items()
-            ]
-            for site in self.sites
-        }
+        rungs = priced(self.sites, self.specs, self.cost, effects)
         mixed = best_within(rungs, limit)
         assert mixed is not None  # limit_of has seen to it
         cheapest = {path: min(each, key=lambda r: r.cost).choice for path, each in rungs.items()}

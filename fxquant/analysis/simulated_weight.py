@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -51,14 +52,14 @@ class SimulatedWeight:
         own: set[Cause] = {"rounding"} if "weights" in parts else set()
         return combined(self.float_, self.split, frozenset({*own, *(parts - {"rounding"})}))
 
-    def errors(self) -> dict[Cause, Tensor]:
-        """The parts of Ŵ - W, those that there can be."""
+    def errors(self, rows: Callable[[Tensor], Tensor] = lambda whole: whole) -> dict[Cause, Tensor]:
+        """The parts of Ŵ - W, those that there can be; ``rows``: which of its rows."""
         if self.split is None:
-            return {"weights": self.coded - self.float_}
+            return {"weights": rows(self.coded) - rows(self.float_)}
         split = self.split
-        found: dict[Cause, Tensor] = {
-            "weights": split.exact - split.clipped,
-            "clipping": split.clipped - self.float_,
-            "scale": split.rounded - split.exact,
+        ends: dict[Cause, tuple[Tensor, Tensor]] = {
+            "weights": (split.exact, split.clipped),
+            "clipping": (split.clipped, self.float_),
+            "scale": (split.rounded, split.exact),
         }
-        return {cause: found[cause] for cause in ordered(self.causes)}
+        return {each: rows(ends[each][0]) - rows(ends[each][1]) for each in ordered(self.causes)}

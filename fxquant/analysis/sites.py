@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -119,8 +120,9 @@ class LinearSite(SimulatedSite):
         found: dict[Cause, Tensor] = {
             "clipping": split.clipped - x,
             "rounding": split.exact - split.clipped,
-            "scale": split.rounded - split.exact,
         }
+        if self.quantizer.rounds_scale:
+            found["scale"] = split.rounded - split.exact
         return {cause: error for cause, error in found.items() if bool(error.any())}
 
     def errors(self, *operands: Tensor) -> dict[Cause, Tensor]:
@@ -149,8 +151,7 @@ class EmbeddingSite(SimulatedSite):
         return nn.functional.embedding(operands[0], self.simulated.under(parts))
 
     def errors(self, *operands: Tensor) -> dict[Cause, Tensor]:
-        errors = self.simulated.errors().items()
-        return {cause: nn.functional.embedding(operands[0], error) for cause, error in errors}
+        return self.simulated.errors(partial(nn.functional.embedding, operands[0]))
 
 
 @dataclass(frozen=True, eq=False)

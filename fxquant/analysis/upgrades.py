@@ -44,25 +44,32 @@ def _gain(below: Rung, above: Rung) -> float:
     return (below.effect - above.effect) / (above.cost - below.cost)
 
 
-def climbs(
+def priced(
     sites: Sequence[Site],
     specs: Mapping[str, SiteSpec],
     cost: Cost,
     effects: Mapping[str, Mapping[str, float]],
 ) -> dict[str, list[Rung]]:
+    """Every choice of every site, by the site's path."""
+    return {
+        site.path: [
+            Rung(name, cost(site, spec), effects[site.path][name]) for name, spec in specs.items()
+        ]
+        for site in sites
+    }
+
+
+def climbs(candidates: Mapping[str, Sequence[Rung]]) -> dict[str, list[Rung]]:
     """The rungs of every site, always up to the dearest choice.
 
     A small measured effect may be below 0 by chance; without the last rung no plan could climb out
     of it.
     """
     found = {}
-    for site in sites:
-        candidates = [
-            Rung(name, cost(site, spec), effects[site.path][name]) for name, spec in specs.items()
-        ]
-        hull = rungs_of(candidates)
-        dearest = max(candidates, key=lambda r: (r.cost, -r.effect))
-        found[site.path] = hull if hull[-1].choice == dearest.choice else [*hull, dearest]
+    for path, own in candidates.items():
+        hull = rungs_of(own)
+        dearest = max(own, key=lambda r: (r.cost, -r.effect))
+        found[path] = hull if hull[-1].choice == dearest.choice else [*hull, dearest]
     return found
 
 

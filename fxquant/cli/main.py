@@ -66,7 +66,7 @@ COMMANDS = (
     ),
     Command(
         "plan",
-        "per-site choices under a budget of loss",
+        "per-site choices under a budget of loss or of bits",
         analyses.add_plan_arguments,
         analyses.plan_command,
     ),

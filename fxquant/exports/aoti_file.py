@@ -14,22 +14,20 @@ from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fxquant.errors import ExportError
-from fxquant.exports.check import Checked, unchecked, version
-from fxquant.exports.folder import Exported, output_folder, write_export
-from fxquant.exports.pt2_file import all_of, holds
+from fxquant.exports.folder import Exported, output_folder, write_config, write_export
+from fxquant.exports.pt2_file import MODEL, all_of, holds
 from fxquant.exports.pt2_program import elsewhere, exported, on_cpu
 from fxquant.exports.source import Source, converted, generation_of
 from fxquant.exports.target import Target
 from fxquant.files.doors import Location, printable
-from fxquant.frontends.model_config import CONFIG
 from fxquant.frontends.patching import exclusive, exporting
-from fxquant.ir.graph import Level, info
+from fxquant.ir.graph import Level
 from fxquant.pipeline.arguments import checked_call
 from fxquant.run.batches import Batches
 from fxquant.schemes.scheme import SchemeLike
 
 NAME: Final = "aoti"
-MODEL: Final = "model.pt2"
+_CAUSE: Final = "compiled kernels sum floats in another order"
 
 
 def _check_compiler() -> None:
@@ -92,7 +90,7 @@ def aoti(
         target,
         NAME,
         write=lambda folder: _write(gm, folder),
-        check=lambda folder: _check(gm, folder / MODEL, check),
+        check=lambda folder: elsewhere(NAME, folder / MODEL, gm, check, "AOTInductor of ", _CAUSE),
         extras=(tokenizer, generation_of(source, generation_config)),
     )
 
@@ -110,13 +108,4 @@ def _write(gm: GraphModule, folder: Path) -> None:
             f"{NAME}: the graph does not compile: {printable(last[:300])}; mend the C++ compiler, "
             "or take --to pt2"
         ) from error
-    if info(gm).config:
-        (folder / CONFIG).write_text(info(gm).config, encoding="utf-8")
-
-
-def _check(gm: GraphModule, file: Path, wanted: bool) -> Checked:
-    said = unchecked(gm, wanted, ())
-    if said is not None:
-        return said
-    engine = f"AOTInductor of {version('torch')} in a fresh process, without fxquant"
-    return elsewhere("aoti", file, gm, engine, "compiled kernels sum floats in another order")
+    write_config(gm, folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,51 +12,23 @@ from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fxquant.exports.folder import Exported, output_folder, write_export
-from fxquant.exports.modules import Modules, repair_refusal
-from fxquant.exports.sites import coded_sites
+from fxquant.exports.modules import Modules, write_modules
+from fxquant.exports.sites import CodedSite, coded_sites
 from fxquant.exports.source import Source, converted, generation_of
-from fxquant.exports.target import Refusal, Target
-from fxquant.exports.words import (
-    check_alike,
-    check_graph,
-    common_group_size,
-    lifted,
-    refusal,
-    words,
-    write,
-)
+from fxquant.exports.words import common_group_size, lifted, target_of_words, words
 from fxquant.exports.words_check import check as checked_words
 from fxquant.files.doors import Location
-from fxquant.ir.graph import Level, Site, linear_sites
-from fxquant.numerics.weight_codes import WeightCodes
+from fxquant.ir.graph import linear_sites
 from fxquant.pipeline.arguments import checked_call
 from fxquant.run.batches import Batches
 from fxquant.schemes.scheme import SchemeLike
-from fxquant.schemes.specs import SiteSpec
 
 NAME: Final = "awq"
-_BITS: Final = (4,)
 # The column that each slot of a word holds, lowest first.
 _ORDER: Final = [0, 2, 4, 6, 1, 3, 5, 7]
 
 
-def site_refusal(gm: GraphModule, site: Site, spec: SiteSpec) -> Refusal | None:
-    """Why the format cannot hold ``spec`` at ``site``."""
-    return refusal(gm, site, spec, _BITS)
-
-
-_ROW: Final = "a linear has codes or floats there, not some columns of each"
-_ATTENTION: Final = "it codes weights of linears, and nothing of attention"
-TARGET: Final = Target(
-    NAME,
-    Level.QDQ,
-    needs_codes=True,
-    check_site=site_refusal,
-    check_graph=partial(check_graph, NAME),
-    never={"attn8": _ATTENTION, "kv8": _ATTENTION, "kv4": _ATTENTION, "split_outliers": _ROW},
-    check_specs=partial(check_alike, NAME, whole=False),
-    check_repairs=repair_refusal,
-)
+TARGET: Final = target_of_words(NAME, (4,), whole=False)
 
 
 @checked_call(path="directory", output="directory")
@@ -101,7 +72,7 @@ def awq(
 
 def _write(modules: Modules, folder: Path) -> None:
     said = quantization(modules.gm)
-    write(modules, folder, said, site_tensors)
+    write_modules(modules, folder, said, site_tensors)
     own = {"zero_point": True, "q_group_size": said["group_size"], "w_bit": 4, "version": "GEMM"}
     (folder / "quant_config.json").write_text(json.dumps(own, indent=2) + "\n", "utf-8")
 
@@ -120,10 +91,10 @@ def quantization(gm: GraphModule) -> dict[str, Any]:
     }
 
 
-def site_tensors(held: WeightCodes) -> dict[str, Tensor]:
+def site_tensors(site: CodedSite) -> dict[str, Tensor]:
     """qweight int32 [K, N / 8], qzeros int32 [G, N / 8], scales fp16 [G, N]: words run along N, and
     eight columns stand in them in an order of their own."""
-    codes, zeros, scales = lifted(held)
+    codes, zeros, scales = lifted(site)
     return {
         "qweight": words(_shuffled(codes.t()), 4),
         "qzeros": words(_shuffled(zeros.t()), 4),

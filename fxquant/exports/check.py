@@ -112,8 +112,10 @@ def compared(
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for ids in probes:
             found = computed(ids).float()
-            for name, graph in (("graph", called or gm), ("ruled", ruled)):
-                expected = graph(input_ids=ids).float()
+            graph = called or gm
+            own = graph(input_ids=ids).float()
+            other = own if ruled is graph else ruled(input_ids=ids).float()
+            for name, expected in (("graph", own), ("ruled", other)):
                 apart = float((found - expected).abs().max())
                 # NaN too: it is a difference of which nothing is known.
                 differences[name] = max(differences[name], apart if apart == apart else torch.inf)

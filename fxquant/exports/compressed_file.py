@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,24 +15,20 @@ from torch.fx import GraphModule
 from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fxquant.errors import ExportError
 from fxquant.exports.check import Checked, compared, in_float32, unchecked, version
 from fxquant.exports.compressed_rules import cause, take_buffers, under_engine_rules
 from fxquant.exports.folder import Exported, output_folder, write_export
-from fxquant.exports.modules import Modules, repair_refusal
-from fxquant.exports.shards import write_shards
-from fxquant.exports.sites import CodedSite, coded_sites
+from fxquant.exports.modules import Modules, check_modules, repair_refusal, write_modules
+from fxquant.exports.sites import CodedSite, coded_sites, groups
 from fxquant.exports.source import Source, converted, generation_of
 from fxquant.exports.target import Refusal, Target, nearest_group
 from fxquant.files.doors import Location
 from fxquant.formats.integer import IntegerGrid, integer
 from fxquant.frontends.hub import without_notices
-from fxquant.frontends.model_config import CONFIG
 from fxquant.frontends.patching import exclusive
 from fxquant.frontends.pretrained import read_written
-from fxquant.ir.graph import Level, Site, float_dtype
+from fxquant.ir.graph import Level, Site
 from fxquant.ir.leaves import Conv1D
-from fxquant.numerics.quantization import group_count
 from fxquant.pipeline.arguments import checked_call
 from fxquant.run.batches import Batches
 from fxquant.schemes.scheme import SchemeLike
@@ -69,29 +65,12 @@ def refusal(gm: GraphModule, site: Site, spec: SiteSpec) -> Refusal | None:
     return None
 
 
-def check_graph(gm: GraphModule) -> None:
-    """Raise ExportError for what no module of the model does, or is no nn.Linear there."""
-    modules = Modules.of(gm)
-    for site in coded_sites(gm):
-        if modules.kind(site.path) is not nn.Linear:
-            raise ExportError(
-                f"{NAME} cannot hold {site.path}: it codes nn.Linear only, and {modules.name} has "
-                f"{_kind_name(modules, site.path)} there; nearest that it can: ONNX (--to onnx)"
-            )
-    modules.check(NAME)
-
-
-def _kind_name(modules: Modules, path: str) -> str:
-    kind = modules.kind(path)
-    return "no module of that name" if kind is None else f"a {kind.__name__}"
-
-
 TARGET: Final = Target(
     NAME,
     Level.QDQ,
     needs_codes=True,
     check_site=refusal,
-    check_graph=check_graph,
+    check_graph=partial(check_modules, NAME),
     never={
         "attn8": "it codes weights and inputs of linears, and attention's products have none",
         "kv8": "transformers does not simulate the storage of a cache",
@@ -142,24 +121,11 @@ def compressed_tensors(
 
 
 def _write(modules: Modules, folder: Path) -> None:
-    config = {**modules.config, "quantization_config": quantization_config(modules)}
-    config["torch_dtype"] = config["dtype"] = str(float_dtype(modules.gm)).removeprefix("torch.")
-    if modules.unties:
-        config["tie_word_embeddings"] = False
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    write_shards(folder, _tensors(modules))
-
-
-def _tensors(modules: Modules) -> Iterator[tuple[str, Tensor]]:
-    for name, read in modules.tensors():
-        yield name, read()
-    for site in coded_sites(modules.gm):
-        for name, value in site_tensors(site).items():
-            yield f"{site.path}.{name}", value
+    write_modules(modules, folder, quantization_config(modules), site_tensors)
 
 
 def site_tensors(site: CodedSite) -> dict[str, Tensor]:
-    """What the checkpoint holds for a site, by the end of its name."""
+    """What the checkpoint holds for the codes of a site, by the end of its name."""
     held = site.codes()
     rows, length = held.codes.shape
     scale = _by_rows(held.scales, rows)
@@ -180,9 +146,6 @@ def site_tensors(site: CodedSite) -> dict[str, Tensor]:
         found["input_scale"] = static[0].reshape(1).clone()  # shared with other sites
         if static[1] is not None:
             found["input_zero_point"] = static[1].to(torch.int8).reshape(1).clone()
-    bias = site.bias()
-    if bias is not None:
-        found["bias"] = bias
     return found
 
 
@@ -238,10 +201,9 @@ def quantization_config(modules: Modules) -> dict[str, Any]:
 
 def _group(site: CodedSite) -> dict[str, Any]:
     weight, activation = site.weight_spec, site.spec.activation
-    size = weight.group_size
-    grouped = size is not None and group_count(site.site.shape[1], size) > 1
+    size = groups(weight, site.site.shape[1])
     weights = _arguments(container(weight), weight.grid.has_zero_point, "channel", False)
-    if grouped:
+    if size:
         weights |= {"strategy": "group", "group_size": size}
     inputs = None
     if activation is not None:

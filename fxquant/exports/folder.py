@@ -19,6 +19,7 @@ from fxquant.checkpoint.target import is_empty, partial_folder, put_in_place, sa
 from fxquant.errors import ExportError
 from fxquant.exports.check import Checked
 from fxquant.files.doors import Location, as_path, door, read_object
+from fxquant.frontends.model_config import CONFIG
 from fxquant.ir.graph import info
 
 RECORD = "fxquant_export.json"
@@ -104,6 +105,12 @@ def write_export(
             (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             put_in_place(partial, target)
     return Exported(target, name, found)
+
+
+def write_config(gm: GraphModule, folder: Path) -> None:
+    """The model's own config, where the graph has one."""
+    if info(gm).config:
+        (folder / CONFIG).write_text(info(gm).config, encoding="utf-8")
 
 
 def _writing(target: Path) -> contextlib.AbstractContextManager[None]:

@@ -17,19 +17,12 @@ from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fxquant.errors import ExportError, ModelError
-from fxquant.exports.check import Checked, compared, in_float32, unchecked, version
-from fxquant.exports.compressed_rules import take_buffers
+from fxquant.exports.check import Checked, unchecked, version
 from fxquant.exports.folder import Exported, output_folder, write_export
 from fxquant.exports.gguf_blocks import SIZE, blocks, bytes_of, kind_of, pairs, turned
 from fxquant.exports.gguf_model import add_model, architecture, unknown, vocabulary_size
 from fxquant.exports.gguf_tokenizer import Vocabulary, vocabulary
-from fxquant.exports.half_scales import (
-    in_half,
-    moved,
-    scale_refusal,
-    weight_specs,
-    with_half_scales,
-)
+from fxquant.exports.half_scales import compared_in_half, in_half, scale_refusal, weight_specs
 from fxquant.exports.modules import Modules, repair_refusal
 from fxquant.exports.sites import codes_at
 from fxquant.exports.source import Source, converted
@@ -284,16 +277,8 @@ def _check(gm: GraphModule, tokenizer: Tokenizer | None, path: Path, wanted: boo
     with contextlib.redirect_stderr(io.StringIO()):  # its bars
         engine = read_gguf_model(path).eval()
         words = "" if tokenizer is None else _same_ids(tokenizer, path)
-    ruled = in_float32(with_half_scales(gm))
-    reasons = take_buffers(ruled, gm, engine)
-    reasons = [each for each in (moved(gm, minima=True), *reasons) if each]
-    found = compared(
-        in_float32(gm),
-        f"{version('transformers')} with {version('gguf')}, float32",
-        lambda ids: engine(input_ids=ids, use_cache=False).logits,
-        ruled,
-        lambda: "; ".join([*reasons, "float sums in another order"]),
-    )
+    name = f"{version('transformers')} with {version('gguf')}, float32"
+    found = compared_in_half(gm, engine, name, minima=True)
     return replace(found, cause=f"{found.cause}; {words}") if words else found
 
 

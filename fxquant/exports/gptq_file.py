@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,50 +13,20 @@ from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fxquant.exports.folder import Exported, output_folder, write_export
-from fxquant.exports.modules import Modules, repair_refusal
+from fxquant.exports.modules import Modules, write_modules
+from fxquant.exports.sites import CodedSite, coded_sites, groups
 from fxquant.exports.source import Source, converted, generation_of
-from fxquant.exports.target import Refusal, Target
-from fxquant.exports.words import (
-    check_alike,
-    check_graph,
-    common_group_size,
-    first_site,
-    group_size,
-    lifted,
-    refusal,
-    words,
-    write,
-)
+from fxquant.exports.words import common_group_size, lifted, target_of_words, words
 from fxquant.exports.words_check import check as checked_words
 from fxquant.files.doors import Location
-from fxquant.ir.graph import Level, Site
-from fxquant.numerics.weight_codes import WeightCodes
 from fxquant.pipeline.arguments import checked_call
 from fxquant.run.batches import Batches
 from fxquant.schemes.scheme import SchemeLike
-from fxquant.schemes.specs import SiteSpec
 
 NAME: Final = "gptq"
-_BITS: Final = (2, 3, 4, 8)
 
 
-def site_refusal(gm: GraphModule, site: Site, spec: SiteSpec) -> Refusal | None:
-    """Why the format cannot hold ``spec`` at ``site``."""
-    return refusal(gm, site, spec, _BITS)
-
-
-_ROW: Final = "a linear has codes or floats there, not some columns of each"
-_ATTENTION: Final = "it codes weights of linears, and nothing of attention"
-TARGET: Final = Target(
-    NAME,
-    Level.QDQ,
-    needs_codes=True,
-    check_site=site_refusal,
-    check_graph=partial(check_graph, NAME),
-    never={"attn8": _ATTENTION, "kv8": _ATTENTION, "kv4": _ATTENTION, "split_outliers": _ROW},
-    check_specs=partial(check_alike, NAME, whole=True),
-    check_repairs=repair_refusal,
-)
+TARGET: Final = target_of_words(NAME, (2, 3, 4, 8), whole=True)
 
 
 @checked_call(path="directory", output="directory")
@@ -102,13 +71,13 @@ def gptq(
 
 def _write(modules: Modules, folder: Path) -> None:
     said = quantization(modules.gm)
-    write(modules, folder, said, site_tensors)
+    write_modules(modules, folder, said, site_tensors)
     (folder / "quantize_config.json").write_text(json.dumps(said, indent=2) + "\n", "utf-8")
 
 
 def quantization(gm: GraphModule) -> dict[str, Any]:
     """What config.json and quantize_config.json say of the codes."""
-    site = first_site(gm)
+    site = next(coded_sites(gm))
     symmetric = not site.weight_spec.grid.has_zero_point
     return {
         "quant_method": NAME,
@@ -121,17 +90,16 @@ def quantization(gm: GraphModule) -> dict[str, Any]:
     }
 
 
-def site_tensors(held: WeightCodes) -> dict[str, Tensor]:
+def site_tensors(site: CodedSite) -> dict[str, Tensor]:
     """qweight int32 [K bits / 32, N], qzeros int32 [G, N bits / 32], scales fp16 [G, N], g_idx
     int32 [K]: words run along K in the first, along N in the second."""
-    bits, length = held.spec.grid.bits, held.codes.shape[1]
-    codes, zeros, scales = lifted(held)
-    less = 0 if held.spec.grid.has_zero_point else 1
-    size = group_size(held.spec, length)
-    groups = torch.arange(length) // (size if size > 0 else length)
+    grid, length = site.weight_spec.grid, site.site.shape[1]
+    codes, zeros, scales = lifted(site)
+    less = 0 if grid.has_zero_point else 1
+    index = torch.arange(length) // (groups(site.weight_spec, length) or length)
     return {
-        "qweight": words(codes, bits).t(),
-        "qzeros": words(zeros.t() - less, bits),
+        "qweight": words(codes, grid.bits).t(),
+        "qzeros": words(zeros.t() - less, grid.bits),
         "scales": scales.t(),
-        "g_idx": groups.to(torch.int32),
+        "g_idx": index.to(torch.int32),
     }

@@ -6,17 +6,19 @@ from dataclasses import replace
 from typing import Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxquant.errors import ExportError
+from fxquant.exports.check import Checked, compared, in_float32
+from fxquant.exports.compressed_rules import take_buffers
+from fxquant.exports.sites import recorded_specs
 from fxquant.exports.target import Refusal
 from fxquant.formats.integer import integer
 from fxquant.formats.scales import FP16, FP32
-from fxquant.ir.graph import clone_sharing_storage, info, install
+from fxquant.ir.graph import clone_sharing_storage, install
 from fxquant.ir.leaves import QuantizedParameters
 from fxquant.numerics.weight_codes import WeightCodes
-from fxquant.schemes.scheme import Scheme
 from fxquant.schemes.specs import SiteSpec, TensorSpec
 from fxquant.schemes.spelling import spell_site, spell_weight
 
@@ -77,15 +79,11 @@ def with_half_scales(gm: GraphModule, *, minima: bool = True) -> GraphModule:
 
 def weight_specs(gm: GraphModule) -> dict[str, TensorSpec]:
     """How the weight at each coded path is kept, embeddings too."""
-    found = {}
-    for record in info(gm).site_records:
-        weight = None if record.operand else Scheme.parse(record.spec).spec.weight
-        if weight is not None:
-            found[record.path] = weight
-    return found
+    specs = recorded_specs(gm)
+    return {path: spec.weight for path, spec in specs.items() if spec.weight is not None}
 
 
-def moved(gm: GraphModule, minima: bool = False) -> str:
+def moved(gm: GraphModule, minima: bool) -> str:
     """Why the figures of ``gm`` are not those of a file with scales in fp16; "" where they are."""
     count, furthest, few = 0, 0.0, False
     for path, spec in weight_specs(gm).items():
@@ -111,3 +109,16 @@ def spelled_in_half(spec: TensorSpec) -> str:
     if spec.granularity != "group" or spec.scale != FP32:
         return ""
     return spell_weight(replace(spec, scale=FP16))
+
+
+def compared_in_half(gm: GraphModule, engine: nn.Module, name: str, minima: bool) -> Checked:
+    """transformers' float model of a file beside ``gm``, and beside the graph of the file."""
+    ruled = in_float32(with_half_scales(gm, minima=minima))
+    reasons = [each for each in (moved(gm, minima), *take_buffers(ruled, gm, engine)) if each]
+    return compared(
+        in_float32(gm),
+        name,
+        lambda ids: engine(input_ids=ids, use_cache=False).logits,
+        ruled,
+        lambda: "; ".join([*reasons, "float sums in another order"]),
+    )

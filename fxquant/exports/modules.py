@@ -18,6 +18,8 @@ from torch.fx import GraphModule, Node
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fxquant.errors import ExportError, ModelError
+from fxquant.exports.shards import write_shards
+from fxquant.exports.sites import CodedSite, coded_sites
 from fxquant.exports.target import Refusal
 from fxquant.files.doors import door
 from fxquant.frontends.model_config import CONFIG
@@ -223,6 +225,46 @@ class Modules:
                     continue
                 if not isinstance(module, QuantizedParameters) or name == "bias":
                     yield full, value
+
+
+def check_modules(target: str, gm: GraphModule) -> None:
+    """Raise ExportError for what no module of the model does, or is no nn.Linear there."""
+    modules = Modules.of(gm)
+    for site in coded_sites(gm):
+        kind = modules.kind(site.path)
+        if kind is not nn.Linear:
+            found = "no module of that name" if kind is None else f"a {kind.__name__}"
+            raise ExportError(
+                f"{target} cannot hold {site.path}: it codes nn.Linear only, and {modules.name} "
+                f"has {found} there; nearest that it can: ONNX (--to onnx)"
+            )
+    modules.check(target)
+
+
+Layout = Callable[[CodedSite], dict[str, Tensor]]
+
+
+def write_modules(
+    modules: Modules, folder: Path, quantization: dict[str, Any], layout: Layout
+) -> None:
+    """Shards of float tensors, and of what ``layout`` makes of codes; config.json."""
+    config = {**modules.config, "quantization_config": quantization}
+    config["torch_dtype"] = config["dtype"] = str(float_dtype(modules.gm)).removeprefix("torch.")
+    if modules.unties:
+        config["tie_word_embeddings"] = False
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_shards(folder, _tensors(modules, layout))
+
+
+def _tensors(modules: Modules, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+    for name, read in modules.tensors():
+        yield name, read()
+    for site in coded_sites(modules.gm):
+        for name, value in layout(site).items():
+            yield f"{site.path}.{name}", value
+        bias = site.bias()
+        if bias is not None:
+            yield f"{site.path}.bias", bias
 
 
 def _config(text: str) -> PretrainedConfig:

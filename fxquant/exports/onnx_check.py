@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxquant.exports.check import Checked, in_float32, random_tokens, version
-from fxquant.exports.onnx_names import INPUTS, code_names
+from fxquant.exports.onnx_names import code_names
 from fxquant.exports.onnx_prepare import prepared
+from fxquant.exports.pt2_program import INPUTS
 from fxquant.exports.sites import coded_sites
 from fxquant.ir.counted import counted
 from fxquant.ir.graph import is_op

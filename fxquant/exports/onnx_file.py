@@ -17,17 +17,18 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fxquant.errors import ExportError
 from fxquant.exports.check import Checked, unchecked
-from fxquant.exports.folder import Exported, output_folder, write_export
-from fxquant.exports.onnx_names import INPUTS, name_sites
-from fxquant.exports.onnx_prepare import four_bit, groups, prepared
+from fxquant.exports.folder import Exported, output_folder, write_config, write_export
+from fxquant.exports.onnx_names import name_sites
+from fxquant.exports.onnx_prepare import four_bit, prepared
+from fxquant.exports.pt2_program import INPUTS, of_any_size
+from fxquant.exports.sites import groups
 from fxquant.exports.source import Source, converted, generation_of
-from fxquant.exports.target import Refusal, Target, check_possible, nearest_group
+from fxquant.exports.target import Refusal, Target, nearest_group
 from fxquant.files.doors import Location
 from fxquant.formats.integer import IntegerGrid
 from fxquant.formats.scales import FP32
-from fxquant.frontends.model_config import CONFIG
 from fxquant.frontends.patching import exclusive, exporting
-from fxquant.ir.graph import Level, Site, info, is_op, tag
+from fxquant.ir.graph import Level, Site, is_op, tag
 from fxquant.ir.legal_forms import OPS
 from fxquant.pipeline.arguments import checked_call
 from fxquant.run.batches import Batches
@@ -127,7 +128,6 @@ def onnx(
     fails. Nothing is written.
     """
     target = output_folder(directory)
-    check_possible(TARGET)
     gm = converted(source, TARGET, scheme, calibration)
     return write_export(
         gm,
@@ -151,30 +151,15 @@ def _write(gm: GraphModule, folder: Path) -> None:
     inferred = folder / "inferred.onnx"
     library.shape_inference.infer_shapes_path(folder / MODEL, inferred, strict_mode=True)
     inferred.unlink()
-    if info(gm).config:
-        (folder / CONFIG).write_text(info(gm).config, encoding="utf-8")
+    write_config(gm, folder)
 
 
 @exclusive  # torch's exporters replace functions of torch and levels of loggers for all threads
 def _made(copy: GraphModule) -> tuple[torch.export.ExportedProgram, Any]:
     """The graph as torch exports it, and as ONNX."""
     with _quietly(), exporting():
-        exported = _exported(copy)
+        exported = of_any_size(copy)
         return exported, _translated(exported)
-
-
-def _exported(copy: GraphModule) -> torch.export.ExportedProgram:
-    most = info(copy).max_positions or 64
-    ids = torch.zeros(2, min(7, most), dtype=torch.int64)
-    any_size = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    with torch.no_grad():
-        return torch.export.export(
-            copy,
-            (),
-            {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
-            dynamic_shapes=dict.fromkeys(INPUTS, any_size),
-            strict=False,
-        )
 
 
 def _translated(exported: torch.export.ExportedProgram) -> Any:

@@ -10,7 +10,6 @@ from fxquant.exports.onnx_prepare import ONNX_OPS
 from fxquant.ir.graph import is_op, tag
 from fxquant.ir.legal_forms import OPS
 
-INPUTS: Final = ("input_ids", "attention_mask")
 _NAMED: Final = {
     OPS.quantize.default: "codes",
     OPS.int_matmul.default: "sums",

@@ -12,14 +12,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxquant.exports.check import in_float32
-from fxquant.exports.sites import CodedSite, coded_sites
+from fxquant.exports.sites import CodedSite, coded_sites, groups
 from fxquant.ir.graph import is_op, site_outputs, source_of
 from fxquant.ir.leaves import QuantizedParameters
 from fxquant.ir.legal_forms import OPS
 from fxquant.ir.operands import operands
 from fxquant.numerics.gemm import CHUNK, float_int_gemm
-from fxquant.numerics.quantization import group_count
-from fxquant.schemes.specs import TensorSpec
 
 _LIBRARY: Final = torch.library.Library("fxquant_onnx", "DEF")
 ONNX_OPS: Any = torch.ops.fxquant_onnx
@@ -87,12 +85,6 @@ def four_bit(gm: GraphModule) -> set[str]:
         for site in coded_sites(gm)
         if site.quantize is None and site.weight_spec.grid.bits <= 4
     }
-
-
-def groups(spec: TensorSpec, length: int) -> int:
-    """The group size of a weight whose rows have more than one group, else 0."""
-    size = spec.group_size
-    return size if size is not None and group_count(length, size) > 1 else 0
 
 
 def _transpose(gm: GraphModule, site: CodedSite) -> None:

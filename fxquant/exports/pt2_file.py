@@ -10,14 +10,12 @@ from torch.fx import GraphModule
 from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fxquant.exports.check import Checked, unchecked, version
-from fxquant.exports.folder import Exported, output_folder, write_export
+from fxquant.exports.folder import Exported, output_folder, write_config, write_export
 from fxquant.exports.pt2_program import elsewhere, exported, on_cpu, quietly
 from fxquant.exports.source import Source, converted, generation_of
 from fxquant.exports.target import Refusal, Target
 from fxquant.files.doors import Location
-from fxquant.frontends.model_config import CONFIG
-from fxquant.ir.graph import Level, Site, info
+from fxquant.ir.graph import Level, Site
 from fxquant.pipeline.arguments import checked_call
 from fxquant.run.batches import Batches
 from fxquant.schemes.scheme import SchemeLike
@@ -83,7 +81,9 @@ def pt2(
         target,
         NAME,
         write=lambda folder: _write(gm, folder),
-        check=lambda folder: _check(gm, folder / MODEL, check),
+        check=lambda folder: elsewhere(
+            NAME, folder / MODEL, gm, check, "", "float sums in another order"
+        ),
         extras=(tokenizer, generation_of(source, generation_config)),
     )
 
@@ -92,13 +92,4 @@ def _write(gm: GraphModule, folder: Path) -> None:
     program = exported(on_cpu(gm))
     with quietly():
         torch.export.save(program, folder / MODEL)
-    if info(gm).config:
-        (folder / CONFIG).write_text(info(gm).config, encoding="utf-8")
-
-
-def _check(gm: GraphModule, file: Path, wanted: bool) -> Checked:
-    said = unchecked(gm, wanted, ())
-    if said is not None:
-        return said
-    engine = f"{version('torch')} in a fresh process, without fxquant"
-    return elsewhere("pt2", file, gm, engine, "float sums in another order")
+    write_config(gm, folder)

@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 
 import fxquant.exports.fresh as fresh_program
 from fxquant.errors import ExportError
-from fxquant.exports.check import ALLOWED, Checked, compared, random_tokens
+from fxquant.exports.check import ALLOWED, Checked, compared, random_tokens, unchecked, version
 from fxquant.files.doors import printable
 from fxquant.frontends.patching import exclusive, exporting
 from fxquant.ir.graph import clone_sharing_storage, info
@@ -46,12 +46,18 @@ def exported(gm: GraphModule) -> torch.export.ExportedProgram:
     graph's order. Products of codes are float products that hold every sum, which are exact on any
     processor; the graph may take the processor's own, to the same sums.
     """
+    with quietly(), exporting(), torch.backends.mkldnn.flags(enabled=False):
+        return of_any_size(_written_out(gm))
+
+
+def of_any_size(gm: GraphModule) -> torch.export.ExportedProgram:
+    """The program of the graph's own operators; in a block of ``exporting``."""
     most = info(gm).max_positions or 64
     ids = torch.zeros(2, min(7, most), dtype=torch.int64)
     any_size = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    with quietly(), exporting(), torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
+    with torch.no_grad():
         return torch.export.export(
-            _written_out(gm),
+            gm,
             (),
             {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
             dynamic_shapes=dict.fromkeys(INPUTS, any_size),
@@ -81,8 +87,15 @@ def on_cpu(gm: GraphModule) -> GraphModule:
     return clone_sharing_storage(gm).cpu()
 
 
-def elsewhere(kind: Kind, file: Path, gm: GraphModule, engine: str, cause: str) -> Checked:
-    """What a fresh process computes from ``file`` beside the graph, on random tokens."""
+def elsewhere(
+    kind: Kind, file: Path, gm: GraphModule, wanted: bool, compiler: str, cause: str
+) -> Checked:
+    """What a fresh process computes from ``file`` beside the graph, on random tokens, if that is
+    ``wanted``."""
+    skipped = unchecked(gm, wanted, ())
+    if skipped is not None:
+        return skipped
+    engine = f"{compiler}{version('torch')} in a fresh process, without fxquant"
     probes = [
         {"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in random_tokens(gm)
     ]
@@ -93,9 +106,10 @@ def elsewhere(kind: Kind, file: Path, gm: GraphModule, engine: str, cause: str) 
     found = compared(own, engine, lambda _: next(each), with_mask, lambda: cause, with_mask)
     if kind == "pt2" or not _codes_inputs(gm):
         return found
-    moved, moved_mean = _sensitivity(own)
+    logits = _logits(own)
+    moved, moved_mean = _sensitivity(own, logits)
     # A code that takes its neighbour moves some logits far; another computation moves all.
-    mean = float((_logits(own) - _row(results)).abs().mean())
+    mean = float((logits - _row(results)).abs().mean())
     few = mean <= max(ALLOWED * found.largest, 3 * moved_mean)
     allowed = max(ALLOWED, 2 * moved / found.largest) if few and found.largest else ALLOWED
     said = (
@@ -141,18 +155,14 @@ def _no_run(kind: Kind, file: Path, reason: str) -> ExportError:
 
 
 def _codes_inputs(gm: GraphModule) -> bool:
-    names = ("fxquant::quantize", "fxquant::quantize_to")
-    return any(
-        getattr(node.target, "_schema", None) and node.target._schema.name in names
-        for node in gm.graph.nodes
-    )
+    coded = (OPS.quantize.default, OPS.quantize_to.default)
+    return any(node.target in coded for node in gm.graph.nodes)
 
 
-def _sensitivity(gm: GraphModule) -> tuple[float, float]:
-    """How far noise of rounding's size in every float moves the logits, at most and in the mean,
-    the largest over several draws: a code at the edge of two may take the other, and engines that
-    sum in other orders differ by as much."""
-    own = _logits(gm)
+def _sensitivity(gm: GraphModule, own: Tensor) -> tuple[float, float]:
+    """How far noise of rounding's size in every float moves the logits ``own``, at most and in the
+    mean, the largest over several draws: a code at the edge of two may take the other, and engines
+    that sum in other orders differ by as much."""
     moved = [(own - _logits(_noisy(gm, seed))).abs() for seed in range(_SEEDS)]
     return max(float(each.max()) for each in moved), max(float(each.mean()) for each in moved)
 

@@ -14,6 +14,7 @@ from fxquant.ir.graph import Site, get_tensor, info, is_op, linear_sites
 from fxquant.ir.leaves import QuantizedParameters
 from fxquant.ir.legal_forms import OPS
 from fxquant.ir.operands import operands
+from fxquant.numerics.quantization import group_count
 from fxquant.numerics.weight_codes import GLOBAL_SCALE, WeightCodes
 from fxquant.schemes.scheme import Scheme
 from fxquant.schemes.specs import SiteSpec, TensorSpec
@@ -73,13 +74,21 @@ def codes_at(gm: GraphModule, path: str, spec: TensorSpec, length: int) -> Weigh
     return WeightCodes.read(found, spec, length)
 
 
+def recorded_specs(gm: GraphModule) -> dict[str, SiteSpec]:
+    """What the graph's records say of each path, embeddings too."""
+    records = info(gm).site_records
+    return {each.path: Scheme.parse(each.spec).spec for each in records if not each.operand}
+
+
+def groups(spec: TensorSpec, length: int) -> int:
+    """The group size of a weight whose rows have more than one group, else 0."""
+    size = spec.group_size
+    return size if size is not None and group_count(length, size) > 1 else 0
+
+
 def coded_sites(gm: GraphModule) -> Iterator[CodedSite]:
     """The linears of ``gm``, level qdq or integer, whose weights are codes, in graph order."""
-    specs = {
-        record.path: Scheme.parse(record.spec).spec
-        for record in info(gm).site_records
-        if not record.operand
-    }
+    specs = recorded_specs(gm)
     for site, node in linear_sites(gm):
         if isinstance(gm.get_submodule(site.path), QuantizedParameters):
             if site.path not in specs:

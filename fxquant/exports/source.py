@@ -8,7 +8,7 @@ from torch.fx import GraphModule
 from transformers import GenerationConfig, PreTrainedModel
 
 from fxquant.errors import SchemeError
-from fxquant.exports.target import Target, check_converted, refusing
+from fxquant.exports.target import Target, check_converted, check_possible, refusing
 from fxquant.frontends.tracing import trace
 from fxquant.ir.graph import Level, info
 from fxquant.ir.streamed import check_present
@@ -28,6 +28,7 @@ def converted(
     Raises ExportError for what it cannot, where that can be known before any work; SchemeError for
     a quantized graph with a scheme and a float one without; else as ``convert`` does.
     """
+    check_possible(target)
     is_graph = isinstance(source, GraphModule)
     if is_graph and info(source).level in (Level.QDQ, Level.INTEGER):
         if scheme is not None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fxquant.errors import ExportError
+from fxquant.exports.sites import recorded_specs
 from fxquant.formats.scales import FP32
 from fxquant.ir.graph import Level, Site, info
 from fxquant.ir.streamed import streamed_device
@@ -105,11 +106,7 @@ def check_converted(target: Target, gm: GraphModule) -> None:
             f"{target.name}: the graph is at level {facts.level}, and nothing in it is quantized: "
             "convert it under a scheme such as w8"
         )
-    records = {
-        record.path: Scheme.parse(record.spec).spec
-        for record in facts.site_records
-        if not record.operand
-    }
+    records = recorded_specs(gm)
     specs = [(site, records.get(site.path, SiteSpec())) for site in facts.sites]
     _check_specs(target, gm, specs, facts.scheme)
     for record in facts.history:
@@ -119,9 +116,7 @@ def check_converted(target: Target, gm: GraphModule) -> None:
 
 def refusing(target: Target, scheme: Scheme) -> AfterPass:
     """A callback of the pipeline that raises ExportError as soon as a pass has made what cannot be
-    held: sites before any work, the rest behind the pass that makes it. What does not depend on the
-    graph is refused at once."""
-    check_possible(target)
+    held: sites before any work, the rest behind the pass that makes it."""
 
     def after(step: Pass, gm: GraphModule) -> None:
         if step.name == "name_sites":

@@ -1,32 +1,26 @@
-"""Checkpoints of words, as AutoGPTQ and AutoAWQ lay them out: what both can hold, and what stands
-around the words."""
+"""Checkpoints of words, as AutoGPTQ and AutoAWQ lay them out: what both can hold, and the words."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Final
+from functools import partial
+from typing import Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule
 
 from fxquant.errors import ExportError
 from fxquant.exports.half_scales import in_half, scale_refusal
-from fxquant.exports.modules import Modules
-from fxquant.exports.shards import write_shards
-from fxquant.exports.sites import CodedSite, coded_sites
-from fxquant.exports.target import Refusal, nearest_group
+from fxquant.exports.modules import check_modules, repair_refusal
+from fxquant.exports.sites import CodedSite, coded_sites, groups
+from fxquant.exports.target import Refusal, Target, nearest_group
 from fxquant.formats.integer import IntegerGrid
-from fxquant.frontends.model_config import CONFIG
-from fxquant.ir.graph import Site, float_dtype
+from fxquant.ir.graph import Level, Site
 from fxquant.ir.leaves import Conv1D
-from fxquant.numerics.quantization import group_count
-from fxquant.numerics.weight_codes import WeightCodes
-from fxquant.schemes.specs import SiteSpec, TensorSpec
+from fxquant.schemes.specs import SiteSpec
 from fxquant.schemes.spelling import spell_site
 
 WORD: Final = 32  # bits
@@ -54,6 +48,22 @@ def refusal(gm: GraphModule, site: Site, spec: SiteSpec, bits: tuple[int, ...]) 
         reason = f"words of {WORD} bits do not divide its {rows} rows and {columns} columns"
         return Refusal(reason, "compressed-tensors (--to compressed-tensors)")
     return None
+
+
+def target_of_words(name: str, bits: tuple[int, ...], whole: bool) -> Target:
+    """A format of words of codes of ``bits``; ``whole`` as in ``check_alike``."""
+    attention = "it codes weights of linears, and nothing of attention"
+    row = "a linear has codes or floats there, not some columns of each"
+    return Target(
+        name,
+        Level.QDQ,
+        needs_codes=True,
+        check_site=partial(refusal, bits=bits),
+        check_graph=partial(check_modules, name),
+        never={"attn8": attention, "kv8": attention, "kv4": attention, "split_outliers": row},
+        check_specs=partial(check_alike, name, whole=whole),
+        check_repairs=repair_refusal,
+    )
 
 
 def check_alike(target: str, specs: Specs, whole: bool) -> None:
@@ -96,34 +106,16 @@ def _check_one_size(target: str, coded: Specs) -> None:
             )
 
 
-def check_graph(target: str, gm: GraphModule) -> None:
-    """Raise ExportError for what no module of the model does, or is no nn.Linear there."""
-    modules = Modules.of(gm)
-    for site in coded_sites(gm):
-        kind = modules.kind(site.path)
-        if kind is not nn.Linear:
-            found = "no module of that name" if kind is None else f"a {kind.__name__}"
-            raise ExportError(
-                f"{target} cannot hold {site.path}: it codes nn.Linear only, and {modules.name} "
-                f"has {found} there; nearest that it can: ONNX (--to onnx)"
-            )
-    modules.check(target)
-
-
-def group_size(spec: TensorSpec, length: int) -> int:
-    """As the formats say it: -1 where a row has one scale."""
-    size = spec.group_size
-    return size if size is not None and group_count(length, size) > 1 else -1
-
-
 def common_group_size(gm: GraphModule) -> int:
-    """What the file says for all its linears, by the longest rows: in others one group is a row."""
+    """What the file says for all its linears, by the longest rows: in others one group is a row.
+    -1 where a row has one scale."""
     sites = list(coded_sites(gm))
-    return group_size(sites[0].weight_spec, max(site.site.shape[1] for site in sites))
+    return groups(sites[0].weight_spec, max(site.site.shape[1] for site in sites)) or -1
 
 
-def lifted(held: WeightCodes) -> tuple[Tensor, Tensor, Tensor]:
+def lifted(site: CodedSite) -> tuple[Tensor, Tensor, Tensor]:
     """int64 codes [N, K] from 0 up, int64 zero points [N, G] likewise, scales fp16 [N, G]."""
+    held = in_half(site.codes(), site.path)
     shift = 2 ** (held.spec.grid.bits - 1)
     rows = held.codes.shape[0]
     scales = held.scales.expand(rows, 1) if held.scales.dim() == 0 else held.scales
@@ -146,31 +138,3 @@ def words(numbers: Tensor, bits: int) -> Tensor:
     stream = ((numbers.unsqueeze(-1) >> places) & 1).flatten(1).unflatten(1, (-1, WORD))
     found = (stream << torch.arange(WORD)).sum(-1)
     return torch.where(found >= 2**31, found - 2**32, found).to(torch.int32)
-
-
-Layout = Callable[[WeightCodes], dict[str, Tensor]]
-
-
-def write(modules: Modules, folder: Path, quantization: dict[str, Any], layout: Layout) -> None:
-    """Shards of float tensors and of what ``layout`` makes of codes; config.json."""
-    config = {**modules.config, "quantization_config": quantization}
-    config["torch_dtype"] = config["dtype"] = str(float_dtype(modules.gm)).removeprefix("torch.")
-    if modules.unties:
-        config["tie_word_embeddings"] = False
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    write_shards(folder, _tensors(modules, layout))
-
-
-def _tensors(modules: Modules, layout: Layout) -> Iterator[tuple[str, Tensor]]:
-    for name, read in modules.tensors():
-        yield name, read()
-    for site in coded_sites(modules.gm):
-        for name, value in layout(in_half(site.codes(), site.path)).items():
-            yield f"{site.path}.{name}", value
-        bias = site.bias()
-        if bias is not None:
-            yield f"{site.path}.bias", bias
-
-
-def first_site(gm: GraphModule) -> CodedSite:
-    return next(coded_sites(gm))

@@ -16,9 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fxquant.errors import ExportError
-from fxquant.exports.check import Checked, compared, in_float32, unchecked, version
-from fxquant.exports.compressed_rules import take_buffers
-from fxquant.exports.half_scales import moved, with_half_scales
+from fxquant.exports.check import Checked, unchecked, version
+from fxquant.exports.half_scales import compared_in_half
 from fxquant.exports.modules import Modules
 from fxquant.files.doors import read_object
 from fxquant.frontends.model_config import CONFIG
@@ -33,21 +32,14 @@ def check(modules: Modules, folder: Path, layout: str, wanted: bool) -> Checked:
     said = unchecked(gm, wanted, ())
     if said is not None:
         return said
-    engine = _read(modules, folder)
-    ruled = in_float32(with_half_scales(gm, minima=False))
-    reasons = [each for each in (moved(gm), *take_buffers(ruled, gm, engine)) if each]
-    return compared(
-        in_float32(gm),
-        f"{layout}'s layout, unpacked, in {version('transformers')}, float32",
-        lambda ids: engine(input_ids=ids, use_cache=False).logits,
-        ruled,
-        lambda: "; ".join([*reasons, "float sums in another order"]),
-    )
+    name = f"{layout}'s layout, unpacked, in {version('transformers')}, float32"
+    return compared_in_half(gm, _read(modules, folder), name, minima=False)
 
 
 def _read(modules: Modules, folder: Path) -> PreTrainedModel:
     """The float model of the files."""
-    said = read_object(folder / CONFIG)["quantization_config"]
+    config = read_object(folder / CONFIG)
+    said = config["quantization_config"]
     stored = {name: value.read() for name, value in safetensors_weights(folder).items()}
     model = copy.deepcopy(modules.model)
     found = {}
@@ -60,7 +52,7 @@ def _read(modules: Modules, folder: Path) -> PreTrainedModel:
         elif own not in ("qzeros", "scales", "g_idx"):
             found[name] = value.float()
     model.load_state_dict(found, strict=False, assign=True)
-    if read_object(folder / CONFIG).get("tie_word_embeddings", True):
+    if config.get("tie_word_embeddings", True):
         model.tie_weights()
     return model.float().eval()
 

@@ -166,7 +166,7 @@ def read_model(
     config = read_config(source, revision, offline=offline)
     found: Mapping[str, Stored] = {}
     if directory.is_dir():
-        found = match(empty_model(config, str(source)), stored_weights(directory), directory)
+        found, _ = match(empty_model(config, str(source)), stored_weights(directory), directory)
     with _reading(str(source), "weights"), without_bars(directory.is_dir()):
         model, loading = AutoModelForCausalLM.from_pretrained(
             str(source),

@@ -18,7 +18,7 @@ from fxquant.files.tensor_file import TensorFile
 from fxquant.frontends.config_kinds import check_attention, shown
 from fxquant.frontends.pretrained import empty_model, read_config
 from fxquant.frontends.weight_files import Stored, safetensors_weights
-from fxquant.frontends.weight_names import experts, match
+from fxquant.frontends.weight_names import Stacks, match
 from fxquant.ir.sources import AnySource, Joined, Source
 from fxquant.ir.streamed import Sources, restream
 from fxquant.pipeline.arguments import as_device, checked_call
@@ -63,9 +63,9 @@ def stream(
     dtype = dtype or getattr(config, "dtype", None) or _float_dtype(stored)
     model = empty_model(config, str(directory), dtype, attention)
     config._name_or_path = str(directory)
-    found = match(model, stored, directory)
+    found, stacks = match(model, stored, directory)
     _read_buffers(model, found, device)
-    restream(model, _sources(model, found, experts(model, stored, directory), dtype, device))
+    restream(model, _sources(model, found, stacks, dtype, device))
     return model.eval().requires_grad_(False)
 
 
@@ -77,7 +77,7 @@ def _float_dtype(stored: Mapping[str, Stored]) -> torch.dtype:
 def _sources(
     model: PreTrainedModel,
     stored: Mapping[str, Stored],
-    stacks: Mapping[str, tuple[tuple[Stored, ...], ...]],
+    stacks: Stacks,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Sources:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,19 +22,21 @@ from fxquant.frontends.weight_renaming import renamed
 
 # Once stored for each layer, now computed; transformers ignores them where there is such a buffer.
 _COMPUTED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
+Stacks: TypeAlias = dict[str, tuple[tuple[Stored, ...], ...]]
 _NO_WEIGHT = r"(^|\.)attn\.masked_bias$"  # once GPT-2's lowest score, -1e4
 
 
 def match(
     model: PreTrainedModel, stored: Mapping[str, Stored], directory: Path
-) -> dict[str, Stored]:
-    """The stored tensor of each parameter and persistent buffer of ``model`` (on meta), by name.
+) -> tuple[dict[str, Stored], Stacks]:
+    """The stored tensor of each parameter and persistent buffer of ``model`` (on meta), by name;
+    and of each weight that is a stack of experts, what is stored for each of them.
 
     Names are renamed as transformers does (a base model's prefix, gamma and beta); tied parameters
     share what is stored for one of them; leftovers that the architecture says to ignore, such as
     ``inv_freq``, are ignored; a weight that transformers makes of several stored ones is left out.
     Raises ModelError naming what is missing, left over, misshapen or of another kind, and tied
-    weights that differ.
+    weights that differ, more or fewer experts than the model has, or misshapen ones.
     """
     names = renamed(model, stored, directory)
     state = model.state_dict(keep_vars=True)
@@ -45,19 +48,8 @@ def match(
         if name in state:
             _check_kind(name, stored[key], state[name])
             found[name] = stored[key]
-    _stacked(state, names.experts, stored, directory)
-    return _with_ties(model, found)
-
-
-def experts(
-    model: PreTrainedModel, stored: Mapping[str, Stored], directory: Path
-) -> dict[str, tuple[tuple[Stored, ...], ...]]:
-    """Of each weight of ``model`` that is a stack of experts, what is stored for each of them.
-
-    Raises ModelError where there are more or fewer of them than the model has, or misshapen ones.
-    """
-    names = renamed(model, stored, directory)
-    return _stacked(model.state_dict(keep_vars=True), names.experts, stored, directory)
+    stacks = _stacked(state, names.experts, stored, directory)
+    return _with_ties(model, found), stacks
 
 
 def _stacked(
@@ -65,7 +57,7 @@ def _stacked(
     stacks: Mapping[str, tuple[tuple[str, ...], ...]],
     stored: Mapping[str, Stored],
     directory: Path,
-) -> dict[str, tuple[tuple[Stored, ...], ...]]:
+) -> Stacks:
     found = {}
     for name, rows in stacks.items():
         if name not in state:  # of a layer that the architecture says to ignore: see match

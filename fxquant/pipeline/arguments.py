@@ -16,7 +16,8 @@ import torch
 
 from fxquant.errors import ArgumentError, FxquantError
 from fxquant.files.doors import printable, reason
-from fxquant.pipeline.options import allowed, fits, shown
+from fxquant.pipeline.options import allowed, fits
+from fxquant.schemes.spelling import shown
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 from fxquant.errors import SchemeError
-from fxquant.schemes.spelling import has_spelling
+from fxquant.schemes.spelling import has_spelling, shown
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,3 @@ def allowed(hint: Any) -> str:
         return "a function"
     words = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
     return "none" if hint is type(None) else words.get(hint, f"a {getattr(hint, '__name__', hint)}")
-
-
-def shown(value: object) -> str:
-    """The value, cut short; Python prints no int of thousands of digits."""
-    if isinstance(value, int) and value.bit_length() > 256:
-        return f"an integer of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."

@@ -21,8 +21,7 @@ from torch.fx.node import map_arg
 
 from fxquant.errors import GraphCallError, GraphError
 from fxquant.files.doors import reason
-from fxquant.ir.blocks import block_of, block_starts, within
-from fxquant.ir.graph import info
+from fxquant.ir.blocks import block_starts, within
 from fxquant.kernels.cpu_linear import linear
 from fxquant.run.batched import is_streamed
 from fxquant.run.execution import Cut, Executor
@@ -80,7 +79,6 @@ def compiled_blocks(gm: GraphModule) -> CompiledBlocks:
     At any level, for scoring: nothing is kept for a backward pass. Raises GraphError for what is no
     graph of fxquant, has no blocks, or has leaves that are streamed from files.
     """
-    blocks = info(gm).blocks
     starts = block_starts(gm)
     if not starts.first:
         raise GraphError("the graph has no decoder blocks to compile: torch.compile(graph) does")
@@ -93,7 +91,6 @@ def compiled_blocks(gm: GraphModule) -> CompiledBlocks:
     functions: dict[Any, Callable[..., tuple[Any, ...]]] = {}
     regions = []
     for block, (begin, end) in zip(starts.first, pairwise(ends), strict=True):
-        assert block_of(block, blocks) == block
         regions.append(_region(gm, block, nodes, begin, end, functions))
     return CompiledBlocks(gm, regions)
 

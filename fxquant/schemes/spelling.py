@@ -253,16 +253,17 @@ def check_repair(name: str, options: Options) -> None:
             raise SchemeError(f"{name}: option {option} is given twice")
         if not has_spelling(value):
             raise SchemeError(
-                f"{name}: {option} is {_shown(value)}, which no scheme's text can say: a value is "
+                f"{name}: {option} is {shown(value)}, which no scheme's text can say: a value is "
                 "true, false, a word or a finite number, a whole one of at most 64 bits"
             )
 
 
-def _shown(value: object) -> str:
-    """Python prints no int of thousands of digits."""
+def shown(value: object) -> str:
+    """The value, cut short; Python prints no int of thousands of digits."""
     if isinstance(value, int) and value.bit_length() > 256:
         return f"an integer of {value.bit_length()} bits"
-    return repr(value)[:200]
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def has_spelling(value: object) -> bool:
