@@ -106,12 +106,15 @@ def affine(x: Tensor, spec: TensorSpec) -> Tensor:
 
 
 def inputs_of(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
-    """The largest magnitude that each linear of the float model reads."""
+    """The largest magnitude that each linear of the float model reads, a float32 number: rounded
+    after the division it can give the scale next to the one of a float32 quantizer."""
     found: dict[str, Tensor] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear):
             layer.register_forward_pre_hook(
-                lambda _, args, name=name: found.update({name: args[0].abs().max().double()})
+                lambda _, args, name=name: found.update(
+                    {name: args[0].abs().max().float().double()}
+                )
             )
     model(input_ids=ids)
     return found
@@ -124,14 +127,16 @@ class Arriving:
     same code in both, where a float32 rounding would move it to the other side.
     """
 
-    def __init__(self, inputs: Sequence[Tensor]) -> None:
+    def __init__(self, inputs: Sequence[Tensor], scheme: str) -> None:
+        self.scheme = scheme
         self.left, self.own, self.read = list(inputs), torch.empty(0), torch.empty(0)
 
     def __call__(self, own: Tensor) -> Tensor:
         if own is not self.own:  # q, k and v read one tensor
             self.own, self.read = own, self.left.pop(0).double()
             apart = float((self.read - own).norm() / own.norm())
-            assert apart < ROUNDINGS, f"input {len(self.left) + 1} from the end: {apart:.1e} apart"
+            place = f"input {len(self.left) + 1} from the end"
+            assert apart < ROUNDINGS, f"{self.scheme}, {place}: {apart:.1e} apart"
         return self.read
 
 

@@ -80,7 +80,7 @@ def check(drawn: Scheme, model: torch.fx.GraphModule, plain: Tensor) -> str:
     found, inputs = run_graph(graph)
     # The reference is handed the graph's own inputs where they are quantized, so that all codes
     # are the same, and float32 sums are the one difference left.
-    wanted = reference(text, IDS, Arriving(inputs) if drawn.spec.activation else None)
+    wanted = reference(text, IDS, Arriving(inputs, text) if drawn.spec.activation else None)
     assert bool(found.isfinite().all()), text
     assert float((found - wanted).norm()) <= ROUNDINGS * float(plain.norm()), text
     return "right"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,11 +62,9 @@ class LevelGrid(Grid):
 
     def _places(self, values: Tensor) -> Tensor:
         """Place of the nearest number, int64."""
-        ends = zip(self.levels[:-1], self.levels[1:], strict=True)
-        between = [(a + b) / 2 for a, b in ends]
-        middles = _made_there(between, values.device)
-        below = torch.bucketize(values, middles)  # a middle itself belongs to the place below
-        above = torch.bucketize(values, middles, right=True)
+        last, first = (_made_there(ends, values.device) for ends in _ends(self.levels))
+        below = torch.bucketize(values, last)  # a middle itself belongs to the place below
+        above = torch.bucketize(values, first, right=True)
         return torch.where(below % 2 == 0, below, above)
 
     def rounder(self, zero_point: Tensor | None = None) -> Rounder:
@@ -89,6 +89,21 @@ NF4 = LevelGrid(
         *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
     ),
 )
+
+
+@functools.cache
+def _ends(levels: tuple[float, ...]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The last float32 number up to each middle of two levels, and the first from it on.
+
+    A middle that float32 does not hold lies between them: rounded to float32 it would belong to
+    the farther level.
+    """
+    held = np.array(levels, np.float32).astype(np.float64)
+    middles = (held[:-1] + held[1:]) / 2
+    near = middles.astype(np.float32)
+    last = np.where(near > middles, np.nextafter(near, np.float32(-np.inf)), near)
+    first = np.where(near < middles, np.nextafter(near, np.float32(np.inf)), near)
+    return tuple(last.tolist()), tuple(first.tolist())
 
 
 def _made_there(numbers: Sequence[float], device: torch.device) -> Tensor:
