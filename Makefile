@@ -48,7 +48,7 @@ test-torchao: venv
 	PYTHONPATH=.torchao $(BIN)/pytest -q tests/test_torchao.py
 
 test-all: venv
-	$(BIN)/pytest -q -n auto --dist loadfile -m ''
+	$(BIN)/pytest -q -n auto --dist loadfile -m '' --seed fresh
 
 # The tests as on other machines: older processors, more threads, other clocks and surroundings.
 test-anywhere: venv

@@ -2,7 +2,9 @@
 
 No test may depend on the machine: ``.ci/vary`` runs them as on others. ``--threads 2`` computes
 on two; ``--clock frozen`` and ``--clock slow`` let no time pass, or 11
-days between two looks at the clock. A test that needs a program which is not installed is skipped,
+days between two looks at the clock. Random inputs follow from ``--seed`` and a test's name alone,
+so that what failed elsewhere fails here too; ``--seed fresh`` takes inputs that no run had, and
+says which. A test that needs a program which is not installed is skipped,
 and fails where ``FXQUANT_REQUIRE_PROGRAMS`` is set: the mark ``needs_program(found, what)``.
 
 None waits for ever, and none asks a network: ``timeout`` in pyproject.toml holds for each test, an
@@ -19,10 +21,12 @@ import difflib
 import faulthandler
 import itertools
 import os
+import random
 import re
 import socket
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
@@ -49,6 +53,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write what the goldens expect")
+    parser.addoption("--seed", default="0", help="of random inputs: a number, or fresh")
     parser.addoption("--threads", type=int, default=1, help="threads that torch computes on")
     parser.addoption("--clock", choices=CLOCKS, help="what time.perf_counter says")
 
@@ -59,7 +64,12 @@ CLOCKS: dict[str, Callable[[], float]] = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # before hypothesis reads its seed
 def pytest_configure(config: pytest.Config) -> None:
+    if config.option.seed == "fresh":
+        config.option.seed = str(torch.seed() % 2**32)  # and so the processes of a run get it
+    config.option.hypothesis_seed = config.option.seed
+    torch.manual_seed(int(config.option.seed))
     torch.set_num_threads(config.getoption("--threads"))
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_compiled_here()))
     # No pool of compilers: the tests themselves run on all cores.
@@ -114,6 +124,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 @pytest.hookimpl(tryfirst=True)  # before fixtures of a module, which use the program
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    _seed(item.config, item.path.name)  # for fixtures of a module
     for mark in item.iter_markers("needs_program"):
         found, what = mark.args
         if found:
@@ -121,6 +132,27 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if os.environ.get("FXQUANT_REQUIRE_PROGRAMS"):
             pytest.fail(f"not installed, and FXQUANT_REQUIRE_PROGRAMS is set: {what}")
         pytest.skip(f"not installed: {what}")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"random inputs: --seed {config.option.seed}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if terminalreporter.stats.get("failed"):
+        seed = terminalreporter.config.option.seed
+        terminalreporter.write_line(f"the same random inputs again: --seed {seed}")
+
+
+def _seed(config: pytest.Config, of: str) -> None:
+    seed = int(config.option.seed) + zlib.crc32(of.encode())
+    torch.manual_seed(seed)
+    random.seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def _random(request: pytest.FixtureRequest) -> None:
+    _seed(request.config, request.node.nodeid)
 
 
 @pytest.fixture(autouse=True)

@@ -125,7 +125,7 @@ def test_agrees_with_torch_fake_quantize(seed: int, exponent: int, zero_point: i
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 def test_agrees_with_torch_quantize_per_channel() -> None:
-    x = random(torch.seed() % 2**32, 16, 257)
+    x = random(torch.initial_seed(), 16, 257)
     scale, zero_point = choose_qparams(x, -128, 127, symmetric=False, granularity="channel")
     codes = encode(x, scale, zero_point, -128, 127)
     theirs = torch.quantize_per_channel(
@@ -158,7 +158,7 @@ def test_ties_are_broken_before_the_zero_point_is_added() -> None:
     [(0, 255, torch.uint8), (0, 15, torch.uint8), (-3, 5, torch.int8), (-300, 300, torch.int16)],
 )
 def test_explicit_ranges(qmin: int, qmax: int, dtype: torch.dtype) -> None:
-    x = random(torch.seed() % 2**32, 9, 64)
+    x = random(torch.initial_seed(), 9, 64)
     scale, zero_point = choose_qparams(x, qmin, qmax, symmetric=False)
     codes = encode(x, scale, zero_point, qmin, qmax, dtype)
     wanted = unclamped(x, scale.numpy(), zero_point.numpy()).clip(qmin, qmax)
@@ -342,7 +342,7 @@ def test_one_row_of_zeros_among_others() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_half_precision_inputs_have_float32_scales(dtype: torch.dtype, symmetric: bool) -> None:
-    x = random(torch.seed() % 2**32, 4, 32, dtype=dtype)
+    x = random(torch.initial_seed(), 4, 32, dtype=dtype)
     qmin, qmax = integer(8, symmetric).codes
     for granularity in GRANULARITIES:
         options = {"granularity": granularity, "group_size": 5}

@@ -163,7 +163,7 @@ def test_percentiles_lie_within_a_bin(seed: int, shape: str, percent: float, cou
 @pytest.mark.parametrize("shape", ["normal", "laplace", "shifted", "positive"])
 @pytest.mark.parametrize("percent", [90.0, 99.0, 99.9])
 def test_percentiles_agree_with_torch_quantile(shape: str, percent: float) -> None:
-    x = samples(shape, torch.seed() % 2**32, 50000)
+    x = samples(shape, torch.initial_seed(), 50000)
     share = percent / 100
     _, high = estimate_range(observed(x), Estimator("percentile", percent), spec(8, True))
     # torch interpolates between two samples; at rank 49950 of 50000 they are closer than a bin.
@@ -175,7 +175,7 @@ def test_percentiles_agree_with_torch_quantile(shape: str, percent: float) -> No
 @pytest.mark.parametrize("shape", ["normal", "laplace", "shifted", "skewed"])
 @pytest.mark.parametrize("percent", [90.0, 99.0, 99.9])
 def test_both_percentiles_clip_the_same_share(shape: str, percent: float) -> None:
-    x = samples(shape, torch.seed() % 2**32, 40000)
+    x = samples(shape, torch.initial_seed(), 40000)
     clipped = []
     for symmetric in (True, False):
         low, high = estimate_range(
@@ -189,7 +189,7 @@ def test_both_percentiles_clip_the_same_share(shape: str, percent: float) -> Non
 
 
 def test_percentile_100_is_absmax() -> None:
-    x = samples("shifted", torch.seed() % 2**32)
+    x = samples("shifted", torch.initial_seed())
     for symmetric in (True, False):
         wanted = estimate_range(observed(x), Estimator("absmax"), spec(8, symmetric))
         found = estimate_range(observed(x), Estimator("percentile", 100), spec(8, symmetric))
@@ -202,7 +202,7 @@ def test_percentile_100_is_absmax() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_symmetric_mse_is_near_the_best_of_a_search(shape: str, bits: int) -> None:
-    x, tensor = samples(shape, torch.seed() % 2**32), spec(bits, True)
+    x, tensor = samples(shape, torch.initial_seed()), spec(bits, True)
     low, high = estimate_range(observed(x), Estimator("mse"), tensor)
     assert low == -high
     found = squared_error(x, low, high, tensor)
@@ -218,7 +218,7 @@ def test_symmetric_mse_is_near_the_best_of_a_search(shape: str, bits: int) -> No
 @pytest.mark.parametrize("shape", ["normal", "relu", "shifted", "skewed", "outliers", "positive"])
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_affine_mse_is_near_the_best_of_a_search(shape: str, bits: int) -> None:
-    x, tensor = samples(shape, torch.seed() % 2**32), spec(bits, False)
+    x, tensor = samples(shape, torch.initial_seed()), spec(bits, False)
     low, high = estimate_range(observed(x), Estimator("mse"), tensor)
     found = squared_error(x, low, high, tensor)
     bottom, top = min(x.min().item(), 0.0), max(x.max().item(), 0.0)
@@ -234,7 +234,7 @@ def test_affine_mse_is_near_the_best_of_a_search(shape: str, bits: int) -> None:
 
 
 def test_mse_clips_outliers_at_low_precision_and_keeps_them_at_high() -> None:
-    x = samples("outliers", torch.seed() % 2**32, 60000)
+    x = samples("outliers", torch.initial_seed(), 60000)
     # At 3 bits the step of absmax, 20, drowns everything else; at 8 bits it is 0.47, and to
     # clip all three costs more: 50**2 * 3 / 60000 = 0.12 against 0.47**2 / 12 = 0.018.
     assert estimate_range(observed(x), Estimator("mse"), spec(3, True))[1] < 10
@@ -260,7 +260,7 @@ def test_entropy_ranges_are_shrunk_absmax_ranges(seed: int, shape: str, symmetri
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_entropy_clips_a_far_outlier(symmetric: bool, bits: int) -> None:
-    x = samples("normal", torch.seed() % 2**32, 20000)
+    x = samples("normal", torch.initial_seed(), 20000)
     kept = estimate_range(observed(x), Estimator("entropy"), spec(bits, symmetric))
     x[0], x[1] = 40.0, -40.0
     low, high = estimate_range(observed(x), Estimator("entropy"), spec(bits, symmetric))
@@ -272,7 +272,7 @@ def test_entropy_clips_a_far_outlier(symmetric: bool, bits: int) -> None:
 
 def test_entropy_keeps_what_needs_no_clipping() -> None:
     # Uniform: every level inside is used alike, so clipping can only lose.
-    x = torch.rand(50000, generator=torch.Generator().manual_seed(torch.seed() % 2**32)) * 2 - 1
+    x = torch.rand(50000, generator=torch.Generator().manual_seed(torch.initial_seed())) * 2 - 1
     for symmetric in (True, False):
         _, high = estimate_range(observed(x), Estimator("entropy"), spec(8, symmetric))
         assert high > 0.97
@@ -281,7 +281,7 @@ def test_entropy_keeps_what_needs_no_clipping() -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_exact_zeros_do_not_move_entropy_ranges(symmetric: bool) -> None:
     # They have a code of their own and cost nothing, however many there are (post-ReLU inputs).
-    x, tensor = samples("normal", torch.seed() % 2**32), spec(8, symmetric)
+    x, tensor = samples("normal", torch.initial_seed()), spec(8, symmetric)
     many = torch.cat((x, torch.zeros(20000)))
     wanted = estimate_range(observed(x), Estimator("entropy"), tensor)
     assert estimate_range(observed(many), Estimator("entropy"), tensor) == wanted
@@ -297,7 +297,7 @@ def test_entropy_counts_what_it_clips() -> None:
 
 @pytest.mark.parametrize("shape", ["positive", "negative"])
 def test_affine_entropy_of_a_range_without_zero(shape: str) -> None:
-    x = samples(shape, torch.seed() % 2**32)
+    x = samples(shape, torch.initial_seed())
     low, high = estimate_range(observed(x), Estimator("entropy"), spec(8, False))
     # At least 256 of 2048 bins stay, and most samples lie inside.
     assert min(x.min().item(), 0) <= low < high <= max(x.max().item(), 0)
@@ -318,7 +318,7 @@ def on_numbers(x: Tensor, end: float, grid: Grid) -> Tensor:
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("shape", ["normal", "laplace"])
 def test_mse_searches_on_the_grids_own_numbers(name: str, shape: str) -> None:
-    x, grid = samples(shape, torch.seed() % 2**32, 4000).double(), GRIDS[name]
+    x, grid = samples(shape, torch.initial_seed(), 4000).double(), GRIDS[name]
     low, high = estimate_range(observed(x.float()), Estimator("mse"), TensorSpec(grid, "tensor"))
     assert low == -high
     tried = torch.linspace(0.02, 1, 120).double() * x.abs().max()
@@ -345,7 +345,7 @@ def plain_divergence(x: Tensor, end: float, most: float, grid: Grid) -> float:
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_entropy_searches_on_the_grids_own_numbers(name: str) -> None:
-    x, grid = samples("normal", torch.seed() % 2**32, 20000).double(), GRIDS[name]
+    x, grid = samples("normal", torch.initial_seed(), 20000).double(), GRIDS[name]
     x[0] = 12.0
     tensor = TensorSpec(grid, "tensor")
     low, high = estimate_range(observed(x.float()), Estimator("entropy"), tensor)
@@ -397,7 +397,7 @@ def test_constant_inputs(kind: EstimatorKind, symmetric: bool, value: float) -> 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_relu_outputs_spend_no_affine_code_below_zero(kind: EstimatorKind) -> None:
-    x, tensor = samples("relu", torch.seed() % 2**32), spec(8, False)
+    x, tensor = samples("relu", torch.initial_seed()), spec(8, False)
     low, high = estimate_range(observed(x), estimator(kind), tensor)
     assert 0 <= low < 2**-126
     assert 0 < high <= x.max().item()

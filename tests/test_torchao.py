@@ -44,7 +44,7 @@ def mx(x: Tensor, element: str, block: int, rule: str) -> tuple[Tensor, Tensor]:
 
 def samples(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """Rows of every size, sparse ones, blocks of zeros, values on the numbers and between them."""
-    generator = torch.Generator().manual_seed(torch.seed() % 2**32)
+    generator = torch.Generator().manual_seed(torch.initial_seed())
     x = torch.randn(rows, columns, generator=generator)
     x *= torch.ldexp(torch.ones(rows, 1), torch.randint(-60, 60, (rows, 1), generator=generator))
     x[:, :64][::3] = 0

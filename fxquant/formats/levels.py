@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,12 +99,15 @@ def _ends(levels: tuple[float, ...]) -> tuple[tuple[float, ...], tuple[float, ..
     A middle that float32 does not hold lies between them: rounded to float32 it would belong to
     the farther level.
     """
-    held = np.array(levels, np.float32).astype(np.float64)
-    middles = (held[:-1] + held[1:]) / 2
-    near = middles.astype(np.float32)
-    last = np.where(near > middles, np.nextafter(near, np.float32(-np.inf)), near)
-    first = np.where(near < middles, np.nextafter(near, np.float32(np.inf)), near)
-    return tuple(last.tolist()), tuple(first.tolist())
+    held = [_float32(level, round) for level in levels]
+    middles = [(a + b) / 2 for a, b in pairwise(held)]
+    last, first = ([_float32(m, way) for m in middles] for way in (math.floor, math.ceil))
+    return tuple(last), tuple(first)
+
+
+def _float32(number: float, rounding: Callable[[float], int]) -> float:
+    mantissa, exponent = math.frexp(number)
+    return math.ldexp(rounding(mantissa * 2**24), exponent - 24)
 
 
 def _made_there(numbers: Sequence[float], device: torch.device) -> Tensor:
