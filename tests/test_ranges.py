@@ -92,9 +92,11 @@ def test_distribution_bins_hold_the_samples(seed: int, shape: str, magnitude: bo
     # Each sample, in order, lies in the bin that holds its rank.
     owner = np.repeat(np.arange(len(seen.counts)), seen.counts.long().numpy())
     assert (values >= seen.lower.numpy()[owner]).all()
-    if magnitude:
-        return  # bins of both signs overlap: the order inside them is not that of the samples
     assert (values <= seen.upper.numpy()[owner]).all()
+    assert (seen.upper[:-1] <= seen.lower[1:]).all()
+    if magnitude:
+        assert float(seen.upper[-1]) == values[-1]
+        return  # the near edges are those of the bins
     assert (float(seen.lower[0]), float(seen.upper[-1])) == (values[0], values[-1])
     width = (seen.upper - seen.lower).numpy()
     assert (
@@ -190,10 +192,20 @@ def test_both_percentiles_clip_the_same_share(shape: str, percent: float) -> Non
 
 def test_percentile_100_is_absmax() -> None:
     x = samples("shifted", torch.initial_seed())
-    for symmetric in (True, False):
-        wanted = estimate_range(observed(x), Estimator("absmax"), spec(8, symmetric))
-        found = estimate_range(observed(x), Estimator("percentile", 100), spec(8, symmetric))
-        assert found == wanted
+    alike = x.clone()
+    alike[:2] = torch.tensor([-10.05, 10.01])  # of magnitudes in one bin, the larger one negative
+    for seen in (observed(x), observed(alike)):
+        for symmetric in (True, False):
+            wanted = estimate_range(seen, Estimator("absmax"), spec(8, symmetric))
+            found = estimate_range(seen, Estimator("percentile", 100), spec(8, symmetric))
+            assert found == wanted
+
+
+def test_a_larger_percentile_of_both_signs_is_no_smaller() -> None:
+    seen = observed(samples("normal", torch.initial_seed(), 20000))
+    percents = [Estimator("percentile", 90 + step / 30) for step in range(301)]
+    highs = [estimate_range(seen, each, spec(8, True))[1] for each in percents]
+    assert highs == sorted(highs)
 
 
 # --- least squared error --------------------------------------------------------------------------

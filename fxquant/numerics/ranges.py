@@ -32,12 +32,17 @@ class Distribution:
         return float(self.counts.sum())
 
     def magnitude(self) -> Distribution:
-        """The distribution of |x|, from that of x whose bins do not straddle 0."""
+        """The distribution of |x|, from that of x whose bins do not straddle 0.
+
+        Bins of both signs with the same near edge are one: no two overlap.
+        """
         negative = self.upper <= 0
-        lower = torch.where(negative, -self.upper, self.lower)
-        upper = torch.where(negative, -self.lower, self.upper)
-        order = torch.argsort(lower, stable=True)
-        return Distribution(lower[order], upper[order], self.counts[order])
+        near = torch.where(negative, self.upper, self.lower).abs()
+        far = torch.where(negative, self.lower, self.upper).abs()
+        lower, place = torch.unique(near, return_inverse=True)
+        upper = torch.zeros_like(lower).scatter_reduce(0, place, far, "amax")
+        counts = torch.zeros_like(lower).index_add_(0, place, self.counts)
+        return Distribution(lower, upper, counts)
 
     def quantile(self, share: float) -> float:
         """Smallest v with at least ``share`` of the counts at or below, linear inside a bin."""
