@@ -99,7 +99,7 @@ def exact_power(largest: float, grid: Grid, rule: str) -> int:
     """The exponent of the scale by exact arithmetic."""
     if rule == "rceil":
         ratio = Fraction(largest) / Fraction(grid.reach)
-        return next(e for e in range(-160, 128) if Fraction(2) ** e >= ratio)
+        return next(e for e in range(-127, 128) if Fraction(2) ** e >= ratio)
     value = Fraction(largest)
     floor = next(e for e in range(130, -160, -1) if Fraction(2) ** e <= value)
     if rule == "ceil":
@@ -118,19 +118,23 @@ def exact_power(largest: float, grid: Grid, rule: str) -> int:
 @settings(deadline=None, max_examples=150)
 def test_powers_of_two_follow_their_rule(grid: Grid, scale: PowerScale, largest: float) -> None:
     found = scale.scales(torch.tensor([largest]), grid)
-    wanted = exact_power(largest, grid, scale.rule)
-    slack = {wanted}
-    if scale.rule == "rceil":  # largest / reach is rounded to float32 before its power is taken
-        ratio = Fraction(largest) / Fraction(grid.reach)
-        near = Fraction(2) ** (wanted - 1)
-        slack |= {wanted - 1} if ratio < near * (1 + Fraction(1, 2**22)) else set()
-        slack |= {wanted + 1} if ratio > 2 * near * (1 - Fraction(1, 2**22)) else set()
-    assert math.log2(float(found)) in slack
+    assert math.log2(float(found)) == exact_power(largest, grid, scale.rule)
     stored = scale.encode(found)
     assert stored.dtype == torch.uint8
     assert torch.equal(scale.decode(stored), found)
     if scale.rule == "rceil":
-        assert largest / float(found) <= grid.reach * (1 + 2**-22)  # nothing is clipped
+        assert largest / float(found) <= grid.reach  # nothing is clipped
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_rceil_tells_a_power_from_what_lies_beside_it(grid: Grid) -> None:
+    rceil = next(scale for scale in POWERS if scale.rule == "rceil")
+    exponents = [-127, -126, *range(-121, 110, 11)]
+    at = torch.tensor([grid.reach * 2.0**exponent for exponent in exponents])
+    beside = [torch.nextafter(at, torch.tensor(way)) for way in (0.0, math.inf)]
+    for largest in (at, *beside):
+        found = rceil.scales(largest, grid).double().log2().tolist()
+        assert found == [exact_power(each, grid, "rceil") for each in largest.tolist()]
 
 
 @pytest.mark.parametrize("scale", POWERS, ids=lambda scale: scale.name)

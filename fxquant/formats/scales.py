@@ -154,9 +154,10 @@ class PowerScale(ScaleFormat):
     def _exponents(self, largest: Tensor, grid: Grid) -> Tensor:
         finite = torch.isfinite(largest)
         if self.rule == "rceil":
-            bits = (largest * (1.0 / grid.reach)).view(torch.int32)
-            found, rest = (bits >> 23) & 0xFF, bits & 0x7FFFFF
-            found = found + torch.where(found == 0, rest > 0x400000, rest != 0).to(torch.int32)
+            # In float64: a quotient just above a power of two may be that power in float32.
+            bits = (largest.to(torch.float64) / grid.reach).view(torch.int64)
+            above = ((bits & (2**52 - 1)) != 0).to(torch.int64)
+            found = (bits >> 52) - (1023 - 127) + above
         else:
             bits = largest.view(torch.int32)
             if self.rule == "even":
