@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -203,6 +204,8 @@ def test_every_grid_in_the_table_keeps_its_promises() -> None:
         assert bool((numbers.diff() > 0).all())
         assert (float(numbers[0]), float(numbers[-1])) == (grid.lowest, grid.highest)
         assert torch.equal(grid.nearest_(numbers.clone()), numbers)
+        with_nan = grid.nearest_(torch.tensor([math.nan, 0.3]))
+        assert with_nan.isnan().tolist() == [True, False]
         codes = grid.encode(numbers)
         assert codes.dtype == grid.storage
         assert grid.valid(codes)

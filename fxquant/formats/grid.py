@@ -52,8 +52,8 @@ class Grid(abc.ABC):
     def rounder(self, zero_point: Tensor | None = None) -> Rounder:
         """What moves ``x / scale``, float32 and in place, to the nearest ``number - zero_point``.
 
-        Saturates at the ends. ``zero_point`` (integers, any dtype) broadcasts against x; only grids
-        that have one take it.
+        Saturates at the ends; NaN stays NaN. ``zero_point`` (integers, any dtype) broadcasts
+        against x; only grids that have one take it.
         """
 
     def nearest_(self, steps: Tensor, zero_point: Tensor | None = None) -> Tensor:

@@ -71,7 +71,11 @@ class LevelGrid(Grid):
     def rounder(self, zero_point: Tensor | None = None) -> Rounder:
         if zero_point is not None:
             raise ValueError(f"{self.name} has no zero point")
-        return lambda steps: steps.copy_(self._at(self._places(steps)))
+        return self._round
+
+    def _round(self, steps: Tensor) -> Tensor:
+        found = self._at(self._places(steps))
+        return steps.copy_(torch.where(torch.isnan(steps), steps, found))  # NaN has no place
 
     def encode(self, values: Tensor) -> Tensor:
         return (self._places(values) + self.codes[0]).to(self.storage)
