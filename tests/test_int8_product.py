@@ -12,10 +12,15 @@ import torch
 import fxquant
 from fxquant.analysis import int8_product
 from fxquant.analysis.inputs import observed_graph
+from fxquant.analysis.int8_product import Int8Product
 from fxquant.analysis.parts import EVERY_PART
 from fxquant.analysis.sites import LinearSite, simulated_sites
+from fxquant.formats.integer import integer
+from fxquant.numerics.gemm import reference_int_gemm
+from fxquant.numerics.quantizer import Quantizer
 from fxquant.run.loss import token_nll
 from fxquant.schemes.scheme import Scheme
+from fxquant.schemes.specs import TensorSpec
 from tests.architectures import token_ids
 from tests.test_tracing import traced
 
@@ -75,6 +80,18 @@ def test_a_site_has_the_output_of_its_codes(name: str, scheme: str) -> None:
         assert bool(nan_rows[1, 2])
         if each.quantizer.scale is not None:
             assert int(nan_rows.sum()) == 1
+
+
+def test_sums_beyond_24_bits_are_exact_without_the_instructions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    x = torch.randint(60, 128, (8, 8192)).to(torch.int8)
+    weight = torch.randint(60, 128, (16, 8192)).to(torch.int8)
+    one = torch.ones(())
+    own = Int8Product(weight, one, weight.sum(1, dtype=torch.int32))
+    found = own(Quantizer(TensorSpec(integer(8), "tensor"), one), x.to(torch.float32), None)
+    assert torch.equal(found, reference_int_gemm(x, weight).to(torch.float32))
 
 
 @pytest.mark.usefixtures("everywhere")

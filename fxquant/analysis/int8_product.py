@@ -15,7 +15,7 @@ from fxquant.formats.integer import IntegerGrid
 from fxquant.ir import operators
 from fxquant.ir.graph import Site
 from fxquant.numerics.cpu_int8 import exact_int_mm
-from fxquant.numerics.gemm import MAX_LENGTH
+from fxquant.numerics.gemm import CHUNK, MAX_LENGTH
 from fxquant.numerics.quantizer import Quantizer
 from fxquant.numerics.weight_codes import WeightCodes
 from fxquant.schemes.specs import SiteSpec
@@ -36,7 +36,8 @@ class Int8Product:
     def __call__(self, quantizer: Quantizer, x: Tensor, bias: Tensor | None) -> Tensor:
         """float32 [..., N] of x float32 [..., K]; NaN in rows where x holds one."""
         scale, zero_point = quantizer.qparams(x)
-        sums = operators.int_gemm(quantizer.codes(x, scale, zero_point), self.codes, 0)
+        # Exact also where the processor's instructions are switched off by now.
+        sums = operators.int_gemm(quantizer.codes(x, scale, zero_point), self.codes, CHUNK)
         shift = None if zero_point is None else self.sums
         like = x if bias is None else None
         y = operators.rescale(sums, scale, self.scales, zero_point, shift, None, None, like)
