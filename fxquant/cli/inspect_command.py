@@ -30,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scheme",
         help="such as w8a8-static, or FILE.json: docs/schemes.md; none: a saved graph as it is",
     )
-    parser.add_argument("--level", default="integer", choices=LEVELS, help="where to stop")
+    parser.add_argument(
+        "--level", default="integer", choices=LEVELS, help="where to stop (integer)"
+    )
     add_text_arguments(parser)
     add_held_out_arguments(parser)
     shown = parser.add_mutually_exclusive_group()
@@ -39,7 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shown.add_argument("--diff", metavar="PASS", help="what a pass changed")
     shown.add_argument("--site", metavar="PATH", help="one site, or the end of its path")
     shown.add_argument("--all", action="store_true", help="the summary, every site by itself")
-    parser.add_argument("--format", default="text", choices=("text", "markdown", "json"))
+    parser.add_argument(
+        "--format",
+        default="text",
+        choices=("text", "markdown", "json"),
+        help="text (default); json of the summary is what fxquant report reads",
+    )
     parser.add_argument(
         "--dot",
         type=place,
