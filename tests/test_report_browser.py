@@ -405,6 +405,8 @@ def test_no_label_leaves_its_chart_and_no_open_table_the_page(
     cut = {label for label in labels if "\N{HORIZONTAL ELLIPSIS}" in label}
     assert len(cut) == 2
     assert all(label.startswith("w8a8-static-") for label in cut)
+    whole = page.locator(".ladder-table tbody th").filter(has_text=LONG)
+    assert whole.evaluate("cell => cell.scrollWidth <= cell.clientWidth + 1")
     page.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 from torch.fx import GraphModule
 
@@ -64,6 +65,7 @@ def run(options: argparse.Namespace) -> int:
     print(render(found, options))
     if options.dot is not None:
         found.write_dot(options.dot, options.layer or 0)
+        print(f"written to {options.dot}", file=sys.stderr)  # stdout may be a file of JSON
     return 0
 
 

@@ -22,9 +22,6 @@ for (const element of document.querySelectorAll("[data-chart=causes]")) {
       y: { domain: rows, label: null, axis: null, padding: over ? 0.55 : 0.32 },
       marks: [
         Plot.gridX({ ticks, stroke: "var(--line)", strokeOpacity: 1 }),
-        over
-          ? Plot.text(rows, { y: (d) => d, text: (d) => d, frameAnchor: "left", textAnchor: "start", dy: -17, fill: "var(--ink)", fontSize: 11, stroke: "var(--paper)", strokeWidth: 4 })
-          : Plot.axisY({ tickSize: 0, fill: "var(--ink)", fontSize: 12 }),
         single
           ? Plot.barX(parts, { x: "value", y: "cause", fill: (d) => `var(--${d.cause})` })
           : Plot.barX(parts, { x: "value", y: "group", fill: (d) => `var(--${d.cause})`, order: names, z: "cause" }),
@@ -32,6 +29,9 @@ for (const element of document.querySelectorAll("[data-chart=causes]")) {
           ? Plot.text(parts, { y: "cause", text: (d) => fx.text(d.value, "nats"), frameAnchor: "right", textAnchor: "start", dx: 8, fill: "var(--ink)", fontSize: 12 })
           : Plot.text(causes, { y: (d) => d[0], text: (d) => fx.text(d3.sum(Object.values(d[1])), "nats"), frameAnchor: "right", textAnchor: "start", dx: 8, fill: "var(--ink)", fontSize: 12 }),
         Plot.ruleX([0], { stroke: "var(--rule)" }),
+        over
+          ? Plot.text(rows, { y: (d) => d, text: (d) => d, frameAnchor: "left", textAnchor: "start", dy: -17, fill: "var(--ink)", fontSize: 11, stroke: "var(--paper)", strokeWidth: 4 })
+          : Plot.axisY({ tickSize: 0, fill: "var(--ink)", fontSize: 12 }),
         Plot.tip(parts, Plot.pointerY(single
           ? { x: "value", y: "cause", title: (d) => `${d.cause}\n${fx.text(d.value, "nats")}`, ...fx.tip }
           : Plot.stackX({ x: "value", y: "group", z: "cause", order: names, title: (d) => `${d.group}\n${d.cause} ${fx.text(d.value, "nats")}`, ...fx.tip }))),
