@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -91,6 +92,18 @@ class Converter:
     observed: dict[frozenset[str], GraphModule] = field(default_factory=dict)
     _last: tuple[Scheme, GraphModule] | None = None
 
+    def check_overrides(self, schemes: Sequence[Scheme]) -> None:
+        """Raise SchemeError for an override that matches no site of the model, before any row.
+
+        Where a repair makes sites of its own, only its conversion can tell.
+        """
+        asked = [each for each in schemes if each.overrides and not _makes_sites(each)]
+        if not asked or self.as_it_is:
+            return
+        named = conversion.convert(self.graph, Scheme(), level="float")
+        for scheme in asked:
+            scheme.check_overrides((site.path, site.role) for site in info(named).sites)
+
     def convert(self, scheme: Scheme) -> GraphModule:
         if self.as_it_is:
             return self.graph
@@ -124,6 +137,11 @@ class Converter:
             )
         last = conversion.recipe(scheme, start="observed", level=self.level)
         return last.run(self.observed[static])
+
+
+def _makes_sites(scheme: Scheme) -> bool:
+    """Whether attention's products become sites."""
+    return any(name in ("attn8", "kv8", "kv4") for name, _ in scheme.repairs)
 
 
 def static_sites(facts: GraphInfo, scheme: Scheme) -> frozenset[str]:

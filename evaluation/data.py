@@ -158,7 +158,7 @@ def _evaluation(
     wanted = max(available, 1) if count is None else count
     if wanted > available:
         raise DataError(
-            f"text {source.name} is too short: {_held(len(stream), available, length)}, but "
+            f"{source.name} is too short: {_held(len(stream), available, length)}, but "
             f"{_asked(wanted)} for evaluation; ask for fewer or shorter windows"
         )
     found = stream.cut(range(0, wanted * stride, stride), length)

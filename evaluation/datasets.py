@@ -16,7 +16,7 @@ from typing import Any, Final, cast
 from fxquant.errors import DataError
 from fxquant.evaluation.protocol import Protocol, Recipe
 from fxquant.evaluation.source import Documents, Source, load_text
-from fxquant.files.doors import check_regular, location, reason
+from fxquant.files.doors import check_regular, location, near_file, reason
 from fxquant.frontends.hub import datasets_offline, hub_is_reachable
 
 
@@ -124,16 +124,6 @@ def looks_like_a_path(text: str) -> bool:
     if len(text.splitlines()) != 1 or len(text) > 250:
         return False
     return bool(re.fullmatch(r"\S*[/\\]\S*|.*\S\.[A-Za-z]\w{0,7}", text))
-
-
-def near_file(path: Path) -> str:
-    """What else lies there under a like name, or that the folder is not there."""
-    folder = path.parent
-    if not folder.is_dir():
-        return f": there is no folder {str(folder)!r}"
-    near = difflib.get_close_matches(path.name, [each.name for each in folder.iterdir()], 1, 0.75)
-    where = f" in {str(folder.absolute())!r}"
-    return f"{where} (did you mean {str(folder / near[0])!r}?)" if near else where
 
 
 def open_source(name: str, data: Path | None = None) -> Source:

@@ -212,7 +212,7 @@ class Evaluation:
             f"{brief(self.scheme)}{engine}: loss {self.loss:.4f} ± {error}, perplexity "
             f"{self.perplexity:.5g}{clipped}; "
             f"{counted(self.tokens, 'token')} scored in {counted(self.windows, 'window')}{seen}\n"
-            f"{self.model}{weights}, {self.text} ({self.digest[:23]}), calibrated on "
+            f"{self.model}{weights}, {self.text} (token ids {self.digest[:23]}), calibrated on "
             f"{self.calibration}, {self.setting}"
         )
 

@@ -21,10 +21,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from fxquant.checkpoint.manifest import is_checkpoint
 from fxquant.checkpoint.save_load import load, saved_facts
 from fxquant.errors import ModelError
-from fxquant.evaluation.datasets import near_file
 from fxquant.evaluation.gguf import read_weights, write_weights
 from fxquant.evaluation.kept_folder import is_intact, keep
-from fxquant.files.doors import Location, location, printable
+from fxquant.files.doors import Location, location, near_file, printable
 from fxquant.files.whole_file import file_hash
 from fxquant.frontends.hub import hub_is_reachable
 from fxquant.frontends.pretrained import read_config, read_gguf, read_model, read_tokenizer

@@ -40,7 +40,10 @@ class Preset:
         return tuple(dict.fromkeys(f.scheme for f in self.published if f.scheme is not None))
 
     def sweep(self, changes: Mapping[str, Any]) -> Sweep:
-        """The sweep to run; ``changes`` replaces models, dataset, seeds or fields of Job."""
+        """The sweep to run; ``changes`` replaces models, dataset, seeds or fields of Job.
+
+        A shorter ``length`` is that of the calibration windows too, unless they have one of theirs.
+        """
         options = {name: value for name, value in changes.items() if value is not None}
         if "windows" not in changes:
             options["windows"] = self.windows
@@ -53,7 +56,8 @@ class Preset:
             "length": LENGTH,
             "calibration_dataset": self.calibration_dataset,
             "calibration_windows": self.calibration_windows,
-            "calibration_length": self.calibration_length,
+            # Shorter windows are for a model or a machine that longer ones do not fit.
+            "calibration_length": min(self.calibration_length, options.get("length", LENGTH)),
         }
         job = Job(model=models[0], schemes=self.schemes, **{**preset, **options})
         return Sweep(models, (dataset,), seeds, job)

@@ -95,7 +95,7 @@ class Provenance:
         engine = f"; exported to {self.engine}" if self.engine else ""
         return (
             f"{self.model} ({self.identity()}), {self.protocol.line()} "
-            f"({self.text_hash[:23]}), calibrated on {self.calibration}, "
+            f"(text {self.text_hash[:23]}), calibrated on {self.calibration}, "
             f"{self.setting()} "
             f"({counted(self.threads, 'thread')}{processes}), {self.seed_words()}; {versions}"
             f"{engine}"

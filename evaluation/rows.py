@@ -49,7 +49,8 @@ def steps_of(
     deployed: Collection[Scheme],
 ) -> Iterator[Step]:
     """Each scheme's graph and, behind it, what ``runtime`` makes of it where it is in
-    ``deployed``."""
+    ``deployed``. Raises SchemeError for a scheme whose overrides match nothing here."""
+    converter.check_overrides(schemes)
     for scheme in schemes:
         yield Step(str(scheme), partial(measure, converter, scheme, windows, batch_size))
         if runtime is not None and scheme in deployed:

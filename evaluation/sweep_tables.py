@@ -293,7 +293,8 @@ def _title(made: Provenance) -> str:
     versions = version_words(made.versions)
     return (
         f"{made.model} ({made.architecture}; {made.identity()}) on {made.protocol.line()} "
-        f"({made.text_hash[:23]}); calibrated on {made.calibration}; {made.setting()}; {versions}"
+        f"(text {made.text_hash[:23]}); calibrated on {made.calibration}; {made.setting()}; "
+        f"{versions}"
     )
 
 

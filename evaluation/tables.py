@@ -16,7 +16,7 @@ HEADERS = ("scheme", "loss", "ppl", "Δloss ± s.e.", "bits/weight", "clipped", 
 LEGEND = (
     "bits/weight: stored bits of the blocks' weights (codes, scales, zero points, what stays in "
     "float; no biases) over their number. clipped: share of the quantized activation elements of "
-    "the evaluated text that lay beyond their range."
+    "the evaluated text whose code was clipped: they lay beyond the range by more than half a step."
 )
 
 

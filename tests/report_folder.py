@@ -13,6 +13,13 @@ from pathlib import Path
 from typing import Any
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# As explain names them: sites that read one input are of one kind.
+GROUPS = {
+    **dict.fromkeys(KINDS[:3], "self_attn.q_proj/k_proj/v_proj"),
+    "o_proj": "self_attn.o_proj",
+    **dict.fromkeys(KINDS[4:6], "mlp.gate_proj/up_proj"),
+    "down_proj": "mlp.down_proj",
+}
 BLOCKS = 12
 LADDER = {
     "fp": 0.0,
@@ -145,7 +152,10 @@ def explanation(rng: random.Random) -> dict[str, Any]:
     """in_order sums to delta_loss, causes too; down_proj of block 2 is the culprit."""
     listed = [_explained(path, kind, block, rng) for path, kind, block in sites()]
     delta = sum(site["in_order"] for site in listed)
-    kinds = [_group(kind, [s for s in listed if s["kind"] == kind]) for kind in KINDS]
+    kinds = [
+        _group(kind, [s for s in listed if s["kind"] == kind])
+        for kind in dict.fromkeys(GROUPS.values())
+    ]
     blocks = [
         _group(f"model.layers.{b}", [s for s in listed if s["block"] == f"model.layers.{b}"])
         for b in range(BLOCKS)
@@ -220,7 +230,7 @@ def _explained(path: str, kind: str, block: int, rng: random.Random) -> dict[str
     effect = size if size > 1 or rng.random() < 0.85 else -size / 10
     return {
         "site": path,
-        "kind": kind,
+        "kind": GROUPS[kind],
         "block": f"model.layers.{block}",
         "path": {"weights": effect * 0.01, "clipping": effect * 0.8, "rounding": effect * 0.19},
         "causes": None,

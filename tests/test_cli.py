@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -124,6 +126,68 @@ def test_bad_requests_are_refused_before_a_model_is_loaded(
     command, *options = arguments
     assert main([command, "--model", "no/such", "--scheme", "w8a8-static", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["evaluate --schemes w8 --text", "evaluate --schemes", "sweep", "table", "convert --scheme"],
+)
+def test_a_missing_file_is_said_once_with_one_of_a_like_name(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suffix = {"sweep": ".toml", "table": ".jsonl"}.get(command, ".json")
+    there, asked = tmp_path / f"some{suffix}", tmp_path / f"sme{suffix}"
+    there.write_text("text")
+    name, *options = command.split()
+    model = [] if name in ("sweep", "table") else ["--model", str(SMALL_OPT)]
+    assert main([name, *model, *options, str(asked)]) == 2
+    error = capsys.readouterr().err
+    assert re.match(
+        rf"fxquant: error: (scheme: )?cannot read {asked}: there is no such file", error
+    )
+    assert error.count(str(asked)) == 1
+    assert "Errno" not in error
+    if command != "table":
+        assert f"did you mean {str(there)!r}?" in error
+
+
+def test_a_sweeps_table_is_not_an_evaluations(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["table", str(tmp_path)]) == 2
+    assert f"cannot read {tmp_path / 'results.jsonl'}: there is no" in capsys.readouterr().err
+    options = ["--model", str(SMALL_OPT), "--schemes", "fp", *SHORT, "--output", str(tmp_path)]
+    assert main(["evaluate", *options]) == 0
+    capsys.readouterr()
+    for meant in (tmp_path, tmp_path / "results.json", tmp_path / "results.jsonl"):
+        assert main(["table", str(meant)]) == 2
+        error = capsys.readouterr().err
+        assert f"{tmp_path / 'results.json'} is one evaluation" in error
+        assert "takes the results.jsonl of a sweep" in error
+
+
+def test_a_folder_without_model_and_tokenizer_is_not_asked_for_the_tokenizer_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for streamed in ([], ["--stream"]):
+        assert main(["evaluate", "--model", str(tmp_path), "--schemes", "w8", *streamed]) == 2
+        error = capsys.readouterr().err
+        assert "holds no model (config.json) and no tokenizer (tokenizer.json)" in error
+
+
+def test_a_folder_with_a_tokenizer_alone_or_an_adapter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate = ["evaluate", "--model", str(tmp_path), "--schemes", "w8"]
+    for file in SMALL_OPT.glob("*token*"):
+        shutil.copy(file, tmp_path)
+    for streamed in ([], ["--stream"]):
+        assert main([*evaluate, *streamed]) == 2
+        error = capsys.readouterr().err
+        assert f"{tmp_path} holds no model (config.json): model.save_pretrained" in error
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert main(evaluate) == 2
+    assert "holds an adapter" in capsys.readouterr().err
 
 
 def test_a_named_dataset_with_overlapping_windows(

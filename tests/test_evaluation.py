@@ -15,7 +15,7 @@ from torch import nn
 from transformers import OPTModel
 
 import fxquant
-from fxquant.errors import DataError, FxquantError, ModelError, NonFiniteError
+from fxquant.errors import DataError, FxquantError, ModelError, NonFiniteError, SchemeError
 from fxquant.evaluation import Job, cut_windows, load_text, run
 from fxquant.evaluation.converter import Converter
 from fxquant.evaluation.data import Source
@@ -346,6 +346,23 @@ def test_errors_before_conversion(
     monkeypatch.setattr("fxquant.evaluation.job._rows", forbidden)
     with pytest.raises(FxquantError, match=message):
         run(job(**changes))
+
+
+@pytest.mark.parametrize("base", ["w8", "w8a8-static", "w8+rotate"])
+def test_an_override_without_a_site_is_refused_before_any_row(base: str) -> None:
+    said: list[str] = []
+    wrong = json.dumps({"scheme": base, "overrides": {"layers.0": "w4"}})
+    with pytest.raises(
+        SchemeError, match=r"the override 'layers\.0' matches no site of this model"
+    ):
+        run(job(schemes=("w8", wrong)), said.append)
+    assert not said
+
+
+def test_an_override_of_sites_that_a_repair_makes() -> None:
+    scheme = json.dumps({"scheme": "w8+attn8", "overrides": {"*.qk": "fp"}})
+    found = run(job(schemes=(scheme,), windows=1), lambda _: None)
+    assert [row.scheme for row in found.rows] == ["fp", str(fxquant.Scheme.parse(scheme))]
 
 
 @pytest.mark.usefixtures("no_work")

@@ -184,7 +184,7 @@ BAD_TEXTS: dict[str, tuple[Any, str]] = {
     "no such path": (Path("no/such.txt"), "no such file .*known are builtin, .*path of a text"),
     "a short text": (
         "only a few words",
-        "the text 'only a few words' is too short",
+        "^the text 'only a few words' is too short",
     ),
     "nothing": ("", "the text is empty"),
     "blanks": (" \n", "the text is empty"),

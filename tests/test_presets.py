@@ -164,6 +164,15 @@ def test_the_papers_rows_are_run_as_the_papers_do() -> None:
             assert options == {}
 
 
+def test_shorter_windows_are_for_calibration_too() -> None:
+    for preset in PRESETS.values():
+        whole = preset.sweep({}).job
+        for length, own in ((64, None), (whole.length, None), (64, 32), (4096, None)):
+            job = preset.sweep({"length": length, "calibration_length": own}).job
+            assert job.length == length
+            assert job.calibration_length == (own or min(length, whole.calibration_length or 0))
+
+
 def test_what_differs_from_the_papers_is_said() -> None:
     preset = PRESETS["gptq-table"]
     sweep = preset.sweep({"stream": True, "revision": "abc"})

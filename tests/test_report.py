@@ -35,7 +35,7 @@ from fxquant.evaluation.tables import format_table
 from fxquant.ir.calibration import calibration_words
 from fxquant.ir.graph import info
 from tests.architectures import llama, token_ids
-from tests.report_folder import HOSTILE, KINDS, LADDER, sites, sweep, write_folder
+from tests.report_folder import GROUPS, HOSTILE, LADDER, sites, sweep, write_folder
 
 VOID = {"meta", "link", "input", "img", "br", "hr"}
 
@@ -516,4 +516,7 @@ def test_fields_name_the_place() -> None:
 
 def test_kinds_keep_their_order(full: Path) -> None:
     (explanation,) = read_report(full).explanations
-    assert [group for group, _ in explanation.causes] == ["whole model", *KINDS]
+    assert [group for group, _ in explanation.causes] == [
+        "whole model",
+        *dict.fromkeys(GROUPS.values()),
+    ]

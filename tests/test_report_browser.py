@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from benchmarks.report_screenshot import BROWSERS, find_browser, screenshot
 from fxquant.evaluation.report import write_report
-from tests.report_folder import BLOCKS, KINDS, LADDER, sites, write_folder
+from tests.report_folder import BLOCKS, GROUPS, KINDS, LADDER, sites, write_folder
 
 pytestmark = [
     pytest.mark.needs_program(find_spec("playwright"), "playwright, of the dev extra"),
@@ -277,7 +278,7 @@ def test_histogram_draws_the_range_and_what_it_clips(page: Page, folder: Path) -
 
 def test_causes_and_recovery_are_drawn(page: Page) -> None:
     bars = page.query_selector_all("[data-chart=causes] [aria-label=bar] rect")
-    assert len(bars) == 3 * (1 + len(KINDS))
+    assert len(bars) == 3 * (1 + len(set(GROUPS.values())))
     assert len(page.query_selector_all("[data-chart=recovery] circle")) == 8
 
 
@@ -374,6 +375,40 @@ def test_on_a_phone_the_heatmap_stands_upright(browser: Any, report: Path) -> No
     page.locator(HEATMAP).scroll_into_view_if_needed()
     page.query_selector_all(f"{HEATMAP} .cells rect")[0].tap()
     assert "model.layers.0.self_attn.q_proj" in page.inner_text(".heat .readout")
+    page.close()
+
+
+LONG = "w8a8-static-asym:absmax+smooth(alpha=0.7,where=all)+split_outliers(threshold=4)"
+OUTSIDE = """() => [...document.querySelectorAll('.chart svg')].flatMap((chart) => {
+  const own = chart.closest('.chart').getBoundingClientRect();
+  return [...chart.querySelectorAll('text')].filter((text) => {
+    const box = text.getBoundingClientRect();
+    return box.width > 0 && (box.left < own.left - 1 || box.right > own.right + 1);
+  }).map((text) => text.textContent);
+})"""
+
+
+@pytest.mark.parametrize("width", [390, 700, 1280])
+def test_no_label_leaves_its_chart_and_no_open_table_the_page(
+    browser: Any, folder: Path, tmp_path: Path, width: int
+) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    results = tmp_path / "copy" / "results.json"
+    data = json.loads(results.read_text())
+    data["rows"].append({**data["rows"][-1], "scheme": LONG})
+    data["rows"].append({**data["rows"][-1], "scheme": LONG.replace("=4", "=5")})
+    results.write_text(json.dumps(data))
+    write_report(tmp_path / "copy", tmp_path / "report.html")
+    page = open_page(browser, tmp_path / "report.html", viewport={"width": width, "height": 900})
+    assert page.evaluate(OUTSIDE) == []
+    labels = page.locator("[data-chart=ladder] text").all_text_contents()
+    cut = {label for label in labels if "\N{HORIZONTAL ELLIPSIS}" in label}
+    assert len(cut) == 2
+    assert all(label.startswith("w8a8-static-") for label in cut)
+    whole = page.locator(".ladder-table tbody th").filter(has_text=LONG)
+    assert whole.evaluate("cell => cell.scrollWidth <= cell.clientWidth + 1")
+    page.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.close()
 
 

@@ -44,7 +44,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class Cell:
-    """A site in the heatmap: the block it stands in (None: none), its kind and its figures."""
+    """A site in the heatmap: the block it stands in (None: none), where it stands there, and its
+    figures."""
 
     site: str
     kind: str
@@ -114,12 +115,14 @@ def block_index(path: str) -> int | None:
 
 
 def _cell(site: Fields) -> Cell:
-    ordered = _ordered(site)
+    ordered, block = _ordered(site), site.text_or_none("block") or ""
+    path = site.text("site")
     figures = flatten({k: v for k, v in ordered.items() if not isinstance(v, list)})
     return Cell(
-        site=site.text("site"),
-        kind=site.text("kind"),
-        block=block_index(site.text_or_none("block") or ""),
+        site=path,
+        # Sites that share an input share a kind too: each has a place of its own in its block.
+        kind=path.removeprefix(f"{block}.") if block else site.text("kind"),
+        block=block_index(block),
         figures={key: value for key, value in figures.items() if isinstance(value, float)},
     )
 

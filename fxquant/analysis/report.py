@@ -34,6 +34,13 @@ _SITES_LEGEND = (
 )
 
 
+_VALIDATION_LEGEND = (
+    "rank correlation: Spearman's, over the sites that have both. same worst 8: share of the "
+    "effect's eight largest sites (all where there are fewer) that are among the figure's. error: "
+    "sum of |figure - effect| over sum of |effect|, of figures in nats."
+)
+
+
 @dataclass(frozen=True)
 class Explanation(Findings):
     """Where the loss comes from. ``print`` gives the report, ``to_dict`` plain data."""
@@ -85,7 +92,8 @@ def _sections(found: Findings) -> Iterator[str]:
     if found.path is not None:
         yield _path(found)
     if found.validation:
-        yield "Cheap figures against exact effects\n" + validation_table(found)
+        table = validation_table(found)
+        yield f"Cheap figures against exact effects\n{table}\n{_VALIDATION_LEGEND}"
     yield "\n".join(_run(found))
     yield _costs(found)
     if found.notes:

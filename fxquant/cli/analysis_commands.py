@@ -93,7 +93,7 @@ def add_explain_arguments(parser: argparse.ArgumentParser) -> None:
         "--full", dest="methods", action="store_const", const=list(FULL_METHODS),
         help=f"the full study, several times as long: {' '.join(FULL_METHODS)}",
     )  # fmt: skip
-    parser.add_argument("--sites", help="a glob: quantize only the sites that it covers")
+    parser.add_argument("--sites", help="a glob: quantize only the sites that it covers (all)")
     parser.add_argument("--worst", type=whole, default=3, help="sites to try other choices at (3)")
     parser.add_argument(
         "--minutes", type=number, default=1.0,

@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scheme", required=True, help="such as w8a8-static, or FILE.json: docs/schemes.md"
     )
-    parser.add_argument("--level", default="integer", choices=LEVELS, help="where to stop")
+    parser.add_argument(
+        "--level", default="integer", choices=LEVELS, help="where to stop (integer)"
+    )
     add_text_arguments(parser)
     add_held_out_arguments(parser)
     add_cache_argument(parser)

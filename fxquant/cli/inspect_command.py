@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 from torch.fx import GraphModule
 
@@ -30,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scheme",
         help="such as w8a8-static, or FILE.json: docs/schemes.md; none: a saved graph as it is",
     )
-    parser.add_argument("--level", default="integer", choices=LEVELS, help="where to stop")
+    parser.add_argument(
+        "--level", default="integer", choices=LEVELS, help="where to stop (integer)"
+    )
     add_text_arguments(parser)
     add_held_out_arguments(parser)
     shown = parser.add_mutually_exclusive_group()
@@ -39,7 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shown.add_argument("--diff", metavar="PASS", help="what a pass changed")
     shown.add_argument("--site", metavar="PATH", help="one site, or the end of its path")
     shown.add_argument("--all", action="store_true", help="the summary, every site by itself")
-    parser.add_argument("--format", default="text", choices=("text", "markdown", "json"))
+    parser.add_argument(
+        "--format",
+        default="text",
+        choices=("text", "markdown", "json"),
+        help="text (default); json of the summary is what fxquant report reads",
+    )
     parser.add_argument(
         "--dot",
         type=place,
@@ -57,6 +65,7 @@ def run(options: argparse.Namespace) -> int:
     print(render(found, options))
     if options.dot is not None:
         found.write_dot(options.dot, options.layer or 0)
+        print(f"written to {options.dot}", file=sys.stderr)  # stdout may be a file of JSON
     return 0
 
 

@@ -12,6 +12,7 @@ from fxquant.evaluation.journal import read_journal
 from fxquant.evaluation.models import DTYPES
 from fxquant.evaluation.presets import PRESETS, reproduce
 from fxquant.evaluation.result_notes import tokenizer_notes
+from fxquant.evaluation.results import RESULTS, TABLE
 from fxquant.evaluation.sweep import SweepOutcome, run_sweep
 from fxquant.evaluation.sweep_file import read_sweep
 from fxquant.evaluation.sweep_tables import check_format, format_results
@@ -62,7 +63,9 @@ def _finish(outcome: SweepOutcome, path: Path) -> int:
 
 
 def add_table_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("results", type=place, nargs="+", metavar=JOURNAL)
+    parser.add_argument(
+        "results", type=place, nargs="+", metavar=JOURNAL, help="of a sweep, or its folder"
+    )
     parser.add_argument(
         "--format", default="github", help="github (default), latex, csv, ...: tabulate's formats"
     )
@@ -71,7 +74,7 @@ def add_table_arguments(parser: argparse.ArgumentParser) -> None:
 def table_command(options: argparse.Namespace) -> int:
     """Print the tables of one or more results.jsonl."""
     check_format(options.format)
-    read = [result for path in options.results for result in read_journal(path)]
+    read = [result for path in options.results for result in read_journal(_journal(path))]
     results = {result.fingerprint: result for result in read}.values()
     try:
         text = format_results(results, options.format)
@@ -83,22 +86,47 @@ def table_command(options: argparse.Namespace) -> int:
     return 0
 
 
+def _journal(path: Path) -> Path:
+    """The results.jsonl that is meant. Raises DataError for what an evaluation wrote instead."""
+    written = path / JOURNAL if path.is_dir() else path
+    single = written.with_name(RESULTS)
+    if single.is_file() and (path == single or not written.exists()):
+        raise DataError(
+            f"{single} is one evaluation, whose table is beside it, in {TABLE}: fxquant table "
+            f"takes the {JOURNAL} of a sweep, fxquant report {single.parent} shows either"
+        )
+    return written
+
+
 def add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("preset", choices=tuple(PRESETS), help="the table to run again")
     add("--model", nargs="+", dest="models", help="directories or names, instead of the preset's")
     add("--data", type=place, help="folder with clones of hub datasets: DATA/OWNER/NAME")
     add("--dataset", metavar="NAME_OR_PATH", help="another text; differences still compare")
-    add("--calibration-dataset", metavar="NAME_OR_PATH", help="another text to calibrate on")
-    add("--windows", type=window_count, default=argparse.SUPPRESS, help="a number, or all")
-    add("--length", type=whole)
-    add("--calibration-windows", type=whole)
-    add("--calibration-length", type=whole)
-    add("--batch-size", type=whole)
+    add(
+        "--calibration-dataset",
+        metavar="NAME_OR_PATH",
+        help="another text to calibrate on (that of --dataset, where given)",
+    )
+    add(
+        "--windows",
+        type=window_count,
+        default=argparse.SUPPRESS,
+        help="to evaluate, or all (the preset's)",
+    )
+    add("--length", type=whole, help="tokens a window (the preset's)")
+    add("--calibration-windows", type=whole, help="for calibration (the preset's)")
+    add(
+        "--calibration-length",
+        type=whole,
+        help="tokens of a calibration window (the preset's; of a shorter length, that)",
+    )
+    add("--batch-size", type=whole, help="dynamic ranges depend on it (1)")
     add("--seeds", type=whole, nargs="+", help="draw the calibration windows (0)")
     add("--device", help="cpu (default) or cuda")
     add_level_argument(parser)
-    add("--dtype", choices=("auto", *DTYPES))
+    add("--dtype", choices=("auto", *DTYPES), help="auto (default): stored on CUDA, else fp32")
     add("--revision", help="of a hub model")
     add("--stream", action="store_true", help="leave weights in their files: larger than memory")
     add_cache_argument(parser)

@@ -8,6 +8,7 @@ since it is a bug.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import math
 import os
@@ -136,12 +137,27 @@ def check_regular(path: Path, error: type[FxquantError] = DataError) -> Path:
     """
     try:
         mode = path.stat().st_mode
+    except FileNotFoundError as reading:
+        raise error(f"cannot read {path}: there is no such file") from reading
     except (OSError, ValueError) as reading:
         raise error(f"cannot read {path}: {reason(reading)}") from reading
     if not stat.S_ISREG(mode):
         what = "a folder" if stat.S_ISDIR(mode) else "no regular file (a pipe or a device)"
         raise error(f"cannot read {path}: it is {what}")
     return path
+
+
+def near_file(path: Path) -> str:
+    """What else lies there under a like name, or that the folder is not there."""
+    folder = path.parent
+    if not folder.is_dir():
+        return f": there is no folder {str(folder)!r}"
+    there: list[str] = []
+    with contextlib.suppress(OSError):  # a folder that may not be listed
+        there = os.listdir(folder)
+    near = difflib.get_close_matches(path.name, there, 1, 0.75)
+    where = f" in {str(folder.absolute())!r}"
+    return f"{where} (did you mean {str(folder / near[0])!r}?)" if near else where
 
 
 def read_bytes(path: Path, error: type[FxquantError] = DataError) -> bytes:
@@ -153,7 +169,9 @@ def read_bytes(path: Path, error: type[FxquantError] = DataError) -> bytes:
 
 
 def read_text(path: Path, error: type[FxquantError] = DataError) -> str:
-    """The text of a regular UTF-8 file; raises ``error`` that names it."""
+    """The text of a regular UTF-8 file; raises ``error`` that names it, and one of a like name."""
+    if not os.path.lexists(path):
+        raise error(f"cannot read {path}: there is no such file{near_file(path)}")
     try:
         return read_bytes(path, error).decode("utf-8")
     except UnicodeDecodeError as reading:

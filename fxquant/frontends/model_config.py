@@ -31,6 +31,15 @@ _NEEDED: Final = (
 _ACTIVATIONS: Final = ("hidden_act", "activation_function", "hidden_activation")
 
 
+def refuse_adapter(directory: Path) -> None:
+    """Raise ModelError for a folder with an adapter, which may hold no config.json."""
+    if (directory / "adapter_config.json").exists():
+        raise ModelError(
+            f"{directory} holds an adapter (adapter_config.json), which would not be applied: "
+            "merge it into the model's weights first"
+        )
+
+
 def check_config_file(directory: Path, coded: bool = False) -> None:
     """Raise ModelError, naming the field, for a config.json that describes no float causal LM.
 
@@ -38,7 +47,12 @@ def check_config_file(directory: Path, coded: bool = False) -> None:
     fields' kinds; what names other files than this folder's is refused, and so is a checkpoint that
     is quantized already, unless ``coded``, or only an adapter.
     """
+    refuse_adapter(directory)
     path = directory / CONFIG
+    if not path.exists():
+        raise ModelError(
+            f"{directory} holds no model ({CONFIG}): model.save_pretrained writes one there"
+        )
     data = read_object(path, ModelError)
     kind = data.get("model_type")
     if kind is not None and (not isinstance(kind, str) or not kind):
@@ -49,11 +63,6 @@ def check_config_file(directory: Path, coded: bool = False) -> None:
         raise ModelError(
             f"{path}: quantization_config says that the weights are quantized already; fxquant "
             "starts from the float checkpoint"
-        )
-    if (directory / "adapter_config.json").exists():
-        raise ModelError(
-            f"{directory} holds an adapter (adapter_config.json), which would not be applied: "
-            "merge it into the model's weights first"
         )
 
 

@@ -63,10 +63,6 @@ _JSON: Final = (
     "vocab.json",
 )
 _READ: Final = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "*.jinja")
-_OF_TOKENIZERS: Final = (
-    FULL, TOKENIZER_CONFIG, "vocab.json", "vocab.txt", "merges.txt",
-    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
-)  # fmt: skip
 
 
 def read_config(
@@ -110,7 +106,6 @@ def read_tokenizer(
     own: Path | None = directory / TOKENIZER_CONFIG
     if directory.is_dir():
         check_files(directory)
-        _check_there(directory)
         check_tokenizer_files(directory)
         if (directory / CONFIG).exists():  # transformers takes the tokenizer's class from it
             check_config_file(directory, coded)
@@ -305,14 +300,6 @@ def _check_of_hub(name: str, revision: str | None, offline: bool) -> Path | None
             read[file] = Path(found)
             check_tokenizer_config(read[file])
     return read.get(TOKENIZER_CONFIG)
-
-
-def _check_there(directory: Path) -> None:
-    if not any((directory / name).exists() for name in _OF_TOKENIZERS):
-        raise ModelError(
-            f"cannot load {directory}: it holds no tokenizer ({FULL}), which an evaluation "
-            "needs: tokenizer.save_pretrained writes one there (fxquant.save takes a tokenizer)"
-        )
 
 
 def _check_fast(path: Path) -> None:

@@ -15,10 +15,15 @@ import transformers
 
 from fxquant.errors import ModelError
 from fxquant.files.doors import kind_of, printable, read_object
+from fxquant.frontends.model_config import CONFIG, refuse_adapter
 
 FULL: Final = "tokenizer.json"
 TOKENIZER_CONFIG: Final = "tokenizer_config.json"
 SPECIAL_TOKENS: Final = "special_tokens_map.json"
+_ONE_OF: Final = (
+    FULL, TOKENIZER_CONFIG, "vocab.json", "vocab.txt", "merges.txt",
+    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
 # What save_pretrained of some versions leaves there, and nothing reads.
 _UNREAD: Final = frozenset({"special_tokens_map_file"})
 _OBJECTS: Final = frozenset({"tokenizer_object", "__slow_tokenizer", "init_inputs"})
@@ -40,13 +45,30 @@ _TOKENS: Final = frozenset(
 
 
 def check_tokenizer_files(directory: Path) -> None:
-    """Raise ModelError for a folder's tokenizer that would be read from anywhere else.
+    """Raise ModelError for a folder without a tokenizer, or with one that would be read from
+    anywhere else.
 
     Names file and field, also of a value of the wrong kind.
     """
+    if not any((directory / name).exists() for name in _ONE_OF):
+        refuse_adapter(directory)
+        raise ModelError(_missing(directory))
     for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
         if (directory / name).exists():
             check_tokenizer_config(directory / name)
+
+
+def _missing(directory: Path) -> str:
+    if not (directory / CONFIG).exists():
+        return (
+            f"cannot load {directory}: it holds no model ({CONFIG}) and no tokenizer ({FULL}): "
+            "save_pretrained of both writes them"
+        )
+    return (
+        f"cannot load {directory}: it holds no tokenizer ({FULL}), which cuts the texts to "
+        "calibrate and to evaluate on: tokenizer.save_pretrained writes one there (fxquant.save "
+        "takes a tokenizer)"
+    )
 
 
 def check_tokenizer_config(path: Path) -> None:

@@ -52,13 +52,14 @@ def check_calibration(
     if hungry and calibration is None:
         raise CalibrationError(
             f"scheme {scheme}: {', '.join(hungry)} needs calibration data: pass "
-            "calibration=batches (LongTensors [batch, length])"
+            "calibration=batches (LongTensors [batch, length]; on the command line "
+            "--calibration-windows)"
         )
     if calibrates and calibration is None:
         raise CalibrationError(
             f"scheme {scheme} has static activation ranges and needs calibration data: pass "
-            "calibration=batches (LongTensors [batch, length]), or take a dynamic scheme such as "
-            "w8a8-dynamic"
+            "calibration=batches (LongTensors [batch, length]; on the command line "
+            "--calibration-windows), or take a dynamic scheme such as w8a8-dynamic"
         )
     readers = sum(repair.readings for repair in repairs) + calibrates
     if readers > 1 and isinstance(calibration, Iterator):

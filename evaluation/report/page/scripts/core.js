@@ -53,6 +53,14 @@ const fx = {
     return ticks.sort((a, b) => a - b);
   },
 
+  // At most ``length`` characters: the head and the tail, where schemes differ.
+  shortened(text, length) {
+    const room = Math.floor(length) - 1;
+    if (text.length <= room + 1) return text;
+    const tail = Math.floor(room / 2);
+    return `${text.slice(0, room - tail)}…${text.slice(text.length - tail)}`;
+  },
+
   shown(element) {
     return element.offsetParent !== null;
   },

@@ -5,6 +5,8 @@ for (const element of document.querySelectorAll("[data-chart=heatmap]")) {
   const kinds = [...new Set(cells.map((cell) => cell.kind))];
   const blocks = [...new Set(cells.map((cell) => cell.block))].sort((a, b) => (a ?? 1e9) - (b ?? 1e9)).map((block) => block ?? "–");
   const place = (cell) => cell.block ?? "–";
+  const last = (kind) => kind.split(".").at(-1);
+  const short = new Set(kinds.map(last)).size === kinds.length ? last : (kind) => kind;
   const figure = element.closest("figure");
   const [select, readout, legend] = [figure.querySelector("select"), figure.querySelector(".readout"), figure.querySelector(".legend")];
   let at = null;
@@ -52,10 +54,12 @@ for (const element of document.querySelectorAll("[data-chart=heatmap]")) {
     const cellHeight = upright ? 22 : Math.max(24, Math.min(34, cellWidth));
     const [x, y] = upright ? ["kind", place] : [place, "kind"];
     const every = Math.max(1, Math.ceil(26 / cellWidth));
-    const turned = upright && cellWidth < 9 * Math.max(...kinds.map((kind) => kind.length));
+    const longest = Math.max(...kinds.map((kind) => short(kind).length));
+    const turned = upright && cellWidth < 9 * longest;
+    const top = turned ? Math.max(64, 14 + 5.6 * longest) : upright ? 24 : 4;
     const plot = Plot.plot({
-      width, height: cellHeight * down.length + (turned ? 70 : 40), marginLeft: margin, marginRight: turned ? 22 : 0, marginTop: turned ? 64 : upright ? 24 : 4, marginBottom: upright ? 4 : 34,
-      x: { domain: across, label: upright ? null : "block", labelAnchor: "right", labelArrow: "none", axis: upright ? "top" : "bottom", tickSize: 0, tickRotate: turned ? -60 : 0, ticks: upright ? undefined : across.filter((_, i) => i % every === 0), padding: 0 },
+      width, height: cellHeight * down.length + top + (turned ? 6 : upright ? 16 : 36), marginLeft: margin, marginRight: turned ? 22 : 0, marginTop: top, marginBottom: upright ? 4 : 34,
+      x: { domain: across, label: upright ? null : "block", labelAnchor: "right", labelArrow: "none", axis: upright ? "top" : "bottom", tickSize: 0, tickRotate: turned ? -60 : 0, tickFormat: upright ? short : undefined, ticks: upright ? undefined : across.filter((_, i) => i % every === 0), padding: 0 },
       y: { domain: down, label: null, tickSize: 0, padding: 0 },
       marks: [
         Plot.cell(cells, { x, y, fill: (d) => colour(d.figures[select.value]), inset: 0.75, rx: 2, className: "cells" }),

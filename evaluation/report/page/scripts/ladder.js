@@ -10,6 +10,8 @@ for (const element of document.querySelectorAll("[data-chart=ladder]")) {
   const draw = (width) => {
     if (!known.length) return document.createTextNode("No scheme finished.");
     const narrow = width < 560;
+    const left = Math.min(240, 24 + 7.4 * Math.max(...rungs.map((rung) => rung.scheme.length)));
+    const name = (scheme) => fx.shortened(scheme, narrow ? (width - 90) / 6.8 : (left - 16) / 7.3);
     const order = ordering() === "delta"
       ? [...rungs].sort((a, b) => (a.delta ?? Infinity) - (b.delta ?? Infinity))
       : rungs;
@@ -29,7 +31,7 @@ for (const element of document.querySelectorAll("[data-chart=ladder]")) {
     return Plot.plot({
       width,
       height: rungs.length * (narrow ? 38 : 30) + 46,
-      marginLeft: narrow ? 8 : Math.min(240, 24 + 7.4 * Math.max(...rungs.map((rung) => rung.scheme.length))),
+      marginLeft: narrow ? 8 : left,
       marginRight: narrow ? 74 : 84,
       marginTop: narrow ? 26 : 12,
       marginBottom: 34,
@@ -44,8 +46,8 @@ for (const element of document.querySelectorAll("[data-chart=ladder]")) {
         Plot.gridX({ ticks: log ? fx.decades(low, high, least) : narrow ? 4 : 7, stroke: "var(--line)", strokeOpacity: 1 }),
         Plot.ruleX([0], { stroke: "var(--rule)" }),
         narrow
-          ? Plot.text(rungs, { ...y, text: "scheme", frameAnchor: "left", textAnchor: "start", dy: -15, fill: "var(--ink)", fontFamily: "var(--mono)", fontSize: 11, stroke: "var(--paper)", strokeWidth: 4 })
-          : Plot.axisY({ tickSize: 0, tickPadding: 12, fontFamily: "var(--mono)", fontSize: 12, fill: "var(--ink)" }),
+          ? Plot.text(rungs, { ...y, text: (rung) => name(rung.scheme), frameAnchor: "left", textAnchor: "start", dy: -15, fill: "var(--ink)", fontFamily: "var(--mono)", fontSize: 11, stroke: "var(--paper)", strokeWidth: 4 })
+          : Plot.axisY({ tickSize: 0, tickPadding: 12, tickFormat: name, fontFamily: "var(--mono)", fontSize: 12, fill: "var(--ink)" }),
         Plot.link(known, { x1: 0, x2: "delta", y1: "scheme", y2: "scheme", stroke: "var(--rule)", strokeWidth: 1 }),
         Plot.link(known.filter((rung) => rung.se), { x1: (r) => r.delta - r.se, x2: (r) => r.delta + r.se, y1: "scheme", y2: "scheme", stroke: "var(--accent)", strokeOpacity: 0.32, strokeWidth: 9, className: "standard-error" }),
         Plot.link(known.filter((rung) => rung.seeds.length > 1), { x1: (r) => Math.min(...r.seeds), x2: (r) => Math.max(...r.seeds), y1: "scheme", y2: "scheme", stroke: "var(--accent)", strokeWidth: 1.6, className: "seed-range" }),
