@@ -27,6 +27,7 @@ from fxquant.analysis.explanation import explain
 from fxquant.evaluation.data import Source, load_text
 from fxquant.evaluation.models import versions
 from fxquant.formats.integer import integer
+from fxquant.ir.counted import counted
 from fxquant.ir.graph import info, site_outputs, source_of
 from fxquant.numerics.ranges import distribution, estimate_range
 from fxquant.passes.observe import observers
@@ -79,7 +80,7 @@ def measure() -> dict[str, Any]:
         "text": text.name,
         "text_hash": text.digest,
         "versions": versions(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": f"{platform.machine()}, {counted(torch.get_num_threads(), 'thread')}",
         "subjects": [_measure(subject, schemes, text) for subject, schemes in SUBJECTS.items()],
     }
 

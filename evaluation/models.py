@@ -246,7 +246,7 @@ def _find_package(module: str) -> ModuleSpec | None:
 def _convert_gguf(source: Path, target: Path) -> None:
     for needed in ("gguf", "accelerate"):
         if importlib.util.find_spec(needed) is None:
-            raise ModelError(f"reading {source.name} needs {needed}: pip install fxquant[demo]")
+            raise ModelError(f"reading {source.name} needs {needed}: pip install 'fxquant[demo]'")
     model, tokenizer = read_gguf(source)
     with keep(target) as partial:
         model.save_pretrained(partial)

@@ -60,7 +60,7 @@ def _svg(text: str) -> bytes:
         import graphviz
     except ImportError as error:
         raise InspectionError(
-            "an SVG needs the extra: pip install fxquant[graph]; a .dot file needs nothing"
+            "an SVG needs the extra: pip install 'fxquant[graph]'; a .dot file needs nothing"
         ) from error
     try:
         svg: bytes = graphviz.Source(text).pipe(format="svg")
