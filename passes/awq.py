@@ -97,7 +97,7 @@ class Awq(Repair):
             candidates = [awq_scales(group, means, ratio) for ratio in _RATIOS]
             errors = search.errors(group, inputs, candidates)
             best = errors.index(min(errors))
-            share = min(errors) / errors[0] if errors[0] else 1.0
+            share = errors[best] / errors[0] if best else 1.0
             text = f"scaled: r = {_RATIOS[best]:g}, error {share:.3g} of unscaled"
             yield from group.outcomes(Changed(text) if best else Blocked(text))
             if best:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -287,6 +288,17 @@ def test_a_scale_is_judged_by_the_error_of_the_block(balanced: bool) -> None:
             squares = squares / torch.maximum(sizes, sizes.median())
         # fp32 products against fp64 ones; the errors themselves are some percent of the output.
         assert error == pytest.approx(float(squares.sum()), rel=1e-3)
+
+
+def test_a_scale_whose_outputs_are_no_numbers_is_not_the_best() -> None:
+    gm = NameSites()(traced("llama"))
+    search = ScaleSearch(gm, fxquant.Scheme.parse("w4-g16"), batches(), tokens=1)
+    group = next(g for g in scale_groups(gm) if g.names().startswith("model.layers.0.mlp.gate"))
+    inputs, plain = search.enter(group), torch.ones(group.channels)
+    tiny = torch.full_like(plain, 2.0**-149)  # x / tiny is infinite, and the weights are 0
+    bad, good = search.errors(group, inputs, [tiny, plain])
+    assert bad == math.inf
+    assert good < math.inf
 
 
 def grouped_grid(w: Tensor, size: int) -> Tensor:

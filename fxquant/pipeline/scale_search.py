@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -169,7 +170,7 @@ class ScaleSearch:
                 if self._balanced:
                     squares = squares / torch.maximum(size, usual).clamp(min=1e-300)
                 error += float(squares.sum())
-            found.append(error)
+            found.append(math.inf if math.isnan(error) else error)  # or NaN would be the least
         self._trials = {}
         return found
 
