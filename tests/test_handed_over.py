@@ -443,6 +443,30 @@ def test_a_model_that_fails_by_itself_says_so() -> None:
         fxquant.trace(model)
 
 
+class Noisy(nn.Module):
+    """Dropout that somebody calls whatever the mode is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.5, training=True)
+
+
+class NoisyWeight(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + torch.randn_like(weight)
+
+
+@pytest.mark.parametrize("what", ["values", "weight"])
+def test_a_model_that_draws_random_numbers_is_told_as_such(what: str) -> None:
+    """Not as one that is not causal, or that was traced wrongly."""
+    model = llama()
+    if what == "values":
+        model.get_submodule(MLP).register_module("act_fn", Noisy())
+    else:
+        parametrize.register_parametrization(model.get_submodule(DOWN), "weight", NoisyWeight())
+    with pytest.raises(ModelError, match=r"^LlamaForCausalLM gives other logits each time"):
+        fxquant.trace(model)
+
+
 class Counting(nn.Module):
     def __init__(self, buffer: bool) -> None:
         super().__init__()
