@@ -410,6 +410,24 @@ def test_a_model_that_computes_otherwise_for_one_row_is_found() -> None:
         fxquant.trace(model)
 
 
+@pytest.mark.parametrize("frontend", ["auto", "recorder"])
+@pytest.mark.parametrize(
+    ("dim", "above", "message"),
+    [(0, 5, r"whether batch <= 5"), (1, 100, r"above a length of 100 it computes another way")],
+)
+def test_a_size_that_no_probe_reaches_decides_nothing(
+    dim: int, above: int, message: str, frontend: str
+) -> None:
+    class Sized(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x if x.shape[dim] > above else x
+
+    model = llama(max_position_embeddings=400)
+    model.get_submodule("model.layers.1.mlp").register_module("act_fn", Sized())
+    with pytest.raises(TracingError, match=message):
+        fxquant.trace(model, frontend=frontend)
+
+
 @contextlib.contextmanager
 def _counted(model: PreTrainedModel) -> Iterator[list[int]]:
     """Tokens of each forward of any copy of the model."""
