@@ -46,7 +46,7 @@ def _numbers(condition: Node) -> Iterator[int | float]:
         for each in condition.args:
             if isinstance(each, Node):
                 yield from _numbers(each)
-            elif type(each) in (int, float):
+            elif isinstance(each, int | float):
                 yield each
 
 
