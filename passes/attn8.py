@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from fxquant.pipeline.pipeline import Pass
 from fxquant.pipeline.repair import Repair
 from fxquant.schemes.named import Format8
 from fxquant.structure.attention import products_in_float, recount_products, written_out
-from fxquant.structure.outcome import Blocked, Changed, Outcome
+from fxquant.structure.outcome import Blocked, Changed, Outcome, called_often
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,16 @@ class Attn8(Repair):
         if not any(spec.weight for spec in context.scheme.specs):
             return
         sites, before = list(info(gm).sites), products_in_float(gm)
-        for product in written_out(gm, self.name):
+        products = list(written_out(gm, self.name))
+        calls = Counter(product.path for product in products)
+        for product in products:
             for node, kind in ((product.scores, "qk"), (product.output, "pv")):
                 path = f"{product.path}.{kind}"
                 if tag(node).is_output:
                     yield path, Blocked("it is a site already", (node,))
+                    continue
+                if (count := calls[product.path]) > 1:
+                    yield path, Blocked(called_often(count), (node,))
                     continue
                 set_tag(node, Tag(path, self.name, is_output=True))
                 # Rows and columns depend on the input.

@@ -31,6 +31,7 @@ from fxquant.pipeline.context import Context
 from fxquant.pipeline.pipeline import Pass
 from fxquant.schemes.scheme import Role, Scheme
 from fxquant.structure.attention import products_in_float
+from fxquant.structure.outcome import called_often
 
 _SHOWN = 4  # reasons in a message
 
@@ -110,7 +111,7 @@ def _obstacle(path: str, module: nn.Module, role: Role | None, calls: int) -> st
             return f"a {plain_type(module).__name__}, not a linear layer"
         return "a linear layer outside the decoder blocks"
     if calls > 1:
-        return f"one module called {calls} times: its inputs need not share a range"
+        return called_often(calls)
     return ""
 
 
@@ -126,9 +127,12 @@ def _of_functions(gm: GraphModule) -> list[LeftInFloat]:
         if node.op != "get_attr":
             continue
         path, value = str(node.target), get_tensor(gm, node)
-        if not isinstance(value, nn.Parameter):
-            continue
         functions = [name for user in node.users if (name := _FUNCTIONS.get(user.target))]
+        if not isinstance(value, nn.Parameter):
+            if functions and "." not in path:  # made while tracing, of weights or of none
+                place = next((scope for user in node.users if (scope := tag(user).scope)), path)
+                found.setdefault(place, f"a {functions[0]} by a matrix that it computes itself")
+            continue
         owner = path.rpartition(".")[0] if path.endswith(".weight") else path
         if functions and (path.endswith(".weight") or value.dim() > 1):
             found.setdefault(owner, f"a {functions[0]} inside a module of the model's own class")

@@ -13,10 +13,11 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional
+from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 import fxquant
-from fxquant.errors import NoEffectError, VerificationError
+from fxquant.errors import ModelError, NoEffectError, VerificationError
 from fxquant.evaluation.converter import Converter, measure
 from fxquant.evaluation.tables import format_table
 from fxquant.evaluation.token_windows import Windows
@@ -26,6 +27,7 @@ from fxquant.ir.size import bits_per_weight
 from fxquant.passes import NameSites
 from fxquant.schemes.scheme import Scheme
 from tests.architectures import build, gpt2, llama, opt, token_ids
+from tests.environments import TRANSFORMERS_5
 from tests.test_sweep_tables import PROTOCOL
 
 LAYER = "model.layers.1.mlp"
@@ -166,6 +168,66 @@ def test_a_block_that_is_called_twice_is_a_share() -> None:
     reasons = {entry.path: entry.reason for entry in info(graph).left_in_float}
     assert "called 2 times" in reasons["model.layers.0.mlp.up_proj"]
     assert 0 < float_share(graph) < 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", ["w8a8-dynamic-token+attn8", "w8a8-static:absmax+attn8"])
+def test_products_of_an_attention_that_is_called_twice_stay_in_float(scheme: str) -> None:
+    """Its two calls would share the scales, and the observers, of one site."""
+    model = llama(num_hidden_layers=3)
+    layers: Any = model.get_submodule("model.layers")
+    layers[2].self_attn = layers[1].self_attn
+    ids = token_ids(2, 9)
+    graph = fxquant.convert(model, scheme, calibration=[ids])
+    products = [site.path for site in info(graph).sites if site.role == "matmul"]
+    assert products == [f"model.layers.0.self_attn.{kind}" for kind in ("qk", "pv")]
+    texts = [note.text for note in info(graph).notes if note.site == "model.layers.1.self_attn.qk"]
+    assert len(texts) == 2
+    assert all("called 2 times" in text for text in texts)
+    expected = model(ids, use_cache=False).logits  # a cache takes the two for one layer
+    assert float((graph(ids) - expected).norm() / expected.norm()) < 0.1
+
+
+def test_a_block_that_stands_twice_is_one() -> None:
+    model = llama()
+    layers: Any = model.get_submodule("model.layers")
+    model.get_submodule("model").layers = nn.ModuleList([layers[0], layers[1], layers[0]])
+    model.config.num_hidden_layers = 3
+    graph = fxquant.trace(model)
+    assert info(graph).blocks == ("model.layers.0", "model.layers.1")
+    with pytest.raises(ModelError, match=r"layers\.0\.\S+ is used more than once"):
+        fxquant.convert(graph, "w8+rotate")
+
+
+@pytest.mark.skipif(TRANSFORMERS_5, reason="has no HFTracer")
+def test_a_linear_by_a_computed_matrix_is_listed() -> None:
+    """HFTracer, which sees no operations on weights themselves, makes a constant of the matrix."""
+
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            own: Any = self._parameters["weight"]
+            return functional.linear(x, own * 2)
+
+    model = llama()
+    down: Any = model.get_submodule(f"{LAYER}.down_proj")
+    down.__class__ = Doubled
+    graph = fxquant.convert(model, "w8")
+    assert f"{LAYER}.down_proj" in {entry.path for entry in info(graph).left_in_float}
+    with pytest.raises(ModelError, match=r"^rotate: "):
+        fxquant.convert(model, "w8+rotate")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("path", ["model.embed_tokens", "lm_head"])
+def test_what_makes_a_weight_is_no_block(path: str) -> None:
+    """torch keeps parametrizations in a ModuleList."""
+    model = llama()
+    parametrize.register_parametrization(model.get_submodule(path), "weight", nn.Tanh())
+    graph = fxquant.trace(model)
+    assert info(graph).blocks == ("model.layers.0", "model.layers.1")
+    expected = model(token_ids(2, 9)).logits
+    rotated = fxquant.convert(graph, "fp+rotate")(token_ids(2, 9))
+    assert float((rotated - expected).abs().max() / expected.abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize("scheme", ["w8", "w8a8-dynamic-token", "w8a8-static", "fp32-gemm"])

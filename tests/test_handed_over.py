@@ -410,6 +410,24 @@ def test_a_model_that_computes_otherwise_for_one_row_is_found() -> None:
         fxquant.trace(model)
 
 
+@pytest.mark.parametrize("frontend", ["auto", "recorder"])
+@pytest.mark.parametrize(
+    ("dim", "above", "message"),
+    [(0, 5, r"whether batch <= 5"), (1, 100, r"above a length of 100 it computes another way")],
+)
+def test_a_size_that_no_probe_reaches_decides_nothing(
+    dim: int, above: int, message: str, frontend: str
+) -> None:
+    class Sized(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x if x.shape[dim] > above else x
+
+    model = llama(max_position_embeddings=400)
+    model.get_submodule("model.layers.1.mlp").register_module("act_fn", Sized())
+    with pytest.raises(TracingError, match=message):
+        fxquant.trace(model, frontend=frontend)
+
+
 @contextlib.contextmanager
 def _counted(model: PreTrainedModel) -> Iterator[list[int]]:
     """Tokens of each forward of any copy of the model."""
@@ -440,6 +458,30 @@ def test_a_model_that_fails_by_itself_says_so() -> None:
     model = llama()
     model.model.layers[0].self_attn.head_dim = 5
     with pytest.raises(ModelError, match=r"^LlamaForCausalLM itself fails on token ids \[4, 13\]"):
+        fxquant.trace(model)
+
+
+class Noisy(nn.Module):
+    """Dropout that somebody calls whatever the mode is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.5, training=True)
+
+
+class NoisyWeight(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + torch.randn_like(weight)
+
+
+@pytest.mark.parametrize("what", ["values", "weight"])
+def test_a_model_that_draws_random_numbers_is_told_as_such(what: str) -> None:
+    """Not as one that is not causal, or that was traced wrongly."""
+    model = llama()
+    if what == "values":
+        model.get_submodule(MLP).register_module("act_fn", Noisy())
+    else:
+        parametrize.register_parametrization(model.get_submodule(DOWN), "weight", NoisyWeight())
+    with pytest.raises(ModelError, match=r"^LlamaForCausalLM gives other logits each time"):
         fxquant.trace(model)
 
 

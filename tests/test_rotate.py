@@ -194,7 +194,9 @@ def test_it_repairs_a_trained_model_with_outliers() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("build", [opt, llama])
+@pytest.mark.parametrize(
+    "build", [opt, llama, *(ARCHITECTURES[name] for name in ("gemma2-eager", "gemma3", "olmo2"))]
+)
 def test_half_precision(build: Callable[[], PreTrainedModel], dtype: torch.dtype) -> None:
     """Rotated weights and factors are rounded once more; the model's own rounding is as large."""
     expected = logits(fxquant.convert(build(), "fp"))

@@ -97,6 +97,24 @@ def test_the_window_slides(name: str) -> None:
     torch.testing.assert_close(moved, eager, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"scale_attn_weights": False},
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
+    ],
+)
+def test_gpt2s_own_scales(flags: dict[str, bool], attention: str) -> None:
+    """transformers 4 hands them to no attention function; its "sdpa" computes without them."""
+    model = gpt2(attention=attention, **flags)
+    gm = fxquant.trace(model)
+    assert (
+        difference(model, gm, token_ids(3, 17), padding_mask(3, 17, "left")) <= EXACT[model.dtype]
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["opt", "opt-post-layernorm", "gpt2", "llama", "gemma2-eager"])
 def test_half_precision(name: str, dtype: torch.dtype) -> None:

@@ -80,6 +80,8 @@ def attention_like(implementation: str | None) -> Callable[..., tuple[Tensor, No
         # OPT's own mask is one column too long under a tracer.
         attention_mask = attention_mask[:, :, :, : key.shape[-2]]
         softcap = None if implementation == "sdpa" else softcap
+        if implementation == "eager" and scaling is None:
+            scaling = _own_scaling(module)
         if softcap is not None or s_aux is not None:
             scores = _scores(query, key, attention_mask, scaling, softcap)
             out = torch.matmul(_shares(scores, s_aux).to(query.dtype), value)
@@ -90,6 +92,14 @@ def attention_like(implementation: str | None) -> Callable[..., tuple[Tensor, No
         return out.transpose(1, 2).contiguous(), None
 
     return attention
+
+
+def _own_scaling(module: Any) -> float | None:
+    """GPT-2's own function (transformers 4) reads its module's flags; torch's, "sdpa", does not."""
+    if not hasattr(module, "scale_attn_by_inverse_layer_idx"):
+        return None
+    scaling = module.head_dim**-0.5 if module.scale_attn_weights else 1.0
+    return float(scaling / (module.layer_idx + 1 if module.scale_attn_by_inverse_layer_idx else 1))
 
 
 def _scores(

@@ -112,7 +112,7 @@ class Oracle:
                         "damaged"
                     )
                 if probe is probes[0]:
-                    _check_causal(found[0], probe, type(model).__name__)
+                    _check_causal(model, found[0], probe)
         hooks = dict.fromkeys(note.site for note in facts.notes)
         return cls(model, probes, tuple(found), tuple(hooks))
 
@@ -136,14 +136,28 @@ def _logits(model: PreTrainedModel, probe: OracleProbe) -> Tensor:
     return logits
 
 
-def _check_causal(logits: Tensor, probe: OracleProbe, name: str) -> None:
+def _check_causal(model: PreTrainedModel, logits: Tensor, probe: OracleProbe) -> None:
     """Another last token must not change what is predicted before it (BERT sees both sides)."""
     assert probe.attention_mask is not None
     before, after = (rows[:-1] for rows in logits.split(probe.attention_mask.sum(1).tolist())[1:3])
     if before.numel() and relative_difference(before, after) > _allowed(logits):
+        _check_repeats(model, logits, probe)
         raise ModelError(
-            f"{name} is not causal: a token changes the logits before it, so its loss would be no "
-            "perplexity (an encoder loaded as a decoder?)"
+            f"{type(model).__name__} is not causal: a token changes the logits before it, so its "
+            "loss would be no perplexity (an encoder loaded as a decoder?)"
+        )
+
+
+def _check_repeats(model: PreTrainedModel, logits: Tensor, probe: OracleProbe) -> None:
+    """Raise ModelError where ``model`` gives other logits on ``probe`` than it gave before."""
+    known = torch.isfinite(logits).all(-1)
+    again = probe.attended(_logits(model, probe))
+    difference = relative_difference(logits[known], again[known])
+    if difference > _allowed(logits):
+        raise ModelError(
+            f"{type(model).__name__} gives other logits each time it is called (relative "
+            f"difference {difference:.3g} on {probe}): it draws random numbers in eval mode, or "
+            "counts its calls; a graph computes one function"
         )
 
 
@@ -172,6 +186,7 @@ def compare(gm: GraphModule, oracle: Oracle) -> None:
             known = torch.isfinite(expected).all(-1)
             difference = relative_difference(expected[known], probe.attended(result)[known])
             if difference > allowed:
+                _check_repeats(oracle.model, expected, probe)
                 where = _first_difference(gm, oracle.model, probe, allowed)
                 if oracle.hooks:
                     where += f" (a graph calls no hooks, as {', '.join(oracle.hooks)} has)"

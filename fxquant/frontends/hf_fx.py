@@ -3,18 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils.fx import HFTracer
+from transformers.utils.fx import HFProxy, HFTracer
 
 from fxquant.errors import TracingError
 from fxquant.frontends.leaves import is_leaf
 from fxquant.frontends.recorder.record import Recorded
 from fxquant.ir.graph import Tag, set_tag
+from fxquant.ir.operands import op_name
+
+# Numbers that a size is compared with: one up to this is told by the probes of an Oracle.
+_STEP: Final = 2
+_NUMBERS: Final = frozenset({"gt", "lt", "ge", "le", "eq", "ne", "add", "sub", "mul", "floordiv"})
+
+
+class _Proxy(HFProxy):  # type: ignore[misc]
+    """HFProxy that takes no side where a size is compared with a number.
+
+    HFTracer takes that of its own short input, whatever a graph is given later. The recorder keeps
+    account of such decisions.
+    """
+
+    def __bool__(self) -> bool:
+        large = [number for number in _numbers(self.node) if abs(number) > _STEP]
+        if large and isinstance(getattr(self, "_metadata", None), bool):
+            raise TracingError(
+                f"it compares a size with {large[0]}, and a graph holds one way only"
+            )
+        return bool(super().__bool__())
+
+
+def _numbers(condition: Node) -> Iterator[int | float]:
+    """Those that stand in ``condition``, through arithmetic down to sizes; none beside how many
+    dimensions a tensor has, which no input changes."""
+    if op_name(condition) in _NUMBERS and not any(map(_is_rank, condition.args)):
+        for each in condition.args:
+            if isinstance(each, Node):
+                yield from _numbers(each)
+            elif isinstance(each, int | float):
+                yield each
+
+
+def _is_rank(operand: Any) -> bool:
+    if not isinstance(operand, Node):
+        return False
+    return op_name(operand) == "dim" or operand.args[1:] == ("ndim",)
 
 
 class _Tracer(HFTracer):  # type: ignore[misc]
@@ -25,6 +64,9 @@ class _Tracer(HFTracer):  # type: ignore[misc]
     def __init__(self, root: nn.Module) -> None:
         super().__init__()
         self._leaves = {id(module): is_leaf(module) for module in root.modules()}
+
+    def proxy(self, node: Node) -> _Proxy:
+        return _Proxy(node, self)
 
     def iter(self, obj: Any) -> Iterator[Any]:
         return iter([obj[index] for index in range(len(obj._metadata))])

@@ -17,6 +17,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn.utils.parametrize import ParametrizationList
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -278,15 +279,20 @@ def _max_positions(config: PretrainedConfig) -> int | None:
 
 
 def _decoder_blocks(model: nn.Module) -> tuple[str, ...]:
-    """Paths of the repeated blocks: children of the outermost ModuleLists that hold matrices."""
+    """Paths of the repeated blocks: children of the outermost ModuleLists that hold matrices, each
+    once, by the path that its parts have."""
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         outermost = block_of(name, lists) is None
+        if isinstance(module, ParametrizationList):  # a ModuleList, but what it holds is no block
+            continue
         if isinstance(module, nn.ModuleList) and _holds_matrix(module) and outermost:
             lists[name] = module
-    return tuple(
-        f"{name}.{index}" for name, blocks in lists.items() for index in range(len(blocks))
-    )
+    first: dict[nn.Module, str] = {}
+    for name, blocks in lists.items():
+        for index, block in enumerate(blocks):
+            first.setdefault(block, f"{name}.{index}")
+    return tuple(first.values())
 
 
 def _holds_matrix(module: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxquant.errors import ModelError
+from fxquant.files.tensor_file import dtype_name
 from fxquant.ir.blocks import block_of
 from fxquant.ir.graph import device_of, info
 from fxquant.ir.operands import op_name
@@ -253,8 +254,19 @@ class _Analysis:
         value = self.values.get(node)
         if not isinstance(value, Tensor) or value.shape[-1:] != (self.stream.width,):
             self._refuse(node, "is added to the residual stream, but is no vector for each token")
+        node, user = self._in_the_streams_dtype(node, user)
         if (node, user) not in self.stream.turned:
             self.stream.turned.append((node, user))
+
+    def _in_the_streams_dtype(self, node: Node, user: Node) -> tuple[Node, Node]:
+        """What ``node`` is cast to, and its user: a norm of a half model computes in float32."""
+        dtype = self.values[self.stream.writers[0]].dtype
+        while (own := self.values[node].dtype) != dtype:
+            if not keeps(user, node, self.values):
+                self._refuse(node, f"is added to the residual stream in {dtype_name(own)}")
+            readers = [each for each in user.users if not is_a(each, Kind.SHAPE)]
+            node, user = user, readers[0]
+        return node, user
 
 
 def _is_scalar(node: Node, operands: list[Node]) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxquant.errors import ModelError
-from fxquant.ir.graph import get_tensor, install, linear_parameters
+from fxquant.ir.graph import get_tensor, install, linear_parameters, tag
 from fxquant.ir.leaves import CodedLinear, OnlineRotation
 from fxquant.ir.operands import operands
 from fxquant.ir.weights import with_parameters
@@ -84,6 +84,11 @@ def check_rotatable(gm: GraphModule, stream: ResidualStream) -> None:
     for node in (*stream.writers, *readers_of(stream)):
         leaf = node if node.op == "call_module" else _weight_node(node)
         path = str(leaf.target)
+        if leaf.op == "get_attr" and "." not in path:
+            raise ModelError(
+                f"rotate: {tag(node).scope or node.name} multiplies by what it computes itself, "
+                "not by a weight; it is not rotated"
+            )
         if _uses(gm, leaf) > 1:
             raise ModelError(f"rotate: {path} is used more than once; it is not rotated")
         if node.op == "call_module" and isinstance(gm.get_submodule(path), CodedLinear):

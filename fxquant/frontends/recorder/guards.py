@@ -12,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from fxquant.errors import TracingError
 
 # What conditions are tried on.
-_LENGTHS, _BATCHES = (1, 2, 3, 7, 8, 9, 63, 64, 65, 1000), (1, 3)
+_LENGTHS, _BATCHES = (1, 2, 3, 7, 8, 9, 63, 64, 65, 1000), (1, 3, 8, 33)
 _ORDERED = (sympy.LessThan, sympy.StrictLessThan, sympy.GreaterThan, sympy.StrictGreaterThan)
 
 
