@@ -1,4 +1,4 @@
-"""Level kernels on a CUDA device: GEMMs, forwards of OPT-1.3B's shapes, and the main job.
+"""Fused levels on a CUDA device: GEMMs, forwards of OPT-1.3B's shapes, and the main job.
 
     python -m benchmarks.cuda [--output FILE.json] [--model NAME] [--minutes 5]
     python -m benchmarks.cuda --dry-run    the same steps, tiny, on the CPU: no figures
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
 
 import fxquant
@@ -35,13 +36,17 @@ from fxquant.evaluation.models import load_model, versions
 from fxquant.evaluation.perplexity import evaluate
 from fxquant.files.whole_file import write_text
 from fxquant.kernels import cuda as kernels
+from fxquant.kernels.table import implementation
+from fxquant.run.probe import relative_difference
 from fxquant.run.replay import why_not
 
 SCHEMES = (
     *("fp", "w8a8-static:absmax", "w8a8-dynamic-token", "w8a8-dynamic", "w8", "w4-g128"),
-    "w4-g128/a8-dynamic-token",
+    *("w4-g128/a8-dynamic-token", "fp8", "fp8-static"),
 )
 LEVELS = ("integer", "kernels")
+INEXACT = "kernels-inexact"
+JOBS = ("fp", "w8a8-dynamic-token", "fp8")  # of the real model
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,11 @@ REAL = Size(
     rounds=7,
 )
 TINY = Size("cpu", torch.float32, ((17, 64, 32),), 64, 1, 96, (1,), 16, windows=2, rounds=1)
+
+
+def levels_of(scheme: str) -> tuple[str, ...]:
+    """Where FP8 codes are multiplied, also the level at which the device does so itself."""
+    return (*LEVELS, INEXACT) if "fp8" in scheme else LEVELS
 
 
 @dataclass
@@ -125,7 +135,25 @@ def gemm(size: Size, rows: int, length: int, columns: int) -> dict[str, float]:
         "quantize_rows": lambda: ops.quantize_rows(x, "token", True, -127, 127),
         "int_linear": lambda: ops.int_linear(made[0], weight, made[1], scale, *rest),
     }
-    return timed(steps, size)
+    return timed(steps | _fp8_steps(x, columns), size)
+
+
+def _fp8_steps(x: Tensor, columns: int) -> dict[str, Step]:
+    """The product in FP8 where the device multiplies it: the reference would take the time up."""
+    ops = torch.ops.fxquant
+    weight = torch.randn(columns, x.shape[1], device=x.device).to(torch.float8_e4m3fn)
+    weight_scale = torch.rand(columns, 1, device=x.device)
+    scale = ops.choose_scale(x, "token", "e4m3")
+    codes = ops.quantize_to(x, scale, "e4m3", 0)
+    call = (codes, weight, scale, weight_scale, None, x, "e4m3", "e4m3")
+    if implementation("code_linear", *call) is None:
+        return {}
+    return {
+        "quantize_to e4m3": lambda: ops.quantize_to(
+            x, ops.choose_scale(x, "token", "e4m3"), "e4m3", 0
+        ),
+        "code_linear e4m3": lambda: ops.code_linear(*call),
+    }
 
 
 def opt_model(size: Size) -> OPTForCausalLM:
@@ -146,11 +174,13 @@ def opt_model(size: Size) -> OPTForCausalLM:
 
 
 def forwards(model: OPTForCausalLM, scheme: str, size: Size) -> list[dict[str, Any]]:
-    """A row for each batch: eager and both levels in ms, ratios to eager, the same bits or not."""
+    """A row for each batch: eager and the levels in ms, ratios to eager, and whether both exact
+    levels give the same bits; of the one that is not, its logits' largest relative difference."""
     high = model.config.vocab_size
     batches = [torch.randint(3, high, (1, size.length), device=size.device) for _ in range(2)]
     graphs = {
-        level: fxquant.convert(model, scheme, calibration=batches, level=level) for level in LEVELS
+        level: fxquant.convert(model, scheme, calibration=batches, level=level)
+        for level in levels_of(scheme)
     }
     rows = []
     for batch in size.batches:
@@ -159,13 +189,15 @@ def forwards(model: OPTForCausalLM, scheme: str, size: Size) -> list[dict[str, A
         for level, graph in graphs.items():
             steps[level] = partial(graph, input_ids=ids)
         found = timed(steps, size)
-        rows.append(
-            {
-                **{"scheme": scheme, "batch": batch, "length": size.length, "ms": found},
-                "ratio": {level: found[level] / found["eager"] for level in LEVELS},
-                "same bits": torch.equal(*(graph(input_ids=ids) for graph in graphs.values())),
-            }
-        )
+        logits = {level: graph(input_ids=ids) for level, graph in graphs.items()}
+        row: dict[str, Any] = {
+            **{"scheme": scheme, "batch": batch, "length": size.length, "ms": found},
+            "ratio": {level: found[level] / found["eager"] for level in graphs},
+            "same bits": torch.equal(*(logits[level] for level in LEVELS)),
+        }
+        if INEXACT in logits:
+            row["difference"] = relative_difference(logits["integer"], logits[INEXACT])
+        rows.append(row)
     return rows
 
 
@@ -182,7 +214,7 @@ def peer(name: str, model: OPTForCausalLM, size: Size) -> list[dict[str, Any]]:
 
 
 def main_job(name: str, scheme: str, size: Size) -> dict[str, Any]:
-    """Seconds of the evaluation at both levels and replayed as a captured graph, and its loss, on
+    """Seconds of the evaluation at each level and replayed as a captured graph, and its loss, on
     the real model; the bits of the losses are compared."""
     loaded = load_model(name, dtype=str(size.dtype).removeprefix("torch."), device=size.device)
     length = min(1024, 16 * size.length)
@@ -195,7 +227,7 @@ def main_job(name: str, scheme: str, size: Size) -> dict[str, Any]:
         seed=0,
     )
     found: dict[str, Any] = {"scheme": scheme, "windows": size.windows, "length": length}
-    for level in LEVELS:
+    for level in levels_of(scheme):
         graph = fxquant.convert(loaded.model, scheme, level=level)
         evaluate(graph, windows.evaluation[:1], replay=False)  # kernels are compiled
         result = evaluate(graph, windows.evaluation, replay=False)
@@ -236,7 +268,7 @@ def measure(
     model = opt_model(size)
     for scheme in SCHEMES:
         report.step(scheme, partial(forwards, model, scheme, size))
-    for scheme in ("fp", "w8a8-dynamic-token"):
+    for scheme in JOBS:
         report.step(f"evaluate {scheme}", partial(main_job, model_name, scheme, size))
     for name in PEERS:  # last: one of them compiles for a minute
         report.step(name, partial(peer, name, model, size))

@@ -8,7 +8,8 @@ from tabulate import tabulate
 
 from fxquant.ir.calibration import version_words
 
-_JOBS = ("integer", "kernels", "replayed")
+_LEVELS = ("integer", "kernels", "kernels-inexact")
+_JOBS = (*_LEVELS, "replayed")
 
 
 def forwards_table(result: dict[str, Any]) -> str:
@@ -19,10 +20,10 @@ def forwards_table(result: dict[str, Any]) -> str:
             levels = row["ratio"]
             shape = f"{row['batch']}×{row['length']}"
             same = {True: "yes", False: "NO"}.get(row.get("same bits"), "")
-            figures = (levels.get("integer"), levels.get("kernels"), levels.get("peer"))
-            rows.append((row["scheme"], shape, *map(_number, figures), same))
-    head = ("scheme", "batch × length", "integer", "kernels", "itself", "same bits")
-    align = ("left", "left", "right", "right", "right", "left")
+            figures = map(_number, map(levels.get, (*_LEVELS, "peer")))
+            rows.append((row["scheme"], shape, *figures, same))
+    head = ("scheme", "batch × length", *_LEVELS, "itself", "same bits")
+    align = ("left", "left", "right", "right", "right", "right", "left")
     return tabulate(rows, head, tablefmt="github", disable_numparse=True, colalign=align)
 
 
@@ -33,8 +34,8 @@ def jobs_table(result: dict[str, Any]) -> str:
         for found in result["figures"].values()
         if isinstance(found, dict) and "scheme" in found
     ]
-    head = ("evaluate, seconds", "integer", "kernels", "kernels, replayed")
-    align = ("left", "right", "right", "right")
+    head = ("evaluate, seconds", *_LEVELS, "the last of them, replayed")
+    align = ("left", "right", "right", "right", "right")
     return (
         tabulate(rows, head, tablefmt="github", disable_numparse=True, colalign=align)
         if rows

@@ -239,7 +239,7 @@ def evaluate(
         batch_size: windows run together; dynamic per-tensor ranges depend on it.
         allow_overlap: score windows that the graph was calibrated on; the result says how many.
         level: to lower a quantized graph to; "auto": an integer graph on CUDA to kernels, which are
-            the same bits, any other stays as it is.
+            the same bits, any other stays as it is. "kernels-inexact" has to be asked for.
         runtime: "onnxruntime", "transformers" or "vllm": export the graph, and score what that
             engine computes.
 

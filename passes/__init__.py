@@ -13,6 +13,7 @@ from fxquant.passes.decompose_attention import DecomposeAttention as DecomposeAt
 from fxquant.passes.equalize import Equalize as Equalize
 from fxquant.passes.fold_norms import FoldNorms as FoldNorms
 from fxquant.passes.fp32_gemm import Fp32Gemm as Fp32Gemm
+from fxquant.passes.fuse_fp8 import FuseFp8 as FuseFp8
 from fxquant.passes.fuse_kernels import FuseKernels as FuseKernels
 from fxquant.passes.gptq import Gptq as Gptq
 from fxquant.passes.integerize import Integerize as Integerize

@@ -29,6 +29,13 @@ def test_a_dry_run_measures_every_step(tmp_path: Path, monkeypatch: pytest.Monke
     rows = [row for each in found["figures"].values() if isinstance(each, list) for row in each]
     assert [row["scheme"] for row in rows] == list(cuda.SCHEMES)
     assert all(row["same bits"] for row in rows)
+    for row in rows:
+        levels = {"integer", "kernels", *({"kernels-inexact"} if "fp8" in row["scheme"] else ())}
+        assert set(row["ratio"]) == levels
+        assert ("difference" in row) == ("fp8" in row["scheme"])
+    gemm = found["figures"]["gemm 17x64x32"]
+    assert {"int_linear", "code_linear e4m3", "quantize_to e4m3"} <= set(gemm)
+    assert set(found["figures"]["evaluate fp8"]) >= {"integer", "kernels", "kernels-inexact"}
     job = found["figures"]["evaluate w8a8-dynamic-token"]
     assert "replayed" not in job, "on the CPU nothing is captured"
     losses = [found["figures"]["evaluate w8a8-dynamic-token"][each]["loss"] for each in cuda.LEVELS]
@@ -81,7 +88,7 @@ def test_what_is_measured_is_on_the_disk_after_each_step() -> None:
         kept.append((len(result["figures"]), len(result["skipped"])))
 
     cuda.measure(cuda.TINY, str(SMALL_OPT), minutes=0, keep=keep)
-    steps = len(cuda.TINY.gemms) + len(cuda.SCHEMES) + 2 + len(cuda_peers.PEERS)
+    steps = len(cuda.TINY.gemms) + len(cuda.SCHEMES) + len(cuda.JOBS) + len(cuda_peers.PEERS)
     assert len(kept) == steps
     assert [sum(each) for each in kept] == list(range(2, steps + 2))
 
@@ -113,16 +120,19 @@ def test_readmes_table_is_that_of_the_file(tmp_path: Path) -> None:
     place = tmp_path / "cuda.json"
     assert "Not measured" in readme_tables.table_of(place)
     row = {"scheme": "w8", "batch": 4, "length": 2048, "ratio": {"integer": 2, "kernels": 1.25}}
+    ratios = {"integer": 2, "kernels": 1.25, "kernels-inexact": 0.75}
+    fp8 = {**row, "scheme": "fp8", "ratio": ratios}
     peer = {"scheme": "another", "batch": 1, "length": 2048, "ratio": {"peer": 0.5}}
     job = {"scheme": "fp", "integer": {"seconds": 2.5}, "kernels": {"seconds": 2.25}}
-    figures = {"w8": [{**row, "same bits": False}], "p": [peer], "evaluate fp": job}
+    figures = {"w8": [{**row, "same bits": False}, fp8], "p": [peer], "evaluate fp": job}
     made = {"device": "some GPU", "dtype": "torch.float16", "rounds": 7, "model": "some"}
     rest = {"versions": {"torch": "2"}, "dry_run": False, "figures": figures}
     place.write_text(json.dumps({**made, **rest, "skipped": {"this": "for that"}}))
     table = readme_tables.table_of(place)
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
-    assert ["w8", "4×2048", "2.00", "1.25", "", "NO"] in cells
-    assert ["another", "1×2048", "", "", "0.50", ""] in cells
-    assert ["fp", "2.50", "2.25", ""] in cells
+    assert ["w8", "4×2048", "2.00", "1.25", "", "", "NO"] in cells
+    assert ["fp8", "4×2048", "2.00", "1.25", "0.75", "", ""] in cells
+    assert ["another", "1×2048", "", "", "", "0.50", ""] in cells
+    assert ["fp", "2.50", "2.25", "", ""] in cells
     assert "some GPU" in table
     assert "Skipped: this: for that" in table

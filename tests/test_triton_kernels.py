@@ -107,6 +107,39 @@ def test_calls_of_each_tile_ask_a_kind_of_their_own(
     assert [(kind.rows, kind.depth) for kind in asked] == [(tall, deep)] * 4
 
 
+@pytest.mark.parametrize(
+    ("length", "block", "weights"),
+    [
+        *((1, 128, 128), (128, 128, 128), (129, 256, 256), (576, 1024, 1024), (1536, 2048, 1024)),
+        *((2048, 2048, 1024), (2049, 4096, 1024), (8192, 4096, 1024), (8193, 4096, 1024)),
+    ],
+)
+def test_rows_of_each_block_and_alignment_ask_a_kind_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, length: int, block: int, weights: int
+) -> None:
+    asked: list[Kind] = []
+
+    def without(x: torch.Tensor, kind: Kind) -> str:
+        asked.append(kind)
+        return ""
+
+    monkeypatch.setattr(cuda, "_without", without)
+    x, scale = torch.randn(2, length), torch.rand(())
+    assert not row_reasons("quantize_rows", x, "token", True, -127, 127)
+    assert not row_reasons("quantize_static", x, scale, None, -127, 127)
+    assert [kind.block for kind in asked] == [block] * 2
+    for columns in (15, 16):
+        call = Calls(length, (2, length), SINGLE).weight_only(columns, length, False)
+        assert not row_reasons("dequant_linear", *call)
+        assert asked[-1].block == weights
+        site = Calls(length, (2, length), SINGLE).site(columns, 0, False)
+        assert not row_reasons("int_linear", *site, 0, False)
+        product = Calls(length, (1, 2), SINGLE).product(length, columns)
+        assert not row_reasons("int_product", *product)
+        assert [kind.even for kind in asked[-2:]] == [columns == 16] * 2
+    assert {kind.aligned for kind in asked} == {length % 16 == 0}
+
+
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert cuda.missing_library.__wrapped__() == (

@@ -98,6 +98,17 @@ KINDS += tuple(
     for shifted, ends in ((False, (-127, 127)), (True, (-8, 7)))
 )
 KINDS += tuple(Kind("int_product", dtype) for dtype in (SINGLE, HALF))
+KINDS += tuple(
+    Kind(operator, SINGLE, block=block, aligned=whole)
+    for operator, largest in (("quantize_rows", 4096), ("dequant_linear", 1024))
+    for block in (128, 512, largest)
+    for whole in (False, True)
+)
+KINDS += tuple(
+    Kind(operator, HALF, packed=operator != "int_product", aligned=whole, even=even)
+    for operator in ("int_linear", "grouped_int_linear", "int_product")
+    for whole, even in ((True, False), (False, True), (True, True))
+)
 KINDS += tuple(Kind("quantize_static", dtype, shifted=s) for dtype in DTYPES for s in (False, True))
 
 
@@ -159,12 +170,28 @@ def first_tests(every: int) -> None:
     here = torch.device("cpu")
     for kind in KINDS[::every]:
         assert not first_test.differs(kind, here), kind
+    each_block(here)
     for what, mistake, has in planted():
         with mistake:
             for kind in [kind for kind in KINDS if has(kind)][: 1 + (every == 1)]:
                 assert first_test.differs(kind, here), (what, kind)
             assert not first_test.differs(KINDS[-1], here), what
     print(f"{len(KINDS[::every])} kinds of kernel are asked")
+
+
+def each_block(here: torch.device) -> None:
+    """Rows of a first test are of the block that it asks for, in memory as they are to be."""
+    for kind in (each for each in KINDS if each.block != 256):
+        maker = tiles.weight_block if kind.operator == "dequant_linear" else tiles.row_block
+        length = first_test._length(kind)
+        assert (maker(length), tiles.aligned(length)) == (kind.block, kind.aligned), kind
+        room: Any = triton_quantize
+        name = "row_block"
+        if kind.operator == "dequant_linear":
+            room, name = triton_gemm, "weight_block"
+        with mock.patch.object(room, name, wraps=maker) as asked:
+            assert not first_test.differs(kind, here), kind
+        assert {call.args for call in asked.mock_calls} == {(length,)}, kind
 
 
 TILES = tuple((rows, depth) for depth in (32, 64, 128) for rows in (16, 32, 64, 128))

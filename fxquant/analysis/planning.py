@@ -97,8 +97,8 @@ def plan(
         allow_overlap: measure on windows that hold what is calibrated on.
         held_out: other windows, to measure the finished plan on: on ``data`` it was chosen, and the
             budget of loss is kept there alone.
-        level: of the graphs that the plan's loss is measured on: "qdq", "integer", "kernels", or
-            "auto": kernels on CUDA, else integer.
+        level: of the graphs that the plan's loss is measured on: "qdq", "integer", "kernels",
+            "kernels-inexact", or "auto": kernels on CUDA, else integer.
 
     Returns a Scheme with overrides, which round-trips as JSON and feeds ``convert``.
 

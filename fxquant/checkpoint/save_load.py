@@ -53,7 +53,8 @@ def save(gm: GraphModule, directory: Location, tokenizer: Tokenizer | None = Non
 
     Tied tensors are written once. An earlier checkpoint there is replaced; any other folder with
     something in it is not. A streamed graph is written block by block. A graph
-    of level kernels is refused: FuseKernels makes it again from the integer graph, bit for bit.
+    of level kernels is refused: FuseKernels makes it again from the integer graph, bit for bit; and
+    so is one of level kernels-inexact, which FuseFp8 makes from that.
 
     Raises CheckpointError before anything is written: a node or module that the format does not
     know (named, with its target), a folder that is in use or cannot be written; and where writing

@@ -19,10 +19,12 @@ def check_info(facts: GraphInfo) -> None:
     """Raise CheckpointError for a level that is not saved, a count out of bounds, a path that is
     none, a scheme, site or calibration record that cannot be; SchemeError for a scheme that does
     not parse."""
-    if facts.level == Level.KERNELS:
+    if facts.level in (Level.KERNELS, Level.INEXACT):
         raise CheckpointError(
-            "info: a graph of level kernels is not saved: save it at level integer, from which "
-            "fxquant.passes.FuseKernels()(fxquant.load(path)) makes it again, bit for bit"
+            f"info: a graph of level {facts.level} is not saved: save it at level integer, from "
+            "which fxquant.passes.FuseKernels()(fxquant.load(path)) makes level kernels again, "
+            "bit for bit"
+            + (", and FuseFp8() this one from that" if facts.level == Level.INEXACT else "")
         )
     counts = [facts.vocab_size, facts.parameters, *(size for _, size in facts.float_bytes)]
     counts += [extent for site in facts.sites for extent in site.shape]

@@ -62,7 +62,10 @@ def add_cache_argument(parser: argparse.ArgumentParser) -> None:
 def add_level_argument(parser: argparse.ArgumentParser) -> None:
     """At which level quantized graphs are run."""
     parser.add_argument(
-        "--level", default="auto", choices=RUNNING, help="auto: kernels on CUDA, else integer"
+        "--level",
+        default="auto",
+        choices=RUNNING,
+        help="auto: kernels on CUDA, else integer; kernels-inexact: FP8 products by the device",
     )
 
 

@@ -84,10 +84,10 @@ def check_output(options: argparse.Namespace) -> None:
             "--output: an observed graph holds statistics, which are not saved; leave out "
             "--output or give another --level"
         )
-    if options.level == Level.KERNELS:
+    if options.level in (Level.KERNELS, Level.INEXACT):
         raise CheckpointError(
-            "--output: a graph of level kernels is not saved; leave out --output, or give --level "
-            "integer, from which fxquant.passes.FuseKernels makes it again"
+            f"--output: a graph of level {options.level} is not saved; leave out --output, or give "
+            "--level integer, from which fxquant evaluate --level and fxquant.passes make it again"
         )
 
 

@@ -179,6 +179,12 @@ def _dequant_linear(a: Sequence[str]) -> str:
     return ", ".join((f"{x} @ ({number}).T{_plus(bias)}", *groups))
 
 
+def _code_linear(a: Sequence[str]) -> str:
+    codes, weight, scale, weight_scale, bias, _, x_grid, weight_grid = a
+    grids = f"{_bare(x_grid)} by {_bare(weight_grid)}"
+    return f"{codes} @ {weight}.T * {scale} * {weight_scale}{_plus(bias)}, {grids}"
+
+
 def _plus(bias: str) -> str:
     return "" if bias == "None" else f" + {bias}"
 
@@ -211,6 +217,7 @@ _FORMULAS: dict[str, tuple[int, Callable[[Sequence[str]], str]]] = {
     "fxquant.quantize_rows": (5, _choose_qparams),
     "fxquant.quantize_static": (5, lambda a: _quantize((*a, ""))),
     "fxquant.int_linear": (11, _int_linear),
+    "fxquant.code_linear": (8, _code_linear),
     "fxquant.grouped_int_linear": (11, _grouped_int_linear),
     "fxquant.int_product": (5, lambda a: f"{a[0]} @ {a[1]} * {a[2]} * {a[3]}"),
     "fxquant.dequant_linear": (7, _dequant_linear),

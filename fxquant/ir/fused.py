@@ -1,6 +1,7 @@
 """The fused operators of level kernels: a site in two nodes, ``torch.ops.fxquant.*``.
 
-Each is the composition of the plain operators that stand at level integer, and gives its very bits;
+Each is the composition of the plain operators that stand at level integer, and gives its very bits
+(``code_linear``, of level kernels-inexact, those of a device that adds in fewer bits than exact);
 where ``fxquant.kernels`` has an implementation that takes the call, that one runs. As the plain
 ones they are CompositeImplicitAutograd: compilers and FakeTensor see the composition.
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fxquant.formats.packing import unpack_int4
-from fxquant.ir import operators
+from fxquant.ir import grid_operators, operators
 from fxquant.kernels.table import implementation
 from fxquant.numerics import quantization
 
@@ -118,6 +119,29 @@ def int_product(
     return _finished(y, None, nan)
 
 
+def code_linear(
+    codes: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    like: Tensor,
+    x_grid: str,
+    weight_grid: str,
+) -> Tensor:
+    """[..., N] in like's dtype: code_gemm, rescale and add_bias, without zero points.
+
+    codes [..., K] and weight [N, K] as they are stored; scale () or [..., 1], weight_scale () or
+    [N, 1]; ``like`` [..., K] is what the codes are of.
+    """
+    sums = grid_operators.code_gemm(codes, weight, None, None, x_grid, weight_grid)
+    row = weight_scale.flatten()
+    if bias is None:
+        return operators.rescale(sums, scale, row, None, None, None, None, like)
+    y = operators.rescale(sums, scale, row, None, None, None, None, None)
+    return operators.add_bias(y, bias, like)
+
+
 def _finished(y: Tensor, bias: Tensor | None, nan: Tensor) -> Tensor:
     """What add_bias does, or rescale where there is none."""
     if bias is not None:
@@ -140,6 +164,8 @@ COMPOSED: dict[str, Callable[..., Any]] = {
     " -> Tensor": int_product,
     "dequant_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point,"
     " Tensor? bias, int group_size, bool packed) -> Tensor": dequant_linear,
+    "code_linear(Tensor codes, Tensor weight, Tensor scale, Tensor weight_scale, Tensor? bias,"
+    " Tensor like, str x_grid, str weight_grid) -> Tensor": code_linear,
 }
 _LIBRARY = torch.library.Library("fxquant", "FRAGMENT")
 

@@ -42,6 +42,7 @@ class Level(enum.StrEnum):
     QDQ = "qdq"
     INTEGER = "integer"
     KERNELS = "kernels"
+    INEXACT = "kernels-inexact"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from fxquant.ir.operands import operands
 from fxquant.numerics.observers import Observer
 
 OPS: Any = torch.ops.fxquant
-F, O, Q, I, K = Level  # noqa: E741
+ALL = tuple(Level)
+CODED, LOWERED, FUSED, INEXACT = ALL[2:], ALL[3:], ALL[4:], ALL[5:]
 
 
 @dataclass(frozen=True)
@@ -31,38 +32,46 @@ class Form:
 
 
 LEGAL = (
-    Form("observer", Observer, (O,), "sees its input, has no users"),
-    Form("choose_qparams", OPS.choose_qparams.default, (Q, I, K), "dynamic scale and zero point"),
-    Form("quantize", OPS.quantize.default, (Q, I, K), "float to integer codes"),
-    Form("choose_scale", OPS.choose_scale.default, (Q, I, K), "dynamic scale for another grid"),
-    Form("choose_global_scale", OPS.choose_global_scale.default, (Q, I, K), "what groups share"),
-    Form("choose_group_scales", OPS.choose_group_scales.default, (Q, I, K), "scales of groups"),
-    Form("decode_scales", OPS.decode_scales.default, (Q, I, K), "scales as stored to fp32"),
-    Form("quantize_to", OPS.quantize_to.default, (Q, I, K), "float to codes of another grid"),
-    Form("decode", OPS.decode.default, (Q, I, K), "codes of another grid to its numbers"),
-    Form("code_gemm", OPS.code_gemm.default, (I, K), "codes of any grids to sums of products"),
-    Form("grouped_code_gemm", OPS.grouped_code_gemm.default, (I, K), "the same, group by group"),
-    Form("unpack_int4", OPS.unpack_int4.default, (Q, I, K), "two codes a byte to int8 codes"),
+    Form("observer", Observer, (Level.OBSERVED,), "sees its input, has no users"),
+    Form("choose_qparams", OPS.choose_qparams.default, CODED, "dynamic scale and zero point"),
+    Form("quantize", OPS.quantize.default, CODED, "float to integer codes"),
+    Form("choose_scale", OPS.choose_scale.default, CODED, "dynamic scale for another grid"),
+    Form("choose_global_scale", OPS.choose_global_scale.default, CODED, "what groups share"),
+    Form("choose_group_scales", OPS.choose_group_scales.default, CODED, "scales of groups"),
+    Form("decode_scales", OPS.decode_scales.default, CODED, "scales as stored to fp32"),
+    Form("quantize_to", OPS.quantize_to.default, CODED, "float to codes of another grid"),
+    Form("decode", OPS.decode.default, CODED, "codes of another grid to its numbers"),
+    Form("code_gemm", OPS.code_gemm.default, LOWERED, "codes of any grids to sums of products"),
+    Form("grouped_code_gemm", OPS.grouped_code_gemm.default, LOWERED, "the same, group by group"),
+    Form("unpack_int4", OPS.unpack_int4.default, CODED, "two codes a byte to int8 codes"),
     Form(
-        "dequantize", OPS.dequantize.default, (Q, I, K), "codes to float; at integer: weights only"
+        "dequantize",
+        OPS.dequantize.default,
+        CODED,
+        "codes to float; at integer: weights only",
     ),
-    Form("code_sum", OPS.code_sum.default, (I, K), "row sums of codes, for weight zero points"),
-    Form("int_matmul", OPS.int_matmul.default, (I, K), "two activations' codes to exact int32"),
-    Form("column_scales", OPS.column_scales.default, (I, K), "a product's static scale; NaN's way"),
-    Form("code_matmul", OPS.code_matmul.default, (I, K), "the same of another grid, to float sums"),
-    Form("attention", OPS.attention.default, (F, O, Q, I, K), "fused; causal where it has no mask"),
-    Form("store_kv", OPS.store_kv.default, (F, O, Q, I, K), "a cache's storage error, simulated"),
-    Form("store_kv_to", OPS.store_kv_to.default, (F, O, Q, I, K), "the same on another grid"),
-    Form("int_gemm", OPS.int_gemm.default, (I, K), "int8 codes to exact int32"),
-    Form("grouped_gemm", OPS.grouped_gemm.default, (I, K), "int32 per group, rescaled per group"),
-    Form("rescale", OPS.rescale.default, (I, K), "sums to float, rescaled"),
-    Form("add_bias", OPS.add_bias.default, (I, K), "bias in fp32, then one cast"),
-    Form("quantize_rows", OPS.quantize_rows.default, (K,), "dynamic range and codes in one"),
-    Form("quantize_static", OPS.quantize_static.default, (K,), "codes, and the rows with NaN"),
-    Form("int_linear", OPS.int_linear.default, (K,), "int_gemm, rescale and add_bias in one"),
-    Form("grouped_int_linear", OPS.grouped_int_linear.default, (K,), "the same by groups of K"),
-    Form("int_product", OPS.int_product.default, (K,), "int_matmul and rescale in one"),
-    Form("dequant_linear", OPS.dequant_linear.default, (K,), "dequantize and linear in one"),
+    Form("code_sum", OPS.code_sum.default, LOWERED, "row sums of codes, for weight zero points"),
+    Form("int_matmul", OPS.int_matmul.default, LOWERED, "two activations' codes to exact int32"),
+    Form(
+        "column_scales", OPS.column_scales.default, LOWERED, "a product's static scale; NaN's way"
+    ),
+    Form(
+        "code_matmul", OPS.code_matmul.default, LOWERED, "the same of another grid, to float sums"
+    ),
+    Form("attention", OPS.attention.default, ALL, "fused; causal where it has no mask"),
+    Form("store_kv", OPS.store_kv.default, ALL, "a cache's storage error, simulated"),
+    Form("store_kv_to", OPS.store_kv_to.default, ALL, "the same on another grid"),
+    Form("int_gemm", OPS.int_gemm.default, LOWERED, "int8 codes to exact int32"),
+    Form("grouped_gemm", OPS.grouped_gemm.default, LOWERED, "int32 per group, rescaled per group"),
+    Form("rescale", OPS.rescale.default, LOWERED, "sums to float, rescaled"),
+    Form("add_bias", OPS.add_bias.default, LOWERED, "bias in fp32, then one cast"),
+    Form("quantize_rows", OPS.quantize_rows.default, FUSED, "dynamic range and codes in one"),
+    Form("quantize_static", OPS.quantize_static.default, FUSED, "codes, and the rows with NaN"),
+    Form("int_linear", OPS.int_linear.default, FUSED, "int_gemm, rescale and add_bias in one"),
+    Form("grouped_int_linear", OPS.grouped_int_linear.default, FUSED, "the same by groups of K"),
+    Form("int_product", OPS.int_product.default, FUSED, "int_matmul and rescale in one"),
+    Form("dequant_linear", OPS.dequant_linear.default, FUSED, "dequantize and linear in one"),
+    Form("code_linear", OPS.code_linear.default, INEXACT, "code_gemm, rescale and add_bias in one"),
 )
 
 
@@ -86,7 +95,7 @@ def verify(gm: GraphModule, after: str) -> None:
             _check_dequantize(gm, node, level, after)
         if is_op(node, OPS.rescale.default):
             _check_rescale(gm, node, after)
-        if is_op(node, OPS.int_linear.default):
+        if is_op(node, OPS.int_linear.default) or is_op(node, OPS.code_linear.default):
             call = operands(node)
             _check_scales(gm, node, call.weight_scale, get_tensor(gm, call.weight).shape[0], after)
     _check_sites(gm, after)
@@ -138,7 +147,7 @@ def _check_order(gm: GraphModule, after: str) -> None:
 def _check_dequantize(gm: GraphModule, node: Node, level: Level, after: str) -> None:
     call = operands(node)
     codes, scale, group_size = call.codes, call.scale, call.group_size
-    if level in (I, K) and _is_input(codes):
+    if level in LOWERED and _is_input(codes):
         _fail(after, node, f"an activation is still dequantized at level {level}")
     attributes = [n for n in (codes, scale) if isinstance(n, Node) and n.op == "get_attr"]
     if len(attributes) < 2:

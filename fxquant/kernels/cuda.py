@@ -1,7 +1,7 @@
 """Fused operators on CUDA by Triton, an optional library: when it takes a call, and its first test.
 
 Triton compiles for the device at hand and its versions differ, so each kind of kernel (by dtype, by
-what it is given and by the tile of a product) is asked once a process before its first call is
+what it is given and by its sizes' tile or block) is asked once a process before its first call is
 Triton's: see first_test.
 """
 
@@ -10,13 +10,15 @@ from __future__ import annotations
 import functools
 import importlib.util
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxquant.kernels.first_test import Kind, differs
-from fxquant.kernels.tiles import tile
+from fxquant.kernels.tiles import aligned, row_block, tile, weight_block
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LARGEST = 2**31  # elements, that a kernel counts in int32
@@ -28,6 +30,7 @@ def without_rows(x: Tensor, granularity: str, symmetric: bool, qmin: int, qmax: 
     """Why Triton does not make the codes of ``x`` under a range of its own."""
     token = granularity == "token"
     kind = Kind("quantize_rows", x.dtype, token, shifted=not symmetric, ends=(qmin, qmax))
+    kind = _of_rows(kind, x.shape[-1], row_block)
     return ("" if x.numel() else "nothing to compute") or _without(x, kind)
 
 
@@ -37,12 +40,13 @@ def without_static(
     """The same under a calibrated range."""
     shifted = zero_point is not None
     kind = Kind("quantize_static", x.dtype, shifted=shifted, ends=(qmin, qmax))
+    kind = _of_rows(kind, x.shape[-1], row_block)
     return ("" if x.numel() else "nothing to compute") or _without(x, kind)
 
 
 def without_gemm(codes: Tensor, weight: Tensor, *rest: Any) -> str:
     """Why Triton does not multiply; operands as int_linear's."""
-    kind = _product_kind("int_linear", codes, *rest)
+    kind = _product_kind("int_linear", codes, weight, *rest)
     return _too_large(codes, weight) or _without(codes, kind)
 
 
@@ -51,7 +55,7 @@ def without_groups(codes: Tensor, weight: Tensor, *rest: Any) -> str:
     group_size, packed = rest[-2:]
     if packed and group_size % 2:
         return f"groups of {group_size} codes begin in the middle of a byte"
-    kind = _product_kind("grouped_int_linear", codes, *rest)
+    kind = _product_kind("grouped_int_linear", codes, weight, *rest)
     return _too_large(codes, weight) or _without(codes, kind)
 
 
@@ -61,7 +65,8 @@ def without_dequantize(x: Tensor, weight: Tensor, weight_scale: Tensor, *rest: A
         return "one scale for the whole weight"
     shift, _, _, packed = rest
     shifted = shift is not None
-    return _without(x, Kind("dequant_linear", x.dtype, packed=packed, weight_shifted=shifted))
+    kind = Kind("dequant_linear", x.dtype, packed=packed, weight_shifted=shifted)
+    return _without(x, _of_rows(kind, x.shape[-1], weight_block))
 
 
 def without_product(
@@ -80,16 +85,25 @@ def without_product(
     if max(rows * right.shape[-1], left.numel(), right.numel()) >= _LARGEST:
         return f"{rows * right.shape[-1]} sums or more"
     tall, deep = tile(*left.shape[-2:])
-    return _without(left, Kind("int_product", nan.dtype, rows=tall, depth=deep))
+    kind = Kind("int_product", nan.dtype, rows=tall, depth=deep)
+    return _without(left, _sized(kind, left.shape[-1], right.shape[-1]))
 
 
-def _product_kind(operator: str, codes: Tensor, *rest: Any) -> Kind:
+def _of_rows(kind: Kind, length: int, block: Callable[[int], int]) -> Kind:
+    return replace(kind, block=block(length), aligned=aligned(length))
+
+
+def _sized(kind: Kind, length: int, columns: int) -> Kind:
+    return replace(kind, aligned=aligned(length), even=aligned(columns))
+
+
+def _product_kind(operator: str, codes: Tensor, weight: Tensor, *rest: Any) -> Kind:
     _, _, zero_point, _, shift, bias, nan, size, packed = rest
     length = codes.shape[-1]
     rows = codes.numel() // max(1, length)
     # int_linear's ``size`` is a chunk of fp32 sums, which is nothing to Triton.
     tall, deep = tile(rows, size if operator == "grouped_int_linear" else length)
-    return Kind(
+    kind = Kind(
         operator,
         nan.dtype,
         packed=packed,
@@ -99,6 +113,7 @@ def _product_kind(operator: str, codes: Tensor, *rest: Any) -> Kind:
         rows=tall,
         depth=deep,
     )
+    return _sized(kind, length, weight.shape[0])
 
 
 def _too_large(left: Tensor, right: Tensor) -> str:

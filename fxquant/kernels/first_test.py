@@ -1,8 +1,8 @@
 """What each of Triton's kernels is asked before the first call is its: the bits of plain operators.
 
-A kernel is compiled for each dtype, for each set of operands that may be missing and, where it
-multiplies codes, for each tile, and each is asked for itself, when a call of its kind first comes:
-what no call needs is not compiled.
+A kernel is compiled for each dtype, for each set of operands that may be missing, for the block or
+tile that its sizes ask for, and apart where they are multiples of 16. Each is asked for itself,
+when a call of its kind first comes: what no call needs is not compiled.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from fxquant.formats.packing import pack_int4
+from fxquant.kernels import tiles
 from fxquant.numerics import gemm, quantization
 
-ROWS, LENGTH, COLUMNS = 40, 200, 72
+ROWS, COLUMNS = 40, 72
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Kind:
 
     ``token``: a range for each row; ``shifted``: the input has zero points, ``weight_shifted``: the
     weight has; ``ends``: the smallest and the largest code; ``rows``, ``depth``: of a tile, where
-    codes are multiplied.
+    codes are multiplied; ``block``: of a row, where they are not; ``aligned``, ``even``: whether
+    K, and N where there is one, are multiples of 16.
     """
 
     operator: str
@@ -38,12 +40,15 @@ class Kind:
     ends: tuple[int, int] = (-128, 127)
     rows: int = 64
     depth: int = 64
+    block: int = 256
+    aligned: bool = False
+    even: bool = False
 
 
 def differs(kind: Kind, device: torch.device) -> bool:
     """Whether Triton gives other bits there than plain operators, on numbers that would show it."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(ROWS, LENGTH, generator=generator).mul_(3)
+    x = torch.randn(ROWS, _length(kind), generator=generator).mul_(3)
     x[1] *= 1e-42 if kind.dtype == torch.float32 else 1e-5
     x[2] = x[2].mul_(4).round_().mul_(0.5)
     x[2, 0] = kind.ends[1]  # under a scale near 1 many quotients are ties
@@ -55,6 +60,18 @@ def differs(kind: Kind, device: torch.device) -> bool:
     if kind.operator == "int_product":
         return _matrices_differ(kind, x, generator)
     return _products_differ(kind, x, generator)
+
+
+def _size(least: int, whole: bool) -> int:
+    """The next size, a multiple of 16 or none."""
+    return -(-least // 16) * 16 if whole else least + (least % 16 == 0)
+
+
+def _length(kind: Kind) -> int:
+    """Of rows that the kind's block is for: it holds one, or is the largest and takes two steps."""
+    largest = tiles.weight_block if kind.operator == "dequant_linear" else tiles.row_block
+    least = kind.block * (25 if kind.block == largest(2**20) else 12) // 16
+    return _size(least, kind.aligned)
 
 
 def _same(found: Any, wanted: Any) -> bool:
@@ -84,12 +101,17 @@ def _matrices_differ(kind: Kind, x: Tensor, generator: torch.Generator) -> bool:
     """Both ways in which the right matrix may lie in memory; sizes that the kind's tile is for."""
     from fxquant.kernels import triton_gemm
 
-    height, length = kind.rows * 5 // 8, kind.depth * 25 // 16
+    height, length = kind.rows * 5 // 8, _size(kind.depth * 25 // 16, kind.aligned)
+    across = _size(COLUMNS, kind.even)
 
     def whole(*shape: int) -> Tensor:
         return torch.randint(-128, 128, shape, generator=generator).to(torch.int8).to(x.device)
 
-    left, right, turned = whole(2, height, length), whole(2, length, COLUMNS), whole(2, 9, length)
+    left, right, turned = (
+        whole(2, height, length),
+        whole(2, length, across),
+        whole(2, _size(9, kind.even), length),
+    )
     rows = torch.rand(2, height, 1, generator=generator).to(x.device)
     nan = x.new_zeros(2, height, 1)
     for codes in (right, turned.transpose(1, 2)):
@@ -107,7 +129,10 @@ def _products_differ(kind: Kind, x: Tensor, generator: torch.Generator) -> bool:
     from fxquant.kernels import triton_gemm
 
     group = 0 if kind.operator == "int_linear" else kind.depth
-    rows, length = kind.rows * 5 // 8, kind.depth * 25 // (8 if group else 16)
+    rows, columns = kind.rows * 5 // 8, _size(COLUMNS, kind.even)
+    length = _size(kind.depth * 25 // (8 if group else 16), kind.aligned)
+    if kind.operator == "dequant_linear":
+        length = _length(kind)
     groups = quantization.group_count(length, group) if group else 1
 
     def whole(low: int, high: int, *shape: int) -> Tensor:
@@ -115,10 +140,10 @@ def _products_differ(kind: Kind, x: Tensor, generator: torch.Generator) -> bool:
         return found.to(torch.int32).to(x.device)
 
     low, high = (-8, 7) if kind.packed else (-128, 127)
-    weight = whole(low, high, COLUMNS, length).to(torch.int8)
+    weight = whole(low, high, columns, length).to(torch.int8)
     stored = pack_int4(weight) if kind.packed else weight
-    scales = torch.rand(COLUMNS, groups, generator=generator).mul_(0.01).to(x.device)
-    shift = whole(-8, 8, COLUMNS, groups) if kind.weight_shifted else None
+    scales = torch.rand(columns, groups, generator=generator).mul_(0.01).to(x.device)
+    shift = whole(-8, 8, columns, groups) if kind.weight_shifted else None
     if kind.operator == "dequant_linear":
         found = triton_gemm.dequantized_weight(
             stored, scales, shift, length, group, kind.packed, kind.dtype
@@ -128,8 +153,8 @@ def _products_differ(kind: Kind, x: Tensor, generator: torch.Generator) -> bool:
     codes = whole(-128, 127, rows, length).to(torch.int8)
     scale = torch.rand(rows, 1, generator=generator).to(x.device)
     zero = whole(-128, 127, rows, 1) if kind.shifted else None
-    sums = whole(-999, 999, COLUMNS, groups) if kind.shifted else None
-    bias = torch.randn(COLUMNS, generator=generator).to(x) if kind.biased else None
+    sums = whole(-999, 999, columns, groups) if kind.shifted else None
+    bias = torch.randn(columns, generator=generator).to(x) if kind.biased else None
     nan = x.new_zeros(rows, 1)
     run = triton_gemm.grouped_int_linear if group else triton_gemm.int_linear
     given = sums if sums is None or group else sums.flatten()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.kernels import cpu, cuda
+from fxquant.kernels import cpu, cuda, scaled_mm
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Implementation:
     """One way to run a fused operator.
 
     ``why_not`` takes the operator's operands and says why this one does not take them, "" if it
-    does; ``run`` takes the same.
+    does; ``run`` takes the same. ``exact``: whether it gives the composition's very bits.
     """
 
     operator: str
@@ -25,6 +25,7 @@ class Implementation:
     name: str
     why_not: Callable[..., str]
     run: Callable[..., Any]
+    exact: bool = True
 
 
 # The first row of an operator and device that takes a call runs it.
@@ -44,6 +45,14 @@ TABLE = (
     Implementation("int_product", "cuda", "triton", cuda.without_product, cuda.int_product),
     Implementation(
         "dequant_linear", "cuda", "triton and cuBLAS", cuda.without_dequantize, cuda.dequantized
+    ),
+    *(
+        Implementation(
+            *("code_linear", device, "torch._scaled_mm"),
+            *(scaled_mm.without_scaled_mm, scaled_mm.code_linear),
+            exact=False,
+        )
+        for device in ("cpu", "cuda")
     ),
 )
 

@@ -1,4 +1,4 @@
-"""Tiles of a product of codes: what Triton compiles apart, known without Triton."""
+"""Sizes for which Triton compiles apart, known without Triton."""
 
 from __future__ import annotations
 
@@ -10,3 +10,23 @@ def tile(rows: int, length: int) -> tuple[int, int]:
     """
     tall = 128 if rows > 64 else 64 if rows > 32 else 32 if rows > 16 else 16
     return tall, 128 if length >= 128 else 64 if length >= 64 else 32
+
+
+def row_block(length: int) -> int:
+    """Numbers of a row that a quantizer has at once; its warps follow from it."""
+    return min(4096, _power(length))
+
+
+def weight_block(length: int) -> int:
+    """Codes of a weight's row that one program makes numbers of."""
+    return min(1024, _power(length))
+
+
+def aligned(size: int) -> bool:
+    """Whether Triton compiles for the size as a multiple of 16: rows begin at whole vectors."""
+    return size % 16 == 0
+
+
+def _power(length: int) -> int:
+    """The power of two that holds it, of 128 or more."""
+    return max(128, 1 << (length - 1).bit_length())

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxquant.kernels.tiles import tile
+from fxquant.kernels.tiles import tile, weight_block
 
 
 @triton.jit
@@ -291,7 +291,7 @@ def dequantized_weight(
     """[N, length] in ``dtype``: the numbers of a weight's codes; group_size 0: a scale each row."""
     count, groups = scale.shape
     out = torch.empty((count, length), dtype=dtype, device=weight.device)
-    block = min(1024, max(128, triton.next_power_of_2(length)))
+    block = weight_block(length)
     shift = scale if zero_point is None else zero_point
     tensors = (weight.contiguous(), out, scale.contiguous(), shift.contiguous())
     weight_kernel[(count, triton.cdiv(length, block))](

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fxquant.kernels.tiles import row_block
 from fxquant.numerics.quantization import activation_qparams_from_range, calc_qparams_symmetric
 
 NAN = tl.constexpr(float("nan"))
@@ -105,7 +106,7 @@ def static_kernel(
 
 
 def _launch(length: int) -> dict[str, Any]:
-    block = min(4096, max(128, triton.next_power_of_2(length)))
+    block = row_block(length)
     return {"BLOCK": block, "num_warps": min(8, block // 128), "enable_fp_fusion": False}
 
 

@@ -15,6 +15,7 @@ from fxquant.ir.graph import Level, info, lowered_already
 from fxquant.passes import (
     Calibrate,
     Fp32Gemm,
+    FuseFp8,
     FuseKernels,
     Integerize,
     NameSites,
@@ -90,6 +91,7 @@ def _stages(scheme: Scheme, level: str) -> dict[Level, tuple[Pass, ...]]:
         Level.QDQ: (),
         Level.INTEGER: (),
         Level.KERNELS: (),
+        Level.INEXACT: (),
     }
     if scheme.fp32_gemm:
         stages[Level.OBSERVED] = (*late, Fp32Gemm())
@@ -101,6 +103,7 @@ def _stages(scheme: Scheme, level: str) -> dict[Level, tuple[Pass, ...]]:
         stages[Level.QDQ] = (Quantize(),)
         stages[Level.INTEGER] = (Integerize(),)
         stages[Level.KERNELS] = (FuseKernels(),)
+        stages[Level.INEXACT] = (FuseFp8(),)
     return stages
 
 
@@ -149,7 +152,8 @@ def convert(
         calibration: iterable of LongTensor [batch, length] or dicts of input_ids and
             attention_mask, such as what a tokenizer returns; one of the latter, or a tensor of
             windows [N, length]. Needed by static schemes, read once.
-        level: "float", "observed", "qdq", "integer" or "kernels", the same bits by fused operators.
+        level: "float", "observed", "qdq", "integer", "kernels", the same bits by fused operators,
+            or "kernels-inexact", whose FP8 products are the device's own and not exact.
         pipeline: runs instead of the scheme's own.
         progress: progress bars, on a terminal.
         cache: a folder in which gptq and refine keep finished blocks, so that the same call goes

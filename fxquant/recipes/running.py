@@ -14,11 +14,13 @@ from fxquant.schemes.scheme import Scheme
 
 AUTO: Final = "auto"
 # The levels at which a quantized site computes what its scheme says.
-RUNNING: Final = (AUTO, *map(str, (Level.QDQ, Level.INTEGER, Level.KERNELS)))
+RUNNING: Final = (AUTO, *map(str, (Level.QDQ, Level.INTEGER, Level.KERNELS, Level.INEXACT)))
 
 
 def running_level(level: str, device: str | torch.device) -> str:
     """``level``, where "auto" is "kernels" on CUDA and "integer" elsewhere: the same bits.
+
+    "kernels-inexact" is other bits, and has to be asked for.
 
     Raises SchemeError for a level at which no scheme is measured.
     """
