@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ from fxquant.errors import ExportError, SchemeError
 from fxquant.exports import compressed_tensors
 from fxquant.exports.compressed_forms import site_refusal
 from fxquant.exports.folder import RECORD
+from fxquant.exports.runtimes import RUNTIMES
 from fxquant.exports.sites import coded_sites
 from fxquant.formats.scales import POWERS
 from fxquant.frontends.hub import without_notices
+from fxquant.run.loss import token_nll
 from fxquant.schemes.scheme import Scheme
 from fxquant.schemes.specs import SiteSpec
 from tests.models import SMALL_OPT, small_opt
@@ -47,6 +50,18 @@ FORMATS = {  # of weights, and the format that says what they are
     "wnvfp4": "nvfp4-pack-quantized",
     "wnvfp4+gptq": "nvfp4-pack-quantized",
 }
+
+
+QUICK = {
+    *("wfp8", "we4m3-g16-e4m3", "we2m3-g32-e8m0-even", "we2m1-g32-e8m0-rceil+gptq", "wnvfp4"),
+    *("fp8", "fp8-static", "we2m1-g32-e8m0-even/ae2m1-dynamic-g32-e8m0-even", "mxfp8", "nvfp4"),
+    *("w4-g32/ae4m3-dynamic-token", "w8a8-dynamic-g16"),
+}
+
+
+def cases(schemes: Iterable[str]) -> list[Any]:
+    """All of them; slow, but for a few."""
+    return [pytest.param(s, marks=[] if s in QUICK else pytest.mark.slow) for s in schemes]
 
 
 def written(source: Any, folder: Path, scheme: Any = None, **options: Any) -> Any:
@@ -74,11 +89,12 @@ def two_level(stored: dict[str, Tensor], path: str) -> Tensor:
     codes = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
     values = torch.where(codes >= 8, -1.0, 1.0) * numbers[codes & 7]
     scales = stored[f"{path}.weight_scale"].float() / stored[f"{path}.weight_global_scale"]
-    return (values.unflatten(-1, (-1, 16)) * scales[..., None]).flatten(-2).bfloat16()
+    found = values.unflatten(-1, (-1, 16)) * scales[..., None]
+    return found.flatten(-2).to(torch.bfloat16)
 
 
 @ENGINE
-@pytest.mark.parametrize("scheme", FORMATS)
+@pytest.mark.parametrize("scheme", cases(FORMATS))
 def test_weights_are_read_as_they_are(scheme: str, tmp_path: Path) -> None:
     model = tiny_llama()
     graph = fxquant.convert(model, scheme, calibration=batches(model), level="qdq")
@@ -109,7 +125,9 @@ def test_weights_are_read_as_they_are(scheme: str, tmp_path: Path) -> None:
 
 
 @ENGINE
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("scheme", ["wfp8", "we4m3-g32-e8m0", "wmxfp4"])
 def test_what_config_says_runs(scheme: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """In bfloat16 where the library makes weights that no other linear takes."""
@@ -156,7 +174,7 @@ RULED = {
 
 
 @ENGINE
-@pytest.mark.parametrize("scheme", EXACT)
+@pytest.mark.parametrize("scheme", cases(EXACT))
 def test_inputs_of_the_same_rule_are_exact(scheme: str, tmp_path: Path) -> None:
     model = tiny_llama()
     found = written(model, tmp_path, scheme, calibration=batches(model)).checked
@@ -164,7 +182,7 @@ def test_inputs_of_the_same_rule_are_exact(scheme: str, tmp_path: Path) -> None:
 
 
 @ENGINE
-@pytest.mark.parametrize("scheme", RULED)
+@pytest.mark.parametrize("scheme", cases(RULED))
 def test_other_inputs_follow_the_rules_of_the_engine(scheme: str, tmp_path: Path) -> None:
     model = tiny_llama()
     level = "integer" if scheme in ("nvfp4", "mxfp4") else "qdq"
@@ -182,12 +200,25 @@ def test_the_nearest_rule_of_mxfp8(tmp_path: Path) -> None:
 
 
 @ENGINE
-@pytest.mark.parametrize("scheme", ["fp8", "mxfp4", "nvfp4", "wnvfp4"])
+@pytest.mark.parametrize("scheme", cases(["fp8", "mxfp4", "nvfp4", "wnvfp4"]))
 def test_biases_and_inputs_without_a_batch(scheme: str, tmp_path: Path) -> None:
     model = small_opt()[0]
     found = written(model, tmp_path, scheme, calibration=batches(model)).checked
     assert found.under_rules <= 1e-6 * found.largest
     assert ("an input [tokens, K] has one scale there" in found.cause) is (scheme == "fp8")
+
+
+@ENGINE
+@pytest.mark.parametrize("scheme", ["wmxfp4", "we2m1-g32-e8m0-even/ae2m1-dynamic-g32-e8m0-even"])
+def test_the_runtime_measures_the_graphs_loss(scheme: str, tmp_path: Path) -> None:
+    model = tiny_llama()
+    graph = fxquant.convert(model, scheme, level="qdq")
+    folder = written(graph, tmp_path, check=False).path
+    ids = torch.randint(3, 96, (2, 21))
+    found = RUNTIMES["transformers"].open(folder)(ids)
+    with torch.no_grad():
+        own = token_nll(graph(input_ids=ids), ids)
+    assert torch.allclose(found, own, rtol=0, atol=2e-6 * float(own.abs().max()))
 
 
 MIXED = {
@@ -219,21 +250,20 @@ def test_sites_of_all_forms_stand_in_one_checkpoint(tmp_path: Path) -> None:
 
 
 @ENGINE
-def test_a_saved_graph_is_written_alike(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", cases(["nvfp4", "mxfp4", "we4m3/ae4m3-static:absmax"]))
+def test_a_saved_graph_is_written_alike(scheme: str, tmp_path: Path) -> None:
     model = tiny_llama()
     data = batches(model)
-    for scheme in ("nvfp4", "mxfp8", "fp8-static"):
-        place = tmp_path / scheme
-        direct = written(model, place, scheme, calibration=iter(data), check=False)
-        level = "qdq" if scheme == "nvfp4" else "integer"  # whose inputs are the data's too
-        graph = fxquant.convert(model, scheme, calibration=data, level=level)
-        fxquant.save(graph, place / "saved")
-        loaded = fxquant.load(place / "saved")
-        again = compressed_tensors(loaded, place / "again", calibration=data)
-        first, second = (load_file(e.path / "model.safetensors") for e in (direct, again))
-        assert first.keys() == second.keys()
-        assert all(torch.equal(first[n].float(), second[n].float()) for n in first)
-        assert said(direct.path) == said(again.path)
+    direct = written(model, tmp_path, scheme, calibration=iter(data), check=False)
+    level = "qdq" if scheme == "nvfp4" else "integer"  # whose inputs are the data's too
+    graph = fxquant.convert(model, scheme, calibration=data, level=level)
+    fxquant.save(graph, tmp_path / "saved")
+    loaded = fxquant.load(tmp_path / "saved")
+    again = compressed_tensors(loaded, tmp_path / "again", calibration=data)
+    first, second = (load_file(e.path / "model.safetensors") for e in (direct, again))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[n].float(), second[n].float()) for n in first)
+    assert said(direct.path) == said(again.path)
 
 
 def first_input(model: PreTrainedModel, data: list[Tensor]) -> float:
@@ -370,23 +400,19 @@ def test_every_hint_is_held(length: int) -> None:
 
 @ENGINE
 def test_all_powers_are_the_librarys() -> None:
-    from compressed_tensors.compressors.mx_utils import decompress_mx_scale
-
+    of_library = import_module("compressed_tensors.compressors.mx_utils")
     stored = torch.arange(255, dtype=torch.uint8)
-    assert torch.equal(decompress_mx_scale(stored).float(), POWERS[0].decode(stored))
+    assert torch.equal(of_library.decompress_mx_scale(stored).float(), POWERS[0].decode(stored))
 
 
 def test_streamed_as_in_memory(tmp_path: Path) -> None:
     streamed = fxquant.load_model(SMALL_OPT, streamed=True).graph
     model = small_opt()[0]
     data = batches(model)
-    for scheme in ("nvfp4", "fp8"):
-        whole, found = (
-            compressed_tensors(
-                source, tmp_path / f"{name}-{scheme}", scheme=scheme, calibration=data, check=False
-            )
-            for source, name in ((model, "whole"), (streamed, "streamed"))
-        )
-        first, second = (load_file(e.path / "model.safetensors") for e in (whole, found))
-        assert first.keys() == second.keys()
-        assert all(torch.equal(first[n].float(), second[n].float()) for n in first)
+    whole, found = (
+        compressed_tensors(source, tmp_path / name, scheme="nvfp4", calibration=data, check=False)
+        for source, name in ((model, "whole"), (streamed, "streamed"))
+    )
+    first, second = (load_file(e.path / "model.safetensors") for e in (whole, found))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[n].float(), second[n].float()) for n in first)

@@ -38,7 +38,9 @@ def fixed_scales(gm: GraphModule, batches: Batches | None) -> tuple[GraphModule,
     if not _sites(gm):
         return gm, {}
     copy = clone_sharing_storage(gm)
-    sources = {site.path: operands(site.quantize).x for site in _sites(copy)}
+    sources = {
+        site.path: operands(site.quantize).x for site in _sites(copy) if site.quantize is not None
+    }
     observers = {source: ChannelAbsmax(path) for path, source in sources.items()}
     read = None if batches is None else SizedRecording(read_often(batches))
     observe_nodes(copy, observers, read, label=GLOBAL)

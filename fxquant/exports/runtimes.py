@@ -76,10 +76,10 @@ def _transformers(folder: Path) -> Losses:
     with without_notices():
         engine = read_engine(folder)
 
-    @torch.no_grad()
-    @torch.compiler.set_stance("force_eager")
     def losses(ids: Tensor) -> Tensor:
-        return token_nll(engine(input_ids=ids, use_cache=False).logits, ids)
+        # Its codes of e2m1 are made by a compiled function, and are the same without a compiler.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            return token_nll(engine(input_ids=ids, use_cache=False).logits, ids)
 
     return losses
 
