@@ -90,7 +90,8 @@ def two_level(stored: dict[str, Tensor], path: str) -> Tensor:
     values = torch.where(codes >= 8, -1.0, 1.0) * numbers[codes & 7]
     scales = stored[f"{path}.weight_scale"].float() / stored[f"{path}.weight_global_scale"]
     found = values.unflatten(-1, (-1, 16)) * scales[..., None]
-    return found.flatten(-2).to(torch.bfloat16)
+    rounded: Tensor = found.flatten(-2).to(torch.bfloat16)
+    return rounded
 
 
 @ENGINE
