@@ -46,7 +46,10 @@ SCHEMES: Final = (
     *("w4-g32/a8-dynamic-token", "w8a4-dynamic", "w8a8-dynamic-g16"),
     *("w8-g32-fp16", "w4-g32-fp16", "w4-g32-fp16-asym"),
     *("w4-g16-e4m3", "w4-g32-e8m0", "wnf4-g32", "wfp8", "fp8", "fp8-static"),
-    *("mxfp8", "wmxfp4", "mxfp4", "wnvfp4", "nvfp4"),
+    *("w4-g32/afp8", "we4m3-tensor/ae4m3-static", "we4m3/ae5m2-dynamic-token", "we5m2"),
+    *("mxfp8", "mxfp8-rceil", "wmxfp6", "mxfp6", "wmxfp4", "mxfp4", "mxfp4-even"),
+    *("wnvfp4", "nvfp4", "wnvfp4+gptq", "we2m1-g64-e8m0"),
+    '{"scheme": "fp8", "overrides": {"*.down_proj": "w8a8-dynamic-token"}}',
     *('{"scheme": "w8", "overrides": {"embeddings": "w8"}}',),
     *('{"scheme": "w8", "overrides": {"head": "w8"}}',),
     *(

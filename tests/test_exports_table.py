@@ -12,7 +12,15 @@ from benchmarks.exports_table import COLUMNS, KEPT, PAGE, SCHEMES, rendered, tri
 
 DATA = json.loads(KEPT.read_text())["targets"]
 QUICK = {
-    "compressed-tensors": ("w8", "w4-g7", "w8a8-dynamic-token", "w8+correct_bias", "w8, GPT-2"),
+    "compressed-tensors": (
+        "w8",
+        "w4-g7",
+        "w8a8-dynamic-token",
+        "w8+correct_bias",
+        "w8, GPT-2",
+        "fp8",
+        "wnvfp4",
+    ),
     "onnx": ("w4-g32/a8-dynamic-token", "w8+kv8", "nvfp4"),
 }
 ENGINES = pytest.mark.needs_program(

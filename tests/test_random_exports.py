@@ -25,7 +25,11 @@ ENGINES = pytest.mark.needs_program(
 COUNT, SHORT = 200, 4
 COMPILED = 8  # of aoti, a compile each
 WEIGHTS = ("w8", "w4", "w3", "w5", "w8-tensor", "w4-g16", "w4-g32", "w3-g7", "w4-g24", "w8-g32")
-FLOATS = ("wfp8", "fp8", "wmxfp4", "mxfp4", "wnvfp4", "nvfp4", "w4-g16-e4m3", "w4-g32-e8m0")
+FLOATS = (
+    *("wfp8", "fp8", "fp8-static", "wmxfp4", "mxfp4", "wnvfp4", "nvfp4", "w4-g16-e4m3"),
+    *("w4-g32-e8m0", "mxfp8", "mxfp6-rceil", "wmxfp6", "we4m3-g16/ae4m3-dynamic-g8", "we5m2"),
+    *("w4-g16/afp8", "we2m1-g16-e8m0", "wmxfp4/amxfp8", "we4m3/a8-dynamic-token"),
+)
 INPUTS = ("a8-static", "a8-static:absmax", "a8-dynamic", "a8-dynamic-token", "a6-dynamic", "a8-g16")
 REPAIRS = (
     *("+smooth", "+gptq", "+equalize", "+rotate(online=false)", "+rotate", "+correct_bias"),

@@ -21,16 +21,19 @@ from fxquant.pipeline.pipeline import AfterPass
 from fxquant.recipes import conversion
 from fxquant.recipes.repairs import reads_calibration
 from fxquant.recipes.running import AUTO
+from fxquant.run.batches import Batches
 from fxquant.schemes.scheme import as_scheme
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A converted graph, and its model's tokenizer and generation config where it has them."""
+    """A converted graph, its model's tokenizer and generation config where it has them, and the
+    calibration data where some were cut."""
 
     graph: GraphModule
     tokenizer: Tokenizer | None
     generation_config: GenerationConfig | None = None
+    calibration: Batches | None = None
 
 
 def convert_as_asked(
@@ -38,8 +41,10 @@ def convert_as_asked(
     after_pass: AfterPass | None,
     workspace: Path | None = None,
     check: Callable[[LoadedModel], None] | None = None,
+    reads_data: bool = False,
 ) -> Converted:
-    """Load ``options.model``, calibrate where ``options.scheme`` needs it, convert.
+    """Load ``options.model``, calibrate where ``options.scheme`` needs it, convert; data are cut
+    too where what comes next ``reads_data``.
 
     ``options`` holds what ``arguments.add_model_arguments``, ``add_text_arguments`` and
     ``add_held_out_arguments`` add, and ``scheme`` and ``level``. Calibration keeps apart from the
@@ -54,7 +59,7 @@ def convert_as_asked(
     check_float(job.model)
     available = [Tensor()] if job.calibration_windows else None
     conversion.recipe(scheme, calibration=available, level=options.level, cache=job.cache)
-    calibrates = bool(job.calibration_windows and reads_calibration(scheme))
+    calibrates = bool(job.calibration_windows and (reads_data or reads_calibration(scheme)))
     sources = open_sources(job) if calibrates else None
     loaded = load(job)
     if check is not None:
@@ -73,4 +78,4 @@ def convert_as_asked(
         set_workspace(graph, Workspace(workspace))
     generation_config = getattr(loaded.model, "generation_config", None)
     converted = conversion.convert(graph, scheme, pipeline=pipeline)
-    return Converted(converted, loaded.tokenizer, generation_config)
+    return Converted(converted, loaded.tokenizer, generation_config, batches)

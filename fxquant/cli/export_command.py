@@ -65,6 +65,7 @@ def run(options: argparse.Namespace) -> int:
             tokenizer=found.tokenizer,
             generation_config=found.generation_config,
             check=options.check,
+            calibration=found.calibration,
             scheme="fp" if info(found.graph).level == Level.FLOAT else None,
         )
     print(exported)
@@ -83,15 +84,17 @@ def _of_conversions(options: argparse.Namespace) -> Iterator[tuple[str, object, 
 
 
 def _converted(options: argparse.Namespace, format_: Format, workspace: Path) -> Converted:
-    target = format_.target
+    scheme = as_scheme(options.scheme)
+    reads_data = format_.target.reads_calibration(scheme)
+    target = format_.target.given(options.calibration_windows or None if reads_data else None)
     options.level = target.level
-    after_pass = refusing(target, as_scheme(options.scheme))
+    after_pass = refusing(target, scheme)
 
     def check(loaded: LoadedModel) -> None:
         if target.check_tokenizer is not None:
             target.check_tokenizer(loaded.tokenizer, loaded.model)
 
-    return convert_as_asked(options, after_pass, workspace, check)
+    return convert_as_asked(options, after_pass, workspace, check, reads_data)
 
 
 def _saved(options: argparse.Namespace) -> Converted:

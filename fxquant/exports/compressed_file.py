@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -16,60 +18,57 @@ from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fxquant.exports.check import Checked, compared, in_float32, unchecked, version
-from fxquant.exports.compressed_rules import cause, take_buffers, under_engine_rules
+from fxquant.exports.compressed_forms import (
+    INTEGERS,
+    NV4,
+    Form,
+    container,
+    fixes_global_scale,
+    form_of,
+    format_of,
+    input_arguments,
+    site_refusal,
+    weight_arguments,
+)
+from fxquant.exports.compressed_inputs import GLOBAL, fixed_scales, read_often, reciprocal
+from fxquant.exports.compressed_rules import cause, read_engine, take_buffers, under_engine_rules
 from fxquant.exports.folder import Exported, output_folder, write_export
 from fxquant.exports.modules import Modules, check_modules, repair_refusal, write_modules
-from fxquant.exports.sites import CodedSite, coded_sites, groups
+from fxquant.exports.sites import CodedSite, coded_sites
 from fxquant.exports.source import Source, converted, generation_of
-from fxquant.exports.target import Refusal, Target, nearest_group
+from fxquant.exports.target import Refusal, Target
 from fxquant.files.doors import Location
-from fxquant.formats.integer import IntegerGrid, integer
+from fxquant.formats.floating import E4M3
 from fxquant.frontends.hub import without_notices
 from fxquant.frontends.patching import exclusive
-from fxquant.frontends.pretrained import read_written
-from fxquant.ir.graph import Level, Site
+from fxquant.ir.graph import Level, Site, float_dtype
 from fxquant.ir.leaves import Conv1D
+from fxquant.numerics.weight_codes import GLOBAL_SCALE, WeightCodes
 from fxquant.pipeline.arguments import checked_call
 from fxquant.run.batches import Batches
-from fxquant.schemes.scheme import SchemeLike
-from fxquant.schemes.specs import ActivationSpec, SiteSpec, TensorSpec
-from fxquant.schemes.spelling import spell_site
+from fxquant.schemes.scheme import SchemeLike, as_scheme
+from fxquant.schemes.specs import SiteSpec
 
 NAME: Final = "compressed-tensors"
 _NEEDED: Final = ("compressed_tensors", "accelerate")
 _BITS_OF_A_WORD: Final = 32
 
 
-def refusal(gm: GraphModule, site: Site, spec: SiteSpec) -> Refusal | None:
-    """Why the format cannot hold ``spec`` at ``site``."""
-    weight, activation = spec.weight, spec.activation
-    assert weight is not None
+def refusal(gm: GraphModule, site: Site, spec: SiteSpec, calibrated: bool) -> Refusal | None:
+    """Why the format cannot hold ``spec`` at ``site``; ``calibrated``: whether there are data for
+    the scales that it fixes."""
     if site.role != "linear" and site.role != "head":
         return Refusal(f"it codes linears only, not {site.role}", "fp there")
     if isinstance(gm.get_submodule(site.path), Conv1D):
         return Refusal("it codes nn.Linear only, and this is a Conv1D", "ONNX (--to onnx)")
-    if not isinstance(weight.grid, IntegerGrid):
-        return Refusal(f"codes of {weight.grid.name} are not written here", "w8")
-    ragged = nearest_group(weight, site.shape[1])
-    if ragged is not None:
-        return ragged
-    if activation is not None and activation.tensor.granularity == "group":
-        return Refusal("groups of an input have no form there", "w8a8-dynamic-token")
-    if activation is None:
-        return None
-    if not isinstance(activation.tensor.grid, IntegerGrid) or activation.tensor.grid.bits != 8:
-        name = activation.tensor.grid.name
-        reason = f"engines run inputs of 8 bits, not of {name}"
-        eight = ActivationSpec(TensorSpec(integer(8), "token"))
-        return Refusal(reason, spell_site(SiteSpec(weight, eight)))
-    return None
+    return site_refusal(spec, site.shape[1], calibrated)
 
 
-TARGET: Final = Target(
+_WITH_DATA: Final = Target(
     NAME,
     Level.QDQ,
     needs_codes=True,
-    check_site=refusal,
+    check_site=partial(refusal, calibrated=True),
     check_graph=partial(check_modules, NAME),
     never={
         "attn8": "it codes weights and inputs of linears, and attention's products have none",
@@ -78,6 +77,10 @@ TARGET: Final = Target(
         "split_outliers": "a linear has codes or floats there, not some columns of each",
     },
     check_repairs=repair_refusal,
+    fixes=lambda spec: fixes_global_scale(spec.activation),
+)
+TARGET: Final = replace(
+    _WITH_DATA, check_site=partial(refusal, calibrated=False), with_data=_WITH_DATA
 )
 
 
@@ -97,50 +100,63 @@ def compressed_tensors(
     Args:
         source: a graph of level qdq or integer, or a float model (or its graph) with a ``scheme``,
             and ``calibration`` where that needs it.
+        calibration: also what fixes the global scale of an input (``nvfp4``), from a graph too.
         directory: a folder that is not there, is empty or holds an earlier export.
         check: load it with transformers and compare logits, before it is put in place.
 
     Codes and scales are the graph's own: weight-only schemes give its logits at level qdq to the
     rounding of sums. Codes of 2 to 8 bits stand in 4 or 8. Inputs follow the engine's own rule,
-    whose largest difference is in the result.
+    whose largest difference is in the result, as is that of weights that the engine rounds.
 
     Raises ExportError: something that the format cannot hold, with the site (before any work where
     the scheme shows it); a folder that cannot be written; a check that fails. Nothing is written.
     """
     target = output_folder(directory)
-    gm = converted(source, TARGET, scheme, calibration)
+    data = _read_twice(calibration, scheme)
+    gm = converted(source, TARGET.given(data), scheme, data)
+    gm, fixed = fixed_scales(gm, data)
     modules = Modules.of(gm)
     return write_export(
         gm,
         target,
         NAME,
-        write=lambda folder: _write(modules, folder),
-        check=lambda folder: _check(gm, folder, check),
+        write=lambda folder: _write(modules, folder, fixed),
+        check=lambda folder: _check(gm, folder, check, fixed),
         extras=(tokenizer, generation_of(source, generation_config)),
     )
 
 
-def _write(modules: Modules, folder: Path) -> None:
-    write_modules(modules, folder, quantization_config(modules), site_tensors)
+def _read_twice(batches: Batches | None, scheme: SchemeLike | None) -> Batches | None:
+    """``batches``, kept where the conversion and what the format fixes may both read them."""
+    if batches is None or scheme is None or not TARGET.reads_calibration(as_scheme(scheme)):
+        return batches
+    return read_often(batches)
+
+
+def _write(modules: Modules, folder: Path, fixed: Mapping[str, Tensor]) -> None:
+    def layout(site: CodedSite) -> dict[str, Tensor]:
+        shared = {GLOBAL: fixed[site.path].clone()} if site.path in fixed else {}
+        return {**site_tensors(site), **shared}
+
+    write_modules(modules, folder, quantization_config(modules), layout, _dtype(modules))
+
+
+def _dtype(modules: Modules) -> torch.dtype:
+    """What the engine has to compute in: the model's own, or that of the weights it makes."""
+    rounded = any(_form(site).in_bfloat16 for site in coded_sites(modules.gm))
+    return torch.bfloat16 if rounded else float_dtype(modules.gm)
+
+
+def _form(site: CodedSite) -> Form:
+    found = form_of(site.weight_spec, site.site.shape[1])
+    assert found is not None  # others are refused
+    return found
 
 
 def site_tensors(site: CodedSite) -> dict[str, Tensor]:
     """What the checkpoint holds for the codes of a site, by the end of its name."""
-    held = site.codes()
-    rows, length = held.codes.shape
-    scale = _by_rows(held.scales, rows)
-    zero = None if held.zero_points is None else _by_rows(held.zero_points, rows).to(torch.int8)
-    found = {"weight_scale": scale}
-    if site.spec.activation is None:
-        bits = container(site.weight_spec)
-        found["weight_packed"] = pack(held.codes, bits)
-        found["weight_shape"] = torch.tensor([rows, length])
-        if zero is not None:
-            found["weight_zero_point"] = pack(zero.t(), bits).t()
-    else:
-        found["weight"] = held.codes
-        if zero is not None:
-            found["weight_zero_point"] = zero
+    held, form = site.codes(), _form(site)
+    found = _integers(site, held) if form is INTEGERS else _floats(held, form)
     static = site.static_input()
     if static is not None:
         found["input_scale"] = static[0].reshape(1).clone()  # shared with other sites
@@ -149,14 +165,40 @@ def site_tensors(site: CodedSite) -> dict[str, Tensor]:
     return found
 
 
+def _integers(site: CodedSite, held: WeightCodes) -> dict[str, Tensor]:
+    rows, length = held.codes.shape
+    zero = None if held.zero_points is None else _by_rows(held.zero_points, rows).to(torch.int8)
+    found = {"weight_scale": _by_rows(held.scales, rows)}
+    if format_of(site.spec, INTEGERS) == INTEGERS.alone:
+        bits = container(site.weight_spec, INTEGERS)
+        found["weight_packed"] = pack(held.codes, bits)
+        found["weight_shape"] = torch.tensor([rows, length])
+        if zero is not None:
+            found["weight_zero_point"] = pack(zero.t(), bits).t()
+    else:
+        found["weight"] = held.codes
+        if zero is not None:
+            found["weight_zero_point"] = zero
+    return found
+
+
+def _floats(held: WeightCodes, form: Form) -> dict[str, Tensor]:
+    stored = held.tensors()
+    found = {"weight_scale": stored["weight_scale"]}
+    if form.scale_dtype is None:
+        found["weight_scale"] = _by_rows(held.scales, len(held.codes))
+    if form.bits == 4:
+        found["weight_packed"] = stored["weight"]
+    else:  # numbers of fewer bits are numbers of E4M3
+        found["weight"] = E4M3.encode(held.spec.grid.decode(held.codes))
+    if held.global_scale is not None and form is NV4:
+        found["weight_global_scale"] = reciprocal(stored[GLOBAL_SCALE])
+    return found
+
+
 def _by_rows(values: Tensor, rows: int) -> Tensor:
     """One value a row where there is one for the tensor: engines want channels or groups."""
     return values.expand(rows, 1) if values.dim() == 0 else values
-
-
-def container(spec: TensorSpec) -> int:
-    """Bits that a code has there: 4 or 8."""
-    return 4 if spec.grid.bits <= 4 else 8
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -200,47 +242,30 @@ def quantization_config(modules: Modules) -> dict[str, Any]:
 
 
 def _group(site: CodedSite) -> dict[str, Any]:
-    weight, activation = site.weight_spec, site.spec.activation
-    size = groups(weight, site.site.shape[1])
-    weights = _arguments(container(weight), weight.grid.has_zero_point, "channel", False)
-    if size:
-        weights |= {"strategy": "group", "group_size": size}
-    inputs = None
-    if activation is not None:
-        spec = activation.tensor
-        inputs = _arguments(8, spec.grid.has_zero_point, spec.granularity, activation.dynamic)
+    form, activation = _form(site), site.spec.activation
     return {
-        "weights": weights,
-        "input_activations": inputs,
+        "weights": weight_arguments(site.weight_spec, form, site.site.shape[1]),
+        "input_activations": None if activation is None else input_arguments(activation),
         "output_activations": None,
-        "format": "pack-quantized" if activation is None else "int-quantized",
-    }
-
-
-def _arguments(bits: int, has_zero_point: bool, strategy: str, dynamic: bool) -> dict[str, Any]:
-    return {
-        "num_bits": bits,
-        "type": "int",
-        "symmetric": not has_zero_point,
-        "strategy": strategy,
-        "group_size": None,
-        "dynamic": dynamic,
+        "format": format_of(site.spec, form),
     }
 
 
 @exclusive  # it replaces the process's stderr
-def _check(gm: GraphModule, folder: Path, wanted: bool) -> Checked:
+def _check(gm: GraphModule, folder: Path, wanted: bool, fixed: Mapping[str, Tensor]) -> Checked:
     said = unchecked(gm, wanted, _NEEDED)
     if said is not None:
         return said
     with without_notices(), contextlib.redirect_stderr(io.StringIO()):  # its bars
-        engine = read_written(folder).eval()
-        ruled = under_engine_rules(gm)
+        engine = read_engine(folder)
+        ruled = under_engine_rules(gm, fixed)
         own = take_buffers(ruled, gm, engine)
-        return compared(
-            in_float32(gm),
-            f"{version('transformers')} with {version(NAME)}, float32",
-            lambda ids: engine(input_ids=ids, use_cache=False).logits,
-            ruled,
-            lambda: cause(ruled, own),
-        )
+        # Its codes of e2m1 are made by a compiled function, and are the same without a compiler.
+        with torch.compiler.set_stance("force_eager"):
+            return compared(
+                in_float32(gm),
+                f"{version('transformers')} with {version(NAME)}, float32",
+                lambda ids: engine(input_ids=ids, use_cache=False).logits,
+                ruled,
+                lambda: cause(ruled, own),
+            )

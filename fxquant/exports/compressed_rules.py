@@ -1,29 +1,52 @@
 """The graph under compressed-tensors' arithmetic, as transformers runs it: float products of
-dequantized operands, and that library's own rule for an input's codes."""
+dequantized operands, and that library's own rules for codes of inputs and numbers of weights."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from transformers import PreTrainedModel
 
 from fxquant.exports.check import in_float32
+from fxquant.exports.compressed_forms import NV4, form_of
+from fxquant.exports.compressed_inputs import EngineInput, reciprocal
 from fxquant.exports.sites import CodedSite, coded_sites
+from fxquant.frontends.pretrained import read_written
 from fxquant.ir.operands import operands
+from fxquant.numerics.quantization import expand_groups
 
-_LOWEST, _HIGHEST = -128, 127
 _HELD = "fxquant_engine"
 
 
-def under_engine_rules(gm: GraphModule) -> GraphModule:
-    """A copy of ``gm`` in which every coded site multiplies as the engine does."""
+def read_engine(folder: Path) -> PreTrainedModel:
+    """What transformers runs of the checkpoint, in float32.
+
+    The library makes some weights bfloat16 tensors (``Form.in_bfloat16``), which no linear of a
+    float32 model takes: they go on in float32, as they are.
+    """
+    engine = read_written(folder).eval()
+    engine.hf_quantizer.compressor.decompress_model(engine)
+    for parameter in engine.parameters():
+        if parameter.dtype == torch.bfloat16:
+            parameter.data = parameter.data.float()
+    return engine
+
+
+def under_engine_rules(gm: GraphModule, fixed: Mapping[str, Tensor]) -> GraphModule:
+    """A copy of ``gm`` in which every coded site multiplies as the engine does; ``fixed``: the
+    global scales of inputs, by site."""
     copy = in_float32(gm)
     for number, site in enumerate(list(coded_sites(copy))):
         quantize = site.quantize
-        if quantize is None:
+        if quantize is None and not _rounds_weight(site):
             continue  # the graph multiplies by the dequantized weight too
-        copy.add_submodule(f"{_HELD}.site_{number}", _Linear(site))
-        x = operands(quantize).x
+        linear = _Linear(site, fixed.get(site.path))
+        copy.add_submodule(f"{_HELD}.site_{number}", linear)
+        x = operands(site.output).input if quantize is None else operands(quantize).x
         with copy.graph.inserting_before(site.output):
             y = copy.graph.create_node("call_module", f"{_HELD}.site_{number}", (x,))
         site.output.replace_all_uses_with(y)
@@ -33,46 +56,34 @@ def under_engine_rules(gm: GraphModule) -> GraphModule:
     return copy
 
 
-class _Linear(nn.Module):
-    """A linear whose input is quantized and dequantized by the engine's rule."""
+def _rounds_weight(site: CodedSite) -> bool:
+    return form_of(site.weight_spec, site.site.shape[1]) is NV4
 
-    def __init__(self, site: CodedSite) -> None:
+
+def _weight(site: CodedSite) -> Tensor:
+    """float32 [N, K]: the numbers that the engine multiplies by."""
+    held = site.codes()
+    if not _rounds_weight(site):
+        return held.dequantize()
+    scales = held.tensors()["weight_scale"].to(torch.float32) / reciprocal(held.global_scale)
+    spread = expand_groups(scales, held.codes.shape[1], held.spec.group_size)
+    return (held.spec.grid.decode(held.codes) * spread).to(torch.bfloat16).to(torch.float32)
+
+
+class _Linear(nn.Module):
+    """A linear by the engine's rules for its weight and the codes of its input."""
+
+    def __init__(self, site: CodedSite, fixed: Tensor | None) -> None:
         super().__init__()
-        assert site.spec.activation is not None
-        spec = site.spec.activation.tensor
-        self.symmetric, self.token = not spec.grid.has_zero_point, spec.granularity == "token"
-        self.static = site.static_input()
         bias = site.bias()
-        self.weight = site.codes().dequantize()
+        self.weight = _weight(site)
         self.bias = None if bias is None else bias.float()
-        self.shares_a_scale = False
+        self.coded = None if site.quantize is None else EngineInput(site, fixed)
+        self.rounds_weight = _rounds_weight(site)
 
     def forward(self, x: Tensor) -> Tensor:
-        scale, zero_point = self._range(x) if self.static is None else self.static
-        steps = x / scale
-        if zero_point is not None:
-            steps = steps + zero_point.to(x.dtype)
-        codes = torch.round(torch.clamp(steps, _LOWEST, _HIGHEST))
-        if zero_point is not None:
-            codes = codes - zero_point.to(x.dtype)
-        return nn.functional.linear(codes * scale, self.weight, self.bias)
-
-    def _range(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Dynamic scale and zero point. A "token" is what shares the first two dimensions: of an
-        input [tokens, K] that is each element, and the engine takes the whole instead."""
-        axes = tuple(range(2, x.dim())) if self.token else ()
-        self.shares_a_scale |= self.token and not axes
-        if axes:
-            low, high = x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)
-        else:
-            low, high = x.min(), x.max()
-        low, high = low.clamp(max=0), high.clamp(min=0)
-        if self.symmetric:
-            scale = torch.maximum(low.abs(), high.abs()) / 127.5
-            return torch.where(scale == 0, torch.finfo(x.dtype).eps, scale), None
-        scale = (high - low) / 255.0
-        zero_point = torch.round((_LOWEST - low / scale).clamp(_LOWEST, _HIGHEST))
-        return torch.where(scale == 0, torch.finfo(x.dtype).eps, scale), zero_point
+        given = x if self.coded is None else self.coded(x)
+        return nn.functional.linear(given, self.weight, self.bias)
 
 
 def take_buffers(ruled: GraphModule, gm: GraphModule, engine: nn.Module) -> list[str]:
@@ -96,16 +107,9 @@ def cause(ruled: GraphModule, reasons: list[str]) -> str:
     """Why the engine's logits are not the graph's, from what ran under its rules and ``reasons``
     that are known."""
     linears = [module for module in ruled.modules() if isinstance(module, _Linear)]
-    if not linears:
-        return "; ".join([*reasons, "float sums in another order"])
-    reasons = list(reasons)
-    symmetric = [linear for linear in linears if linear.symmetric]
-    if symmetric:
-        reasons.append("symmetric codes reach -128 there, -127 here")
-    if any(linear.static is None for linear in symmetric):
-        reasons.append("a dynamic scale is absmax/127.5 there, absmax/127 here")
-    if len(symmetric) < len(linears):
-        reasons.append("a code is rounded after its zero point is added there, before it here")
-    if any(linear.shares_a_scale for linear in linears):
-        reasons.append("an input [tokens, K] has one scale there, one a token here")
-    return "; ".join([*reasons, "sums are of floats there"])
+    inputs = [linear.coded for linear in linears if linear.coded is not None]
+    found = [said for each in inputs for said in each.differences()]
+    if any(linear.rounds_weight for linear in linears):
+        found.append("weights under two scales are rounded to bfloat16 there")
+    last = "sums are of floats there" if inputs else "float sums in another order"
+    return "; ".join([*reasons, *dict.fromkeys(found), last])

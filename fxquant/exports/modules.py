@@ -245,11 +245,17 @@ Layout = Callable[[CodedSite], dict[str, Tensor]]
 
 
 def write_modules(
-    modules: Modules, folder: Path, quantization: dict[str, Any], layout: Layout
+    modules: Modules,
+    folder: Path,
+    quantization: dict[str, Any],
+    layout: Layout,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Shards of float tensors, and of what ``layout`` makes of codes; config.json."""
+    """Shards of float tensors, and of what ``layout`` makes of codes; config.json, which says
+    ``dtype``, if not the graph's own."""
     config = {**modules.config, "quantization_config": quantization}
-    config["torch_dtype"] = config["dtype"] = str(float_dtype(modules.gm)).removeprefix("torch.")
+    named = str(dtype or float_dtype(modules.gm)).removeprefix("torch.")
+    config["torch_dtype"] = config["dtype"] = named
     if modules.unties:
         config["tie_word_embeddings"] = False
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

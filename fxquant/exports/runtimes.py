@@ -16,10 +16,10 @@ from torch import Tensor
 from fxquant.checkpoint.dataclass_json import from_json
 from fxquant.errors import CheckpointError, ExportError, SchemeError
 from fxquant.exports import compressed_file, onnx_file
+from fxquant.exports.compressed_rules import read_engine
 from fxquant.exports.folder import RECORD, is_export
 from fxquant.files.doors import printable, reason
 from fxquant.frontends.hub import without_notices
-from fxquant.frontends.pretrained import read_written
 from fxquant.ir.calibration import CalibrationRecord
 from fxquant.ir.graph import GraphInfo, Level
 from fxquant.recipes.running import AUTO
@@ -74,11 +74,12 @@ def _onnxruntime(folder: Path) -> Losses:
 
 def _transformers(folder: Path) -> Losses:
     with without_notices():
-        engine = read_written(folder).eval()
+        engine = read_engine(folder)
 
-    @torch.no_grad()
     def losses(ids: Tensor) -> Tensor:
-        return token_nll(engine(input_ids=ids, use_cache=False).logits, ids)
+        # Its codes of e2m1 are made by a compiled function, and are the same without a compiler.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            return token_nll(engine(input_ids=ids, use_cache=False).logits, ids)
 
     return losses
 

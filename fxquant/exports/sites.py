@@ -61,7 +61,8 @@ class CodedSite:
         call = operands(self.quantize)
         if call.scale.op != "get_attr":
             return None
-        zero = None if call.zero_point is None else get_tensor(self.gm, call.zero_point).cpu()
+        node = getattr(call, "zero_point", None)  # which codes of integers alone have
+        zero = None if node is None else get_tensor(self.gm, node).cpu()
         return get_tensor(self.gm, call.scale).cpu(), zero
 
 
@@ -109,5 +110,7 @@ def _quantize_node(output: Node) -> Node | None:
         if not is_op(x, OPS.dequantize.default):
             return None
         codes = operands(x).codes
+        if is_op(codes, OPS.decode.default):
+            codes = operands(codes).stored
     assert isinstance(codes, Node)
     return codes

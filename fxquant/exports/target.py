@@ -47,6 +47,9 @@ class Target:
         check_repairs: why it cannot hold what a repair of a scheme does to this float graph.
         check_tokenizer: raises ExportError for a tokenizer that it cannot hold beside a model or
             graph, which may be in float still.
+        fixes: whether it fixes what a spec chooses on each call, on data that the scheme itself
+            does not read.
+        with_data: the same where calibration data are given, which then holds that too.
     """
 
     name: str
@@ -61,6 +64,17 @@ class Target:
     ready: Callable[[], None] | None = None
     check_repairs: Callable[[GraphModule, Scheme], tuple[str, Refusal] | None] | None = None
     check_tokenizer: Callable[[Tokenizer, PreTrainedModel | GraphModule], None] | None = None
+    fixes: Callable[[SiteSpec], bool] | None = None
+    with_data: Target | None = None
+
+    def reads_calibration(self, scheme: Scheme) -> bool:
+        """Whether an export of a model under ``scheme`` reads data itself."""
+        specs = (scheme.spec, *(spec for _, spec in scheme.overrides))
+        return self.fixes is not None and any(map(self.fixes, specs))
+
+    def given(self, data: object) -> Target:
+        """The target where ``data``, None for none, are there to calibrate on."""
+        return self if data is None else self.with_data or self
 
 
 def check_possible(target: Target, streamed: bool = False) -> None:
