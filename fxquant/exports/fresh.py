@@ -23,9 +23,9 @@ def main(kind: str, file: str, threads: str, given: str, found: str) -> None:
     foreign = sorted({"fxquant", "transformers"} & sys.modules.keys())
     if foreign:
         sys.exit(f"{file} has loaded {' and '.join(foreign)}")
-    file = io.BytesIO()
-    torch.save(logits, file)
-    Path(found).write_bytes(file.getvalue())  # torch's own writer aborts on a full disk
+    written = io.BytesIO()
+    torch.save(logits, written)
+    Path(found).write_bytes(written.getvalue())  # torch's own writer aborts on a full disk
 
 
 if __name__ == "__main__":

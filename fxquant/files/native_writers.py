@@ -46,7 +46,7 @@ class _Held(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def held_errors(path: Path) -> Iterator[io.RawIOBase]:
+def held_errors(path: Path) -> Iterator[Any]:
     """A new file at ``path`` to be written from its start to its end; OSError once the block ends
     where a write in it has failed."""
     file = _Held(path)
