@@ -199,7 +199,8 @@ def _insert(gm: GraphModule, operand: Node, target: str, make: Callable[..., Nod
 
 
 def _of(gm: GraphModule, target: str) -> Node:
-    return next(node for node in gm.graph.nodes if str(node.target).startswith(f"fxquant.{target}"))
+    found: Node = next(n for n in gm.graph.nodes if str(n.target).startswith(f"fxquant.{target}"))
+    return found
 
 
 def _sums_negated(gm: GraphModule) -> None:
