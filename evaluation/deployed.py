@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fxquant.errors import ExportError, NonFiniteError, WriteError
+from fxquant.errors import ExportError, NonFiniteError
 from fxquant.evaluation.models import read_saved_tokenizer, weights_hash
 from fxquant.evaluation.overlap import overlap_of
 from fxquant.evaluation.perplexity import Perplexity
@@ -26,7 +25,7 @@ from fxquant.evaluation.token_windows import Windows
 from fxquant.exports.runtimes import Losses, Runtime, read_facts
 from fxquant.exports.table import FORMATS
 from fxquant.exports.target import check_converted, check_scheme
-from fxquant.files.locks import reason
+from fxquant.files.temporary import temporary_folder
 from fxquant.frontends.pretrained import read_config
 from fxquant.ir.calibration import Calibration
 from fxquant.ir.graph import GraphInfo, Level, info
@@ -105,17 +104,10 @@ def run_graph(
     """
     is_float = info(gm).level == Level.FLOAT
     scheme = str(FLOAT) if is_float else info(gm).scheme
-    try:
-        place = tempfile.TemporaryDirectory(prefix="fxquant-", ignore_cleanup_errors=True)
-    except OSError as error:
-        raise WriteError(
-            f"cannot keep the export to {runtime.target}: {reason(error)}; make room, or name "
-            "another folder in TMPDIR"
-        ) from error
-    with place as parent:
+    with temporary_folder(f"the export to {runtime.target} lies there") as parent:
         started = time.perf_counter()
         exported = FORMATS[runtime.target].export(
-            gm, Path(parent) / "export", scheme=scheme if is_float else None, check=False
+            gm, parent / "export", scheme=scheme if is_float else None, check=False
         )
         seconds = time.perf_counter() - started
         found = run_exported(

@@ -64,6 +64,34 @@ def test_every_small_shape() -> None:
 
 
 @needs_route
+@needs_route
+def test_every_layout_of_a_matrix() -> None:
+    generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+
+    def layouts(rows: int, columns: int) -> dict[str, Tensor]:
+        made = codes(generator, rows, columns)
+        wide = codes(generator, 2 * rows, 2 * columns)
+        return {
+            "rows": made,
+            "columns": made.t().contiguous().t(),
+            "one row": made[:1].expand(rows, columns),
+            "one column": made[:, :1].expand(rows, columns),
+            "one number": made[0, 0].expand(rows, columns),
+            "every second row": wide[::2, :columns],
+            "every second column": wide[:rows, ::2],
+            "every second of both": wide[::2, ::2],
+            "every second column, across": wide.t().contiguous().t()[:rows, ::2],
+        }
+
+    for rows, length, columns in ((16, 32, 16), (2, 32, 64), (33, 70, 5), (1, 8, 9)):
+        for (one, x), (other, weight) in itertools.product(
+            layouts(rows, length).items(), layouts(columns, length).items()
+        ):
+            expected = reference_int_gemm(x, weight).to(torch.int32)
+            assert torch.equal(cpu_int8.int_mm(x, weight), expected), (one, other)
+            assert torch.equal(cpu_int8.batched_int_mm(x, weight.t()), expected), (one, other)
+
+
 def test_operands_that_are_views() -> None:
     g = torch.Generator().manual_seed(5)
     x, w = codes(g, 40, 300), codes(g, 30, 300)

@@ -39,6 +39,7 @@ from fxquant.checkpoint.target import is_empty, partial_folder, put_in_place, sa
 from fxquant.errors import CheckpointError, FxquantError
 from fxquant.files.doors import Location, as_path, door, parse_json, reason
 from fxquant.files.tensor_file import storage_order
+from fxquant.frontends.rust_tokenizers import save_tokenizer
 from fxquant.ir.blocks import block_of
 from fxquant.ir.graph import GraphInfo, info
 from fxquant.ir.streamed import check_present, sources_of
@@ -85,7 +86,7 @@ def _save(gm: GraphModule, target: Path, tokenizer: Tokenizer | None) -> None:
         if info(gm).config:
             (partial / CONFIG).write_text(info(gm).config, encoding="utf-8")
         if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+            save_tokenizer(tokenizer, partial)
         write_manifest(partial)
         put_in_place(partial, target)
 

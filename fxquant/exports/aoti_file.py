@@ -20,6 +20,7 @@ from fxquant.exports.pt2_program import elsewhere, exported, on_cpu
 from fxquant.exports.source import Source, converted, generation_of
 from fxquant.exports.target import Target
 from fxquant.files.doors import Location, printable
+from fxquant.files.native_writers import held_errors
 from fxquant.frontends.patching import exclusive, exporting
 from fxquant.ir.graph import Level
 from fxquant.pipeline.arguments import checked_call
@@ -100,8 +101,13 @@ def _write(gm: GraphModule, folder: Path) -> None:
     program = exported(on_cpu(gm))
     inductor: Any = torch._inductor
     try:  # its progress goes to stderr
-        with exporting(), torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
-            inductor.aoti_compile_and_package(program, package_path=str(folder / MODEL))
+        with (
+            exporting(),
+            torch.no_grad(),
+            contextlib.redirect_stderr(io.StringIO()),
+            held_errors(folder / MODEL) as file,
+        ):
+            inductor.aoti_compile_and_package(program, package_path=file)
     except (exc.CppCompileError, exc.InductorError) as error:
         last = (str(error).strip().splitlines() or ["no word"])[-1].strip()
         raise ExportError(

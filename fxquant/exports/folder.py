@@ -20,6 +20,7 @@ from fxquant.errors import ExportError
 from fxquant.exports.check import Checked
 from fxquant.files.doors import Location, as_path, door, read_object
 from fxquant.frontends.model_config import CONFIG
+from fxquant.frontends.rust_tokenizers import save_tokenizer
 from fxquant.ir.graph import info
 
 RECORD = "fxquant_export.json"
@@ -82,7 +83,7 @@ def write_export(
                 if isinstance(each, GenerationConfig):  # as the model has it, valid or not
                     each.to_json_file(partial / "generation_config.json", use_diff=True)
                 elif each is not None:
-                    each.save_pretrained(partial)
+                    save_tokenizer(each, partial)
         found = check(partial)  # an engine's own errors are none of writing
         if not found.passed:
             raise ExportError(f"{name}: nothing is written to {target}: {found}")

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
@@ -173,9 +174,16 @@ def _write(modules: Modules, words: Vocabulary | None, path: Path) -> None:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for part in parts:
-            writer.write_tensor_data(part.read().contiguous().numpy())
+            writer.write_tensor_data(part.read().contiguous().numpy().view(_Whole))
     finally:
         writer.close()
+
+
+class _Whole(np.ndarray):
+    """numpy's own ``tofile`` says nothing of what the system did not take at its end."""
+
+    def tofile(self, file: Any, sep: str = "", format: str = "%s") -> None:
+        file.write(self.data)
 
 
 def _stored_as(part: _Part) -> torch.dtype:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +19,7 @@ from fxquant.errors import ExportError, ModelError
 from fxquant.exports.shards import write_shards
 from fxquant.exports.sites import CodedSite, coded_sites
 from fxquant.exports.target import Refusal
-from fxquant.files.doors import door
+from fxquant.files.temporary import room_for, temporary_folder
 from fxquant.frontends.model_config import CONFIG
 from fxquant.frontends.pretrained import empty_model, read_config
 from fxquant.ir.graph import float_dtype, info, tag
@@ -278,17 +276,14 @@ def _config(text: str) -> PretrainedConfig:
 
     Raises ExportError for a config that is none, and where no temporary file can be written.
     """
-    place = os.environ.get("TMPDIR", "/tmp")
-    advice = "the graph's config lies there for a moment: make room, or name another in TMPDIR"
-    with (
-        door(ExportError, f"cannot write to {place}", (OSError,), advice),
-        tempfile.TemporaryDirectory(prefix="fxquant-", ignore_cleanup_errors=True) as folder,
-    ):
-        (Path(folder) / CONFIG).write_text(text, encoding="utf-8")
+    what = "the graph's config lies there"
+    with temporary_folder(what, ExportError) as folder:
+        with room_for(folder / CONFIG, what, ExportError):
+            (folder / CONFIG).write_text(text, encoding="utf-8")
         try:
             return read_config(folder)
         except ModelError as error:
-            said = str(error).replace(f"{folder}/", "").replace(folder, "the graph's config")
+            said = str(error).replace(f"{folder}/", "").replace(str(folder), "the graph's config")
             raise ExportError(f"the graph holds a config that makes no model: {said}") from error
 
 

@@ -18,11 +18,13 @@ from onnx import TensorProto, helper
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from fxquant.errors import ExportError
 from fxquant.exports.check import Checked, in_float32, random_tokens, version
 from fxquant.exports.onnx_names import code_names
 from fxquant.exports.onnx_prepare import prepared
 from fxquant.exports.pt2_program import INPUTS
 from fxquant.exports.sites import coded_sites
+from fxquant.files.doors import door
 from fxquant.ir.counted import counted
 from fxquant.ir.graph import is_op
 from fxquant.ir.legal_forms import OPS
@@ -34,6 +36,7 @@ from fxquant.run.probe import Probe
 EXACT: Final = {"session.qdq_matmulnbits_accuracy_level": "1"}
 # Of logits whose codes are the same: every block sums in another order.
 _ALLOWED: Final = 1e-4
+_LESS: Final = "make room, or leave the check out: --no-check (check=False)"
 _SHARE: Final = 1e-2  # of codes that may differ, by one
 
 
@@ -150,7 +153,8 @@ def _showing(path: Path, names: list[str]) -> Any:
         model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.UINT8, None))
     target = path.with_name("shown.onnx")
     try:
-        onnx.save(model, target)
+        with door(ExportError, f"cannot write {target}, a copy for the check", (OSError,), _LESS):
+            onnx.save(model, target)
         return session(target, **EXACT)
     finally:
         target.unlink(missing_ok=True)

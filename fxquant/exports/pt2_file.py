@@ -15,6 +15,7 @@ from fxquant.exports.pt2_program import elsewhere, exported, on_cpu, quietly
 from fxquant.exports.source import Source, converted, generation_of
 from fxquant.exports.target import Refusal, Target
 from fxquant.files.doors import Location
+from fxquant.files.native_writers import held_errors
 from fxquant.ir.graph import Level, Site
 from fxquant.pipeline.arguments import checked_call
 from fxquant.run.batches import Batches
@@ -90,6 +91,6 @@ def pt2(
 
 def _write(gm: GraphModule, folder: Path) -> None:
     program = exported(on_cpu(gm))
-    with quietly():
-        torch.export.save(program, folder / MODEL)
+    with quietly(), held_errors(folder / MODEL) as file:
+        torch.export.save(program, file)
     write_config(gm, folder)

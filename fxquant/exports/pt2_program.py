@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -20,6 +19,8 @@ import fxquant.exports.fresh as fresh_program
 from fxquant.errors import ExportError
 from fxquant.exports.check import ALLOWED, Checked, compared, random_tokens, unchecked, version
 from fxquant.files.doors import printable
+from fxquant.files.native_writers import held_errors
+from fxquant.files.temporary import room_for, temporary_folder
 from fxquant.frontends.patching import exclusive, exporting
 from fxquant.ir.graph import clone_sharing_storage, info
 from fxquant.ir.leaves import QuantizedParameters
@@ -128,9 +129,11 @@ def _masked(gm: GraphModule) -> Callable[..., Tensor]:
 
 
 def _run(kind: Kind, file: Path, probes: list[dict[str, Tensor]]) -> list[Tensor]:
-    with tempfile.TemporaryDirectory() as folder:
-        given, found = Path(folder) / "given.pt", Path(folder) / "found.pt"
-        torch.save(probes, given)
+    what = "inputs and logits of the check lie there"
+    with temporary_folder(what, ExportError) as folder:
+        given, found = folder / "given.pt", folder / "found.pt"
+        with room_for(given, what, ExportError), held_errors(given) as start:
+            torch.save(probes, start)
         threads = str(torch.get_num_threads())
         paths = map(str, (given, found))
         command = [sys.executable, "-I", fresh_program.__file__, kind, str(file), threads, *paths]

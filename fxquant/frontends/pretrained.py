@@ -32,10 +32,11 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import cached_file
 
 from fxquant.errors import ModelError
-from fxquant.files.doors import check_regular, check_text, door, read_object, reason
+from fxquant.files.doors import check_regular, check_text, door, read_object
 from fxquant.frontends.hub import without_bars, without_notices
 from fxquant.frontends.model_config import CONFIG, check_config, check_config_file
 from fxquant.frontends.patching import exclusive, parameters_on_meta
+from fxquant.frontends.rust_tokenizers import rust_errors
 from fxquant.frontends.tokenizer_files import (
     FULL,
     SPECIAL_TOKENS,
@@ -306,18 +307,6 @@ def _check_fast(path: Path) -> None:
     """transformers takes a damaged tokenizer.json for one of another library."""
     with rust_errors(f"{path} is no tokenizer"):
         FastTokenizer.from_file(str(path))
-
-
-@contextlib.contextmanager
-def rust_errors(doing: str) -> Iterator[None]:
-    """What tokenizers raises, as a ModelError: its errors are of class Exception itself, and a
-    panic of its Rust code is a BaseException."""
-    try:
-        yield
-    except BaseException as error:
-        if type(error) is not Exception and type(error).__name__ != "PanicException":
-            raise
-        raise ModelError(f"{doing}: {reason(error)}") from error
 
 
 @contextlib.contextmanager

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 import fxquant.ir.fused  # noqa: F401  (registers torch.ops.fxquant, with the plain ones)
@@ -97,7 +98,8 @@ def verify(gm: GraphModule, after: str) -> None:
             _check_rescale(gm, node, after)
         if is_op(node, OPS.int_linear.default) or is_op(node, OPS.code_linear.default):
             call = operands(node)
-            _check_scales(gm, node, call.weight_scale, get_tensor(gm, call.weight).shape[0], after)
+            rows = _read(gm, node, call.weight, after).shape[0]
+            _check_scales(gm, node, call.weight_scale, rows, after)
     _check_sites(gm, after)
     _check_orphans(gm, after)
 
@@ -129,7 +131,7 @@ def form_of(gm: GraphModule, node: Node) -> Form | None:
     return None
 
 
-def _fail(after: str, node: Node, what: str, site: str | None = None) -> None:
+def _fail(after: str, node: Node, what: str, site: str | None = None) -> NoReturn:
     site = site or tag(node).site or "no site"
     raise VerificationError(f"after {after}: {site}: node {node.name}: {what}")
 
@@ -172,22 +174,38 @@ def _check_rescale(gm: GraphModule, node: Node, after: str) -> None:
     sums, row = operands(node).sums, operands(node).weight_scale
     if row is None or any(is_op(sums, product) for product in _PRODUCTS):
         return  # grouped_gemm's sums carry the weight scales; a product has two activations'
-    _check_scales(gm, node, source_of(row), int_gemm_rows(gm, sums), after)
+    column = row.args[0] if isinstance(row, Node) and row.args else row
+    _check_scales(gm, node, column, _rows(gm, node, sums, after), after)
 
 
-def _check_scales(gm: GraphModule, node: Node, scale: Node, rows: int, after: str) -> None:
-    scales = get_tensor(gm, scale).numel()
+def _read(gm: GraphModule, node: Node, operand: object, after: str) -> Tensor:
+    """The tensor of the graph that is an operand of ``node``."""
+    if not isinstance(operand, Node) or operand.op != "get_attr":
+        _fail(after, node, f"{_name(operand)} stands where a tensor of the graph has to")
+    return get_tensor(gm, operand)
+
+
+def _name(operand: object) -> str:
+    return f"node {operand.name}" if isinstance(operand, Node) else str(operand)
+
+
+def _check_scales(gm: GraphModule, node: Node, scale: object, rows: int, after: str) -> None:
+    scales = _read(gm, node, scale, after).numel()
     if scales not in (1, rows):
         _fail(after, node, f"{scales} weight scales for {rows} output columns")
 
 
-def int_gemm_rows(gm: GraphModule, sums: Node) -> int:
-    """N of an int_gemm or a code_gemm node."""
-    call = operands(sums)
-    codes = call.weight_codes if is_op(sums, OPS.int_gemm.default) else call.weight
+def _rows(gm: GraphModule, node: Node, sums: object, after: str) -> int:
+    """N of the int_gemm or code_gemm node whose sums ``node`` reads."""
+    if is_op(sums, OPS.int_gemm.default):
+        codes = operands(sums).weight_codes
+    elif is_op(sums, OPS.code_gemm.default):
+        codes = operands(sums).weight
+    else:
+        _fail(after, node, f"{_name(sums)} stands where a product of codes has to")
     if is_op(codes, OPS.unpack_int4.default):
         codes = operands(codes).packed
-    return get_tensor(gm, codes).shape[0]
+    return _read(gm, node, codes, after).shape[0]
 
 
 def _check_sites(gm: GraphModule, after: str) -> None:

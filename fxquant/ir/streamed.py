@@ -9,25 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fxquant.errors import GraphError, ModelError, WriteError
-from fxquant.files.locks import reason
+from fxquant.files.temporary import room_for, temporary_folder
 from fxquant.files.tensor_file import TensorFile, storage_order
 from fxquant.ir.sources import AnySource, Source
 
 Sources: TypeAlias = dict[str, dict[str, AnySource]]
 """Of each module by its path, and there by the tensor's name."""
+
+_KEPT: Final = "converted leaves of a streamed model are kept there"
 
 
 class Streamed(nn.Module):
@@ -162,19 +161,8 @@ def held(modules: Iterable[nn.Module]) -> Iterator[None]:
 @contextlib.contextmanager
 def workspace_folder() -> Iterator[Path]:
     """A folder for a Workspace, gone with the block; WriteError where none can be made."""
-    try:
-        folder = tempfile.TemporaryDirectory(prefix="fxquant-", ignore_cleanup_errors=True)
-    except OSError as error:
-        raise _no_room(Path(os.environ.get("TMPDIR", "/tmp")) / "fxquant-*", error) from error
-    with folder as name:
-        yield Path(name)
-
-
-def _no_room(path: Path, error: Exception) -> WriteError:
-    return WriteError(
-        f"cannot write {path}: {reason(error)}; converted leaves of a streamed model are kept "
-        "there for a while: make room, or name another folder in TMPDIR"
-    )
+    with temporary_folder(_KEPT) as folder:
+        yield folder
 
 
 @dataclass
@@ -212,10 +200,11 @@ class Workspace:
         orders = {name: storage_order(value) for name, value in large.items()}
         stored = {n: v.permute(orders[n]).contiguous() for n, v in large.items()}
         try:
-            save_file(stored, path)
-        except (OSError, SafetensorError) as error:
+            with room_for(path, _KEPT):
+                save_file(stored, path)
+        except WriteError:
             path.unlink(missing_ok=True)
-            raise _no_room(path, error) from error
+            raise
         file = TensorFile.open(path)
         stream_leaf(
             part,

@@ -68,7 +68,18 @@ def int_mm(x_codes: Tensor, weight_codes: Tensor) -> Tensor:
     """int32 [M, N] of int8 [M, K] by [N, K]; exact where ``exact_int_mm()`` holds."""
     if x_codes.shape[1] == 1:
         return _outer(x_codes, weight_codes.t())
-    return torch._int_mm(x_codes, weight_codes.t())
+    return torch._int_mm(_laid_out(x_codes), _laid_out(weight_codes).t())
+
+
+def _laid_out(codes: Tensor) -> Tensor:
+    """The matrix itself where its rows or its columns lie whole, one behind the other; else a copy.
+
+    Of other layouts, such as an expanded one, _int_mm takes wrong numbers (torch 2.13).
+    """
+    (rows, columns), (down, across) = codes.shape, codes.stride()
+    if (across == 1 and down >= columns) or (down == 1 and across >= rows):
+        return codes
+    return codes.contiguous()
 
 
 def _outer(left_codes: Tensor, right_codes: Tensor) -> Tensor:
@@ -89,5 +100,5 @@ def batched_int_mm(left_codes: Tensor, right_codes: Tensor) -> Tensor:
     shape = (*batch, left_codes.shape[-2], right_codes.shape[-1])
     sums = torch.empty(shape, dtype=torch.int32, device=left_codes.device)
     for left, right, out in zip(lefts, rights, sums.view(count, *shape[-2:]), strict=True):
-        torch._int_mm(left, right, out=out)
+        torch._int_mm(_laid_out(left), _laid_out(right), out=out)
     return sums

@@ -98,7 +98,7 @@ def test_a_file_size_limit_is_one_clear_error(
         assert main(command) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("fxquant: error: cannot write")
-    assert str(output) in said
+    assert str(output) in said or "name another folder in TMPDIR" in said
     assert "File too large" in said
     left = names(tmp_path) - {"s.toml"}
     assert not [path for path in left if "partial" in path or "lock" in path]

@@ -191,6 +191,68 @@ def outcome(gm: GraphModule, folder: Path) -> str:
     return "right"
 
 
+def _insert(gm: GraphModule, operand: Node, target: str, make: Callable[..., Node]) -> None:
+    """Put ``make``'s node between ``operand`` and the nodes of the operator ``target``."""
+    user = next(node for node in operand.users if str(node.target).startswith(f"fxquant.{target}"))
+    with gm.graph.inserting_before(user):
+        user.replace_input_with(operand, make(gm.graph, operand))
+
+
+def _of(gm: GraphModule, target: str) -> Node:
+    found: Node = next(n for n in gm.graph.nodes if str(n.target).startswith(f"fxquant.{target}"))
+    return found
+
+
+def _sums_negated(gm: GraphModule) -> None:
+    sums = _of(gm, "int_gemm")
+    _insert(gm, sums, "rescale", lambda graph, node: graph.call_function(torch.neg, (node,)))
+
+
+def _sums_copied(gm: GraphModule) -> None:
+    sums = _of(gm, "int_gemm")
+    _insert(gm, sums, "rescale", lambda graph, node: graph.call_method("contiguous", (node,)))
+
+
+def _scale_within(gm: GraphModule) -> None:
+    row = _of(gm, "rescale").args[2]
+    assert isinstance(row, Node)
+    (scale,) = row.all_input_nodes
+    with gm.graph.inserting_before(row):
+        row.replace_input_with(scale, gm.graph.call_method("contiguous", (scale,)))
+
+
+def _codes_copied(gm: GraphModule) -> None:
+    codes = _of(gm, "int_gemm").args[1]
+    assert isinstance(codes, Node)
+    _insert(gm, codes, "int_gemm", lambda graph, node: graph.call_method("contiguous", (node,)))
+
+
+def _scale_a_number(gm: GraphModule) -> None:
+    rescale = _of(gm, "rescale")
+    rescale.args = (*rescale.args[:2], 1.0, *rescale.args[3:])
+
+
+def _no_weight(gm: GraphModule) -> None:
+    site = next(site for site in info(gm).sites if site.role == "head")
+    if isinstance(gm.get_submodule(site.path), nn.Linear):
+        gm.set_submodule(site.path, nn.GELU())
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [_sums_negated, _sums_copied, _scale_within, _codes_copied, _scale_a_number, _no_weight],
+)
+@pytest.mark.parametrize("scheme", ["w8a8-static", "w8a8-dynamic-token"])
+def test_operands_that_are_not_the_operators_own(
+    edit: Callable[[GraphModule], None], scheme: str, tmp_path: Path
+) -> None:
+    gm = copy.deepcopy(converted("opt", scheme, "integer"))
+    edit(gm)
+    with pytest.raises(CheckpointError, match=r"^the graph cannot be saved: .{20}"):
+        fxquant.save(gm, tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("count", [16, pytest.param(1000, marks=pytest.mark.slow)])
 def test_what_is_saved_is_loaded(count: int, tmp_path: Path) -> None:
     rng, counts, wrong = random.Random(SEED + count), Counter[str](), []
