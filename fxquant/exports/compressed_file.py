@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fxquant.exports.check import Checked, compared, in_float32, unchecked, version
+from fxquant.exports.check import Checked, compared, in_float32, loading, unchecked, version
 from fxquant.exports.compressed_rules import cause, take_buffers, under_engine_rules
 from fxquant.exports.folder import Exported, output_folder, write_export
 from fxquant.exports.modules import Modules, check_modules, repair_refusal, write_modules
@@ -234,12 +234,14 @@ def _check(gm: GraphModule, folder: Path, wanted: bool) -> Checked:
     if said is not None:
         return said
     with without_notices(), contextlib.redirect_stderr(io.StringIO()):  # its bars
-        engine = read_written(folder).eval()
+        name = f"{version('transformers')} with {version(NAME)}"
+        with loading(NAME, name):
+            engine = read_written(folder).eval()
         ruled = under_engine_rules(gm)
         own = take_buffers(ruled, gm, engine)
         return compared(
             in_float32(gm),
-            f"{version('transformers')} with {version(NAME)}, float32",
+            f"{name}, float32",
             lambda ids: engine(input_ids=ids, use_cache=False).logits,
             ruled,
             lambda: cause(ruled, own),
