@@ -160,13 +160,13 @@ def test_an_export_leaves_other_threads_their_kernels(monkeypatch: pytest.Monkey
     enabled: list[bool] = []
 
     def watched(gm: GraphModule) -> torch.export.ExportedProgram:
-        enabled.append(torch.backends.mkldnn.enabled)
+        enabled.append(bool(torch.backends.mkldnn.enabled))
         return of_any_size(gm)
 
     monkeypatch.setattr(pt2_program, "of_any_size", watched)
     graph = fxquant.convert(tiny_llama(), "w8a8-dynamic-token+attn8", level="integer")
     program = pt2_program.exported(graph)
-    assert enabled == [torch.backends.mkldnn.enabled]
+    assert enabled == [bool(torch.backends.mkldnn.enabled)]
     targets = {str(node.target) for node in program.graph.nodes}
     assert not [name for name in targets if "int_mm" in name or "fxquant" in name]
 
