@@ -30,7 +30,7 @@ SCHEMES = ("w8a8-dynamic-token", "w8", "w4-g128")
 LENGTH = 512
 
 
-def exported(model: Any, scheme: str, folder: Path) -> Path:
+def exported(model: Any, scheme: str | None, folder: Path) -> Path:
     return fxquant.exports.onnx(model, folder, scheme=scheme, check=False).path / FILE
 
 

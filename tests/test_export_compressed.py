@@ -20,13 +20,15 @@ from transformers import (
 )
 
 import fxquant
-from fxquant.errors import ExportError
+from fxquant.errors import ExportError, ModelError
 from fxquant.exports import compressed_file, compressed_tensors
 from fxquant.exports.compressed_file import pack
 from fxquant.exports.sites import CodedSite, coded_sites
+from fxquant.files.doors import door
 from fxquant.ir.graph import info, update_info
 from tests.architectures import build, gpt2, randomize
 from tests.models import SMALL_OPT, small_opt
+from tests.more_architectures import MORE
 
 ENGINE = pytest.mark.needs_program(
     find_spec("compressed_tensors"), "compressed-tensors, of the exports extra"
@@ -331,3 +333,33 @@ def test_a_generation_config_is_written_as_the_model_has_it(tmp_path: Path) -> N
     target = tmp_path / "out"
     compressed_tensors(tiny_llama(), target, scheme="w8", generation_config=usual)
     assert json.loads((target / "generation_config.json").read_text())["temperature"] == 0.5
+
+
+@ENGINE
+def test_what_the_engine_does_not_load_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unread(folder: Path) -> PreTrainedModel:
+        with door(ModelError, f"cannot load {folder}: weights", (AttributeError,)):
+            raise AttributeError("'Linear' object has no attribute 'weight'")
+
+    monkeypatch.setattr(compressed_file, "read_written", unread)
+    with pytest.raises(ExportError, match="does not load what was written") as refused:
+        compressed_tensors(tiny_llama(), tmp_path / "out", scheme="w8")
+    said = str(refused.value)
+    assert "'Linear' object has no attribute 'weight'" in said
+    assert "--no-check" in said
+    assert str(tmp_path) not in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@ENGINE
+def test_a_model_whose_loader_misses_weights_is_right_or_said(tmp_path: Path) -> None:
+    """transformers 5 initializes GPT-BigCode's weights that codes stand for."""
+    said = ""
+    try:
+        found = compressed_tensors(MORE["gpt-bigcode"](), tmp_path / "out", scheme="w8")
+    except ExportError as error:
+        said = str(error)
+    assert "does not load what was written" in said if said else found.checked.passed
+    assert (tmp_path / "out").exists() is not bool(said)

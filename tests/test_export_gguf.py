@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
+    GenerationConfig,
     LlamaConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -95,6 +96,28 @@ def test_other_scales_move_and_it_is_said(scheme: str, tmp_path: Path) -> None:
     again = gguf(with_half_scales(graph), tmp_path / "b").checked
     assert again.difference <= 1e-6 * again.largest
     assert (tmp_path / "a" / MODEL).read_bytes() == (tmp_path / "b" / MODEL).read_bytes()
+
+
+@READER
+@pytest.mark.parametrize("samples", [True, False])
+def test_how_a_token_is_sampled_is_kept(samples: bool, tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    usual = GenerationConfig(
+        do_sample=samples, temperature=0.625, top_k=7, top_p=0.75, repetition_penalty=1.25
+    )
+    exported = gguf(
+        tiny_llama(), tmp_path / "out", scheme="w8-g32-fp16", generation_config=usual, check=False
+    )
+    fields = GGUFReader(exported.path / MODEL).fields
+    prefix = "general.sampling."
+    found = {
+        name.removeprefix(prefix): field.contents()
+        for name, field in fields.items()
+        if name.startswith(prefix)
+    }
+    always, sampled = {"penalty_repeat": 1.25}, {"temp": 0.625, "top_k": 7, "top_p": 0.75}
+    assert found == (always | sampled if samples else always)
 
 
 @READER

@@ -17,6 +17,7 @@ from fxquant.exports import aoti, aoti_file, pt2, pt2_file, pt2_program
 from fxquant.exports.check import ALLOWED
 from fxquant.exports.pt2_file import MODEL
 from fxquant.exports.pt2_program import exported as program_of
+from fxquant.exports.pt2_program import of_any_size
 from tests.models import SMALL_OPT
 from tests.test_export_compressed import batches, tiny_llama
 from tests.test_export_onnx import one_block
@@ -152,6 +153,22 @@ def test_nothing_is_written_where_the_process_differs(
     with pytest.raises(ExportError, match=r"nothing is written.*largest difference"):
         pt2(one_block(), tmp_path / "out", scheme="w8")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_leaves_other_threads_their_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN is one switch for all threads: a program for any processor is made without it."""
+    enabled: list[bool] = []
+
+    def watched(gm: GraphModule) -> torch.export.ExportedProgram:
+        enabled.append(bool(torch.backends.mkldnn.enabled))
+        return of_any_size(gm)
+
+    monkeypatch.setattr(pt2_program, "of_any_size", watched)
+    graph = fxquant.convert(tiny_llama(), "w8a8-dynamic-token+attn8", level="integer")
+    program = pt2_program.exported(graph)
+    assert enabled == [bool(torch.backends.mkldnn.enabled)]
+    targets = {str(node.target) for node in program.graph.nodes}
+    assert not [name for name in targets if "int_mm" in name or "fxquant" in name]
 
 
 def test_a_streamed_graph_is_refused(tmp_path: Path) -> None:

@@ -159,6 +159,15 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert written["temperature"] == 0.5
 
 
+def test_the_tokenizer_may_be_left_out(tmp_path: Path) -> None:
+    asked = ["export", "--to", "gptq", "--model", str(SMALL_OPT), "--scheme", "w8", "--no-check"]
+    assert main([*asked, "--output", str(tmp_path / "with")]) == 0
+    assert main([*asked, "--output", str(tmp_path / "without"), "--no-tokenizer"]) == 0
+    names = [{path.name for path in (tmp_path / name).iterdir()} for name in ("with", "without")]
+    assert "tokenizer.json" in names[0] - names[1]
+    assert names[1] < names[0]
+
+
 def test_command_line_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     to = ["export", "--to", "compressed-tensors", "--model", str(SMALL_OPT)]
     output = ["--output", f"{tmp_path}/out"]

@@ -39,6 +39,14 @@ def test_every_format_and_scheme_stands_in_the_table() -> None:
         assert tuple(cells) == SCHEMES
 
 
+@ENGINES
+def test_the_page_has_the_figures_of_the_loss_in_the_engine() -> None:
+    from benchmarks import onnx_loss
+
+    page = " ".join(PAGE.read_text(encoding="utf-8").split())
+    assert onnx_loss.said(json.loads(onnx_loss.KEPT.read_text())) in page
+
+
 def cells() -> list[Any]:
     """Quick ones, and all."""
     return [

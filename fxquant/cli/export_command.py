@@ -43,6 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stream", action="store_true", help="leave weights in their files: larger than memory"
     )
     parser.add_argument(
+        "--no-tokenizer",
+        action="store_false",
+        dest="tokenizer",
+        help="leave the model's tokenizer out, where the format cannot hold it",
+    )
+    parser.add_argument(
         "--no-check",
         action="store_false",
         dest="check",
@@ -62,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
         exported = format_.export(
             found.graph,
             options.output,
-            tokenizer=found.tokenizer,
+            tokenizer=found.tokenizer if options.tokenizer else None,
             generation_config=found.generation_config,
             check=options.check,
             calibration=found.calibration,
@@ -91,7 +97,7 @@ def _converted(options: argparse.Namespace, format_: Format, workspace: Path) ->
     after_pass = refusing(target, scheme)
 
     def check(loaded: LoadedModel) -> None:
-        if target.check_tokenizer is not None:
+        if options.tokenizer and target.check_tokenizer is not None:
             target.check_tokenizer(loaded.tokenizer, loaded.model)
 
     return convert_as_asked(options, after_pass, workspace, check, reads_data)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from fxquant.errors import ExportError, ModelError
+from fxquant.files.doors import reason
 from fxquant.ir.counted import counted
 from fxquant.ir.graph import clone_sharing_storage, info
 from fxquant.ir.streamed import streamed_device
@@ -84,6 +87,19 @@ def unchecked(gm: GraphModule, check: bool, packages: tuple[str, ...]) -> Checke
 
 def version(package: str) -> str:
     return f"{package} {importlib.metadata.version(package)}"
+
+
+@contextlib.contextmanager
+def loading(target: str, engine: str) -> Iterator[None]:
+    """What an engine says of files that it does not load, as an ExportError."""
+    try:
+        yield
+    except ModelError as error:
+        raise ExportError(
+            f"{target}: nothing is written: {engine} does not load what was written "
+            f"({reason(error.__cause__ or error)}): take another format (--to onnx), or --no-check "
+            "(check=False) to write it for other engines"
+        ) from error
 
 
 def random_tokens(gm: GraphModule) -> tuple[Tensor, ...]:

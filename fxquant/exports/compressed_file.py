@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fxquant.exports.check import Checked, compared, in_float32, unchecked, version
+from fxquant.exports.check import Checked, compared, in_float32, loading, unchecked, version
 from fxquant.exports.compressed_forms import (
     INTEGERS,
     NV4,
@@ -257,14 +257,16 @@ def _check(gm: GraphModule, folder: Path, wanted: bool, fixed: Mapping[str, Tens
     if said is not None:
         return said
     with without_notices(), contextlib.redirect_stderr(io.StringIO()):  # its bars
-        engine = read_engine(folder)
+        name = f"{version('transformers')} with {version(NAME)}"
+        with loading(NAME, name):
+            engine = read_engine(folder)
         ruled = under_engine_rules(gm, fixed)
         own = take_buffers(ruled, gm, engine)
         # Its codes of e2m1 are made by a compiled function, and are the same without a compiler.
         with torch.compiler.set_stance("force_eager"):
             return compared(
                 in_float32(gm),
-                f"{version('transformers')} with {version(NAME)}, float32",
+                f"{name}, float32",
                 lambda ids: engine(input_ids=ids, use_cache=False).logits,
                 ruled,
                 lambda: cause(ruled, own),

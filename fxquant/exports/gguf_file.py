@@ -18,15 +18,21 @@ from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fxquant.errors import ExportError, ModelError
-from fxquant.exports.check import Checked, unchecked, version
+from fxquant.exports.check import Checked, loading, unchecked, version
 from fxquant.exports.folder import Exported, output_folder, write_export
 from fxquant.exports.gguf_blocks import SIZE, blocks, bytes_of, kind_of, pairs, turned
-from fxquant.exports.gguf_model import add_model, architecture, unknown, vocabulary_size
+from fxquant.exports.gguf_model import (
+    add_generation,
+    add_model,
+    architecture,
+    unknown,
+    vocabulary_size,
+)
 from fxquant.exports.gguf_tokenizer import Vocabulary, vocabulary
 from fxquant.exports.half_scales import compared_in_half, in_half, scale_refusal, weight_specs
 from fxquant.exports.modules import Modules, repair_refusal
 from fxquant.exports.sites import codes_at
-from fxquant.exports.source import Source, converted
+from fxquant.exports.source import Source, converted, generation_of
 from fxquant.exports.target import Refusal, Target
 from fxquant.files.doors import Location
 from fxquant.frontends.patching import exclusive
@@ -119,6 +125,8 @@ def gguf(
             ("fp" too), and ``calibration`` where that needs it.
         directory: a folder that is not there, is empty or holds an earlier export.
         tokenizer: kept in the file, with its chat template; without one the file has no vocabulary.
+        generation_config: in place of the model's; the file holds how a token is sampled, and
+            nothing else of it.
         check: load it with transformers and compare logits, before it is put in place.
 
     Scales are fp16 there. Those of a scheme such as ``w4-g32-fp16`` are so from the start, and the
@@ -134,12 +142,13 @@ def gguf(
         check_tokenizer(tokenizer, source)
     gm = converted(source, TARGET, scheme, calibration)
     modules = Modules.of(gm)
+    generation = generation_of(source, generation_config)
     words = None if tokenizer is None else vocabulary(tokenizer, modules.model.config.vocab_size)
     return write_export(
         gm,
         target,
         NAME,
-        write=lambda folder: _write(modules, words, folder / MODEL),
+        write=lambda folder: _write(modules, words, generation, folder / MODEL),
         check=lambda folder: _check(gm, tokenizer, folder / MODEL, check),
         extras=(),
     )
@@ -155,7 +164,9 @@ class _Part:
     read: Callable[[], Tensor]
 
 
-def _write(modules: Modules, words: Vocabulary | None, path: Path) -> None:
+def _write(
+    modules: Modules, words: Vocabulary | None, generation: GenerationConfig | None, path: Path
+) -> None:
     import gguf as library
 
     kinds = library.GGMLQuantizationType
@@ -165,6 +176,8 @@ def _write(modules: Modules, words: Vocabulary | None, path: Path) -> None:
     writer.add_file_type(_file_type(library.LlamaFileType, parts))
     add_model(writer, modules.model.config, info(modules.gm).model)
     _add_tokenizer(writer, words)
+    if generation is not None:
+        add_generation(writer, generation)
     for part in parts:
         dtype = torch.empty(0, dtype=_stored_as(part)).numpy().dtype
         count = torch.Size(part.shape).numel() * dtype.itemsize
@@ -282,11 +295,12 @@ def _check(gm: GraphModule, tokenizer: Tokenizer | None, path: Path, wanted: boo
     said = unchecked(gm, wanted, ("accelerate",))
     if said is not None:
         return said
+    name = f"{version('transformers')} with {version('gguf')}"
     with contextlib.redirect_stderr(io.StringIO()):  # its bars
-        engine = read_gguf_model(path).eval()
+        with loading(NAME, name):
+            engine = read_gguf_model(path).eval()
         words = "" if tokenizer is None else _same_ids(tokenizer, path)
-    name = f"{version('transformers')} with {version('gguf')}, float32"
-    found = compared_in_half(gm, engine, name, minima=True)
+    found = compared_in_half(gm, engine, f"{name}, float32", minima=True)
     return replace(found, cause=f"{found.cause}; {words}") if words else found
 
 

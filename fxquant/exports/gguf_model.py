@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from torch.fx import GraphModule
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from fxquant.ir.graph import info
 
@@ -79,6 +79,23 @@ def add_model(writer: Any, config: PretrainedConfig, name: str) -> None:
     writer.add_rope_dimension_count(head)
     writer.add_rope_freq_base(_theta(config))
     writer.add_vocab_size(config.vocab_size)
+
+
+def add_generation(writer: Any, config: GenerationConfig) -> None:
+    """Write how the model picks a token where it samples, and what it takes off repeated ones; the
+    rest of a generation config (lengths, beams, several ends) has no place in the format."""
+    writers = {"repetition_penalty": writer.add_sampling_penalty_repeat}
+    if config.do_sample:
+        writers |= {
+            "temperature": writer.add_sampling_temp,
+            "top_k": writer.add_sampling_top_k,
+            "top_p": writer.add_sampling_top_p,
+            "min_p": writer.add_sampling_min_p,
+        }
+    for name, write in writers.items():
+        value = getattr(config, name, None)
+        if value is not None:
+            write(value)
 
 
 def _theta(config: PretrainedConfig) -> float:

@@ -192,5 +192,5 @@ def _steps(found: Any) -> list[Any]:
 def _refused(tokenizer: Tokenizer, reason: str) -> ExportError:
     return ExportError(
         f"gguf cannot hold the tokenizer {tokenizer.name_or_path}: {reason}; leave the tokenizer "
-        "out (fxquant.exports.gguf without tokenizer=), or take another format (--to onnx)"
+        "out (--no-tokenizer; from Python no tokenizer=), or take another format (--to onnx)"
     )

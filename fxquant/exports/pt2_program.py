@@ -47,7 +47,7 @@ def exported(gm: GraphModule) -> torch.export.ExportedProgram:
     graph's order. Products of codes are float products that hold every sum, which are exact on any
     processor; the graph may take the processor's own, to the same sums.
     """
-    with quietly(), exporting(), torch.backends.mkldnn.flags(enabled=False):
+    with quietly(), exporting():
         return of_any_size(_written_out(gm))
 
 

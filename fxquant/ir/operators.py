@@ -73,8 +73,10 @@ def int_matmul(left_codes: Tensor, right_codes: Tensor) -> Tensor:
 
 
 def _cpu_int8(codes: Tensor) -> bool:
-    """Whether the processor's int8 instructions take them; asked when a graph runs or compiles."""
-    return codes.device.type == "cpu" and cpu_int8.exact_int_mm()
+    """Whether the processor's int8 instructions take them; asked when a graph runs or compiles. A
+    program that is exported goes to other processors."""
+    here = codes.device.type == "cpu" and not torch.compiler.is_exporting()
+    return here and cpu_int8.exact_int_mm()
 
 
 def column_scales(scale: Tensor, x: Tensor) -> Tensor:
