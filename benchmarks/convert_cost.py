@@ -22,7 +22,7 @@ from torch.fx import GraphModule
 import fxquant
 from benchmarks import machine
 from benchmarks.subjects import ROOT
-from benchmarks.timing import clock, interleaved
+from benchmarks.timing import Step, clock, interleaved
 from fxquant.evaluation.models import versions
 from fxquant.files.whole_file import write_text
 
@@ -50,7 +50,7 @@ def measure(graph: GraphModule, windows: list[Tensor], rounds: int) -> dict[str,
     """By FP8's scheme: seconds of a block of it and of int8, and their ratio."""
     found: dict[str, dict[str, Any]] = {}
     for ours, base in PAIRS.items():
-        steps = {
+        steps: dict[str, Step] = {
             scheme: functools.partial(
                 fxquant.convert, graph, scheme, calibration=windows if "static" in scheme else None
             )
