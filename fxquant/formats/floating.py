@@ -86,9 +86,10 @@ class FloatGrid(Grid):
         return powers.clamp_(min=2.0**self._least_exponent)
 
     def nearest_codes(self, steps: Tensor) -> Tensor:
-        if not self.storage.is_floating_point:
+        # A compiler, which traces with tensors of its own, may cast in another way.
+        if not self.storage.is_floating_point or type(steps) is not Tensor:
             return super().nearest_codes(steps)
-        # torch's cast rounds to nearest, ties to even, as ``_round`` does.
+        # torch's own cast rounds to nearest, ties to even, as ``_round`` does.
         return steps.clamp_(-self.highest, self.highest).to(self.storage)
 
     def encode(self, values: Tensor) -> Tensor:
