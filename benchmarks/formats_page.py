@@ -2,8 +2,8 @@
 
 The prose is benchmarks/formats_page.template.md. In it ``{{row | wnvfp4 | +.2f}}`` is a loss
 difference, ``{{part | wnvfp4 | scale | +.3f}}`` what one part of a format takes, ``{{ratio |
-wnvfp4+gptq | .2f}}`` a repaired loss over that of rounding to nearest, and ``{{table parts}}``
-stands where a table goes.
+wnvfp4+gptq | .2f}}`` a repaired loss over that of rounding to nearest, ``{{cost | fp8 | ratio |
+.2f}}`` is of benchmarks/convert_cost.json, and ``{{table parts}}`` stands where a table goes.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ Rows = Mapping[str, dict[str, Any]]
 _FIELD = re.compile(r"\{\{([^{}]+)\}\}")
 
 
-def page(data: dict[str, Any]) -> str:
-    """The whole page, from what benchmarks.formats_table measured."""
+def page(data: dict[str, Any], cost: dict[str, Any]) -> str:
+    """The whole page, from what benchmarks.formats_table and benchmarks.convert_cost measured."""
     rows = {name: row for name, row in data["rows"].items() if "refused" not in row}
     parts = {name: found for name in PARTS_OF if (found := _parts(rows, name)) is not None}
     ratios = {
@@ -56,6 +56,7 @@ def page(data: dict[str, Any]) -> str:
         "part": values,
         "ratio": ratios,
         "best": _best(rows),
+        "cost": cost["schemes"],
     }
     tables = {
         "table parts": _parts_table(rows, parts),
@@ -64,6 +65,7 @@ def page(data: dict[str, Any]) -> str:
         "table repaired": _repaired_table(rows, ratios),
         "table eight": _plain_table(rows, EIGHT),
         "setting": _setting(data),
+        "cost setting": _cost_setting(cost),
     }
 
     def fill(found: re.Match[str]) -> str:
@@ -187,6 +189,17 @@ def _setting(data: dict[str, Any]) -> str:
         f"{version_words(data['versions'])}."
     )
     return text + (f" Not measured yet: {', '.join(f'`{n}`' for n in missing)}." if missing else "")
+
+
+def _cost_setting(cost: dict[str, Any]) -> str:
+    windows, length = cost["calibration"]
+    return (
+        f"{counted(cost['blocks'], 'block')} of {SUBJECT.name}'s shapes with random weights, "
+        f"static ranges of {counted(windows, 'window')} of {length} tokens; medians of "
+        f"{counted(cost['rounds'], 'round')}, {cost['clock']} seconds, "
+        f"{counted(cost['threads'], 'thread')} of {cost['processor']}; "
+        f"{version_words(cost['versions'])}"
+    )
 
 
 def _bits(row: dict[str, Any]) -> str:

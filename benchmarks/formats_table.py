@@ -5,8 +5,9 @@
     python -m benchmarks.formats_table --minutes 9    begin no row after so long
     python -m benchmarks.formats_table --only four    a part: eight, four, both, repaired
 
-The data are benchmarks/formats_table.json; a run that is interrupted goes on from it. The prose of
-the page is benchmarks/formats_page.template.md, the rows are benchmarks/formats_tried.py.
+The data are benchmarks/formats_table.json; a run that is interrupted goes on from it. Times are of
+benchmarks/convert_cost.json, which benchmarks.convert_cost writes. The prose of the page is
+benchmarks/formats_page.template.md, the rows are benchmarks/formats_tried.py.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from fxquant.files.whole_file import write_text
 from fxquant.schemes.scheme import Scheme
 
 DATA = ROOT / "benchmarks" / "formats_table.json"
+COST = ROOT / "benchmarks" / "convert_cost.json"
 PAGE = ROOT / "docs" / "formats_measured.md"
 TOGETHER = 4  # windows a call where only weights are codes: a call decodes them once
 
@@ -93,7 +95,7 @@ def _row(
 
 def render() -> None:
     """Write the page from what was measured."""
-    write_text(PAGE, page(read_data()))
+    write_text(PAGE, page(read_data(), json.loads(COST.read_text())))
 
 
 def main() -> None:

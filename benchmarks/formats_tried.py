@@ -31,13 +31,15 @@ PARTS = (
     "w4",
 )
 WIDE = ("w4-g128",)
+# As many bits as MXFP4 (4.25) and NVFP4 (4.5), on other grids.
+EQUAL = ("w4-g64-fp16", "wnf4-g64-fp16", "w4-g32-fp16", "wnf4-g32-fp16", "wnf4-g16-e4m3")
 BOTH = ("mxfp4", "mxfp4-rceil", "nvfp4")
 # Repairs of formats of 4.25 and 4.5 bits, in the order in which they were tried.
-BASES = ("wnvfp4", "wmxfp4-rceil", "w4-g16-e4m3")
+BASES = ("wnvfp4", "wmxfp4-rceil", "w4-g16-e4m3", *EQUAL)
 REPAIRED = tuple(f"{base}+gptq(order=static)" for base in BASES)
 GROUPS = {
     "eight": EIGHT,
-    "four": (*NAMED, *PARTS, *WIDE),
+    "four": (*NAMED, *PARTS, *WIDE, *EQUAL),
     "both": BOTH,
     "repaired": REPAIRED,
 }

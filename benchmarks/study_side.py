@@ -84,7 +84,9 @@ def _causes(runs: dict[str, list[Window]]) -> str:
 
 def _verdict(runs: dict[str, list[Window]]) -> str:
     rounding = {s: mean(w["causes"]["rounding"] for w in each) for s, each in runs.items()}
-    weights = {s: mean(w["causes"]["weights"] for w in each) for s, each in runs.items()}
+    weights = {
+        s: _column(each, lambda w: w["causes"]["weights"], "+.3f") for s, each in runs.items()
+    }
     down = {s: mean(_of_down(w, "flushed") for w in each) for s, each in runs.items()}
     return (
         f"The ranges are the same, so what differs is where the numbers lie inside them. int8's "
@@ -92,9 +94,8 @@ def _verdict(runs: dict[str, list[Window]]) -> str:
         f"{down[INT8]:.1%} of the inputs of down_proj become zero, and rounding is "
         f"{rounding[INT8]:+.3f} of the loss. E4M3 has numbers down to 2⁻⁹ of its scale, one in "
         f"230,000 of its largest, with a relative error of at most 1/16 from 2⁻⁶ on: "
-        f"{down[E4M3]:.1%} become zero, and rounding is {rounding[E4M3]:+.3f}. As weights, which "
-        f"have no such outliers, the difference is {weights[E4M3]:+.3f} under E4M3 and "
-        f"{weights[INT8]:+.3f} under int8."
+        f"{down[E4M3]:.1%} become zero, and rounding is {rounding[E4M3]:+.3f}. Weights, which have "
+        f"no such outliers, take {weights[E4M3]} under E4M3 and {weights[INT8]} under int8."
     )
 
 

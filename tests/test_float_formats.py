@@ -49,8 +49,8 @@ def test_bytes_are_those_of_torch(grid: FloatGrid) -> None:
     assert sorted(set(numbers[known].tolist())) == list(grid.levels)
     values = torch.cat((numbers[known], places_between(grid)))
     wanted = values.clamp(-grid.highest, grid.highest).to(OF_TORCH[grid])
-    codes = grid.encode(grid.nearest_(values.clone()))
-    assert torch.equal(codes.view(torch.uint8), wanted.view(torch.uint8))
+    for codes in (grid.encode(grid.nearest_(values.clone())), grid.nearest_codes(values.clone())):
+        assert torch.equal(codes.view(torch.uint8), wanted.view(torch.uint8))
     everything = torch.arange(-(2**31), 2**31, 40_009, dtype=torch.int64).to(torch.int32)
     values = everything.view(torch.float32)  # some of all floats there are
     values = values[values.isfinite()]
@@ -58,6 +58,16 @@ def test_bytes_are_those_of_torch(grid: FloatGrid) -> None:
     found = grid.nearest_(values.clone())
     assert torch.equal(found.view(torch.int32), wanted.view(torch.int32))
     assert torch.equal(grid.nearest_(values.double()), wanted.double())
+
+
+@pytest.mark.parametrize("grid", OF_TORCH, ids=lambda grid: grid.name)
+def test_every_byte_is_widened_as_torch_does(grid: FloatGrid) -> None:
+    patterns = torch.arange(256, dtype=torch.int16).to(torch.uint8)[torch.randperm(256)]
+    for codes in (patterns, patterns.view(2, 4, 32).mT, patterns[3], patterns[:0].view(0, 5)):
+        theirs = codes.view(OF_TORCH[grid])
+        found, wanted = grid.decode(theirs), theirs.to(torch.float32)
+        assert found.shape == wanted.shape
+        assert torch.equal(found.view(torch.int32), wanted.view(torch.int32))  # NaN and -0 too
 
 
 # Levels that need float32's whole mantissa: float32 does not hold most middles of theirs.

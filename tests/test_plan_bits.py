@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxquant
 from fxquant.analysis.costs import storage
@@ -143,6 +144,25 @@ def test_what_a_single_choice_takes_is_enough_for_it() -> None:
     assert found.cheapest_delta_loss == found.everywhere[0].delta_loss
     with pytest.raises(BudgetError, match=r"no plan keeps .* the cheapest at each site take \d"):
         make_plan(graph, PlanRequest(data=ids, bits=costs[choices[0]] - 1e-3, choices=choices))
+
+
+def test_one_scale_for_a_whole_tensor_does_not_take_a_format_beyond_its_bits() -> None:
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+    )
+    graph, ids = fxquant.trace(LlamaForCausalLM(config)), token_ids(1, 8)
+    choices = ("we2m1-g16-e4m3", "w4-g16-e4m3", "w4-g128")
+    found = make_plan(graph, PlanRequest(data=ids, bits=4.5, choices=choices))
+    assert [each.choice for each in found.everywhere] == list(choices)
+    assert 4.5 < found.everywhere[0].cost < 4.5005
+    found = make_plan(graph, PlanRequest(data=ids, bits=4.5, choices=choices[:2]))
+    assert found.cost < 4.5005  # not even the cheapest are within 4.5 to the last digit
+    with pytest.raises(BudgetError, match=r"take 4\.500[0-9], scales included"):
+        make_plan(graph, PlanRequest(data=ids, bits=4.499, choices=choices[:2]))
 
 
 def test_no_choice_of_all_is_better_by_the_measured_effects() -> None:

@@ -85,6 +85,13 @@ class FloatGrid(Grid):
         powers = values.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
         return powers.clamp_(min=2.0**self._least_exponent)
 
+    def nearest_codes(self, steps: Tensor) -> Tensor:
+        # A compiler, which traces with tensors of its own, may cast in another way.
+        if not self.storage.is_floating_point or type(steps) is not Tensor:
+            return super().nearest_codes(steps)
+        # torch's own cast rounds to nearest, ties to even, as ``_round`` does.
+        return steps.clamp_(-self.highest, self.highest).to(self.storage)
+
     def encode(self, values: Tensor) -> Tensor:
         if self.storage.is_floating_point:
             return values.to(self.storage)
@@ -97,7 +104,7 @@ class FloatGrid(Grid):
 
     def decode(self, codes: Tensor) -> Tensor:
         if self.storage.is_floating_point:
-            return codes.to(torch.float32)
+            return self._of_bytes(codes) if codes.is_cpu else codes.to(torch.float32)
         pattern = codes.to(torch.int32)
         magnitude = pattern & (2 ** (self.bits - 1) - 1)
         small = magnitude < 2**self.mantissa  # without the leading 1: add one, take it off again
@@ -106,6 +113,12 @@ class FloatGrid(Grid):
         values = (shifted << (23 - self.mantissa)).view(torch.float32)
         values = values - small.to(torch.float32) * 2.0**self._least_exponent
         return torch.where(pattern >= 2 ** (self.bits - 1), -values, values)
+
+    def _of_bytes(self, codes: Tensor) -> Tensor:
+        """Looked up: torch widens float8 one by one on the CPU, several times slower."""
+        every = torch.arange(256, dtype=torch.uint8).view(self.storage).to(torch.float32)
+        places = codes.view(torch.uint8).to(torch.int32)
+        return every.index_select(0, places.reshape(-1)).view(codes.shape)
 
     def valid(self, codes: Tensor) -> bool:
         pattern = codes.view(torch.uint8)

@@ -60,6 +60,11 @@ class Grid(abc.ABC):
         """``steps = x / scale`` (float32) moved in place to the nearest ``number - zero_point``."""
         return self.rounder(zero_point)(steps)
 
+    def nearest_codes(self, steps: Tensor) -> Tensor:
+        """The codes of the numbers nearest to ``steps = x / scale`` (float32), which are used up;
+        no zero point."""
+        return self.encode(self.nearest_(steps))
+
     @abc.abstractmethod
     def encode(self, values: Tensor) -> Tensor:
         """The codes, of dtype ``storage``, of numbers of the grid, float32."""

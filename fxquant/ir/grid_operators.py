@@ -51,7 +51,7 @@ def quantize_to(x: Tensor, scale: Tensor, grid: str, group_size: int) -> Tensor:
     """Codes of ``x`` on a grid, granularity by the scale's shape; group_size 0: no groups."""
     found = grid_named(grid)
     spread = quantization.expand_groups(scale, x.shape[-1], group_size or None)
-    return found.encode(found.nearest_(torch.div(x.to(torch.float32), spread)))
+    return found.nearest_codes(torch.div(x.to(torch.float32), spread))
 
 
 def decode(stored: Tensor, grid: str, length: int) -> Tensor:

@@ -110,10 +110,10 @@ class Quantizer:
 
     def codes(self, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         """Codes, one an element, of the grid's storage dtype."""
-        steps = self._steps(x, scale, zero_point)
-        if zero_point is not None:
-            steps.add_(self._spread(zero_point, x))
-        return self.spec.grid.encode(steps)
+        grid = self.spec.grid
+        if zero_point is None:
+            return grid.nearest_codes(self._divided(x, scale))
+        return grid.encode(self._steps(x, scale, zero_point).add_(self._spread(zero_point, x)))
 
     def rounded(self, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         """What codes of x stand for, in x's dtype."""
@@ -159,9 +159,11 @@ class Quantizer:
 
     def _steps(self, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         """Numbers of the grid less the zero point, float32, in a fresh tensor."""
-        steps = torch.div(x.to(torch.float32), self._spread(scale, x))
         shift = None if zero_point is None else self._spread(zero_point, x)
-        return self.spec.grid.nearest_(steps, shift)
+        return self.spec.grid.nearest_(self._divided(x, scale), shift)
+
+    def _divided(self, x: Tensor, scale: Tensor) -> Tensor:
+        return torch.div(x.to(torch.float32), self._spread(scale, x))
 
     def _spread(self, values: Tensor, x: Tensor) -> Tensor:
         return expand_groups(values, x.shape[-1] if x.dim() else 1, self.spec.group_size)
