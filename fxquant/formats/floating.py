@@ -86,8 +86,7 @@ class FloatGrid(Grid):
         return powers.clamp_(min=2.0**self._least_exponent)
 
     def nearest_codes(self, steps: Tensor) -> Tensor:
-        # A compiler, which traces with tensors of its own, may cast in another way.
-        if not self.storage.is_floating_point or type(steps) is not Tensor:
+        if not self.storage.is_floating_point or not _eager(steps):
             return super().nearest_codes(steps)
         # torch's own cast rounds to nearest, ties to even, as ``_round`` does.
         return steps.clamp_(-self.highest, self.highest).to(self.storage)
@@ -104,7 +103,8 @@ class FloatGrid(Grid):
 
     def decode(self, codes: Tensor) -> Tensor:
         if self.storage.is_floating_point:
-            return self._of_bytes(codes) if codes.is_cpu else codes.to(torch.float32)
+            by_table = codes.is_cpu and _eager(codes)
+            return self._of_bytes(codes) if by_table else codes.to(torch.float32)
         pattern = codes.to(torch.int32)
         magnitude = pattern & (2 ** (self.bits - 1) - 1)
         small = magnitude < 2**self.mantissa  # without the leading 1: add one, take it off again
@@ -130,6 +130,11 @@ class FloatGrid(Grid):
         if not self.packed:
             return stored
         return unpack_int4(stored, length).view(torch.uint8) & 0xF
+
+
+def _eager(x: Tensor) -> bool:
+    """Whether no compiler traces: its code may cast in another way than torch's own."""
+    return type(x) is Tensor and not torch.compiler.is_compiling()
 
 
 E4M3 = FloatGrid("e4m3", 4, 3, 448.0, torch.float8_e4m3fn)

@@ -112,13 +112,14 @@ def test_a_copy_for_the_check_that_does_not_fit(tmp_path: Path) -> None:
     import onnx
     from onnx import TensorProto, helper
 
-    from fxquant.exports.onnx_check import _showing
+    from fxquant.exports.onnx_check import _beside
 
     x, y = (helper.make_tensor_value_info(name, TensorProto.UINT8, [1]) for name in "xy")
     nodes = [helper.make_node("Identity", ["x"], ["y"])]
-    onnx.save(helper.make_model(helper.make_graph(nodes, "g", [x], [y])), tmp_path / "model.onnx")
+    model = helper.make_model(helper.make_graph(nodes, "g", [x], [y]))
+    onnx.save(model, tmp_path / "model.onnx")
     with file_limit(10), pytest.raises(ExportError, match=r"shown.onnx, a copy.*--no-check"):
-        _showing(tmp_path / "model.onnx", ["y"])
+        _beside(tmp_path / "model.onnx", model)
     assert {path.name for path in tmp_path.iterdir()} == {"model.onnx"}
 
 
