@@ -26,7 +26,7 @@ from tqdm import tqdm
 import fxquant
 from benchmarks.machine import processor
 from benchmarks.memory import MODEL
-from benchmarks.onnx_speed import exported
+from benchmarks.onnx_speed import LENGTH, exported
 from fxquant.evaluation.models import versions
 from fxquant.exports.onnx_check import Shown
 from fxquant.exports.onnx_names import ZERO_POINT, kind_of
@@ -35,7 +35,6 @@ from fxquant.ir.operands import operands
 from fxquant.run.execution import Executor, OnNode
 from fxquant.run.loss import token_nll
 
-LENGTH = 512
 KEPT = Path(__file__).parent / "onnx_loss.json"
 
 

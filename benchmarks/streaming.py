@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM, OPTConfig, PretrainedConfig
 from transformers.integrations.accelerate import init_empty_weights
 
 import fxquant
@@ -66,22 +66,21 @@ def opt_1_3b(layers: int = 24) -> OPTConfig:
     )
 
 
-def write_random(config: OPTConfig, directory: Path) -> None:
+def write_random(config: PretrainedConfig, directory: Path) -> None:
     """Random fp16 weights, a shard a block, without ever holding the model."""
     with init_empty_weights():
-        model = OPTForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()
-    config.architectures, config.dtype = ["OPTForCausalLM"], torch.float16
+    config.architectures, config.dtype = [type(model).__name__], torch.float16
     config.save_pretrained(directory)
     generator = torch.Generator().manual_seed(0)
     shards: dict[str, dict[str, Tensor]] = {}
     places: dict[str, str] = {}
     for name, parameter in model.named_parameters():
         value = torch.randn(parameter.shape, generator=generator) * 0.02
-        gain = name.endswith("layer_norm.weight")
+        gain = name.endswith("norm.weight")
         stored = (1 + value if gain else value).to(torch.float16)
-        parts = name.split(".")
-        block = parts[3] if parts[2] == "layers" else "rest"
+        block = next((part for part in name.split(".") if part.isdigit()), "rest")
         places[name] = f"model-{block}.safetensors"
         shards.setdefault(places[name], {})[name] = stored
         for shard in [s for s in shards if s != f"model-{block}.safetensors" and "rest" not in s]:

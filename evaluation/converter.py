@@ -21,7 +21,7 @@ from fxquant.ir.graph import GraphInfo, info
 from fxquant.ir.size import bits_per_weight
 from fxquant.pipeline.recording import DrawnBatches
 from fxquant.recipes import conversion
-from fxquant.recipes.repairs import can_resume
+from fxquant.recipes.repairs import REPAIRS, can_resume
 from fxquant.schemes.scheme import Scheme, brief
 
 
@@ -140,8 +140,8 @@ class Converter:
 
 
 def _makes_sites(scheme: Scheme) -> bool:
-    """Whether attention's products become sites."""
-    return any(name in ("attn8", "kv8", "kv4") for name, _ in scheme.repairs)
+    """Whether a repair of the scheme does, such as attn8."""
+    return any(REPAIRS[name].makes_sites for name, _ in scheme.repairs)
 
 
 def static_sites(facts: GraphInfo, scheme: Scheme) -> frozenset[str]:

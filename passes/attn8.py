@@ -15,7 +15,7 @@ from fxquant.pipeline.pipeline import Pass
 from fxquant.pipeline.repair import Repair
 from fxquant.schemes.named import Format8
 from fxquant.structure.attention import products_in_float, recount_products, written_out
-from fxquant.structure.outcome import Blocked, Changed, Outcome, called_often
+from fxquant.structure.outcome import Blocked, Changed, Outcome
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,10 @@ class Attn8(Repair):
                     yield path, Blocked("it is a site already", (node,))
                     continue
                 if (count := calls[product.path]) > 1:
-                    yield path, Blocked(called_often(count), (node,))
+                    reason = (
+                        f"{count} attentions of one module: their inputs need not share a range"
+                    )
+                    yield path, Blocked(reason, (node,))
                     continue
                 set_tag(node, Tag(path, self.name, is_output=True))
                 # Rows and columns depend on the input.

@@ -31,7 +31,6 @@ from fxquant.pipeline.context import Context
 from fxquant.pipeline.pipeline import Pass
 from fxquant.schemes.scheme import Role, Scheme
 from fxquant.structure.attention import products_in_float
-from fxquant.structure.outcome import called_often
 
 _SHOWN = 4  # reasons in a message
 
@@ -111,7 +110,7 @@ def _obstacle(path: str, module: nn.Module, role: Role | None, calls: int) -> st
             return f"a {plain_type(module).__name__}, not a linear layer"
         return "a linear layer outside the decoder blocks"
     if calls > 1:
-        return called_often(calls)
+        return f"one module called {calls} times: its inputs need not share a range"
     return ""
 
 

@@ -183,7 +183,7 @@ def test_products_of_an_attention_that_is_called_twice_stay_in_float(scheme: str
     assert products == [f"model.layers.0.self_attn.{kind}" for kind in ("qk", "pv")]
     texts = [note.text for note in info(graph).notes if note.site == "model.layers.1.self_attn.qk"]
     assert len(texts) == 2
-    assert all("called 2 times" in text for text in texts)
+    assert all("2 attentions of one module" in text for text in texts)
     expected = model(ids, use_cache=False).logits  # a cache takes the two for one layer
     assert float((graph(ids) - expected).norm() / expected.norm()) < 0.1
 

@@ -64,7 +64,6 @@ def test_every_small_shape() -> None:
 
 
 @needs_route
-@needs_route
 def test_every_layout_of_a_matrix() -> None:
     generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
 
@@ -92,6 +91,7 @@ def test_every_layout_of_a_matrix() -> None:
             assert torch.equal(cpu_int8.batched_int_mm(x, weight.t()), expected), (one, other)
 
 
+@needs_route
 def test_operands_that_are_views() -> None:
     g = torch.Generator().manual_seed(5)
     x, w = codes(g, 40, 300), codes(g, 30, 300)

@@ -348,7 +348,7 @@ def test_errors_before_conversion(
         run(job(**changes))
 
 
-@pytest.mark.parametrize("base", ["w8", "w8a8-static", "w8+rotate"])
+@pytest.mark.parametrize("base", ["w8", "w8a8-static", "w8+rotate", "w8+kv8"])
 def test_an_override_without_a_site_is_refused_before_any_row(base: str) -> None:
     said: list[str] = []
     wrong = json.dumps({"scheme": base, "overrides": {"layers.0": "w4"}})

@@ -21,7 +21,7 @@ from transformers import (
 
 import fxquant
 from fxquant.errors import ExportError, ModelError
-from fxquant.exports import compressed_file, compressed_tensors
+from fxquant.exports import compressed_file, compressed_rules, compressed_tensors
 from fxquant.exports.compressed_file import pack
 from fxquant.exports.sites import CodedSite, coded_sites
 from fxquant.files.doors import door
@@ -343,7 +343,7 @@ def test_what_the_engine_does_not_load_is_one_clear_error(
         with door(ModelError, f"cannot load {folder}: weights", (AttributeError,)):
             raise AttributeError("'Linear' object has no attribute 'weight'")
 
-    monkeypatch.setattr(compressed_file, "read_written", unread)
+    monkeypatch.setattr(compressed_rules, "read_written", unread)
     with pytest.raises(ExportError, match="does not load what was written") as refused:
         compressed_tensors(tiny_llama(), tmp_path / "out", scheme="w8")
     said = str(refused.value)

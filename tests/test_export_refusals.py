@@ -146,8 +146,8 @@ def test_repairs_that_modules_cannot_hold_are_refused_before_work(
         ("onnx", ["--stream"], "without stream"),
         ("pt2", ["--stream"], "without stream"),
         ("aoti", ["--stream"], "without stream"),
-        ("onnx", [], "pip install fxquant[exports]"),
-        ("gguf", [], "gguf needs gguf to be installed: pip install fxquant[exports]"),
+        ("onnx", [], "pip install 'fxquant[exports]'"),
+        ("gguf", [], "gguf needs gguf to be installed: pip install 'fxquant[exports]'"),
         ("aoti", [], "aoti needs a C++ compiler"),
     ],
 )

@@ -428,6 +428,20 @@ def test_a_size_that_no_probe_reaches_decides_nothing(
         fxquant.trace(model, frontend=frontend)
 
 
+@pytest.mark.parametrize("frontend", ["auto", "recorder"])
+@pytest.mark.parametrize("truth", [False, True])
+def test_the_remainder_of_a_length_decides_nothing(truth: bool, frontend: str) -> None:
+    class Sized(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            rest = x.shape[1] % 64
+            return 2 * x if (rest if truth else rest == 0) else x
+
+    model = llama(max_position_embeddings=400)
+    model.get_submodule("model.layers.1.mlp").register_module("act_fn", Sized())
+    with pytest.raises(TracingError, match=r"decides by the size of its input"):
+        fxquant.trace(model, frontend=frontend)
+
+
 @contextlib.contextmanager
 def _counted(model: PreTrainedModel) -> Iterator[list[int]]:
     """Tokens of each forward of any copy of the model."""

@@ -518,7 +518,7 @@ def test_svg_without_the_extra_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "graphviz", None)
-    with pytest.raises(InspectionError, match=r"pip install fxquant\[graph\]"):
+    with pytest.raises(InspectionError, match=r"pip install 'fxquant\[graph\]'"):
         two_layers().write_dot(tmp_path / "block.svg")
     two_layers().write_dot(tmp_path / "block.dot")
     assert (tmp_path / "block.dot").read_text() == two_layers().dot(0)

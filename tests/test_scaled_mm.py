@@ -116,7 +116,7 @@ def test_the_bound_is_one_that_mistakes_exceed() -> None:
         for wrong in (wanted * 1.5, wanted.roll(1, -1), wanted.roll(1, 1), -wanted):
             assert not bool(((wrong - wanted).abs() <= bound)[good].all())
     longer = scaled_mm.allowed(magnitude, None, SINGLE, 2**16, "cuda")
-    assert bool((longer >= bound).all())
+    assert bool((longer > bound).all())
 
 
 @pytest.mark.parametrize("single", [False, True])
@@ -347,7 +347,7 @@ def test_torch_takes_the_layout_on_cuda(dtype: torch.dtype, single: tuple[bool, 
     for bias in (None, dtype, SINGLE):
         for lead in ((2, 5), (2,), (1, 2, 17)):
             call = operands(1, dtype, lead=lead, single=single, bias=bias)
-            with FakeTensorMode() as mode, NoGuards():
+            with FakeTensorMode(), NoGuards():
                 there: list[Any] = [
                     torch.empty(each.shape, dtype=each.dtype, device="cuda")
                     if isinstance(each, Tensor)
@@ -355,7 +355,6 @@ def test_torch_takes_the_layout_on_cuda(dtype: torch.dtype, single: tuple[bool, 
                     for each in call
                 ]
                 found = scaled_mm.code_linear(*there)
-            assert mode is not None
             assert (found.device.type, found.dtype, found.shape) == ("cuda", dtype, (*lead, 48))
     with FakeTensorMode(), NoGuards():
         x, w = (torch.empty(n, 40, dtype=torch.float8_e4m3fn, device="cuda") for n in (5, 48))

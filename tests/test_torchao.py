@@ -1,4 +1,7 @@
-"""Block formats against torchao's, bit by bit: MX in every rule that it has, and NVFP4."""
+"""Block formats against torchao's, bit by bit: MX in every rule that it has, and NVFP4.
+
+Not just above a power of two under rceil: torchao's logarithm in float32 gives the power itself.
+"""
 
 from __future__ import annotations
 

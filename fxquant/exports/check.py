@@ -82,7 +82,7 @@ def unchecked(gm: GraphModule, check: bool, packages: tuple[str, ...]) -> Checke
     if not absent:
         return None
     names = ", ".join(name.replace("_", "-") for name in absent)
-    return Checked(skipped=f"{names} is not installed (pip install fxquant[exports])")
+    return Checked(skipped=f"{names} is not installed (pip install 'fxquant[exports]')")
 
 
 def version(package: str) -> str:

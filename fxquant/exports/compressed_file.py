@@ -31,7 +31,13 @@ from fxquant.exports.compressed_forms import (
     weight_arguments,
 )
 from fxquant.exports.compressed_inputs import GLOBAL, fixed_scales, read_often, reciprocal
-from fxquant.exports.compressed_rules import cause, read_engine, take_buffers, under_engine_rules
+from fxquant.exports.compressed_rules import (
+    cause,
+    engine_logits,
+    read_engine,
+    take_buffers,
+    under_engine_rules,
+)
 from fxquant.exports.folder import Exported, output_folder, write_export
 from fxquant.exports.modules import Modules, check_modules, repair_refusal, write_modules
 from fxquant.exports.sites import CodedSite, coded_sites
@@ -41,7 +47,7 @@ from fxquant.files.doors import Location
 from fxquant.formats.floating import E4M3
 from fxquant.frontends.hub import without_notices
 from fxquant.frontends.patching import exclusive
-from fxquant.ir.graph import Level, Site, float_dtype
+from fxquant.ir.graph import Level, Site
 from fxquant.ir.leaves import Conv1D
 from fxquant.numerics.weight_codes import GLOBAL_SCALE, WeightCodes
 from fxquant.pipeline.arguments import checked_call
@@ -141,10 +147,10 @@ def _write(modules: Modules, folder: Path, fixed: Mapping[str, Tensor]) -> None:
     write_modules(modules, folder, quantization_config(modules), layout, _dtype(modules))
 
 
-def _dtype(modules: Modules) -> torch.dtype:
-    """What the engine has to compute in: the model's own, or that of the weights it makes."""
+def _dtype(modules: Modules) -> torch.dtype | None:
+    """What the engine has to compute in, if not the graph's own: that of the weights it makes."""
     rounded = any(_form(site).in_bfloat16 for site in coded_sites(modules.gm))
-    return torch.bfloat16 if rounded else float_dtype(modules.gm)
+    return torch.bfloat16 if rounded else None
 
 
 def _form(site: CodedSite) -> Form:
@@ -262,12 +268,10 @@ def _check(gm: GraphModule, folder: Path, wanted: bool, fixed: Mapping[str, Tens
             engine = read_engine(folder)
         ruled = under_engine_rules(gm, fixed)
         own = take_buffers(ruled, gm, engine)
-        # Its codes of e2m1 are made by a compiled function, and are the same without a compiler.
-        with torch.compiler.set_stance("force_eager"):
-            return compared(
-                in_float32(gm),
-                f"{name}, float32",
-                lambda ids: engine(input_ids=ids, use_cache=False).logits,
-                ruled,
-                lambda: cause(ruled, own),
-            )
+        return compared(
+            in_float32(gm),
+            f"{name}, float32",
+            lambda ids: engine_logits(engine, ids),
+            ruled,
+            lambda: cause(ruled, own),
+        )

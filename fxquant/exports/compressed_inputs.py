@@ -42,7 +42,8 @@ def fixed_scales(gm: GraphModule, batches: Batches | None) -> tuple[GraphModule,
         site.path: operands(site.quantize).x for site in _sites(copy) if site.quantize is not None
     }
     observers = {source: ChannelAbsmax(path) for path, source in sources.items()}
-    read = None if batches is None else SizedRecording(read_often(batches))
+    assert batches is not None  # without data such inputs are refused
+    read = SizedRecording(read_often(batches))
     observe_nodes(copy, observers, read, label=GLOBAL)
     remember(copy, read, GLOBAL)
     found = {

@@ -4,6 +4,7 @@ dequantized operands, and that library's own rules for codes of inputs and numbe
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,6 @@ from fxquant.exports.compressed_inputs import EngineInput, reciprocal
 from fxquant.exports.sites import CodedSite, coded_sites
 from fxquant.frontends.pretrained import read_written
 from fxquant.ir.operands import operands
-from fxquant.numerics.quantization import expand_groups
 
 _HELD = "fxquant_engine"
 
@@ -34,6 +34,13 @@ def read_engine(folder: Path) -> PreTrainedModel:
         if parameter.dtype == torch.bfloat16:
             parameter.data = parameter.data.float()
     return engine
+
+
+def engine_logits(engine: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Without a compiler, to the same numbers: the library compiles what makes codes of e2m1."""
+    with torch.compiler.set_stance("force_eager"):
+        logits: Tensor = engine(input_ids=ids, use_cache=False).logits
+    return logits
 
 
 def under_engine_rules(gm: GraphModule, fixed: Mapping[str, Tensor]) -> GraphModule:
@@ -65,9 +72,9 @@ def _weight(site: CodedSite) -> Tensor:
     held = site.codes()
     if not _rounds_weight(site):
         return held.dequantize()
-    scales = held.tensors()["weight_scale"].to(torch.float32) / reciprocal(held.global_scale)
-    spread = expand_groups(scales, held.codes.shape[1], held.spec.group_size)
-    return (held.spec.grid.decode(held.codes) * spread).to(torch.bfloat16).to(torch.float32)
+    stored = held.spec.scale.encode(held.scales, held.global_scale)
+    scales = stored.to(torch.float32) / reciprocal(held.global_scale)
+    return replace(held, scales=scales).dequantize(torch.bfloat16).to(torch.float32)
 
 
 class _Linear(nn.Module):

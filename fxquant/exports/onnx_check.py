@@ -137,23 +137,22 @@ class _Found:
                 self.furthest = max(self.furthest, (_share(apart, own), shown.outputs[node]))
             return theirs[node].to(value.dtype)
 
-        own, largest = _logits(shown.graph, probe, count)
+        own = _logits(shown.graph, probe, count)
         difference = _apart(probe.attended(logits), own)
-        on_theirs, _ = _logits(shown.graph, probe, take)
+        on_theirs = _logits(shown.graph, probe, take)
         self.difference = max(self.difference, difference)
         self.under_rules = max(self.under_rules, _apart(probe.attended(followed), on_theirs))
-        self.largest = max(self.largest, largest)
+        self.largest = max(self.largest, float(own.abs().max()))
         self.tokens += int(probe.attention_mask.sum())
 
 
-def _logits(graph: GraphModule, probe: Probe, on_node: OnNode) -> tuple[Tensor, float]:
-    """Of tokens that are attended to, [tokens, vocab], and the largest of them."""
+def _logits(graph: GraphModule, probe: Probe, on_node: OnNode) -> Tensor:
+    """Of tokens that are attended to, [tokens, vocab]."""
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         found = Executor(graph).run(
             on_node, input_ids=probe.input_ids, attention_mask=probe.attention_mask
         )
-    found = probe.attended(found)
-    return found, float(found.abs().max())
+    return probe.attended(found)
 
 
 def _whole(node: Node) -> bool:

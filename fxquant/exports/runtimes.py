@@ -16,7 +16,7 @@ from torch import Tensor
 from fxquant.checkpoint.dataclass_json import from_json
 from fxquant.errors import CheckpointError, ExportError, SchemeError
 from fxquant.exports import compressed_file, onnx_file
-from fxquant.exports.compressed_rules import read_engine
+from fxquant.exports.compressed_rules import engine_logits, read_engine
 from fxquant.exports.folder import RECORD, is_export
 from fxquant.files.doors import printable, reason
 from fxquant.frontends.hub import without_notices
@@ -76,10 +76,9 @@ def _transformers(folder: Path) -> Losses:
     with without_notices():
         engine = read_engine(folder)
 
+    @torch.no_grad()
     def losses(ids: Tensor) -> Tensor:
-        # Its codes of e2m1 are made by a compiled function, and are the same without a compiler.
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            return token_nll(engine(input_ids=ids, use_cache=False).logits, ids)
+        return token_nll(engine_logits(engine, ids), ids)
 
     return losses
 
@@ -119,7 +118,7 @@ _FACTS: Final[dict[str, Any]] = {
     "weights": str,
     "calibration": tuple[CalibrationRecord, ...] | None,
 }
-_EXPORTS: Final = "pip install fxquant[exports]"
+_EXPORTS: Final = "pip install 'fxquant[exports]'"
 RUNTIMES: Final = {
     runtime.name: runtime
     for runtime in (

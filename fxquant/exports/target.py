@@ -69,8 +69,7 @@ class Target:
 
     def reads_calibration(self, scheme: Scheme) -> bool:
         """Whether an export of a model under ``scheme`` reads data itself."""
-        specs = (scheme.spec, *(spec for _, spec in scheme.overrides))
-        return self.fixes is not None and any(map(self.fixes, specs))
+        return self.fixes is not None and any(map(self.fixes, scheme.specs))
 
     def given(self, data: object) -> Target:
         """The target where ``data``, None for none, are there to calibrate on."""
@@ -84,7 +83,7 @@ def check_possible(target: Target, streamed: bool = False) -> None:
     if absent:
         raise ExportError(
             f"{target.name} needs {' and '.join(absent)} to be installed: pip install "
-            "fxquant[exports]"
+            "'fxquant[exports]'"
         )
     if target.ready is not None:
         target.ready()

@@ -9,15 +9,15 @@ import contextlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 class _Held(io.RawIOBase):
     """Takes every write; the first that fails is kept, and nothing is written behind it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, file: BinaryIO) -> None:
         super().__init__()
-        self._file = path.open("wb")
+        self._file = file
         self.failure: OSError | None = None
 
     def write(self, data: Any) -> int:
@@ -49,7 +49,7 @@ class _Held(io.RawIOBase):
 def held_errors(path: Path) -> Iterator[Any]:
     """A new file at ``path`` to be written from its start to its end; OSError once the block ends
     where a write in it has failed."""
-    file = _Held(path)
+    file = _Held(path.open("wb"))
     try:
         with file:
             yield file

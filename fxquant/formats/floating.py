@@ -89,7 +89,7 @@ class FloatGrid(Grid):
         if not self.storage.is_floating_point or not _eager(steps):
             return super().nearest_codes(steps)
         # torch's own cast rounds to nearest, ties to even, as ``_round`` does.
-        return steps.clamp_(-self.highest, self.highest).to(self.storage)
+        return self.encode(steps.clamp_(-self.highest, self.highest))
 
     def encode(self, values: Tensor) -> Tensor:
         if self.storage.is_floating_point:

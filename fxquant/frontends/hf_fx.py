@@ -20,7 +20,9 @@ from fxquant.ir.operands import op_name
 
 # Numbers that a size is compared with: one up to this is told by the probes of an Oracle.
 _STEP: Final = 2
-_NUMBERS: Final = frozenset({"gt", "lt", "ge", "le", "eq", "ne", "add", "sub", "mul", "floordiv"})
+_NUMBERS: Final = frozenset(
+    {"gt", "lt", "ge", "le", "eq", "ne", "add", "sub", "mul", "floordiv", "mod"}
+)
 
 
 class _Proxy(HFProxy):  # type: ignore[misc]
@@ -32,9 +34,10 @@ class _Proxy(HFProxy):  # type: ignore[misc]
 
     def __bool__(self) -> bool:
         large = [number for number in _numbers(self.node) if abs(number) > _STEP]
-        if large and isinstance(getattr(self, "_metadata", None), bool):
+        if large and isinstance(getattr(self, "_metadata", None), int):  # a remainder is one too
             raise TracingError(
-                f"it compares a size with {large[0]}, and a graph holds one way only"
+                f"it compares a size with {large[0]}, and HFTracer does not tell a size that "
+                "inputs change from one that they do not"
             )
         return bool(super().__bool__())
 

@@ -283,9 +283,9 @@ def _decoder_blocks(model: nn.Module) -> tuple[str, ...]:
     once, by the path that its parts have."""
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
-        outermost = block_of(name, lists) is None
         if isinstance(module, ParametrizationList):  # a ModuleList, but what it holds is no block
             continue
+        outermost = block_of(name, lists) is None
         if isinstance(module, nn.ModuleList) and _holds_matrix(module) and outermost:
             lists[name] = module
     first: dict[nn.Module, str] = {}

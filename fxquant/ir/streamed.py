@@ -158,11 +158,9 @@ def held(modules: Iterable[nn.Module]) -> Iterator[None]:
             module.__dict__["_held"] = None
 
 
-@contextlib.contextmanager
-def workspace_folder() -> Iterator[Path]:
+def workspace_folder() -> contextlib.AbstractContextManager[Path]:
     """A folder for a Workspace, gone with the block; WriteError where none can be made."""
-    with temporary_folder(_KEPT) as folder:
-        yield folder
+    return temporary_folder(_KEPT)
 
 
 @dataclass

@@ -24,8 +24,3 @@ class Blocked:
 
 # The path of a site or of another part of the model, and what was done there.
 Outcome = tuple[str, Changed | Blocked]
-
-
-def called_often(calls: int) -> str:
-    """Why a module that a graph calls so many times is no site."""
-    return f"one module called {calls} times: its inputs need not share a range"

@@ -8,6 +8,7 @@ import sympy
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._sympy.functions import Mod, PythonMod
 
 from fxquant.errors import TracingError
 
@@ -51,7 +52,7 @@ class Guards:
     def _new(self) -> list[Any]:
         new = [guard.expr for guard in self._env.guards[self._seen :]]
         self._seen += len(new)
-        return [condition for condition in new if not isinstance(condition, sympy.Ne)]
+        return [each for each in new if not isinstance(each, sympy.Ne) or each.has(Mod, PythonMod)]
 
     def _always(self, condition: Any) -> bool:
         """Whether ``condition`` holds for every batch and length that is tried."""
