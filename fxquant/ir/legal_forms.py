@@ -196,10 +196,10 @@ def _check_scales(gm: GraphModule, node: Node, scale: object, rows: int, after: 
 
 
 def _rows(gm: GraphModule, node: Node, sums: object, after: str) -> int:
-    """N of the int_gemm or code_gemm node whose sums ``node`` reads."""
+    """N of the node int_gemm, code_gemm or grouped_code_gemm whose sums ``node`` reads."""
     if is_op(sums, OPS.int_gemm.default):
         codes = operands(sums).weight_codes
-    elif is_op(sums, OPS.code_gemm.default):
+    elif is_op(sums, OPS.code_gemm.default) or is_op(sums, OPS.grouped_code_gemm.default):
         codes = operands(sums).weight
     else:
         _fail(after, node, f"{_name(sums)} stands where a product of codes has to")
