@@ -43,6 +43,7 @@ from fxquant.exports.modules import Modules, check_modules, repair_refusal, writ
 from fxquant.exports.sites import CodedSite, coded_sites
 from fxquant.exports.source import Source, converted, generation_of
 from fxquant.exports.target import Refusal, Target
+from fxquant.exports.words import WORD, words
 from fxquant.files.doors import Location
 from fxquant.formats.floating import E4M3
 from fxquant.frontends.hub import without_notices
@@ -57,7 +58,6 @@ from fxquant.schemes.specs import SiteSpec
 
 NAME: Final = "compressed-tensors"
 _NEEDED: Final = ("compressed_tensors", "accelerate")
-_BITS_OF_A_WORD: Final = 32
 
 
 def refusal(gm: GraphModule, site: Site, spec: SiteSpec, calibrated: bool) -> Refusal | None:
@@ -214,12 +214,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     >>> [hex(word) for word in pack(torch.tensor([[-8, 7, 0]], dtype=torch.int8), 4)[0]]
     ['0x8f0']
     """
-    share = _BITS_OF_A_WORD // bits
-    lifted = codes.to(torch.int64) + 2 ** (bits - 1)
-    padded = nn.functional.pad(lifted, (0, -codes.shape[1] % share))
-    places = torch.arange(share) * bits
-    words = (padded.unflatten(1, (-1, share)) << places).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    lifted = codes.to(torch.int16) + 2 ** (bits - 1)
+    return words(nn.functional.pad(lifted, (0, -codes.shape[1] % (WORD // bits))), bits)
 
 
 def quantization_config(modules: Modules) -> dict[str, Any]:

@@ -114,27 +114,33 @@ def common_group_size(gm: GraphModule) -> int:
 
 
 def lifted(site: CodedSite) -> tuple[Tensor, Tensor, Tensor]:
-    """int64 codes [N, K] from 0 up, int64 zero points [N, G] likewise, scales fp16 [N, G]."""
+    """uint8 codes [N, K] from 0 up, int64 zero points [N, G] likewise, scales fp16 [N, G]."""
     held = in_half(site.codes(), site.path)
     shift = 2 ** (held.spec.grid.bits - 1)
     rows = held.codes.shape[0]
     scales = held.scales.expand(rows, 1) if held.scales.dim() == 0 else held.scales
     zeros = torch.zeros((), dtype=torch.int64) if held.zero_points is None else held.zero_points
     return (
-        held.codes.to(torch.int64) + shift,
+        (held.codes.to(torch.int16) + shift).to(torch.uint8),
         zeros.to(torch.int64).expand(scales.shape) + shift,
         scales.to(torch.float16),
     )
 
 
 def words(numbers: Tensor, bits: int) -> Tensor:
-    """Numbers of ``bits`` bits, int64 [R, C], as a stream of bits in words, int32 [R, C bits / 32],
-    the first lowest; C a multiple of 32.
+    """Numbers of ``bits`` bits, integers [R, C], as a stream of bits in words, int32
+    [R, C bits / 32], the first lowest; C bits a multiple of 32.
 
     >>> [hex(word) for word in words(torch.arange(32)[None] % 8, 4)[0]]
     ['0x76543210', '0x76543210', '0x76543210', '0x76543210']
     """
-    places = torch.arange(bits)
-    stream = ((numbers.unsqueeze(-1) >> places) & 1).flatten(1).unflatten(1, (-1, WORD))
-    found = (stream << torch.arange(WORD)).sum(-1)
+    shared = math.gcd(bits, WORD)
+    parts = numbers.unflatten(1, (-1, WORD // shared))  # what fills whole words
+    found = torch.zeros((*parts.shape[:2], bits // shared), dtype=torch.int64)
+    for place in range(parts.shape[-1]):  # one by one: all bits at once would take 64 times as much
+        number, (word, shift) = parts[..., place].to(torch.int64), divmod(place * bits, WORD)
+        found[..., word] |= (number << shift) & (2**WORD - 1)
+        if shift + bits > WORD:
+            found[..., word + 1] |= number >> (WORD - shift)
+    found = found.flatten(1)
     return torch.where(found >= 2**31, found - 2**32, found).to(torch.int32)
