@@ -111,6 +111,15 @@ def measure(folder: Path, small: Path, target: str, scheme: str) -> dict[str, An
     }
 
 
+def said(found: dict[str, Any]) -> str:
+    """The sentence of docs/exports.md."""
+    shares = []
+    for row in found["rows"]:
+        share, size = row["beside_shard"], row["shard_bytes"] / 1e9
+        shares.append(f"{row['target']} {row['scheme']} {share:.2f} ({size:.2f})")
+    return f"private memory at most, as a share of the file written (in GB): {', '.join(shares)}"
+
+
 def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -126,6 +135,7 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
     found = {"rows": rows, "versions": versions(), **machine.description()}
     write_text(DATA, json.dumps(found, indent=2) + "\n")
+    print(said(found))
 
 
 if __name__ == "__main__":

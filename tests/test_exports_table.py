@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import export_memory
 from benchmarks.exports_table import COLUMNS, KEPT, PAGE, SCHEMES, rendered, tried
 
 DATA = json.loads(KEPT.read_text())["targets"]
@@ -45,6 +46,11 @@ def test_the_page_has_the_figures_of_the_loss_in_the_engine() -> None:
 
     page = " ".join(PAGE.read_text(encoding="utf-8").split())
     assert onnx_loss.said(json.loads(onnx_loss.KEPT.read_text())) in page
+
+
+def test_the_page_has_the_figures_of_the_memory() -> None:
+    page = " ".join(PAGE.read_text(encoding="utf-8").split())
+    assert export_memory.said(json.loads(export_memory.DATA.read_text())) in page
 
 
 def cells() -> list[Any]:
