@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxquant
 from benchmarks import machine
@@ -129,7 +129,7 @@ def main() -> None:
             (small, llama(128, 256, 2, 1000)),
         ):
             folder.mkdir()
-            write_random(config, folder)
+            write_random(LlamaForCausalLM, config, folder)
         for target, scheme in EXPORTS:
             rows.append(measure(large, small, target, scheme))
             print(json.dumps(rows[-1]), flush=True)

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, OPTConfig, PretrainedConfig
+from transformers import OPTConfig, OPTForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations.accelerate import init_empty_weights
 
 import fxquant
@@ -66,12 +66,12 @@ def opt_1_3b(layers: int = 24) -> OPTConfig:
     )
 
 
-def write_random(config: PretrainedConfig, directory: Path) -> None:
+def write_random(kind: type[PreTrainedModel], config: PretrainedConfig, directory: Path) -> None:
     """Random fp16 weights, a shard a block, without ever holding the model."""
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
+        model = kind(config)
     model.tie_weights()
-    config.architectures, config.dtype = [type(model).__name__], torch.float16
+    config.architectures, config.dtype = [kind.__name__], torch.float16
     config.save_pretrained(directory)
     generator = torch.Generator().manual_seed(0)
     shards: dict[str, dict[str, Tensor]] = {}
@@ -161,7 +161,7 @@ def keep(name: str, rows: list[dict[str, Any]], layers: int) -> None:
 def limit(schemes: list[str], layers: int) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        write_random(opt_1_3b(layers), Path(folder))
+        write_random(OPTForCausalLM, opt_1_3b(layers), Path(folder))
         for scheme in schemes:
             command = [sys.executable, "-m", "benchmarks.streaming", "one", folder, scheme]
             # glibc otherwise keeps freed blocks of up to 32 MB in its heap.
@@ -178,7 +178,7 @@ def cost(layers: int, repeats: int = 3) -> None:
     """Evaluation of the float and the W8A8 graph, streamed over in memory, alternating."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        write_random(opt_1_3b(layers), Path(folder))
+        write_random(OPTForCausalLM, opt_1_3b(layers), Path(folder))
         model = read_model(folder, dtype=torch.float32)
         graphs = [fxquant.trace(model), fxquant.trace(stream(folder, dtype=torch.float32))]
         for scheme in ("fp", "w8a8-dynamic"):
