@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from fxquant.exports.target import Refusal, nearest_group
+from fxquant.exports.target import Refusal, nearest_group, regrouped
 from fxquant.formats.floating import E2M1, E2M3, E3M2, E4M3, FloatGrid
 from fxquant.formats.grid import Grid
 from fxquant.formats.integer import IntegerGrid, integer
@@ -149,20 +149,8 @@ def _packed_floats(weight: TensorSpec, length: int) -> TensorSpec | None:
 
 def _fitting(spec: TensorSpec, length: int) -> TensorSpec:
     """Groups that divide the rows; one scale a row where only single columns do."""
-    size = spec.group_size
-    if size is None or length <= size or length % size == 0:
-        return spec
-    return _of_size(spec, _divisor(length, size), "channel")
-
-
-def _of_size(spec: TensorSpec, size: int, whole: Any) -> TensorSpec:
-    if size == 1:
-        return replace(spec, granularity=whole, group_size=None, scale=FP32)
-    return replace(spec, group_size=size)
-
-
-def _divisor(length: int, most: int) -> int:
-    return max(each for each in range(1, min(length, most) + 1) if length % each == 0)
+    fits = nearest_group(spec, length) is None
+    return spec if fits else regrouped(spec, length, "channel")
 
 
 def _input_reason(tensor: TensorSpec, length: int) -> str:
@@ -186,7 +174,7 @@ def _held_input(activation: ActivationSpec, length: int) -> ActivationSpec:
             return ActivationSpec(TensorSpec(integer(8), "token"))
         tensor = replace(tensor, grid=E4M3)
     if tensor.group_size is not None and length % tensor.group_size:
-        tensor = _of_size(replace(tensor, scale=FP32), _divisor(length, tensor.group_size), "token")
+        tensor = regrouped(replace(tensor, scale=FP32), length, "token")
     if not _has_scales(tensor):
         tensor = replace(tensor, scale=FP32)
     return replace(activation, tensor=tensor)

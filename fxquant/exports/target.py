@@ -17,7 +17,7 @@ from fxquant.ir.graph import Level, Site, info
 from fxquant.ir.streamed import streamed_device
 from fxquant.pipeline.pipeline import AfterPass, Pass
 from fxquant.schemes.scheme import Scheme
-from fxquant.schemes.specs import SiteSpec, TensorSpec
+from fxquant.schemes.specs import Granularity, SiteSpec, TensorSpec
 from fxquant.schemes.spelling import spell_site
 
 
@@ -144,13 +144,21 @@ def nearest_group(weight: TensorSpec, length: int) -> Refusal | None:
     size = weight.group_size
     if size is None or length <= size or length % size == 0:
         return None
-    fits = max(each for each in range(1, size + 1) if length % each == 0)
-    near = replace(weight, group_size=fits)
-    if fits == 1:  # a scale an element: no codes
-        near = replace(weight, granularity="channel", group_size=None, scale=FP32)
+    near = regrouped(weight, length, "channel")
     return Refusal(
         f"groups of {size} do not divide its {length} columns", spell_site(SiteSpec(near))
     )
+
+
+def regrouped(spec: TensorSpec, length: int, whole: Granularity) -> TensorSpec:
+    """``spec``, which has groups, in the largest up to its own that divide rows of ``length``; one
+    scale for each ``whole`` where only single columns do."""
+    assert spec.group_size is not None
+    most = min(length, spec.group_size)
+    size = max(each for each in range(1, most + 1) if length % each == 0)
+    if size == 1:  # a scale an element: no codes
+        return replace(spec, granularity=whole, group_size=None, scale=FP32)
+    return replace(spec, group_size=size)
 
 
 def _check_specs(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,7 +38,7 @@ class _Held(io.RawIOBase):
     def seek(self, offset: int, whence: int = 0) -> int:
         return 0
 
-    def _try(self, work: Any) -> None:
+    def _try(self, work: Callable[[], object]) -> None:
         try:
             work()
         except OSError as error:

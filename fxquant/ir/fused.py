@@ -135,11 +135,9 @@ def code_linear(
     [N, 1]; ``like`` [..., K] is what the codes are of.
     """
     sums = grid_operators.code_gemm(codes, weight, None, None, x_grid, weight_grid)
-    row = weight_scale.flatten()
-    if bias is None:
-        return operators.rescale(sums, scale, row, None, None, None, None, like)
-    y = operators.rescale(sums, scale, row, None, None, None, None, None)
-    return operators.add_bias(y, bias, like)
+    last = like if bias is None else None
+    y = operators.rescale(sums, scale, weight_scale.flatten(), None, None, None, None, last)
+    return y if bias is None else operators.add_bias(y, bias, like)
 
 
 def _finished(y: Tensor, bias: Tensor | None, nan: Tensor) -> Tensor:

@@ -45,12 +45,7 @@ LEGAL = (
     Form("code_gemm", OPS.code_gemm.default, LOWERED, "codes of any grids to sums of products"),
     Form("grouped_code_gemm", OPS.grouped_code_gemm.default, LOWERED, "the same, group by group"),
     Form("unpack_int4", OPS.unpack_int4.default, CODED, "two codes a byte to int8 codes"),
-    Form(
-        "dequantize",
-        OPS.dequantize.default,
-        CODED,
-        "codes to float; at integer: weights only",
-    ),
+    Form("dequantize", OPS.dequantize.default, CODED, "codes to float; at integer: weights only"),
     Form("code_sum", OPS.code_sum.default, LOWERED, "row sums of codes, for weight zero points"),
     Form("int_matmul", OPS.int_matmul.default, LOWERED, "two activations' codes to exact int32"),
     Form(

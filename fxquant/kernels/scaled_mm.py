@@ -66,10 +66,8 @@ def without_scaled_mm(
         return layout or "nothing to compute"
     if like.dtype not in _DTYPES:
         return f"no result in {like.dtype}"
-    if scale.numel() not in (1, codes.numel() // length) or weight_scale.numel() not in (
-        1,
-        columns,
-    ):
+    rows = codes.numel() // length
+    if scale.numel() not in (1, rows) or weight_scale.numel() not in (1, columns):
         return "scales that are neither one for all nor one for each row"
     single = scale.numel() == weight_scale.numel() == 1
     kind = Kind(like.dtype, length, single, bias is not None)
