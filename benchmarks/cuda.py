@@ -35,8 +35,8 @@ from fxquant.evaluation.data import cut_windows, load_text
 from fxquant.evaluation.models import load_model, versions
 from fxquant.evaluation.perplexity import evaluate
 from fxquant.files.whole_file import write_text
-from fxquant.kernels import cuda as kernels
-from fxquant.kernels.table import implementation
+from fxquant.numerics.kernels import cuda as kernels
+from fxquant.numerics.kernels.table import implementation
 from fxquant.run.probe import relative_difference
 from fxquant.run.replay import why_not
 

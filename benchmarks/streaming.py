@@ -30,7 +30,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.integrations.accelerate import init_empty_weights
 
 import fxquant
 from fxquant.evaluation.models import versions
@@ -68,7 +67,7 @@ def opt_1_3b(layers: int = 24) -> OPTConfig:
 
 def write_random(kind: type[PreTrainedModel], config: PretrainedConfig, directory: Path) -> None:
     """Random fp16 weights, a shard a block, without ever holding the model."""
-    with init_empty_weights():
+    with torch.device("meta"):
         model = kind(config)
     model.tie_weights()
     config.architectures, config.dtype = [kind.__name__], torch.float16

@@ -20,7 +20,7 @@ from fxquant.ir.graph import (
 )
 from fxquant.ir.legal_forms import OPS
 from fxquant.ir.operands import operands
-from fxquant.kernels.scaled_mm import without_layout
+from fxquant.numerics.kernels.scaled_mm import without_layout
 from fxquant.passes.fuse_kernels import FuseKernels
 from fxquant.pipeline.context import Context
 from fxquant.pipeline.pipeline import Pass

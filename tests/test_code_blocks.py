@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import fxquant
+from fxquant.analysis.inspection import site_view
 from fxquant.formats.grid import Grid
 from fxquant.formats.table import GRIDS
-from fxquant.inspection import site_view
 from fxquant.ir.legal_forms import OPS
 from fxquant.numerics import code_products
 from tests.architectures import llama

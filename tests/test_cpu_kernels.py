@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import fxquant
-from fxquant.kernels import cpu_linear
-from fxquant.kernels.cpu_attention import causal_attention
 from fxquant.numerics.gemm import reduced_precision
+from fxquant.numerics.kernels import cpu_linear
+from fxquant.numerics.kernels.cpu_attention import causal_attention
 from tests.architectures import llama, token_ids
 
 attention = torch.ops.fxquant.attention.default

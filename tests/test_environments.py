@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import re
 import shutil
@@ -47,6 +48,12 @@ def imported(path: Path) -> set[str]:
 def test_what_the_second_environment_leaves_out_knows_no_model(name: str) -> None:
     found = imported(ROOT / "tests" / name)
     assert not {n for n in found if n.startswith(OF_MODELS)}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda p: p.stem)
+def test_measurements_start_in_either_environment(path: Path) -> None:
+    """What a benchmark imports is there, whichever transformers is installed."""
+    importlib.import_module(f"benchmarks.{path.stem}")
 
 
 def test_imports_are_followed_through_helpers() -> None:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import fxquant
+from fxquant.analysis.inspection.inspection import Inspection
+from fxquant.analysis.inspection.shapes import propagate
 from fxquant.errors import InspectionError
-from fxquant.inspection.inspection import Inspection
-from fxquant.inspection.shapes import propagate
 from fxquant.ir.graph import Level, SiteRecord, add_note, info
 from fxquant.ir.leaves import QuantizedParameters
 from fxquant.ir.records import NodeText

@@ -19,9 +19,9 @@ from fxquant.evaluation.perplexity import evaluate
 from fxquant.ir import fused
 from fxquant.ir.graph import Level, info, is_op, site_outputs, source_of, tag, update_info
 from fxquant.ir.legal_forms import OPS, verify
-from fxquant.kernels import table
 from fxquant.numerics import cpu_int8
 from fxquant.numerics.gemm import CHUNK, certified_chunk
+from fxquant.numerics.kernels import table
 from fxquant.passes import FuseKernels, Integerize
 from fxquant.run.execution import Executor
 from tests.architectures import ARCHITECTURES, llama, opt, padding_mask, token_ids

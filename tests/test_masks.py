@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 import fxquant
+from fxquant.analysis.inspection.formulas import formula
 from fxquant.frontends.masks import fuse_masks
 from fxquant.frontends.streaming import stream
-from fxquant.inspection.formulas import formula
 from fxquant.ir.functions import attended_keys
 from fxquant.ir.legal_forms import OPS
 from fxquant.run.execution import Executor

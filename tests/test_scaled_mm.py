@@ -20,8 +20,8 @@ from fxquant.formats.floating import E4M3
 from fxquant.ir import fused
 from fxquant.ir.graph import Level, info, is_op
 from fxquant.ir.legal_forms import OPS, verify
-from fxquant.kernels import scaled_mm, table
-from fxquant.kernels.scaled_mm import Kind
+from fxquant.numerics.kernels import scaled_mm, table
+from fxquant.numerics.kernels.scaled_mm import Kind
 from fxquant.passes import FuseFp8, FuseKernels
 from tests.architectures import llama, opt, token_ids
 from tests.fused_calls import BRAIN, DTYPES, HALF, SINGLE, same

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from fxquant.kernels import cuda, table
-from fxquant.kernels.first_test import Kind
+from fxquant.numerics.kernels import cuda, table
+from fxquant.numerics.kernels.first_test import Kind
 from tests.fused_calls import SINGLE, Calls
 from tests.processes import finished
 

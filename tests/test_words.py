@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 import fxquant
+from fxquant.analysis.inspection.folding import fold
+from fxquant.analysis.inspection.summary import summarize
+from fxquant.analysis.inspection.summary_text import render
 from fxquant.cli.main import main
 from fxquant.evaluation.models import load_model
 from fxquant.evaluation.report.fields import Fields
 from fxquant.evaluation.report.inspection import read_inspection
 from fxquant.evaluation.report.ladder import _folded
 from fxquant.evaluation.tables import LEGEND
-from fxquant.inspection.folding import fold
-from fxquant.inspection.summary import summarize
-from fxquant.inspection.summary_text import render
 from fxquant.ir.graph import info, update_info
 from tests.architectures import token_ids
 from tests.models import SMALL_OPT

@@ -29,8 +29,8 @@ from triton.runtime.errors import OutOfResources
 import fxquant
 from fxquant.formats.packing import unpack_int4
 from fxquant.ir import fused, operators
-from fxquant.kernels import cuda, first_test, table, tiles, triton_gemm, triton_quantize
-from fxquant.kernels.first_test import Kind
+from fxquant.numerics.kernels import cuda, first_test, table, tiles, triton_gemm, triton_quantize
+from fxquant.numerics.kernels.first_test import Kind
 from fxquant.passes import FuseKernels
 from tests.architectures import llama, opt, token_ids
 from tests.fused_calls import BRAIN, DTYPES, GRAINS, HALF, SINGLE, Calls, same

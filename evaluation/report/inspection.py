@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from fxquant.analysis.inspection.folding import fold
 from fxquant.evaluation.decoding import decode
 from fxquant.evaluation.report.fields import Fields, number_or_none
 from fxquant.evaluation.report.tables import Table, flatten, label, table_of, text_of, unit
-from fxquant.inspection.folding import fold
 from fxquant.ir.calibration import Calibration, CalibrationRecord, calibration_words
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from fxquant.analysis.inspection.folding import fold
 from fxquant.evaluation.journal import Result
 from fxquant.evaluation.provenance import Provenance
 from fxquant.evaluation.report.folder import RESULTS, SWEEP, Folder
@@ -13,7 +14,6 @@ from fxquant.evaluation.report.tables import flatten, text_of
 from fxquant.evaluation.result_notes import failures
 from fxquant.evaluation.results import Row, in_engine
 from fxquant.evaluation.sweep_tables import Group, Line, groups
-from fxquant.inspection.folding import fold
 from fxquant.ir.calibration import version_words
 from fxquant.schemes.scheme import Scheme
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 from torch.fx import GraphModule
 
+from fxquant.analysis.inspection.inspection import inspect
+from fxquant.analysis.inspection.suggest import unknown
 from fxquant.checkpoint.save_load import check_target, save
 from fxquant.checkpoint.target import held_target
 from fxquant.cli.arguments import (
@@ -18,8 +20,6 @@ from fxquant.cli.arguments import (
 )
 from fxquant.cli.converting import convert_as_asked
 from fxquant.errors import CheckpointError
-from fxquant.inspection.inspection import inspect
-from fxquant.inspection.suggest import unknown
 from fxquant.ir.graph import Level, info
 from fxquant.ir.streamed import workspace_folder
 from fxquant.pipeline.pipeline import AfterPass, Pass

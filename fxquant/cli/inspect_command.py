@@ -8,6 +8,7 @@ import sys
 
 from torch.fx import GraphModule
 
+from fxquant.analysis.inspection.inspection import Inspection, inspect
 from fxquant.checkpoint.manifest import is_checkpoint
 from fxquant.checkpoint.save_load import load
 from fxquant.cli.arguments import (
@@ -21,7 +22,6 @@ from fxquant.cli.convert_command import check_names
 from fxquant.cli.converting import convert_as_asked
 from fxquant.errors import DataError
 from fxquant.files.doors import as_path
-from fxquant.inspection.inspection import Inspection, inspect
 from fxquant.recipes.conversion import LEVELS
 
 

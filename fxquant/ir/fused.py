@@ -2,8 +2,8 @@
 
 Each is the composition of the plain operators that stand at level integer, and gives its very bits
 (``code_linear``, of level kernels-inexact, those of a device that adds in fewer bits than exact);
-where ``fxquant.kernels`` has an implementation that takes the call, that one runs. As the plain
-ones they are CompositeImplicitAutograd: compilers and FakeTensor see the composition.
+where ``fxquant.numerics.kernels`` has an implementation that takes the call, that one runs. As the
+plain ones they are CompositeImplicitAutograd: compilers and FakeTensor see the composition.
 
 ``nan`` [..., 1], in the dtype of the site's input and so of its result, holds 0, and NaN for each
 row in which the input holds one, which has no code. ``packed``: the weight's codes are two a byte.
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fxquant.formats.packing import unpack_int4
 from fxquant.ir import grid_operators, operators
-from fxquant.kernels.table import implementation
 from fxquant.numerics import quantization
+from fxquant.numerics.kernels.table import implementation
 
 
 def quantize_rows(

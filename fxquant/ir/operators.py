@@ -18,8 +18,8 @@ from torch import Tensor
 from fxquant.formats.integer import integer
 from fxquant.formats.packing import unpack_int4
 from fxquant.ir import grid_operators
-from fxquant.kernels import cpu_attention
 from fxquant.numerics import cpu_int8, gemm, quantization
+from fxquant.numerics.kernels import cpu_attention
 
 _LIBRARY = torch.library.Library("fxquant", "DEF")
 

@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from fxquant.ir.graph import info, source_of
 from fxquant.ir.streamed import plain_type
-from fxquant.kernels.cpu_linear import linear
+from fxquant.numerics.kernels.cpu_linear import linear
 from fxquant.run.execution import Cut, Executor, OnNode
 from fxquant.run.loss import check_logits
 

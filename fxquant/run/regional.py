@@ -22,7 +22,7 @@ from torch.fx.node import map_arg
 from fxquant.errors import GraphCallError, GraphError
 from fxquant.files.doors import reason
 from fxquant.ir.blocks import block_starts, within
-from fxquant.kernels.cpu_linear import linear
+from fxquant.numerics.kernels.cpu_linear import linear
 from fxquant.run.batched import is_streamed
 from fxquant.run.execution import Cut, Executor
 from fxquant.run.head import final_head

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxquant.kernels.tiles import tile, weight_block
+from fxquant.numerics.kernels.tiles import tile, weight_block
 
 
 @triton.jit

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from fxquant.analysis.inspection.history import History
+from fxquant.analysis.inspection.printer import HEAD, WIDTH, Section, lay_out, row
+from fxquant.analysis.inspection.shapes import UNKNOWN, Value
+from fxquant.analysis.inspection.summary import weight_scales
 from fxquant.formats.integer import IntegerGrid
 from fxquant.formats.scales import FP32
-from fxquant.inspection.history import History
-from fxquant.inspection.printer import HEAD, WIDTH, Section, lay_out, row
-from fxquant.inspection.shapes import UNKNOWN, Value
-from fxquant.inspection.summary import weight_scales
 from fxquant.ir.graph import Site, info
 from fxquant.ir.leaves import QuantizedParameters
 from fxquant.ir.records import NodeText, SiteRecord

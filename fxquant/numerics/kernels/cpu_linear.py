@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxquant.kernels.table import unusual
 from fxquant.numerics.gemm import exact_dtype
+from fxquant.numerics.kernels.table import unusual
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -9,16 +9,16 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from fxquant.analysis.inspection.dot import dot, write_dot
+from fxquant.analysis.inspection.history import History, diff
+from fxquant.analysis.inspection.printer import HEAD, WIDTH, Section, lay_out
+from fxquant.analysis.inspection.shapes import Value, propagate
+from fxquant.analysis.inspection.site_view import site_view
+from fxquant.analysis.inspection.suggest import unknown
+from fxquant.analysis.inspection.summary import summarize
+from fxquant.analysis.inspection.summary_text import render
 from fxquant.errors import InspectionError
 from fxquant.files.doors import Location, as_path
-from fxquant.inspection.dot import dot, write_dot
-from fxquant.inspection.history import History, diff
-from fxquant.inspection.printer import HEAD, WIDTH, Section, lay_out
-from fxquant.inspection.shapes import Value, propagate
-from fxquant.inspection.site_view import site_view
-from fxquant.inspection.suggest import unknown
-from fxquant.inspection.summary import summarize
-from fxquant.inspection.summary_text import render
 from fxquant.ir.graph import info
 from fxquant.pipeline.arguments import checked_call
 

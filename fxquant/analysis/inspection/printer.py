@@ -11,8 +11,8 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fxquant.inspection.formulas import formula, operator_name
-from fxquant.inspection.shapes import UNKNOWN, Value
+from fxquant.analysis.inspection.formulas import formula, operator_name
+from fxquant.analysis.inspection.shapes import UNKNOWN, Value
 from fxquant.ir.blocks import block_of, within
 from fxquant.ir.records import NodeText
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from fxquant.analysis.inspection.printer import Names, Row, Section, row
+from fxquant.analysis.inspection.shapes import UNKNOWN, Value
 from fxquant.errors import InspectionError
 from fxquant.files.whole_file import write_bytes
-from fxquant.inspection.printer import Names, Row, Section, row
-from fxquant.inspection.shapes import UNKNOWN, Value
 from fxquant.ir.records import NodeText
 
 _COLORS = {"int8": "#cfe2f3", "uint8": "#cfe2f3", "int32": "#d9ead3", "int64": "#eeeeee"}

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxquant.kernels.first_test import Kind, differs
-from fxquant.kernels.tiles import aligned, row_block, tile, weight_block
+from fxquant.numerics.kernels.first_test import Kind, differs
+from fxquant.numerics.kernels.tiles import aligned, row_block, tile, weight_block
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LARGEST = 2**31  # elements, that a kernel counts in int32
@@ -170,35 +170,35 @@ def _warn(reason: str) -> None:
 
 
 def quantize_rows(*operands: Any) -> Any:
-    from fxquant.kernels import triton_quantize
+    from fxquant.numerics.kernels import triton_quantize
 
     with torch.cuda.device_of(operands[0]):  # Triton launches on the current device
         return triton_quantize.quantize_rows(*operands)
 
 
 def quantize_static(*operands: Any) -> Any:
-    from fxquant.kernels import triton_quantize
+    from fxquant.numerics.kernels import triton_quantize
 
     with torch.cuda.device_of(operands[0]):  # Triton launches on the current device
         return triton_quantize.quantize_static(*operands)
 
 
 def int_linear(*operands: Any) -> Any:
-    from fxquant.kernels import triton_gemm
+    from fxquant.numerics.kernels import triton_gemm
 
     with torch.cuda.device_of(operands[0]):  # Triton launches on the current device
         return triton_gemm.int_linear(*operands)
 
 
 def int_product(*operands: Any) -> Any:
-    from fxquant.kernels import triton_gemm
+    from fxquant.numerics.kernels import triton_gemm
 
     with torch.cuda.device_of(operands[0]):  # Triton launches on the current device
         return triton_gemm.int_product(*operands)
 
 
 def grouped_int_linear(*operands: Any) -> Any:
-    from fxquant.kernels import triton_gemm
+    from fxquant.numerics.kernels import triton_gemm
 
     with torch.cuda.device_of(operands[0]):  # Triton launches on the current device
         return triton_gemm.grouped_int_linear(*operands)
@@ -214,7 +214,7 @@ def dequantized(
     packed: bool,
 ) -> Tensor:
     """The weight by one kernel, the product by the vendor's, as at level integer."""
-    from fxquant.kernels import triton_gemm
+    from fxquant.numerics.kernels import triton_gemm
 
     with torch.cuda.device_of(x):
         numbers = triton_gemm.dequantized_weight(

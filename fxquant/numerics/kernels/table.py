@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.kernels import cpu, cuda, scaled_mm
+from fxquant.numerics.kernels import cpu, cuda, scaled_mm
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxquant.kernels.tiles import row_block
+from fxquant.numerics.kernels.tiles import row_block
 from fxquant.numerics.quantization import activation_qparams_from_range, calc_qparams_symmetric
 
 NAN = tl.constexpr(float("nan"))

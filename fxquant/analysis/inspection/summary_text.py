@@ -10,8 +10,8 @@ from itertools import takewhile
 
 from tabulate import tabulate
 
-from fxquant.inspection.folding import fold
-from fxquant.inspection.summary import SiteRow, Summary, span
+from fxquant.analysis.inspection.folding import fold
+from fxquant.analysis.inspection.summary import SiteRow, Summary, span
 from fxquant.ir.blocks import within
 from fxquant.ir.calibration import calibration_words
 from fxquant.ir.coverage import share_words

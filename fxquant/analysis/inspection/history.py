@@ -9,11 +9,20 @@ from dataclasses import astuple
 
 from torch.fx import GraphModule
 
+from fxquant.analysis.inspection.formulas import operator_name
+from fxquant.analysis.inspection.printer import (
+    WIDTH,
+    Columns,
+    Names,
+    Row,
+    Section,
+    lay_out,
+    rows,
+    sections,
+)
+from fxquant.analysis.inspection.shapes import UNKNOWN, Value
+from fxquant.analysis.inspection.suggest import unknown
 from fxquant.errors import InspectionError
-from fxquant.inspection.formulas import operator_name
-from fxquant.inspection.printer import WIDTH, Columns, Names, Row, Section, lay_out, rows, sections
-from fxquant.inspection.shapes import UNKNOWN, Value
-from fxquant.inspection.suggest import unknown
 from fxquant.ir.graph import info
 from fxquant.ir.records import NodeText, PassRecord
 from fxquant.ir.snapshot import describe, undo

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fxquant.formats.packing import pack_int4
-from fxquant.kernels import tiles
 from fxquant.numerics import gemm, quantization
+from fxquant.numerics.kernels import tiles
 
 ROWS, COLUMNS = 40, 72
 
@@ -79,7 +79,7 @@ def _same(found: Any, wanted: Any) -> bool:
 
 
 def _rows_differ(kind: Kind, x: Tensor) -> bool:
-    from fxquant.kernels import triton_quantize
+    from fxquant.numerics.kernels import triton_quantize
 
     symmetric, grain = not kind.shifted, "token" if kind.token else "tensor"
     scale, zero = quantization.choose_qparams(x, *kind.ends, symmetric=symmetric, granularity=grain)
@@ -89,7 +89,7 @@ def _rows_differ(kind: Kind, x: Tensor) -> bool:
 
 
 def _static_differs(kind: Kind, x: Tensor) -> bool:
-    from fxquant.kernels import triton_quantize
+    from fxquant.numerics.kernels import triton_quantize
 
     scale = x.abs().amax().to(torch.float32) / (1.5 * kind.ends[1])  # some are clipped
     zero = torch.full((), 3, dtype=torch.int32, device=x.device) if kind.shifted else None
@@ -99,7 +99,7 @@ def _static_differs(kind: Kind, x: Tensor) -> bool:
 
 def _matrices_differ(kind: Kind, x: Tensor, generator: torch.Generator) -> bool:
     """Both ways in which the right matrix may lie in memory; sizes that the kind's tile is for."""
-    from fxquant.kernels import triton_gemm
+    from fxquant.numerics.kernels import triton_gemm
 
     height, length = kind.rows * 5 // 8, _size(kind.depth * 25 // 16, kind.aligned)
     across = _size(COLUMNS, kind.even)
@@ -126,7 +126,7 @@ def _matrices_differ(kind: Kind, x: Tensor, generator: torch.Generator) -> bool:
 
 def _products_differ(kind: Kind, x: Tensor, generator: torch.Generator) -> bool:
     """Sizes that the kind's tile is for: two steps along K, or four groups; the last is short."""
-    from fxquant.kernels import triton_gemm
+    from fxquant.numerics.kernels import triton_gemm
 
     group = 0 if kind.operator == "int_linear" else kind.depth
     rows, columns = kind.rows * 5 // 8, _size(COLUMNS, kind.even)
