@@ -24,10 +24,11 @@ import os
 import random
 import re
 import socket
+import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -148,6 +149,18 @@ def _seed(config: pytest.Config, of: str) -> None:
     seed = int(config.option.seed) + zlib.crc32(of.encode())
     torch.manual_seed(seed)
     random.seed(seed)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _recorded_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """See tests/recorded.py."""
+    if "fxquant" not in sys.modules:  # and a test that knows no fxquant waits for no import of it
+        yield
+        return
+    from tests.recorded import sharing
+
+    with sharing(request.path.name):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -36,10 +36,15 @@ def patched_by_hf_tracer() -> dict[str, Any]:
     }
 
 
-# Numerics, spelling, pages and figures: nothing here reads, traces, converts or runs a model.
+# Numerics, kernels, spelling, pages, figures and the tests' own bounds: nothing here reads, traces,
+# converts or runs a model.
 NO_MODEL: Final = (
+    "test_bounds.py",
+    "test_clipping.py",
+    "test_float_formats.py",
     "test_gemm.py",
     "test_gptq.py",
+    "test_grammar.py",
     "test_layout.py",
     "test_observers.py",
     "test_operators.py",
@@ -50,6 +55,8 @@ NO_MODEL: Final = (
     "test_statistics.py",
     "test_study.py",
     "test_sweep_tables.py",
+    "test_torchao.py",
+    "test_triton_kernels.py",
 )
 
 # Pages that print graphs with the nodes of the Hugging Face tracer; run in both, compared in one.

@@ -2,7 +2,6 @@
 run when it is imported.
 
     TRITON_INTERPRET=1 python -m tests.triton_calls agree FIRST LAST    calls of these seeds
-    TRITON_INTERPRET=1 python -m tests.triton_calls graphs              whole graphs
     TRITON_INTERPRET=1 python -m tests.triton_calls first EVERY         what precedes the first call
     TRITON_INTERPRET=1 python -m tests.triton_calls tiles EVERY         the same for each tile
     python -m tests.triton_calls compiled 80 90                         machine code, without a GPU
@@ -26,13 +25,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.errors import OutOfResources
 
-import fxquant
 from fxquant.formats.packing import unpack_int4
 from fxquant.ir import fused, operators
 from fxquant.numerics.kernels import cuda, first_test, table, tiles, triton_gemm, triton_quantize
 from fxquant.numerics.kernels.first_test import Kind
-from fxquant.passes import FuseKernels
-from tests.architectures import llama, opt, token_ids
 from tests.fused_calls import BRAIN, DTYPES, GRAINS, HALF, SINGLE, Calls, same
 
 LEADS = ((), (3,), (2, 5), (37,), (0,), (1,))
@@ -289,31 +285,6 @@ def agree(first: int, last: int) -> None:
     print(f"{count} calls agree")
 
 
-def graphs() -> None:
-    """Every fused operator by Triton, as on CUDA, from the table to the logits."""
-    rows = tuple(
-        replace(row, device="cpu", why_not=lambda *_: "")
-        for row in table.TABLE
-        if row.device == "cuda"
-    )
-    ids, count = token_ids(2, 7), 0
-    for build in (opt, llama):
-        traced = fxquant.trace(build(num_hidden_layers=1))
-        for scheme in (
-            "w8a8-dynamic-token-asym",
-            "w4-g12-asym/a8-static",
-            "w8a8-dynamic",
-            "w4-g12+attn8",
-        ):
-            plain = fxquant.convert(traced, scheme, calibration=[token_ids(2, 9)])
-            with torch.no_grad(), mock.patch.object(table, "TABLE", rows):
-                found = FuseKernels()(plain)(ids)
-            with torch.no_grad():
-                assert same(found, plain(ids)), (build, scheme)
-            count += 1
-    print(f"{count} graphs agree")
-
-
 def compiled(capabilities: list[int]) -> None:
     """No product and sum in one rounding, IEEE quotients, int8 tensor cores."""
     for capability in capabilities:
@@ -362,8 +333,6 @@ if __name__ == "__main__":
     what, numbers = sys.argv[1], [int(each) for each in sys.argv[2:]]
     if what == "agree":
         agree(numbers[0], numbers[1])
-    elif what == "graphs":
-        graphs()
     elif what == "first":
         first_tests(numbers[0])
     elif what == "tiles":
