@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import difflib
 import faulthandler
+import gc
 import itertools
 import os
 import random
@@ -39,7 +40,7 @@ import pytest
 import torch
 from _pytest.faulthandler import fault_handler_stderr_fd_key
 
-from tests.environments import NO_MODEL, TRANSFORMERS_5
+from tests.environments import LONGEST, NO_MODEL, TRANSFORMERS_5
 
 collect_ignore = NO_MODEL if TRANSFORMERS_5 else ()
 
@@ -72,6 +73,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.hypothesis_seed = config.option.seed
     torch.manual_seed(int(config.option.seed))
     torch.set_num_threads(config.getoption("--threads"))
+    if hasattr(config.option, "loadscopereorder"):  # of xdist: files with the most tests first
+        config.option.loadscopereorder = False
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_compiled_here()))
     # No pool of compilers: the tests themselves run on all cores.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
@@ -103,9 +106,21 @@ def _compiled_here() -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: at for at, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(3600))
+
+
+def pytest_collection_finish() -> None:
+    """What all files import stays, and the collector of garbage walks through it no more."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries take for leaked what a process leaves at its end
 
 
 @pytest.hookimpl(wrapper=True)

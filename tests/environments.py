@@ -59,6 +59,34 @@ NO_MODEL: Final = (
     "test_triton_kernels.py",
 )
 
+# Started first, the longest at the front: a core that came to one of them last would hold up a run.
+LONGEST: Final = (
+    "test_threads.py",
+    "test_scale_repairs.py",
+    "test_checkpoint.py",
+    "test_triton_kernels.py",
+    "test_tracing.py",
+    "test_float_graphs.py",
+    "test_sweep.py",
+    "test_conversion.py",
+    "test_streaming.py",
+    "test_quantized_attention.py",
+    "test_export_refusals.py",
+    "test_export_onnx.py",
+    "test_explain_default.py",
+    "test_cuda_fake.py",
+    "test_provenance_chains.py",
+    "test_exports.py",
+    "test_export_pt2.py",
+    "test_runtimes.py",
+    "test_rotate_architectures.py",
+    "test_presets.py",
+    "test_export_floats.py",
+    "test_evaluation.py",
+    "test_triton_graphs.py",
+    "test_distributed.py",
+)
+
 # Pages that print graphs with the nodes of the Hugging Face tracer; run in both, compared in one.
 PRINT_HF_GRAPHS: Final = ("saving.md", "writing_a_pass.md")
 

@@ -87,8 +87,8 @@ def structure(model: nn.Module) -> Hashable:
     )
 
 
-def _parts(module: nn.Module, seen: dict[int, int]) -> tuple[Hashable, ...]:
-    found: list[Hashable] = [type(module), type(module).forward]
+def _parts(module: nn.Module, seen: dict[int, int]) -> tuple[Any, ...]:
+    found: list[Any] = [type(module), type(module).forward]
     for name, value in vars(module).items():
         if name in ("_parameters", "_buffers"):
             found.append((name, *((key, _tensor(each, seen)) for key, each in value.items())))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.environments import NO_MODEL
+from tests.environments import LONGEST, NO_MODEL
 
 ROOT = Path(__file__).parent.parent
 # What reads, traces, converts or runs a model, or builds one.
@@ -48,6 +48,10 @@ def imported(path: Path) -> set[str]:
 def test_what_the_second_environment_leaves_out_knows_no_model(name: str) -> None:
     found = imported(ROOT / "tests" / name)
     assert not {n for n in found if n.startswith(OF_MODELS)}
+
+
+def test_what_is_started_first_is_there() -> None:
+    assert not [name for name in LONGEST if not (ROOT / "tests" / name).exists()]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda p: p.stem)
