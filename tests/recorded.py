@@ -38,7 +38,6 @@ _PATHS: Final = ("name_or_path", "_name_or_path")  # where a model is from, whic
 RECORDED_ANEW: Final = (
     "test_custom_code.py",
     "test_forks.py",
-    "test_handed_over.py",
     "test_model_mutations.py",
     "test_more_architectures.py",
     "test_recorded.py",
@@ -75,7 +74,7 @@ class RecordedOnce:
 
 def structure(model: nn.Module) -> Hashable:
     """All that code of ``model`` may read but for the numbers in its tensors, and the attention
-    that is registered for it.
+    that is registered for it. Of a class, its forward may have been replaced, and nothing else.
 
     Raises Unknown where it holds something whose like is not known, as an object with a state.
     """
