@@ -51,6 +51,7 @@ from fxquant.pipeline.arguments import checked_call
 # 4.52 scales OPT's attention twice (transformers issue 38277): perplexity 26 became 388418.
 BROKEN_TRANSFORMERS: Final = ("4.52",)
 FRONT_ENDS: Final = ("auto", "hf", "recorder")
+_COMPUTED: Final = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 HAS_TRACER: Final = importlib.util.find_spec("transformers.utils.fx") is not None
 
 
@@ -186,6 +187,11 @@ def _check_model(model: object) -> None:
             "encoders, encoder-decoders and headless models have no next-token loss"
         )
     for name, parameter in itertools.chain(model.named_parameters(), streamed_tensors(model)):
+        if parameter.is_floating_point() and parameter.dtype not in _COMPUTED:
+            raise ModelError(
+                f"{name} is of {parameter.dtype}, in which nothing is computed: give the model in "
+                "float32, float16 or bfloat16 (a quantized checkpoint is none to start from)"
+            )
         if parameter.device.type != "meta" and parameter.numel():
             low, high = torch.aminmax(parameter.detach())
             if not (math.isfinite(float(low)) and math.isfinite(float(high))):
