@@ -74,8 +74,9 @@ def trace(model: PreTrainedModel, frontend: str = "auto") -> GraphModule:
     Threads: any number may trace at once, and they take turns, since torch.fx and transformers
     patch ``nn.Module`` and torch while they trace. The patches act in the tracing thread only and
     are gone whatever ends it; in other threads models, this one too, go on computing as ever. What
-    must wait in another thread: tracing by other means, and torch.compile's first call, which
-    would read the patched functions.
+    must wait in another thread: tracing by other means, models that transformers loads or builds
+    on meta by itself (it patches ``nn.Module`` for all threads meanwhile; ``load_model`` waits),
+    and torch.compile's first call, which would read the patched functions.
 
     Raises ModelError (not a causal LM, unsupported transformers, no such front end),
     NonFiniteError (a parameter holds NaN or infinity), TracingError, a ModelError (names the module
