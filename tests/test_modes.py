@@ -39,11 +39,19 @@ def dtype(value: torch.dtype) -> AbstractContextManager[None]:
     return setting(torch.get_default_dtype, torch.set_default_dtype, value)
 
 
+@contextlib.contextmanager
+def together(*modes: AbstractContextManager[Any]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for mode in modes:
+            stack.enter_context(mode)
+        yield
+
+
 MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
-    "autocast in inference_mode": lambda: _both(torch.inference_mode(), torch.autocast("cpu")),
+    "autocast in inference_mode": lambda: together(torch.inference_mode(), torch.autocast("cpu")),
     "a device": lambda: torch.device("meta"),
     "a default device": lambda: setting(lambda: None, torch.set_default_device, "meta"),
     "float64": lambda: dtype(torch.float64),
@@ -54,14 +62,6 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True
     ),
 }
-
-
-@contextlib.contextmanager
-def _both(*modes: AbstractContextManager[Any]) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for mode in modes:
-            stack.enter_context(mode)
-        yield
 
 
 def state() -> dict[str, object]:

@@ -384,7 +384,7 @@ def test_a_model_is_compiled_while_another_thread_traces() -> None:
     assert halfway.wait(60)
     try:
         compiled = torch.compile(other, backend="eager")
-        torch.testing.assert_close(logits(compiled), expected)  # type: ignore[arg-type]
+        torch.testing.assert_close(logits(compiled), expected)
     finally:
         go_on.set()
         thread.join(60)

@@ -179,7 +179,9 @@ def _tokens(ids: Any) -> Tensor:
 
 def _check_mask(mask: Any, ids: Tensor) -> None:
     _check_dense("attention_mask", mask)
-    known = type(mask) is Tensor and mask.device.type == "cpu" and not torch.jit.is_tracing()
+    known = (
+        type(mask) is Tensor and mask.device.type == "cpu" and torch._C._get_tracing_state() is None
+    )
     if known and not torch._C._functorch.is_functorch_wrapped_tensor(mask):
         check_mask(mask, ids, "this call", GraphCallError)
     elif mask.shape != ids.shape:

@@ -231,7 +231,7 @@ def _over_storage_of(tensor: Tensor) -> Tensor:
         return tensor.detach()
     plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     parts = tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
-    return plain.set_(*parts)  # type: ignore[no-any-return]
+    return plain.set_(*parts)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
