@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
@@ -222,3 +223,19 @@ def test_an_interrupted_sweep_says_how_to_go_on(
     monkeypatch.setattr("fxquant.evaluation.sweep.measure", interrupted)
     assert main(["sweep", str(file), "--output", str(tmp_path / "out")]) == 130
     assert "the same command goes on from there" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-16", "utf-8"])
+def test_a_table_is_printed_whatever_the_encoding(
+    encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = io.BytesIO()
+    stream = io.TextIOWrapper(written, encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    options = ["--schemes", "w8", "--windows", "1", "--length", "16", "--calibration-windows", "1"]
+    assert main(["evaluate", "--model", str(SMALL_OPT), *options]) == 0
+    stream.flush()
+    printed = written.getvalue().decode(encoding)
+    delta = "Δ".encode(encoding, "backslashreplace").decode(encoding)
+    assert f"{delta}loss" in printed
+    assert "\n| w8 " in printed.replace("\r", "")

@@ -14,14 +14,23 @@ from fxquant.files.locks import reason
 
 
 class _Checked:
-    """A stream whose errors of writing are WriteErrors."""
+    """A stream whose errors of writing are WriteErrors, and which is written whatever its encoding:
+    a letter that it has not, such as Δ in ASCII, as its code."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
         with _checked():
-            return self._stream.write(text)
+            return self._stream.write(self._encodable(text))
+
+    def _encodable(self, text: str) -> str:
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        try:
+            text.encode(encoding)
+        except UnicodeEncodeError:
+            return text.encode(encoding, "backslashreplace").decode(encoding)
+        return text
 
     def flush(self) -> None:
         with _checked():
