@@ -12,7 +12,6 @@ from torch.fx import GraphModule
 from transformers import GenerationMixin, PreTrainedModel
 
 from fxquant.errors import CheckpointError, GraphAttributeError, GraphCallError, GraphError
-from fxquant.ir.counted import counted
 from fxquant.ir.graph import device_of, info
 from fxquant.ir.streamed import check_present
 from fxquant.run.apart import apart
@@ -49,9 +48,8 @@ class ScoringGraph(GraphModule):
 
     ``graph(**tokenizer(text, return_tensors="pt"))`` works; what tokenizers return besides, such as
     ``token_type_ids``, is let go: causal models do not read it. ``input_ids`` are integers of any
-    dtype, at most as long as the model has positions; ``attention_mask`` has their shape and holds
-    0 and 1 of any dtype, which is looked at on the CPU alone, since a CUDA device would be waited
-    for.
+    dtype; ``attention_mask`` has their shape and holds 0 and 1 of any dtype, which is looked at on
+    the CPU alone, since a CUDA device would be waited for.
 
     Raises GraphAttributeError (an AttributeError, so ``hasattr`` is False) and GraphCallError (a
     TypeError) for any other input, also for ids that no table has, inputs on another device, dtypes
@@ -130,12 +128,7 @@ class ScoringGraph(GraphModule):
         GraphError for tensors of the graph on meta, with which torch computes linears of what
         memory holds; a graph as a whole may be there, with its input.
         """
-        ids, longest = _tokens(input_ids), info(self).max_positions
-        if longest is not None and ids.shape[1] > longest:
-            raise GraphCallError(
-                f"input_ids of {counted(ids.shape[1], 'token')} a row, but the model has "
-                f"{counted(longest, 'position')}: cut shorter rows"
-            )
+        ids = _tokens(input_ids)
         if attention_mask is not None:
             _check_mask(attention_mask, ids)
         if not ids.is_meta:

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 
 import fxquant
 from fxquant.errors import GraphCallError
-from tests.architectures import POSITIONS, VOCABULARY, llama, opt, token_ids
+from tests.architectures import VOCABULARY, llama, opt, token_ids
 from tests.hub_format import character_tokenizer
 from tests.test_cuda_fake import fake_cuda
 
@@ -66,10 +66,6 @@ NO_IDS: dict[str, tuple[Callable[[], Any], str]] = {
     "complex": (lambda: IDS.to(torch.complex64), "must be integers, got torch.complex64"),
     "sparse": (IDS.to_sparse, "input_ids must be a dense tensor"),
     "nested": (lambda: torch.nested.nested_tensor([ROW, ROW[:3]]), "must be a dense tensor"),
-    "too long": (
-        lambda: token_ids(1, POSITIONS + 1),
-        f"of {POSITIONS + 1} tokens a row, but the model has {POSITIONS} positions: cut",
-    ),
     "below 0": (lambda: -IDS, rf"ids -\d+ to -\d+ in rows of 8 tokens.* 0 to {VOCABULARY - 1}"),
     "beyond": (lambda: IDS + VOCABULARY, f"graph takes 0 to {VOCABULARY - 1}"),
 }
