@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import re
@@ -239,3 +240,18 @@ def test_a_table_is_printed_whatever_the_encoding(
     delta = "Δ".encode(encoding, "backslashreplace").decode(encoding)
     assert f"{delta}loss" in printed
     assert "\n| w8 " in printed.replace("\r", "")
+
+
+class Full(io.StringIO):
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "no space left")
+
+
+def test_a_standard_error_that_is_full_stops_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stderr", Full())
+    options = ["--schemes", "w8", "--windows", "1", "--length", "16", "--calibration-windows", "1"]
+    assert main(["evaluate", "--model", str(SMALL_OPT), *options]) == 0
+    assert "\n| w8 " in capsys.readouterr().out
+    assert main(["evaluate", "--model", "/nowhere", *options]) == 2

@@ -17,7 +17,7 @@ from fxquant.cli import safetensors_command as safetensors
 from fxquant.cli import sweep_commands as sweeps
 from fxquant.cli.arguments import add_arguments, evaluate_command
 from fxquant.cli.signals import INTERRUPTED, signal_name, terminable
-from fxquant.cli.terminal import printing
+from fxquant.cli.terminal import printing, saying
 from fxquant.errors import FxquantError, notes_of
 from fxquant.files.doors import is_utf8, printable
 
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"{argument} has no value")
     options = parser.parse_args(arguments)
     options.command = shlex.join([parser.prog, *arguments])
-    with terminable() as received:
+    with saying(), terminable() as received:
         return received.status(_run(options))
 
 

@@ -40,6 +40,33 @@ class _Checked:
         return getattr(self._stream, name)
 
 
+class _Tried:
+    """A stream for what is said on the way: where it cannot be written, the work goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            _give_up(self._stream)
+            return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def saying() -> Iterator[None]:
+    """Within the block standard error that cannot be written (a full disk) stops nothing."""
+    if sys.stderr is None:  # closed
+        yield
+        return
+    with contextlib.redirect_stderr(_Tried(sys.stderr)):
+        yield
+
+
 @contextlib.contextmanager
 def _checked() -> Iterator[None]:
     try:
