@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import re
 import shlex
@@ -222,3 +224,34 @@ def test_an_interrupted_sweep_says_how_to_go_on(
     monkeypatch.setattr("fxquant.evaluation.sweep.measure", interrupted)
     assert main(["sweep", str(file), "--output", str(tmp_path / "out")]) == 130
     assert "the same command goes on from there" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-16", "utf-8"])
+def test_a_table_is_printed_whatever_the_encoding(
+    encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = io.BytesIO()
+    stream = io.TextIOWrapper(written, encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    options = ["--schemes", "w8", "--windows", "1", "--length", "16", "--calibration-windows", "1"]
+    assert main(["evaluate", "--model", str(SMALL_OPT), *options]) == 0
+    stream.flush()
+    printed = written.getvalue().decode(encoding)
+    delta = "Δ".encode(encoding, "backslashreplace").decode(encoding)
+    assert f"{delta}loss" in printed
+    assert "\n| w8 " in printed.replace("\r", "")
+
+
+class Full(io.StringIO):
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "no space left")
+
+
+def test_a_standard_error_that_is_full_stops_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stderr", Full())
+    options = ["--schemes", "w8", "--windows", "1", "--length", "16", "--calibration-windows", "1"]
+    assert main(["evaluate", "--model", str(SMALL_OPT), *options]) == 0
+    assert "\n| w8 " in capsys.readouterr().out
+    assert main(["evaluate", "--model", "/nowhere", *options]) == 2

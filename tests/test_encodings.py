@@ -106,6 +106,8 @@ def test_forms_of_windows(form: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, batches, strict=True))
 
 
+ENDLESS: list[Any] = []
+ENDLESS.append(ENDLESS)
 TEXT = r"is text, and a graph reads token ids\. These lines cut it:"
 REFUSED: dict[str, tuple[Any, str]] = {
     "a string": ("hello there", f"calibration {TEXT}"),
@@ -148,6 +150,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "an unknown thing in it": ([None], "expected a LongTensor .* got NoneType"),
     "beyond int64": ([[2**70]], "batch 0: input_ids holds no numbers"),
     "mixed": ([[1, "a"]], "batch 0: input_ids holds no numbers"),
+    "a list within itself": (ENDLESS, "batch 0: input_ids"),
 }
 
 

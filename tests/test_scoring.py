@@ -211,3 +211,23 @@ def test_the_forward_looks_modules_up_no_longer_than_torch_does() -> None:
     found = graph()
     assert type(found).__getattr__ is ScoringGraph.__getattr__
     assert found.model is found._modules["model"]
+
+
+def test_a_state_of_another_scheme_is_not_cast_to_codes() -> None:
+    """torch copies whatever has the same name and shape."""
+    model = opt()
+    schemes = ("w8a8-dynamic-token", "fp8", "w8a8-dynamic", "fp")
+    graphs = {scheme: fxquant.convert(model, scheme) for scheme in schemes}
+    kept = {name: value.clone() for name, value in graphs["fp8"].state_dict().items()}
+    for scheme in ("w8a8-dynamic-token", "fp"):
+        state = graphs[scheme].state_dict()
+        for options in ({}, {"strict": False}, {"strict": False, "assign": True}):
+            with pytest.raises(GraphError, match=r"weight is of torch\.\w+ there and of torch\.fl"):
+                graphs["fp8"].load_state_dict(state, **options)
+    with pytest.raises(GraphError, match="the float model"):
+        graphs["w8a8-dynamic"].load_state_dict(model.state_dict(), strict=False)
+    assert all(torch.equal(value, kept[n]) for n, value in graphs["fp8"].state_dict().items())
+    other = fxquant.convert(opt(seed=3), "w8a8-dynamic")
+    graphs["w8a8-dynamic"].load_state_dict(other.state_dict(), assign=True)
+    assert torch.equal(graphs["w8a8-dynamic"](IDS, MASK), other(IDS, MASK))
+    graphs["fp"].half().load_state_dict(opt(seed=3).state_dict(), strict=False)

@@ -371,3 +371,51 @@ def test_exports_leave_threads_alone_that_convert_and_run_models(tmp_path: Path)
         program = torch.export.load(tmp_path / str(number) / MODEL).module()
         expected = graphs[number](input_ids=IDS, attention_mask=MASK)
         assert torch.equal(program(input_ids=IDS, attention_mask=MASK), expected)
+
+
+def test_a_model_is_compiled_while_another_thread_traces() -> None:
+    """torch.compile takes back torch.fx's patches while it compiles: not those of another thread,
+    whose modules would all be opened up."""
+    halfway, go_on = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        halfway.set()
+        assert go_on.wait(60)
+
+    model, other, found = stopping(wait), llama(seed=9), list[GraphModule]()
+    expected, before = logits(other), process()
+    thread = threading.Thread(target=lambda: found.append(fxquant.trace(model)), daemon=True)
+    thread.start()
+    assert halfway.wait(60)
+    try:
+        compiled = torch.compile(other, backend="eager")
+        torch.testing.assert_close(logits(compiled), expected)
+    finally:
+        go_on.set()
+        thread.join(60)
+    assert not differing(before, process())
+    again = fxquant.trace(stopping(lambda: None))
+    assert found[0].code == again.code
+    assert torch.equal(found[0](IDS, MASK), again(IDS, MASK))
+
+
+@pytest.mark.parametrize("on_meta", [False, True], ids=["a trace", "opening on meta"])
+def test_what_another_thread_patches_for_a_while_stays_its_own(
+    on_meta: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers' from_pretrained patches a method of all modules; it may begin before, and end
+    within, what patches it here."""
+    original = nn.Module.register_parameter
+
+    def loading(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        original(module, name, parameter)
+
+    @exclusive
+    def step() -> None:
+        with patching.parameters_on_meta() if on_meta else patching.tracing():
+            assert nn.Linear(2, 2).weight.is_meta is on_meta
+            nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+    monkeypatch.setattr(nn.Module, "register_parameter", loading)
+    step()
+    assert nn.Module.register_parameter is original

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from fxquant.cli import analysis_commands as analyses
 from fxquant.cli import convert_command, export_command, inspect_command
@@ -16,11 +17,12 @@ from fxquant.cli import safetensors_command as safetensors
 from fxquant.cli import sweep_commands as sweeps
 from fxquant.cli.arguments import add_arguments, evaluate_command
 from fxquant.cli.signals import INTERRUPTED, signal_name, terminable
-from fxquant.cli.terminal import printing
+from fxquant.cli.terminal import printing, saying
 from fxquant.errors import FxquantError, notes_of
 from fxquant.files.doors import is_utf8, printable
 
 FAILED = 2
+_LONG: Final = re.compile(r"(\S{60})\S{140,}")  # a value that is no option's
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong with an option in one line, as fxquant's own errors do."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(FAILED, f"{self.prog}: error: {printable(message)} (options: {self.prog} -h)\n")
+        said = _LONG.sub(r"\1...", printable(message))
+        self.exit(FAILED, f"{self.prog}: error: {said} (options: {self.prog} -h)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"{argument} has no value")
     options = parser.parse_args(arguments)
     options.command = shlex.join([parser.prog, *arguments])
-    with terminable() as received:
+    with saying(), terminable() as received:
         return received.status(_run(options))
 
 
@@ -142,5 +145,6 @@ def _run(options: argparse.Namespace) -> int:
         print(f"fxquant: interrupted by {name} before the first result", file=sys.stderr)
         return INTERRUPTED
     except FxquantError as error:
-        print(f"fxquant: error: {error}{notes_of(error)}", file=sys.stderr)
+        said = f"{error}{notes_of(error)}".split("\n")  # a value may hold what a terminal obeys
+        print("\n".join(map(printable, [f"fxquant: error: {said[0]}", *said[1:]])), file=sys.stderr)
         return FAILED

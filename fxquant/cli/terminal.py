@@ -14,14 +14,23 @@ from fxquant.files.locks import reason
 
 
 class _Checked:
-    """A stream whose errors of writing are WriteErrors."""
+    """A stream whose errors of writing are WriteErrors, and which is written whatever its encoding:
+    a letter that it has not, such as Δ in ASCII, as its code."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
         with _checked():
-            return self._stream.write(text)
+            return self._stream.write(self._encodable(text))
+
+    def _encodable(self, text: str) -> str:
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        try:
+            text.encode(encoding)
+        except UnicodeEncodeError:
+            return text.encode(encoding, "backslashreplace").decode(encoding)
+        return text
 
     def flush(self) -> None:
         with _checked():
@@ -29,6 +38,33 @@ class _Checked:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+class _Tried:
+    """A stream for what is said on the way: where it cannot be written, the work goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            _give_up(self._stream)
+            return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def saying() -> Iterator[None]:
+    """Within the block standard error that cannot be written (a full disk) stops nothing."""
+    if sys.stderr is None:  # closed
+        yield
+        return
+    with contextlib.redirect_stderr(_Tried(sys.stderr)):
+        yield
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import inspect
 import logging
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
@@ -33,6 +34,7 @@ except ImportError:  # transformers 5 has no tracer, and all its masks come from
 LOCK = threading.RLock()
 FORK_WAITS = 60.0  # seconds, for a trace in another thread to end
 _HERE = threading.local()  # of each thread: whether a holder of LOCK waits for it, what a fork took
+_OURS = weakref.WeakSet[Callable[..., Any]]()  # what ``for_this_thread`` made
 _UNDER_WAY: list[Callable[[], None]] = []  # how what LOCK's holder has patched is put back
 
 _PATCHED: tuple[tuple[Any, str], ...] = (
@@ -55,6 +57,7 @@ if hf_fx is not None:
     )
 
 
+_BY_LOADING = (nn.Module, "register_parameter")  # which from_pretrained patches for all threads
 _REGISTRIES = (AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping)
 _LOGGER = logging.getLogger("torch.fx._symbolic_trace")
 
@@ -81,17 +84,32 @@ def for_this_thread(new: Callable[..., Any], original: Callable[..., Any]) -> Ca
         chosen = new if threading.get_ident() == thread else original
         return chosen(*args, **kwargs)
 
+    _OURS.add(dispatch)
     return dispatch
 
 
 class _Patcher(symbolic._Patcher):
     """torch.fx's, with methods that it replaces in one thread only."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
     def patch_method(
         self, cls: type, name: str, new_fn: Callable[..., Any], deduplicate: bool = True
     ) -> None:
         ours = for_this_thread(new_fn, getattr(cls, name))
         super().patch_method(cls, name, ours, deduplicate)
+
+    def revert_all_patches(self) -> list[Any]:
+        """As torch.compile does for the time that it compiles; in another thread nothing is."""
+        return super().revert_all_patches() if self._is_here() else self.patches_made
+
+    def reapply_all_patches(self) -> list[Any]:
+        return super().reapply_all_patches() if self._is_here() else self.patches_made
+
+    def _is_here(self) -> bool:
+        return threading.get_ident() == self._thread
 
     def revert(self) -> None:
         """Take back all patches, those that are taken back already too."""
@@ -109,7 +127,9 @@ def _putting_back() -> Callable[[], None]:
         if threading.get_ident() == thread:  # not in a child that another thread forked
             torch.set_grad_enabled(grad)
         for owner, name, value in before:
-            setattr(owner, name, value)
+            # What transformers' loading in another thread has patched is put back there.
+            if (owner, name) != _BY_LOADING or inspect.getattr_static(owner, name) in _OURS:
+                setattr(owner, name, value)
         for registry, names in registered:
             for name in registry.keys() - names:
                 del registry[name]
@@ -231,8 +251,9 @@ def _replaced(*changes: tuple[Any, str, object]) -> Iterator[None]:
     try:
         yield
     finally:
-        for change in before:
-            setattr(*change)
+        for (owner, name, value), (_, _, ours) in zip(before, changes, strict=True):
+            if (owner, name) != _BY_LOADING or inspect.getattr_static(owner, name) is ours:
+                setattr(owner, name, value)
 
 
 @contextlib.contextmanager

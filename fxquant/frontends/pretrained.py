@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
@@ -74,6 +75,11 @@ def read_config(
 
     Raises ModelError naming file and field.
     """
+    if sys.flags.optimize > 1:
+        raise ModelError(
+            "python -OO (PYTHONOPTIMIZE=2) strips docstrings, which transformers reads when it "
+            "makes a model's classes: run it without, or with -O"
+        )
     directory = Path(source)
     if directory.is_dir():
         check_files(directory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,14 +11,18 @@ from torch import Tensor
 from torch.fx import GraphModule
 from transformers import GenerationMixin, PreTrainedModel
 
-from fxquant.errors import CheckpointError, GraphAttributeError, GraphCallError
-from fxquant.ir.graph import info
+from fxquant.errors import CheckpointError, GraphAttributeError, GraphCallError, GraphError
+from fxquant.ir.graph import device_of, info
 from fxquant.ir.streamed import check_present
 from fxquant.run.apart import apart
+from fxquant.run.batches import check_mask
 from fxquant.run.encodings import TAKEN as _INPUTS
+from fxquant.run.encodings import UNUSED
 
 # What instances of transformers' models have besides their class's attributes.
 _OF_A_MODEL = ("config", "generation_config", "name_or_path", "logits", "loss", "past_key_values")
+_FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_LET_GO = UNUSED - {"labels"}  # which ask for a loss
 _WHAT_IT_IS = (
     "this is a graph: graph(input_ids=ids, attention_mask=mask) returns the logits, a tensor "
     "[batch, length, vocab], and has no cache, so it scores text and does not generate (README, "
@@ -41,12 +46,15 @@ _INSTEAD = {
 class ScoringGraph(GraphModule):
     """A GraphModule that names what it lacks of a Hugging Face model, and computes like any other.
 
-    ``graph(**tokenizer(text, return_tensors="pt"))`` works; ``token_type_ids``, which some
-    tokenizers return, is let go: causal models do not read it.
+    ``graph(**tokenizer(text, return_tensors="pt"))`` works; what tokenizers return besides, such as
+    ``token_type_ids``, is let go: causal models do not read it. ``input_ids`` are integers of any
+    dtype; ``attention_mask`` has their shape and holds 0 and 1 of any dtype, which is looked at on
+    the CPU alone, since a CUDA device would be waited for.
 
     Raises GraphAttributeError (an AttributeError, so ``hasattr`` is False) and GraphCallError (a
-    TypeError), also for ids that no table has, dtypes that torch has no kernel for, and tensors of
-    the graph that were moved or cast by themselves; GraphError for those on meta. Copies and
+    TypeError) for any other input, also for ids that no table has, inputs on another device, dtypes
+    that torch has no kernel for, and tensors of the graph that were moved or cast by themselves;
+    GraphError for those on meta. Copies and
     checkpoints keep the class. A pickle cannot hold a graph (torch.fx would trace its code anew,
     without sites, levels and history): pickling one, by ``torch.save`` too, raises
     CheckpointError, which names ``fxquant.save``.
@@ -58,6 +66,20 @@ class ScoringGraph(GraphModule):
             "fxquant.save(graph, folder) writes it, fxquant.load(folder) reads it; "
             "torch.save(graph.state_dict(), file) keeps its tensors alone"
         )
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As of any module; GraphError for codes of another dtype, which torch would cast."""
+        own = self.state_dict()
+        for name, value in state_dict.items():
+            given, held = getattr(value, "dtype", None), getattr(own.get(name), "dtype", None)
+            if None not in (given, held) and given != held and not {given, held} <= _FLOATS:
+                raise GraphError(
+                    f"{name} is of {given} there and of {held} in this graph: the state of a "
+                    "graph under another scheme, or of the float model; fxquant.load reads a graph"
+                )
+        return super().load_state_dict(state_dict, strict, assign)
 
     def __copy__(self) -> ScoringGraph:
         other = ScoringGraph(self, self.graph, self.__class__.__name__)
@@ -76,49 +98,99 @@ class ScoringGraph(GraphModule):
         raise GraphAttributeError(f"no attribute {name!r}: {_what_to_do(name)}")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        kwargs.pop("token_type_ids", None)
+        for name in _LET_GO & kwargs.keys():
+            del kwargs[name]
         for name in kwargs:
             if name not in _INPUTS:
                 raise GraphCallError(f"no input {name!r}: {_what_to_do(name)}")
         given = [*_INPUTS[: len(args)], *kwargs]
         if "input_ids" not in given or len(args) > len(_INPUTS) or len(set(given)) < len(given):
             raise GraphCallError(f"input_ids is needed, and each input once: {_WHAT_IT_IS}")
-        for name, value in (*zip(_INPUTS, args, strict=False), *kwargs.items()):
-            if isinstance(value, Mapping | list | tuple | str):
-                raise GraphCallError(
-                    f"a {type(value).__name__} as {name}: {_WHAT_IT_IS}; it takes what "
-                    'tokenizer(text, return_tensors="pt") returns: graph(**that)'
-                )
+        inputs = dict(zip(_INPUTS, args, strict=False)) | kwargs
         if not torch.compiler.is_compiling():
-            self._check_values(args[0] if args else kwargs["input_ids"])
+            inputs = self._checked(**inputs)
+            args = tuple(inputs[name] for name in _INPUTS[: len(args)])
+            kwargs = {name: inputs[name] for name in kwargs}
         try:
             return super().__call__(*args, **kwargs)
         except IndexError as error:
-            raise self._beyond_its_tables(error, *args, **kwargs) from error
+            raise self._beyond_its_tables(error, inputs["input_ids"]) from error
         except NotImplementedError as error:  # of a kernel: the message names it and the dtype
             raise GraphCallError(f"torch cannot compute the graph here: {error}") from error
         except RuntimeError as error:
-            if (said := apart(self, error)) is None:
+            if (said := apart(self, error) or self._elsewhere(error, inputs)) is None:
                 raise
             raise GraphCallError(said) from error
 
-    def _check_values(self, input_ids: Any) -> None:
-        """GraphError for tensors on meta, with which torch computes linears of what memory holds;
-        a graph as a whole may be there, with its input."""
-        if not (isinstance(input_ids, Tensor) and input_ids.is_meta):
-            check_present(self)
+    def _checked(self, input_ids: Any, attention_mask: Any = None) -> dict[str, Any]:
+        """The inputs, with ids of int64; GraphCallError for what are none.
 
-    def _beyond_its_tables(
-        self, error: IndexError, input_ids: Tensor, *_: Any, **__: Any
-    ) -> GraphCallError:
+        GraphError for tensors of the graph on meta, with which torch computes linears of what
+        memory holds; a graph as a whole may be there, with its input.
+        """
+        ids = _tokens(input_ids)
+        if attention_mask is not None:
+            _check_mask(attention_mask, ids)
+        if not ids.is_meta:
+            check_present(self)
+        return {"input_ids": ids, "attention_mask": attention_mask}
+
+    def _elsewhere(self, error: RuntimeError, inputs: dict[str, Any]) -> str | None:
+        """What ``error`` comes of, if it comes of an input that is not where the graph is."""
+        device = device_of(self)
+        for name, value in inputs.items():
+            if _OF_DEVICES.search(str(error)) and value is not None and value.device != device:
+                return f"{name} is on {value.device}, the graph on {device}: {name}.to('{device}')"
+        return None
+
+    def _beyond_its_tables(self, error: IndexError, ids: Tensor) -> GraphCallError:
         """What a table's raw error means."""
-        ids, facts = input_ids, info(self)
-        low, high = (int(end) for end in torch.aminmax(ids)) if ids.numel() else (0, 0)
+        facts = info(self)
+        low, high = (int(end) for end in torch.aminmax(ids))
         return GraphCallError(
             f"a row is read that its table does not have ({error}): ids {low} to {high} in rows of "
             f"{ids.shape[-1]} tokens, the graph takes 0 to {facts.vocab_size - 1} and "
             f"{facts.max_positions or 'any number of'} tokens a row"
         )
+
+
+_OF_DEVICES = re.compile(r"\bdevices?\b", re.IGNORECASE)
+
+
+def _tokens(ids: Any) -> Tensor:
+    """int64 [batch, length], or GraphCallError."""
+    _check_dense("input_ids", ids)
+    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+        raise GraphCallError(f"input_ids must be integers, got {ids.dtype}: {_WHAT_IT_IS}")
+    if ids.dim() != 2 or not ids.numel():
+        one = "; ids[None] is a batch of one row" if ids.dim() == 1 else ""
+        raise GraphCallError(
+            f"input_ids must be [batch, length] and hold a token, got {list(ids.shape)}{one}"
+        )
+    return ids.to(torch.int64)  # type: ignore[no-any-return]
+
+
+def _check_mask(mask: Any, ids: Tensor) -> None:
+    _check_dense("attention_mask", mask)
+    known = (
+        type(mask) is Tensor and mask.device.type == "cpu" and torch._C._get_tracing_state() is None
+    )
+    if known and not torch._C._functorch.is_functorch_wrapped_tensor(mask):
+        check_mask(mask, ids, "this call", GraphCallError)
+    elif mask.shape != ids.shape:
+        raise GraphCallError(
+            f"attention_mask {list(mask.shape)} does not fit input_ids {list(ids.shape)}"
+        )
+
+
+def _check_dense(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise GraphCallError(
+            f"a {type(value).__name__} as {name}: {_WHAT_IT_IS}; it takes what "
+            'tokenizer(text, return_tensors="pt") returns: graph(**that)'
+        )
+    if value.is_nested or value.layout != torch.strided or value.is_quantized:
+        raise GraphCallError(f"{name} must be a dense tensor: {_WHAT_IT_IS}")
 
 
 def _of_a_model(name: str) -> bool:

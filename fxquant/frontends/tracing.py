@@ -51,6 +51,7 @@ from fxquant.pipeline.arguments import checked_call
 # 4.52 scales OPT's attention twice (transformers issue 38277): perplexity 26 became 388418.
 BROKEN_TRANSFORMERS: Final = ("4.52",)
 FRONT_ENDS: Final = ("auto", "hf", "recorder")
+_COMPUTED: Final = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 HAS_TRACER: Final = importlib.util.find_spec("transformers.utils.fx") is not None
 
 
@@ -73,8 +74,9 @@ def trace(model: PreTrainedModel, frontend: str = "auto") -> GraphModule:
     Threads: any number may trace at once, and they take turns, since torch.fx and transformers
     patch ``nn.Module`` and torch while they trace. The patches act in the tracing thread only and
     are gone whatever ends it; in other threads models, this one too, go on computing as ever. What
-    must wait in another thread: tracing by other means, and torch.compile's first call, which
-    would read the patched functions.
+    must wait in another thread: tracing by other means, models that transformers loads or builds
+    on meta by itself (it patches ``nn.Module`` for all threads meanwhile; ``load_model`` waits),
+    and torch.compile's first call, which would read the patched functions.
 
     Raises ModelError (not a causal LM, unsupported transformers, no such front end),
     NonFiniteError (a parameter holds NaN or infinity), TracingError, a ModelError (names the module
@@ -186,6 +188,11 @@ def _check_model(model: object) -> None:
             "encoders, encoder-decoders and headless models have no next-token loss"
         )
     for name, parameter in itertools.chain(model.named_parameters(), streamed_tensors(model)):
+        if parameter.is_floating_point() and parameter.dtype not in _COMPUTED:
+            raise ModelError(
+                f"{name} is of {parameter.dtype}, in which nothing is computed: give the model in "
+                "float32, float16 or bfloat16 (a quantized checkpoint is none to start from)"
+            )
         if parameter.device.type != "meta" and parameter.numel():
             low, high = torch.aminmax(parameter.detach())
             if not (math.isfinite(float(low)) and math.isfinite(float(high))):

@@ -211,10 +211,10 @@ def clone_sharing_storage(module: ModuleT, *, hooks: bool = False) -> ModuleT:
     """
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+        memo[id(parameter)] = nn.Parameter(_over_storage_of(parameter), requires_grad=False)
     for part in module.modules():
         for tensor in _tensors({k: v for k, v in part.__dict__.items() if k != "_parameters"}):
-            memo.setdefault(id(tensor), tensor.detach())
+            memo.setdefault(id(tensor), _over_storage_of(tensor))
         for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values()):
             if not isinstance(getattr(hook, "__self__", None), nn.Module):
                 memo[id(hook)] = hook
@@ -223,6 +223,15 @@ def clone_sharing_storage(module: ModuleT, *, hooks: bool = False) -> ModuleT:
         for found in () if hooks else (part._forward_hooks, part._forward_pre_hooks):
             found.clear()
     return clone
+
+
+def _over_storage_of(tensor: Tensor) -> Tensor:
+    """A plain tensor also of one made in inference mode, through which no gradient goes."""
+    if not tensor.is_inference():
+        return tensor.detach()
+    plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    parts = tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
+    return plain.set_(*parts)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -16,6 +16,7 @@ import torch
 
 from fxquant.errors import ArgumentError, FxquantError
 from fxquant.files.doors import printable, reason
+from fxquant.pipeline.modes import without_modes
 from fxquant.pipeline.options import allowed, fits
 from fxquant.schemes.spelling import shown
 
@@ -26,6 +27,7 @@ R = TypeVar("R")
 def checked_call(*own: str, **meant: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorate a public function: a call that does not fit its signature raises ArgumentError, as
     does an option whose value is not of the annotated kind, where any value of that kind may stand.
+    It runs without the modes of torch that are set around it: see ``without_modes``.
 
     ``own``: options that the function checks itself. ``meant``: names that are not its own, and
     what they are called here (``windows="count"``).
@@ -49,7 +51,7 @@ def checked_call(*own: str, **meant: str) -> Callable[[Callable[P, R]], Callable
                         f"{function.__name__}: {name} must be {allowed(hint)}, got "
                         f"{printable(shown(given[name]))}"
                     )
-            return function(*args, **kwargs)
+            return without_modes(function, *args, **kwargs)
 
         return called
 
@@ -65,7 +67,12 @@ def _plain_hints(
     options = (
         name
         for name, each in signature.parameters.items()
-        if name not in own and (each.default is not each.empty or each.kind is each.KEYWORD_ONLY)
+        if name not in own
+        and (
+            each.default is not each.empty
+            or each.kind is each.KEYWORD_ONLY
+            or hints.get(name) in (int, str)
+        )
     )
     return {name: hints[name] for name in options if _is_plain(hints[name])}
 
@@ -97,9 +104,9 @@ def _message(
     meant: Mapping[str, str],
     error: TypeError,
 ) -> str:
-    known = list(signature.parameters)
+    known = [each for each in signature.parameters if each != "self"]
     said = [_unknown(each, known, meant) for each in unknown] or [str(error)]
-    parameters = signature.parameters.values()
+    parameters = [signature.parameters[name] for name in known]
     listed = [each.name if each.default is each.empty else f"{each.name}=" for each in parameters]
     by_name = [each.kind is each.KEYWORD_ONLY for each in parameters]
     if any(by_name):

@@ -28,6 +28,7 @@ from fxquant.ir.legal_forms import verify
 from fxquant.ir.snapshot import Snapshot
 from fxquant.ir.streamed import check_present
 from fxquant.pipeline.context import BARE, Context
+from fxquant.pipeline.modes import without_modes
 from fxquant.pipeline.options import check_options
 from fxquant.pipeline.recording import recorded, remember
 from fxquant.run.probe import Probe, probe_for, relative_difference, run_probe
@@ -113,6 +114,9 @@ class Pipeline:
 
     def run(self, gm: GraphModule) -> GraphModule:
         """The lowered graph; VerificationError names the pass that broke its promise."""
+        return without_modes(self._run, gm)
+
+    def _run(self, gm: GraphModule) -> GraphModule:
         info(gm)  # GraphError for what is no graph of ours
         check_present(gm)
         gm = clone_sharing_storage(gm)

@@ -163,7 +163,8 @@ def convert(
     [batch, length, vocab]. It scores text; it does not generate (no cache).
 
     Threads may convert at once, one model or many, each with calibration data of its own: only
-    tracing takes turns (see ``trace``). The results are those of one thread.
+    tracing takes turns (see ``trace``). The results are those of one thread. What is set around a
+    call (autocast, inference mode, a default device or dtype) changes no result of any function.
 
     Raises GraphError (a graph that is quantized already, or is not fxquant's), SchemeError,
     CalibrationError, ModelError, TracingError, NonFiniteError, each before

@@ -23,6 +23,7 @@ UNUSED = frozenset(
         "overflow_to_sample_mapping",
     }
 )
+_DEEPEST = 64  # axes of a tensor; a list may even hold itself
 TEXT_TO_BATCHES = (
     "tokenizer = fxquant.load_model(name).tokenizer",
     "cut = fxquant.windows(text, tokenizer)",
@@ -31,9 +32,11 @@ TEXT_TO_BATCHES = (
 
 
 def is_text(value: object) -> bool:
-    """Whether ``value`` is a string, or a list that begins with one."""
-    if isinstance(value, list | tuple):
-        return bool(value) and is_text(value[0])
+    """Whether ``value`` is a string, or a list that begins with one, however deep."""
+    for _ in range(_DEEPEST):
+        if not isinstance(value, list | tuple) or not value:
+            break
+        value = value[0]
     return isinstance(value, str | bytes)
 
 

@@ -113,11 +113,13 @@ class Scheme:
         return json.dumps({"scheme": self._base(), "overrides": overrides})
 
     @classmethod
-    def from_json(cls, text: str) -> Scheme:
+    def from_json(cls, text: str | bytes) -> Scheme:
         """The inverse of to_json; raises SchemeError.
 
         An object ``made_by``, in which ``fxquant plan`` says what it was chosen on, is read over.
         """
+        if not isinstance(text, str | bytes):
+            raise _bad_json(f"it is a {type(text).__name__}, not text")
         try:
             data = parse_json(text, unique=True)
         except (ValueError, TypeError) as error:

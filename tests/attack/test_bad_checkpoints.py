@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -222,3 +223,14 @@ def test_a_pickle_is_held_to_the_same_rules(tmp_path: Path) -> None:
     edit_json(tmp_path / "config.json", lambda data: data.update(num_hidden_layers=1))
     with pytest.raises(ModelError, match=r"holds weights.*layers\.1"):
         read_model(tmp_path, dtype="auto")
+
+
+def test_without_docstrings_no_model_is_read(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would blame the config for it."""
+    without = SimpleNamespace(flags=SimpleNamespace(optimize=2))
+    monkeypatch.setattr("fxquant.frontends.pretrained.sys", without)
+    for more in WAYS:
+        command = ("evaluate", "--model", folder, "--schemes", "w8", *SHORT, *more)
+        refused(capsys, command, "python -OO", "docstrings")

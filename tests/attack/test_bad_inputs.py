@@ -19,7 +19,7 @@ from fxquant.evaluation.to_safetensors import to_safetensors
 from fxquant.files.pickled import REPEATED_BYTES
 from fxquant.frontends.weight_files import stored_weights
 from tests.architectures import VOCABULARY, opt, token_ids
-from tests.attack.bad import SHORT, edit_json, refused, write_model
+from tests.attack.bad import SHORT, edit_json, exit_code, refused, write_model
 from tests.environments import by_version
 from tests.hub_format import character_tokenizer, write_parquet
 
@@ -97,6 +97,24 @@ def test_arguments_that_are_no_text(model: Path, capsys: pytest.CaptureFixture[s
         refused(capsys, evaluate(model, "--text", text))
         refused(capsys, evaluate(text))
         refused(capsys, evaluate(model, "--output", text))
+
+
+@pytest.mark.parametrize("value", ["\x1b[2J", "\u202ew8", "a\rb", "\x9b31m", "x" * 5000])
+def test_values_that_a_terminal_obeys(
+    value: str, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are printed as their codes."""
+    given: list[tuple[object, ...]] = [
+        evaluate(model, f"{option}={value}") for option in ("--text", "--dataset", "--device")
+    ]
+    given += [evaluate(model, f"--dtype={value}"), evaluate(f"./{value}")]
+    given += [("convert", "--model", model, "--scheme", value), ("report", f"./{value}")]
+    for command in given:
+        code, written = exit_code(*command), capsys.readouterr().err
+        assert code == 2
+        assert "error: " in written
+        assert all(line.isprintable() and len(line) < 6000 for line in written.splitlines())
+        assert "\x9b" not in written
 
 
 @pytest.mark.parametrize("half", ["\ud800", "\ude00\ud83d"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fxquant
-from fxquant.errors import ArgumentError, DataError, FxquantError, ModelError
+from fxquant.errors import ArgumentError, DataError, FxquantError, ModelError, SchemeError
 from tests.architectures import opt, token_ids
 from tests.models import SMALL_OPT, small_opt
 
@@ -140,3 +140,38 @@ def test_a_revision_of_what_is_not_of_the_hub(place: str, revision: str, tmp_pat
 def test_what_is_no_text(text: Any) -> None:
     with pytest.raises(DataError, match="a text is a string, a path or a list of strings"):
         fxquant.windows(text, small_opt()[1])
+
+
+LOOK = fxquant.inspect(GRAPH)
+LOOKS: dict[str, tuple[Callable[[Any], object], tuple[Any, ...], str]] = {
+    "layer": (LOOK.layer, (None, 0.5, "0", True, [], float("nan")), "layer: index must be an int"),
+    "dot": (LOOK.dot, (None, 1.0, "0", b"x"), "dot: index must be an integer"),
+    "diff": (LOOK.diff, (None, 3, [], b"trace", ("trace",)), "diff: pass_name must be text"),
+    "site": (LOOK.site, (None, 3, ["head"], Path("head")), "site: path must be text"),
+    "summary": (lambda fold: LOOK.summary(fold=fold), (3, "yes", None), "summary: fold must be"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("door", LOOKS)
+def test_what_a_printout_is_not_asked_for_by(door: str) -> None:
+    call, values, message = LOOKS[door]
+    for value in values:
+        with pytest.raises(FxquantError, match=f"^{message}"):
+            call(value)
+    with pytest.raises(FxquantError, match=r"layer: .*It takes layer\(index\)"):
+        LOOK.layer()  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("given", [None, {"scheme": "w8"}, ["w8"], 8, Path("x.json")], ids=repr)
+def test_json_of_a_scheme_is_text(given: Any) -> None:
+    with pytest.raises(SchemeError, match=f"it is a {type(given).__name__}, not text"):
+        fxquant.Scheme.from_json(given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_a_model_in_a_dtype_that_is_not_computed_in(dtype: torch.dtype) -> None:
+    whole, part = opt().to(dtype), opt()
+    part.lm_head.to(dtype)
+    for model in (whole, part):
+        with pytest.raises(ModelError, match=rf"weight is of {dtype}, in which nothing is comp"):
+            fxquant.convert(model, "w8")

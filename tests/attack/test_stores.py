@@ -24,6 +24,7 @@ from fxquant.numerics.weight_codes import WeightCodes
 from fxquant.run.block_store import CHECKSUM, BlockStore, Expected
 from fxquant.schemes.scheme import Scheme
 from tests.architectures import llama, token_ids
+from tests.attack.conftest import SeedOf
 
 SEED = 20
 BLOCK, OTHER = "model.layers.0", "model.layers.1"
@@ -123,13 +124,13 @@ def altered_bytes(tmp_path: Path, tries: int, seed: int) -> None:
     assert again > 0.9 * tries
 
 
-def test_altered_bytes_are_never_taken(tmp_path: Path) -> None:
-    altered_bytes(tmp_path, 150, SEED)
+def test_altered_bytes_are_never_taken(tmp_path: Path, seed_of: SeedOf) -> None:
+    altered_bytes(tmp_path, 150, seed_of(SEED))
 
 
 @pytest.mark.slow
-def test_many_altered_bytes_are_never_taken(tmp_path: Path) -> None:
-    altered_bytes(tmp_path, 2500, SEED + 1)
+def test_many_altered_bytes_are_never_taken(tmp_path: Path, seed_of: SeedOf) -> None:
+    altered_bytes(tmp_path, 2500, seed_of(SEED + 1))
 
 
 def _set(name: str, change: Callable[[Tensor], Tensor]) -> Damage:
@@ -319,13 +320,13 @@ def altered_lines(folder: Path, tries: int, seed: int) -> None:
     assert errors > tries / 2
 
 
-def test_altered_lines_are_one_clear_error(tmp_path: Path) -> None:
-    altered_lines(tmp_path, 200, SEED)
+def test_altered_lines_are_one_clear_error(tmp_path: Path, seed_of: SeedOf) -> None:
+    altered_lines(tmp_path, 200, seed_of(SEED))
 
 
 @pytest.mark.slow
-def test_many_altered_lines_are_one_clear_error(tmp_path: Path) -> None:
-    altered_lines(tmp_path, 3000, SEED + 1)
+def test_many_altered_lines_are_one_clear_error(tmp_path: Path, seed_of: SeedOf) -> None:
+    altered_lines(tmp_path, 3000, seed_of(SEED + 1))
 
 
 def test_a_store_of_another_run_is_not_taken(tmp_path: Path) -> None:

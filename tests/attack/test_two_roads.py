@@ -1,13 +1,12 @@
 """A folder read whole and the same folder streamed: both refuse it, or both give the same logits.
 
-The seed is in each assertion; FXQUANT_FUZZ_SEED sets another one.
+The seed, in each assertion, follows --seed, or is FXQUANT_FUZZ_SEED.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import os
 import random
 import shutil
 from collections import Counter
@@ -25,10 +24,11 @@ from fxquant.frontends.pretrained import read_model
 from fxquant.frontends.streaming import stream
 from fxquant.frontends.weight_files import INDEX, WEIGHTS
 from tests.architectures import ARCHITECTURES, token_ids
+from tests.attack.conftest import SeedOf
 from tests.attack.folder_faults import FORMATS, Checkpoint, Metadata, faulty
 from tests.attack.watch import watched
 
-SEED = int(os.environ.get("FXQUANT_FUZZ_SEED", "20261127"))
+SEED = 20261127
 NAMES = ("opt", "opt-untied", "gpt2", "llama")
 IDS = token_ids(2, 7)
 SAVED: dict[str, Checkpoint] = {}
@@ -83,20 +83,23 @@ def check(folder: Path, where: str) -> str:
 
 
 @pytest.mark.parametrize("count", [120, pytest.param(2000, marks=pytest.mark.slow)])
-def test_both_roads_take_and_refuse_the_same_folders(count: int, tmp_path: Path) -> None:
-    rng, counts = random.Random(SEED + count), Counter[str]()
+def test_both_roads_take_and_refuse_the_same_folders(
+    count: int, tmp_path: Path, seed_of: SeedOf
+) -> None:
+    seed = seed_of(SEED) + count
+    rng, counts = random.Random(seed), Counter[str]()
     for index in range(count):
         name = rng.choice(NAMES)
         found, faults = faulty(SAVED[name], rng)
         folder = tmp_path / str(index) / "model"
         folder.mkdir(parents=True)
         found.write(folder)
-        where = f"seed {SEED + count}, folder {index}: {name} with {faults}"
+        where = f"seed {seed}, folder {index}: {name} with {faults}"
         try:
             counts[check(folder, where)] += 1
         except Exception as error:
             raise AssertionError(f"{where}: {error!r}") from error
-    print(f"seed {SEED + count}: {count} tried, {dict(counts)}, 0 wrong")
+    print(f"seed {seed}: {count} tried, {dict(counts)}, 0 wrong")
     assert min(counts["right"], counts["one clear error"]) > count // 10
 
 

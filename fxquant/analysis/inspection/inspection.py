@@ -50,10 +50,12 @@ class Inspection:
     def __str__(self) -> str:
         return self.summary()
 
+    @checked_call()
     def summary(self, *, fold: bool = True, markdown: bool = False) -> str:
         """Header, history, sites, left in float, notes; ``fold=False`` lists every site."""
         return render(summarize(self._gm, fold=fold), markdown=markdown, folded=fold)
 
+    @checked_call()
     def layer(self, index: int) -> str:
         """Decoder block ``index`` as a listing in the order of evaluation.
 
@@ -61,10 +63,12 @@ class Inspection:
         """
         return self._listing(self._block(index))
 
+    @checked_call()
     def graph(self) -> str:
         """The whole graph: before the blocks, each block, behind them."""
         return "\n\n".join(self._listing(section) for section in self._history.sections(-1))
 
+    @checked_call()
     def diff(self, pass_name: str) -> str:
         """What a pass changed, as a unified diff of the listing; blocks alike are shown once.
 
@@ -72,6 +76,7 @@ class Inspection:
         """
         return diff(self._history, self._history.index(pass_name), self._values)
 
+    @checked_call()
     def site(self, path: str) -> str:
         """One site: its nodes, provenance, scales, histograms.
 
@@ -87,15 +92,18 @@ class Inspection:
             raise unknown("site" if not fitting else "single site", path, paths)
         return site_view(self._gm, fitting[0], self._history, self._values)
 
+    @checked_call()
     def dot(self, index: int = 0) -> str:
         """Graphviz text of decoder block ``index``."""
         section = self._block(index)
         return dot(section, self._history.names(section, self._values), self._values)
 
+    @checked_call()
     def write_dot(self, path: Location, index: int = 0) -> None:
         """Write ``dot(index)``, or an SVG where ``path`` ends in ``.svg`` (extra ``graph``)."""
         write_dot(self.dot(index), as_path(path, "path", InspectionError))
 
+    @checked_call()
     def to_dict(self) -> dict[str, Any]:
         """The summary with every site and each pass's diff, as JSON has it: no NaN, no tuples."""
         data = asdict(summarize(self._gm, fold=False))
