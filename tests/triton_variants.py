@@ -48,8 +48,9 @@ def launched() -> Iterator[list[Variant]]:
 
 def variants(first: int, last: int) -> None:
     """What a call compiles, its first test has compiled before."""
-    here, count, seen = torch.device("cpu"), 0, set()
+    here, count = torch.device("cpu"), 0
     kinds: list[Kind] = []
+    seen: set[Variant] = set()
 
     def without(x: Tensor, kind: Kind) -> str:
         kinds.append(kind)
