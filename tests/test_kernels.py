@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from fxquant.ir.graph import Level, info, is_op, site_outputs, source_of, tag, u
 from fxquant.ir.legal_forms import OPS, verify
 from fxquant.numerics import cpu_int8
 from fxquant.numerics.gemm import CHUNK, certified_chunk
-from fxquant.numerics.kernels import table
+from fxquant.numerics.kernels import cpu, table
 from fxquant.passes import FuseKernels, Integerize
 from fxquant.run.execution import Executor
 from tests.architectures import ARCHITECTURES, llama, opt, padding_mask, token_ids
@@ -84,6 +85,27 @@ def test_linears(
     operands = Calls(seed, shape, dtype).site(columns, 0, packed)
     chunk = CHUNK if packed else certified_chunk(operands[1], 128)
     assert agree("int_linear", *operands, chunk, packed)
+
+
+@given(
+    seed=CALLS["seed"],
+    dtype=CALLS["dtype"],
+    rows=st.integers(1, 70),
+    small=st.sampled_from([1.0, 1e-23]),
+)
+@settings(max_examples=40)
+def test_blocks_of_rows(seed: int, dtype: torch.dtype, rows: int, small: float) -> None:
+    """Several of 16 rows, the last short; small products vanish, and no zero is negative."""
+    calls = Calls(seed, (rows, 40), dtype)
+    x, (codes, weight, scale, of_weight, *others) = calls.input(), calls.site(9, 0, False)
+    site = (codes, weight, scale * small, of_weight * small, *others)
+    blocks = mock.patch.object(cpu, "_BLOCK_BYTES", 1)
+    with blocks, mock.patch.object(cpu, "_WORTH_ASKING", 0):
+        for grain in GRAINS:
+            for symmetric in (True, False):
+                assert agree("quantize_rows", x, grain, symmetric, -128 + symmetric, 127)
+        assert agree("quantize_static", x, torch.tensor(0.02), None, -128, 127)
+        assert agree("int_linear", *site, certified_chunk(weight, 128), False)
 
 
 @given(**CALLS, columns=st.integers(1, 40), packed=st.booleans(), group=st.integers(1, 320))

@@ -24,7 +24,7 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> list[Callable[..., Any]]:
     """What would be compiled, which runs as it is: the cuts alone are tried, to the same bits."""
     asked: list[Callable[..., Any]] = []
 
-    def compile_(function: Callable[..., Any]) -> Callable[..., Any]:
+    def compile_(function: Callable[..., Any], options: object) -> Callable[..., Any]:
         asked.append(function)
         return function
 
@@ -89,9 +89,17 @@ def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
             *("inductor", RuntimeError("no C++ compiler")), None
         )
 
-    monkeypatch.setattr(torch, "compile", lambda function: failing)
+    monkeypatch.setattr(torch, "compile", lambda function, options: failing)
     with pytest.raises(GraphCallError, match=r"cannot compile a block.*no C\+\+ compiler"):
         compiled_blocks(graph)(token_ids(1, 5))
+
+
+def test_options_are_the_compilers_own() -> None:
+    """They are names of inductor's, which torch.compile checks, and nothing outside sees them."""
+    before = torch._inductor.config.get_config_copy()
+    assert regional._OPTIONS.keys() <= before.keys()
+    compiled_blocks(fxquant.trace(llama()))
+    assert torch._inductor.config.get_config_copy() == before
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Triton's kernels without a GPU: interpreted to the same bits, compiled to the right machine code.
 
-Each runs in a process of its own, see tests/triton_calls.py.
+Each runs in a process of its own, see tests/triton_calls.py and tests/triton_variants.py.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.needs_program(HAS_TRITON, "triton, of the cuda extra")
 
 
-def run(*arguments: str, interpreted: bool = True) -> str:
-    command = [sys.executable, "-m", "tests.triton_calls", *arguments]
+def run(*arguments: str, interpreted: bool = True, module: str = "triton_calls") -> str:
+    command = [sys.executable, "-m", f"tests.{module}", *arguments]
     done = finished(command, TRITON_INTERPRET="1" if interpreted else "0")
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -44,6 +44,12 @@ def test_each_kind_of_kernel_is_asked_before_its_first_call(every: str) -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize("last", ["20", pytest.param("1000", marks=pytest.mark.slow)])
+def test_a_call_compiles_only_what_was_asked(last: str) -> None:
+    assert "calls compile nothing new" in run("0", last, module="triton_variants")
+
+
+@needs_triton
 @pytest.mark.parametrize("every", ["7", pytest.param("1", marks=pytest.mark.slow)])
 def test_a_mistake_in_one_tile_is_seen_and_its_calls_fall_back(every: str) -> None:
     assert "is asked for itself" in run("tiles", every)
@@ -52,7 +58,7 @@ def test_a_mistake_in_one_tile_is_seen_and_its_calls_fall_back(every: str) -> No
 @needs_triton
 @pytest.mark.parametrize("capability", ["90", *(pytest.param("80", marks=pytest.mark.slow),)])
 def test_compiled_without_a_gpu(capability: str) -> None:
-    assert run("compiled", capability, interpreted=False).count(f"sm_{capability}") == 7
+    assert run("compiled", capability, interpreted=False).count(f"sm_{capability}") == 8
 
 
 def row_reasons(name: str, *operands: Any) -> str:
@@ -131,8 +137,8 @@ def test_rows_of_each_block_and_alignment_ask_a_kind_of_their_own(
         assert not row_reasons("int_linear", *site, 0, False)
         product = Calls(length, (1, 2), SINGLE).product(length, columns)
         assert not row_reasons("int_product", *product)
-        assert [kind.even for kind in asked[-2:]] == [columns == 16] * 2
-    assert {kind.aligned for kind in asked} == {length % 16 == 0}
+        assert [kind.columns for kind in asked[-2:]] == [16 * (columns == 16)] * 2
+    assert {kind.length for kind in asked} == {1 if length == 1 else 16 * (length % 16 == 0)}
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,11 +81,11 @@ def weights(operands: tuple[Any, ...], dtype: torch.dtype) -> tuple[Tensor, Tens
 
 OPERATORS = ("int_linear", "grouped_int_linear", "dequant_linear")
 KINDS = tuple(
-    Kind(operator, dtype, packed=packed, shifted=shifted, weight_shifted=shift, biased=shifted)
+    Kind(operator, dtype, packed=packed, shifted=shifted, weight_shifted=shift, bias=bias)
     for operator in OPERATORS
     for dtype in (SINGLE, HALF)  # the interpreter's cast to bf16 truncates
     for packed in (False, True)
-    for shifted, shift in ((False, False), (True, False), (False, True))
+    for shifted, shift, bias in ((False, False, None), (True, False, SINGLE), (False, True, HALF))
 )
 KINDS += tuple(
     Kind("quantize_rows", dtype, token, shifted=shifted, ends=ends)
@@ -95,16 +95,22 @@ KINDS += tuple(
 )
 KINDS += tuple(Kind("int_product", dtype) for dtype in (SINGLE, HALF))
 KINDS += tuple(
-    Kind(operator, SINGLE, block=block, aligned=whole)
+    Kind(operator, SINGLE, block=block, length=whole)
     for operator, largest in (("quantize_rows", 4096), ("dequant_linear", 1024))
     for block in (128, 512, largest)
-    for whole in (False, True)
+    for whole in (0, 16)
 )
 KINDS += tuple(
-    Kind(operator, HALF, packed=operator != "int_product", aligned=whole, even=even)
+    Kind(operator, HALF, packed=operator != "int_product", length=length, columns=columns)
     for operator in ("int_linear", "grouped_int_linear", "int_product")
-    for whole, even in ((True, False), (False, True), (True, True))
+    for length, columns in ((16, 0), (0, 16), (16, 16), (1, 16), (16, 1))
 )
+KINDS += tuple(
+    Kind(operator, SINGLE, group=group, depth=32)
+    for operator in ("grouped_int_linear", "dequant_linear")
+    for group in (0, 1)
+)
+KINDS += tuple(Kind("int_product", SINGLE, length=length, turned=True) for length in (0, 16))
 KINDS += tuple(Kind("quantize_static", dtype, shifted=s) for dtype in DTYPES for s in (False, True))
 
 
@@ -180,7 +186,7 @@ def each_block(here: torch.device) -> None:
     for kind in (each for each in KINDS if each.block != 256):
         maker = tiles.weight_block if kind.operator == "dequant_linear" else tiles.row_block
         length = first_test._length(kind)
-        assert (maker(length), tiles.aligned(length)) == (kind.block, kind.aligned), kind
+        assert (maker(length), tiles.multiple(length)) == (kind.block, kind.length), kind
         room: Any = triton_quantize
         name = "row_block"
         if kind.operator == "dequant_linear":
@@ -293,7 +299,7 @@ def compiled(capabilities: list[int]) -> None:
             whole = ("M", "N", "K", "length", "groups", "group_size")
             signature = {}
             for each in kernel.arg_names:
-                kind = "i32" if each in whole or each.endswith(("_stride", "_batch")) else "*fp32"
+                kind = "i32" if each in whole or each.endswith("_stride") else "*fp32"
                 kind = "*i32" if each in ("zero", "w_sum", "shift", "zero_points") else kind
                 signature[each] = pointers.get(each, kind) if each not in constants else "constexpr"
             if name == "grouped_kernel":
@@ -324,7 +330,8 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, Any]]]:
     tiles = {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8}
     yield "linear_kernel", triton_gemm.linear_kernel, {**flags, **tiles, "PACKED": False}
     yield "grouped_kernel", triton_gemm.grouped_kernel, {**flags, **tiles, "PACKED": True}
-    yield "product_kernel", triton_gemm.product_kernel, tiles
+    for turned in (False, True):
+        yield "product_kernel", triton_gemm.product_kernel, {**tiles, "TURNED": turned}
     weight = {"HAS_SHIFT": True, "PACKED": True, "BLOCK": 256}
     yield "weight_kernel", triton_gemm.weight_kernel, weight
 

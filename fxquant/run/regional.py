@@ -29,6 +29,10 @@ from fxquant.run.head import final_head
 
 # What torch raises where it cannot compile: no C++ compiler, an operator that it cannot lower.
 _UNCOMPILED = (torch._dynamo.exc.TorchDynamoException,)
+# The processor is asked what it can. By itself inductor also compiles and loads a library for each
+# set of its instructions, which takes as long as compiling the block's kernels; any compiler that
+# takes torch's headers knows those sets.
+_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"cpp.vec_isa_ok": True}
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,8 @@ def _region(
     code = graph.python_code("self")
     key = (code.src, tuple(sorted((name, id(value)) for name, value in code.globals.items())))
     if key not in functions:
-        functions[key] = torch.compile(type(GraphModule(leaves, graph)).forward)
+        function = type(GraphModule(leaves, graph)).forward
+        functions[key] = torch.compile(function, options=_OPTIONS)
     return _Region(begin, end, leaves, functions[key], tuple(read), outputs)
 
 

@@ -13,6 +13,8 @@ from fxquant.numerics import cpu_int8, gemm, quantization
 
 # Bytes of fp32 that a block of rows takes: what stays in a cache between two operations.
 _BLOCK_BYTES = 2**21
+# Sums for which a pass costs more than a look at their scales.
+_WORTH_ASKING = 2**16
 
 
 def always(*operands: Any) -> str:
@@ -81,39 +83,52 @@ def _block(values: Tensor, rows: slice) -> Tensor:
 def quantize_rows(
     x: Tensor, granularity: str, symmetric: bool, qmin: int, qmax: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = x.reshape(-1, x.shape[-1])
-    low, high = _ends(rows)
-    nan = _nan_of(high)
+    rows, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], 1)
+    # Its own range holds x: without a zero point nothing is left to clamp.
+    ends = None if symmetric else (qmin, qmax)
     if granularity == "tensor":
-        low, high = low.amin(), high.amax()
-    if symmetric:
-        scale = quantization.calc_qparams_symmetric(torch.maximum(high, -low), qmax, ())
-        zero_point = torch.zeros_like(scale, dtype=torch.int32)
-        # Its own range holds x: nothing is left to clamp.
-        codes = _encoded(rows, scale, None, None)
-    else:
-        scale, zero_point = quantization.activation_qparams_from_range(low, high, qmin, qmax)
-        codes = _encoded(rows, scale, zero_point, (qmin, qmax))
-    shape = (*x.shape[:-1], 1)
-    if granularity == "token":
-        scale, zero_point = scale.view(shape), zero_point.view(shape)
-    return codes.view(x.shape), scale, zero_point, nan.view(shape)
+        low, high = _ends(rows)
+        scale, zero_point = _range(low.amin(), high.amax(), symmetric, qmin, qmax)
+        codes = _encoded(rows, scale, None if symmetric else zero_point, ends)
+        return codes.view(x.shape), scale, zero_point, _nan_of(high).view(shape)
+    codes = torch.empty(rows.shape, dtype=torch.int8)
+    nan = torch.empty((len(rows), 1), dtype=x.dtype)
+    scale, zero_point = (torch.empty_like(nan, dtype=t) for t in (torch.float32, torch.int32))
+    for block in _blocks(*rows.shape):
+        wide = rows[block].to(torch.float32)  # once, for the range and the codes
+        low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
+        scale[block], zero_point[block] = _range(low, high, symmetric, qmin, qmax)
+        nan[block] = _nan_of(high)
+        shift = None if symmetric else zero_point[block]
+        _encode(rows[block], wide, codes[block], scale[block], shift, ends)
+    return codes.view(x.shape), scale.view(shape), zero_point.view(shape), nan.view(shape)
 
 
 def quantize_static(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int
 ) -> tuple[Tensor, Tensor]:
     rows = x.reshape(-1, x.shape[-1])
-    codes = _encoded(rows, scale, zero_point, (qmin, qmax))
-    nan = _nan_of(_ends(rows)[1])
+    codes = torch.empty(rows.shape, dtype=torch.int8)
+    nan = torch.empty((len(rows), 1), dtype=x.dtype)
+    for block in _blocks(*rows.shape):
+        wide = rows[block].to(torch.float32)
+        nan[block] = _nan_of(wide.amax(-1, keepdim=True))
+        _encode(rows[block], wide, codes[block], scale, zero_point, (qmin, qmax))
     return codes.view(x.shape), nan.view(*x.shape[:-1], 1)
+
+
+def _range(
+    low: Tensor, high: Tensor, symmetric: bool, qmin: int, qmax: int
+) -> tuple[Tensor, Tensor]:
+    if not symmetric:
+        return quantization.activation_qparams_from_range(low, high, qmin, qmax)
+    scale = quantization.calc_qparams_symmetric(torch.maximum(high, -low), qmax, ())
+    return scale, torch.zeros_like(scale, dtype=torch.int32)
 
 
 def _ends(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Smallest and largest of each row, [M, 1], in its dtype: reductions in fp32 are vectorized,
     those of narrower floats are not."""
-    if rows.dtype == torch.float32:
-        return rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
     low, high = (torch.empty((len(rows), 1), dtype=rows.dtype) for _ in range(2))
     for block in _blocks(*rows.shape):
         wide = rows[block].to(torch.float32)
@@ -129,16 +144,30 @@ def _nan_of(largest: Tensor) -> Tensor:
 def _encoded(
     rows: Tensor, scale: Tensor, zero_point: Tensor | None, ends: tuple[int, int] | None
 ) -> Tensor:
-    """The operations of numerics.quantization.encode, a block of rows at a time."""
+    """Codes of all rows under one scale ()."""
     codes = torch.empty(rows.shape, dtype=torch.int8)
     for block in _blocks(*rows.shape):
-        steps = rows[block].to(torch.float32).div(_block(scale, block)).round_()
-        if zero_point is not None:
-            steps.add_(_block(zero_point, block))
-        if ends is not None:
-            steps.clamp_(*ends)
-        codes[block].copy_(steps)
+        wide = rows[block].to(torch.float32)
+        _encode(rows[block], wide, codes[block], scale, zero_point, ends)
     return codes
+
+
+def _encode(
+    rows: Tensor,
+    wide: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    ends: tuple[int, int] | None,
+) -> None:
+    """The operations of numerics.quantization.encode into ``codes``; ``wide``, the rows in fp32, is
+    written to where it is a copy of them."""
+    steps = torch.div(wide, scale, out=None if rows.dtype == wide.dtype else wide).round_()
+    if zero_point is not None:
+        steps.add_(zero_point)
+    if ends is not None:
+        steps.clamp_(*ends)
+    codes.copy_(steps)
 
 
 def int8_linear(
@@ -175,19 +204,35 @@ def _rescale(
     out: Tensor,
 ) -> None:
     """Scales, bias and NaN in fp32, then one cast into ``out``, a block of rows at a time."""
-    nans = nan.reshape(-1, 1)
+    nans = None if _is_nothing(nan, scale, weight_scale, sums) else nan.reshape(-1, 1)
     wide = None if bias is None else bias.to(torch.float32)
+    room: Tensor | None = None
     for block in _blocks(*sums.shape):
         into = out[block]
-        work = into if out.dtype == torch.float32 else torch.empty(into.shape, dtype=torch.float32)
+        if out.dtype == torch.float32:
+            work = into
+        else:
+            room = torch.empty(into.shape, dtype=torch.float32) if room is None else room
+            work = room[: len(into)]
         work.copy_(sums[block]).mul_(_block(scale, block))
         if weight_scale is not None:
             work.mul_(weight_scale)
         if wide is not None:
             work.add_(wide)
-        work.add_(nans[block])
+        if nans is not None:
+            work.add_(nans[block])
         if work is not into:
             into.copy_(work)
+
+
+def _is_nothing(nan: Tensor, scale: Tensor, weight_scale: Tensor | None, sums: Tensor) -> bool:
+    """Whether adding ``nan`` leaves every bit: it holds no NaN, and no result before it is -0.0,
+    which + 0.0 would turn to 0.0: no product of whole numbers and scales is too small for fp32."""
+    if weight_scale is None or sums.numel() < _WORTH_ASKING:
+        return False
+    least, other = float(scale.amin()), float(weight_scale.amin())
+    normal = min(least, other) > 0 and least * other >= torch.finfo(torch.float32).tiny
+    return normal and not bool(torch.isnan(nan).any())
 
 
 def float_linear(

@@ -25,8 +25,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | N
         # The kernel's own layout is this one, mostly.
         return whole if whole.stride() == out.stride() else out.copy_(whole)
     # Row i hides what is beyond column length + i; every block's own mask is a part of it.
-    hidden = torch.full((_QUERIES, length + _QUERIES), -torch.inf, dtype=query.dtype)
-    hidden.triu_(length + 1)
+    hidden = query.new_zeros((_QUERIES, length + _QUERIES))
+    hidden[:, length:].fill_(-torch.inf).triu_(1)
     for start in range(0, length, _QUERIES):
         end = min(start + _QUERIES, length)
         out[:, :, start:end] = scaled_dot_product_attention(

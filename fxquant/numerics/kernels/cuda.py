@@ -1,8 +1,8 @@
 """Fused operators on CUDA by Triton, an optional library: when it takes a call, and its first test.
 
 Triton compiles for the device at hand and its versions differ, so each kind of kernel (by dtype, by
-what it is given and by its sizes' tile or block) is asked once a process before its first call is
-Triton's: see first_test.
+what it is given and by its sizes) is asked once a process before its first call is Triton's: see
+first_test.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fxquant.numerics.kernels.first_test import Kind, differs
-from fxquant.numerics.kernels.tiles import aligned, row_block, tile, weight_block
+from fxquant.numerics.kernels.tiles import multiple, row_block, tile, turned, weight_block
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LARGEST = 2**31  # elements, that a kernel counts in int32
@@ -41,13 +41,13 @@ def without_static(
     shifted = zero_point is not None
     kind = Kind("quantize_static", x.dtype, shifted=shifted, ends=(qmin, qmax))
     kind = _of_rows(kind, x.shape[-1], row_block)
-    return ("" if x.numel() else "nothing to compute") or _without(x, kind)
+    found = _without_dtypes((scale,), (zero_point,))
+    return ("" if x.numel() else "nothing to compute") or found or _without(x, kind)
 
 
 def without_gemm(codes: Tensor, weight: Tensor, *rest: Any) -> str:
     """Why Triton does not multiply; operands as int_linear's."""
-    kind = _product_kind("int_linear", codes, weight, *rest)
-    return _too_large(codes, weight) or _without(codes, kind)
+    return _without_multiply("int_linear", codes, weight, *rest)
 
 
 def without_groups(codes: Tensor, weight: Tensor, *rest: Any) -> str:
@@ -55,18 +55,19 @@ def without_groups(codes: Tensor, weight: Tensor, *rest: Any) -> str:
     group_size, packed = rest[-2:]
     if packed and group_size % 2:
         return f"groups of {group_size} codes begin in the middle of a byte"
-    kind = _product_kind("grouped_int_linear", codes, weight, *rest)
-    return _too_large(codes, weight) or _without(codes, kind)
+    return _without_multiply("grouped_int_linear", codes, weight, *rest)
 
 
 def without_dequantize(x: Tensor, weight: Tensor, weight_scale: Tensor, *rest: Any) -> str:
     """Why Triton does not make the weight's numbers; operands as dequant_linear's."""
     if weight_scale.dim() == 0:
         return "one scale for the whole weight"
-    shift, _, _, packed = rest
+    shift, _, group_size, packed = rest
     shifted = shift is not None
     kind = Kind("dequant_linear", x.dtype, packed=packed, weight_shifted=shifted)
-    return _without(x, _of_rows(kind, x.shape[-1], weight_block))
+    kind = replace(kind, group=multiple(group_size or x.shape[-1]))
+    found = _without_dtypes((weight_scale,), (shift,))
+    return found or _without(x, _of_rows(kind, x.shape[-1], weight_block))
 
 
 def without_product(
@@ -85,16 +86,17 @@ def without_product(
     if max(rows * right.shape[-1], left.numel(), right.numel()) >= _LARGEST:
         return f"{rows * right.shape[-1]} sums or more"
     tall, deep = tile(*left.shape[-2:])
-    kind = Kind("int_product", nan.dtype, rows=tall, depth=deep)
-    return _without(left, _sized(kind, left.shape[-1], right.shape[-1]))
+    kind = Kind("int_product", nan.dtype, rows=tall, depth=deep, turned=turned(right))
+    found = _without_dtypes((left_scale, right_scale), ())
+    return found or _without(left, _sized(kind, left.shape[-1], right.shape[-1]))
 
 
 def _of_rows(kind: Kind, length: int, block: Callable[[int], int]) -> Kind:
-    return replace(kind, block=block(length), aligned=aligned(length))
+    return replace(kind, block=block(length), length=multiple(length))
 
 
 def _sized(kind: Kind, length: int, columns: int) -> Kind:
-    return replace(kind, aligned=aligned(length), even=aligned(columns))
+    return replace(kind, length=multiple(length), columns=multiple(columns))
 
 
 def _product_kind(operator: str, codes: Tensor, weight: Tensor, *rest: Any) -> Kind:
@@ -109,11 +111,28 @@ def _product_kind(operator: str, codes: Tensor, weight: Tensor, *rest: Any) -> K
         packed=packed,
         shifted=zero_point is not None,
         weight_shifted=shift is not None,
-        biased=bias is not None,
+        bias=None if bias is None else bias.dtype,
         rows=tall,
         depth=deep,
+        group=multiple(size) if operator == "grouped_int_linear" else 16,
     )
     return _sized(kind, length, weight.shape[0])
+
+
+def _without_multiply(operator: str, codes: Tensor, weight: Tensor, *rest: Any) -> str:
+    scale, weight_scale, zero_point, weight_sum, shift, *_ = rest
+    found = _without_dtypes((scale, weight_scale), (zero_point, weight_sum, shift))
+    kind = _product_kind(operator, codes, weight, *rest)
+    return found or _too_large(codes, weight) or _without(codes, kind)
+
+
+def _without_dtypes(scales: tuple[Tensor, ...], whole: tuple[Tensor | None, ...]) -> str:
+    """Scales are float32 and whole numbers int32: others would be compiled apart."""
+    for wanted, tensors in ((torch.float32, scales), (torch.int32, whole)):
+        for each in tensors:
+            if each is not None and each.dtype != wanted:
+                return f"{each.dtype} where {wanted} is usual"
+    return ""
 
 
 def _too_large(left: Tensor, right: Tensor) -> str:

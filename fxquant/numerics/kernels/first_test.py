@@ -1,8 +1,10 @@
 """What each of Triton's kernels is asked before the first call is its: the bits of plain operators.
 
 A kernel is compiled for each dtype, for each set of operands that may be missing, for the block or
-tile that its sizes ask for, and apart where they are multiples of 16. Each is asked for itself,
-when a call of its kind first comes: what no call needs is not compiled.
+tile that its sizes ask for, and apart where they are 1 or multiples of 16. Each is asked for
+itself, when a call of its kind first comes: what no call needs is not compiled. Nothing else has
+code of its own: rows, strides and counts of groups are told to Triton as plain numbers
+(``do_not_specialize``), and tensors are in one piece where they should begin (``tiles.laid_out``).
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ class Kind:
 
     ``token``: a range for each row; ``shifted``: the input has zero points, ``weight_shifted``: the
     weight has; ``ends``: the smallest and the largest code; ``rows``, ``depth``: of a tile, where
-    codes are multiplied; ``block``: of a row, where they are not; ``aligned``, ``even``: whether
-    K, and N where there is one, are multiples of 16.
+    codes are multiplied; ``block``: of a row, where they are not; ``length``, ``columns``,
+    ``group``: what K, N where there is one, and a group of K are compiled as (``tiles.multiple``);
+    ``bias``: its dtype; ``turned``: the right matrix of a product lies in memory as [N, K].
     """
 
     operator: str
@@ -36,13 +39,15 @@ class Kind:
     packed: bool = False
     shifted: bool = False
     weight_shifted: bool = False
-    biased: bool = False
+    bias: torch.dtype | None = None
     ends: tuple[int, int] = (-128, 127)
     rows: int = 64
     depth: int = 64
     block: int = 256
-    aligned: bool = False
-    even: bool = False
+    length: int = 0
+    columns: int = 0
+    group: int = 16
+    turned: bool = False
 
 
 def differs(kind: Kind, device: torch.device) -> bool:
@@ -62,16 +67,23 @@ def differs(kind: Kind, device: torch.device) -> bool:
     return _products_differ(kind, x, generator)
 
 
-def _size(least: int, whole: bool) -> int:
-    """The next size, a multiple of 16 or none."""
-    return -(-least // 16) * 16 if whole else least + (least % 16 == 0)
+def _size(near: int, multiple: int) -> int:
+    """1; the size down to a multiple of 16, where its tile is the same; or one that is none."""
+    if multiple == 1:
+        return 1
+    return near // 16 * 16 if multiple else near + (near % 16 == 0)
+
+
+def _group(kind: Kind) -> int:
+    """Of the kind's tile; where it is no multiple of 16 still of whole bytes, packed."""
+    return 1 if kind.group == 1 else kind.depth + (0 if kind.group else 4)
 
 
 def _length(kind: Kind) -> int:
     """Of rows that the kind's block is for: it holds one, or is the largest and takes two steps."""
     largest = tiles.weight_block if kind.operator == "dequant_linear" else tiles.row_block
-    least = kind.block * (25 if kind.block == largest(2**20) else 12) // 16
-    return _size(least, kind.aligned)
+    near = kind.block * (25 if kind.block == largest(2**20) else 12) // 16
+    return _size(near, kind.length)
 
 
 def _same(found: Any, wanted: Any) -> bool:
@@ -98,39 +110,32 @@ def _static_differs(kind: Kind, x: Tensor) -> bool:
 
 
 def _matrices_differ(kind: Kind, x: Tensor, generator: torch.Generator) -> bool:
-    """Both ways in which the right matrix may lie in memory; sizes that the kind's tile is for."""
+    """Sizes that the kind's tile is for."""
     from fxquant.numerics.kernels import triton_gemm
 
-    height, length = kind.rows * 5 // 8, _size(kind.depth * 25 // 16, kind.aligned)
-    across = _size(COLUMNS, kind.even)
+    height, length = kind.rows * 5 // 8, _size(kind.depth * 25 // 16, kind.length)
+    across = _size(COLUMNS, kind.columns)
 
     def whole(*shape: int) -> Tensor:
         return torch.randint(-128, 128, shape, generator=generator).to(torch.int8).to(x.device)
 
-    left, right, turned = (
-        whole(2, height, length),
-        whole(2, length, across),
-        whole(2, _size(9, kind.even), length),
-    )
+    left = whole(2, height, length)
+    right = whole(2, across, length).mT if kind.turned else whole(2, length, across)
     rows = torch.rand(2, height, 1, generator=generator).to(x.device)
-    nan = x.new_zeros(2, height, 1)
-    for codes in (right, turned.transpose(1, 2)):
-        columns = torch.rand(2, 1, codes.shape[2], generator=generator).to(x.device)
-        exact = left.cpu().to(torch.int64) @ codes.cpu().to(torch.int64)
-        wanted = exact.to(x.device, torch.int32).to(torch.float32) * rows * columns
-        found = triton_gemm.int_product(left, codes, rows, columns, nan)
-        if not torch.equal(found, wanted.to(kind.dtype)):
-            return True
-    return False
+    columns = torch.rand(2, 1, across, generator=generator).to(x.device)
+    exact = left.cpu().to(torch.int64) @ right.cpu().to(torch.int64)
+    wanted = exact.to(x.device, torch.int32).to(torch.float32) * rows * columns
+    found = triton_gemm.int_product(left, right, rows, columns, x.new_zeros(2, height, 1))
+    return not torch.equal(found, wanted.to(kind.dtype))
 
 
 def _products_differ(kind: Kind, x: Tensor, generator: torch.Generator) -> bool:
     """Sizes that the kind's tile is for: two steps along K, or four groups; the last is short."""
     from fxquant.numerics.kernels import triton_gemm
 
-    group = 0 if kind.operator == "int_linear" else kind.depth
-    rows, columns = kind.rows * 5 // 8, _size(COLUMNS, kind.even)
-    length = _size(kind.depth * 25 // (8 if group else 16), kind.aligned)
+    group = 0 if kind.operator == "int_linear" else _group(kind)
+    rows, columns = kind.rows * 5 // 8, _size(COLUMNS, kind.columns)
+    length = _size(kind.depth * 25 // (8 if group else 16), kind.length)
     if kind.operator == "dequant_linear":
         length = _length(kind)
     groups = quantization.group_count(length, group) if group else 1
@@ -154,7 +159,9 @@ def _products_differ(kind: Kind, x: Tensor, generator: torch.Generator) -> bool:
     scale = torch.rand(rows, 1, generator=generator).to(x.device)
     zero = whole(-128, 127, rows, 1) if kind.shifted else None
     sums = whole(-999, 999, columns, groups) if kind.shifted else None
-    bias = torch.randn(columns, generator=generator).to(x) if kind.biased else None
+    bias = None
+    if kind.bias is not None:
+        bias = torch.randn(columns, generator=generator).to(x.device, kind.bias)
     nan = x.new_zeros(rows, 1)
     run = triton_gemm.grouped_int_linear if group else triton_gemm.int_linear
     given = sums if sums is None or group else sums.flatten()

@@ -1,6 +1,8 @@
-"""Sizes for which Triton compiles apart, known without Triton."""
+"""What Triton compiles apart, known without Triton: sizes, and where in memory a tensor begins."""
 
 from __future__ import annotations
+
+from torch import Tensor
 
 
 def tile(rows: int, length: int) -> tuple[int, int]:
@@ -22,9 +24,21 @@ def weight_block(length: int) -> int:
     return min(1024, _power(length))
 
 
-def aligned(size: int) -> bool:
-    """Whether Triton compiles for the size as a multiple of 16: rows begin at whole vectors."""
-    return size % 16 == 0
+def multiple(size: int) -> int:
+    """What Triton compiles a size as: 1, a constant; 16, where it is a multiple of that, so that
+    rows begin at whole vectors; or 0, any other."""
+    return 1 if size == 1 else 16 if size % 16 == 0 else 0
+
+
+def laid_out(values: Tensor) -> Tensor:
+    """In one piece from a multiple of 16 bytes on, which Triton compiles for: itself or a copy."""
+    whole = values.contiguous()
+    return whole.clone() if whole.data_ptr() % 16 else whole
+
+
+def turned(matrices: Tensor) -> bool:
+    """Whether [..., K, N] lies in memory as [..., N, K], and not as it is."""
+    return matrices.mT.is_contiguous() and not matrices.is_contiguous()
 
 
 def _power(length: int) -> int:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxquant.numerics.kernels.tiles import tile, weight_block
+from fxquant.numerics.kernels.tiles import laid_out, tile, turned, weight_block
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def _finish(f, m, n, y, bias, nan, M, N, HAS_BIAS: tl.constexpr):
     tl.store(y + m[:, None].to(tl.int64) * N + n[None, :], f.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "x_stride", "w_stride", "zero_stride", "shift_stride"])
 def linear_kernel(
     x, w, y, x_scale, w_scale, zero, w_sum, shift, bias, nan, M, N, K,
     x_stride, w_stride, zero_stride, shift_stride,
@@ -93,7 +93,7 @@ def linear_kernel(
     _finish(f, m, n, y, bias, nan, M, N, HAS_BIAS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "x_stride", "zero_stride", "groups"])
 def grouped_kernel(
     x, w, y, x_scale, w_scale, zero, w_sum, shift, bias, nan, M, N, K,
     x_stride, zero_stride, groups, group_size,
@@ -124,24 +124,27 @@ def grouped_kernel(
     _finish(f, m, n, y, bias, nan, M, N, HAS_BIAS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "x_stride", "w_stride"])
 def product_kernel(
-    x, w, y, x_scale, w_scale, nan, M, N, K,
-    w_batch, w_row_stride, w_column_stride, x_stride, w_stride,
+    x, w, y, x_scale, w_scale, nan, M, N, K, x_stride, w_stride, TURNED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """A tile of int_product, of one matrix [M, K] by [K, N], which may lie in memory as [N, K]."""
+    """A tile of int_product, of one matrix [M, K] by [K, N], which lies in memory as [N, K] where
+    TURNED."""
     batch = tl.program_id(1).to(tl.int64)
     m, n = _tile(M, N, BM, BN, GROUP)
     x += batch * M * K
-    w += batch * w_batch
-    columns = n[:, None].to(tl.int64) * w_column_stride
+    w += batch * N * K
     acc = tl.zeros([BM, BN], tl.int32)
     for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
         a = _codes(x, m, k, M, K, K)
         inside = (n[:, None] < N) & (k[None, :] < K)
-        b = tl.load(w + columns + k[None, :].to(tl.int64) * w_row_stride, mask=inside, other=0)
+        if TURNED:
+            at = n[:, None].to(tl.int64) * K + k[None, :]
+        else:
+            at = k[None, :].to(tl.int64) * N + n[:, None]
+        b = tl.load(w + at, mask=inside, other=0)
         acc = tl.dot(a, tl.trans(b), acc, out_dtype=tl.int32)
     s = tl.load(x_scale + (batch * M + m) * x_stride, mask=m < M, other=0.0)
     f = acc.to(tl.float32) * s[:, None]
@@ -149,7 +152,7 @@ def product_kernel(
     _finish(f, m, n, y + batch * M * N, nan, nan + batch * M, M, N, False)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def weight_kernel(
     w, out, scale, shift, K, groups, group_size,
     HAS_SHIFT: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
@@ -237,17 +240,15 @@ def _multiply(
     packed: bool,
 ) -> Tensor:
     """Both; group_size 0: no groups. What is missing is never read: another tensor stands there."""
-    rows = codes.reshape(-1, codes.shape[-1]).contiguous()
+    rows = laid_out(codes.reshape(-1, codes.shape[-1]))
     (M, K), N = rows.shape, weight.shape[0]
     y = torch.empty((M, N), dtype=nan.dtype, device=codes.device)
     if M and N:
-        given = (zero_point, weight_sum, weight_zero_point, bias)
-        others = (each if each is None else each.contiguous() for each in given)
-        pointers = [rows if each is None else each for each in others]
-        tensors = (
-            *(rows, weight.contiguous(), y, scale.contiguous(), weight_scale.contiguous()),
-            *(*pointers, nan.contiguous()),
-        )
+        sums = None if zero_point is None else weight_sum
+        given = (zero_point, sums, weight_zero_point, bias)
+        others = (rows if each is None else laid_out(each) for each in given)
+        tensors = (rows, laid_out(weight), y, *map(laid_out, (scale, weight_scale)))
+        tensors = (*tensors, *others, laid_out(nan))
         flags = (zero_point is not None, weight_zero_point is not None, bias is not None, packed)
         tiles = _tiles(M, group_size or K)
         grid = (triton.cdiv(M, tiles["BM"]) * triton.cdiv(N, tiles["BN"]),)
@@ -266,17 +267,18 @@ def int_product(
 ) -> Tensor:
     """As torch.ops.fxquant.int_product."""
     (M, K), N = left.shape[-2:], right.shape[-1]
-    rows, columns = left.reshape(-1, M, K).contiguous(), right.reshape(-1, K, N)
-    y = torch.empty((len(rows), M, N), dtype=nan.dtype, device=left.device)
+    is_turned = turned(right)
+    rows, columns = laid_out(left), laid_out(right.mT if is_turned else right)
+    y = torch.empty((*left.shape[:-1], N), dtype=nan.dtype, device=left.device)
     if y.numel():
         tiles = _tiles(M, K)
-        grid = (triton.cdiv(M, tiles["BM"]) * triton.cdiv(N, tiles["BN"]), len(rows))
-        scales = (left_scale.contiguous(), right_scale.contiguous())
+        count = left.shape[:-2].numel()
+        grid = (triton.cdiv(M, tiles["BM"]) * triton.cdiv(N, tiles["BN"]), count)
         product_kernel[grid](
-            rows, columns, y, *scales, nan.contiguous(), M, N, K,
-            *columns.stride(), *map(_stride, (left_scale, right_scale)), **tiles,
+            rows, columns, y, *map(laid_out, (left_scale, right_scale, nan)), M, N, K,
+            *map(_stride, (left_scale, right_scale)), is_turned, **tiles,
         )  # fmt: skip
-    return y.view(*left.shape[:-1], N)
+    return y
 
 
 def dequantized_weight(
@@ -293,7 +295,7 @@ def dequantized_weight(
     out = torch.empty((count, length), dtype=dtype, device=weight.device)
     block = weight_block(length)
     shift = scale if zero_point is None else zero_point
-    tensors = (weight.contiguous(), out, scale.contiguous(), shift.contiguous())
+    tensors = (laid_out(weight), out, laid_out(scale), laid_out(shift))
     weight_kernel[(count, triton.cdiv(length, block))](
         *tensors, length, groups, group_size or length, zero_point is not None, packed,
         BLOCK=block, num_warps=4, enable_fp_fusion=False,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxquant.numerics.kernels.tiles import row_block
+from fxquant.numerics.kernels.tiles import laid_out, row_block
 from fxquant.numerics.quantization import activation_qparams_from_range, calc_qparams_symmetric
 
 NAN = tl.constexpr(float("nan"))
@@ -114,7 +114,7 @@ def quantize_rows(
     x: Tensor, granularity: str, symmetric: bool, qmin: int, qmax: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As torch.ops.fxquant.quantize_rows."""
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    rows = laid_out(x.reshape(-1, x.shape[-1]))
     count, length = rows.shape
     shape = (*x.shape[:-1], 1)
     nans = rows.new_empty(count)
@@ -144,7 +144,7 @@ def quantize_static(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int
 ) -> tuple[Tensor, Tensor]:
     """As torch.ops.fxquant.quantize_static."""
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    rows = laid_out(x.reshape(-1, x.shape[-1]))
     nans = rows.new_empty(rows.shape[0])
     codes = torch.empty_like(rows, dtype=torch.int8)
     _static(rows, codes, nans, scale, zero_point, qmin, qmax, True)
@@ -164,7 +164,8 @@ def _static(
     count, length = rows.shape
     if count:
         affine = zero_point is not None
-        shift = zero_point if affine else scale
+        scale = laid_out(scale)
+        shift = scale if zero_point is None else laid_out(zero_point)
         static_kernel[(count,)](
             rows, codes, nans, scale, shift, length, qmin, qmax, affine, find_nan,
             **_launch(length),
