@@ -249,7 +249,10 @@ def as_on_cuda() -> Iterator[None]:
 
 
 def falls_back(kind: Kind, other: tuple[int, int], raised: bool) -> None:
-    """Calls in the kind's tile, which is mistaken, after one warning; others are Triton's."""
+    """Calls in the kind's tile, which is mistaken, after one warning; others are Triton's.
+
+    Where the CPU's int8 product differs from int64 (AVX2 alone), a note of that is no reason here.
+    """
     operator, tile = kind.operator, (kind.rows, kind.depth)
     called, composed = getattr(torch.ops.fxquant, operator), getattr(fused, operator)
     with warnings.catch_warnings(record=True) as told:
@@ -258,10 +261,11 @@ def falls_back(kind: Kind, other: tuple[int, int], raised: bool) -> None:
             operands = product(operator, size, sum(tile))
             by_triton = table.implementation(operator, *operands) is not None
             assert by_triton == (size == other), (kind, size, raised)
-            assert len(told) == reasons, (kind, size, raised)
+            said = [str(each.message) for each in told if "_int_mm" not in str(each.message)]
+            assert len(said) == reasons, (kind, size, raised)
             assert same(called(*operands), composed(*operands)), (kind, size, raised)
-    said = "OutOfResources: out of resource: shared memory" if raised else "other bits"
-    assert said in str(told[0].message), told[0].message
+    reason = "OutOfResources: out of resource: shared memory" if raised else "other bits"
+    assert reason in said[0], said[0]
 
 
 def each_tile(every: int) -> None:
