@@ -313,7 +313,8 @@ def test_a_pass_that_only_names_may_change_no_node(change: Callable[[GraphModule
 
 
 def test_a_graph_that_a_pass_calls_is_as_the_passes_before_left_it() -> None:
-    ids, found = token_ids(2, 7), []
+    ids = token_ids(2, 7)
+    found: list[Tensor] = []
 
     @of_levels(Level.FLOAT)
     def call(gm: GraphModule) -> None:

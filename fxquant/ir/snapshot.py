@@ -85,7 +85,8 @@ class Snapshot:
         the graph is the same function bit for bit, whatever its nodes are said to be."""
         for old, new in itertools.zip_longest(before.states, self.states):
             if old is None or new is None or not new.computes_as(old):
-                return f"node {(new or old).node.name}"
+                changed = next(state for state in (new, old) if state is not None)
+                return f"node {changed.node.name}"
         for path, refs in self.leaves.items():
             same = _same_objects(refs, before.leaves[path])
             if not same or self.writes[path] != before.writes[path]:
