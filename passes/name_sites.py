@@ -49,6 +49,7 @@ class NameSites(Pass):
     name = "name_sites"
     requires = (Level.FLOAT,)
     effect = "exact"
+    only_names = True
 
     def rewrite(self, gm: GraphModule, context: Context) -> GraphModule:
         facts = info(gm)

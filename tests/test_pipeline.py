@@ -266,6 +266,72 @@ def test_wrong_input_level(wrong: Pass, level: str, found: str) -> None:
         wrong(graph("fp" if level == "float" else "w8a8-dynamic-token", level))
 
 
+def other_operand(gm: GraphModule) -> None:
+    node = site_node(gm, FC1)
+    node.args = (source_of(source_of(node)),)
+
+
+def other_order(gm: GraphModule) -> None:
+    """Two nodes change places: no value differs."""
+    block = FC1.rpartition(".")[0]
+    pair = [site_node(gm, f"{block}.self_attn.{name}_proj") for name in "kv"]
+    first, second = sorted(pair, key=list(gm.graph.nodes).index)
+    second.append(first)
+
+
+def other_weight(gm: GraphModule) -> None:
+    linear = gm.get_submodule(FC1)
+    assert isinstance(linear, nn.Linear)
+    linear.weight = nn.Parameter(linear.weight.detach() * 2)
+
+
+def written_weight(gm: GraphModule) -> None:
+    """In place, where no object says so; back at once, since the model shares it."""
+    linear = gm.get_submodule(FC1)
+    assert isinstance(linear, nn.Linear)
+    with torch.no_grad():
+        linear.weight.mul_(2)
+        linear.weight.mul_(0.5)
+
+
+def another_node(gm: GraphModule) -> None:
+    node = site_node(gm, FC1)
+    with gm.graph.inserting_after(node):
+        new = gm.graph.call_function(torch.neg, (node,))
+    node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+
+
+@pytest.mark.parametrize(
+    "change", [other_operand, other_order, other_weight, written_weight, another_node]
+)
+def test_a_pass_that_only_names_may_change_no_node(change: Callable[[GraphModule], None]) -> None:
+    """Also where no probe would see it."""
+    named = type(of_levels(Level.FLOAT, effect="exact")(change))
+    named.only_names = True
+    with pytest.raises(VerificationError, match=rf"after {change.__name__}: .* only names nodes"):
+        named()(graph())
+
+
+def test_a_graph_that_a_pass_calls_is_as_the_passes_before_left_it() -> None:
+    ids = token_ids(2, 7)
+    found: list[Tensor] = []
+
+    @of_levels(Level.FLOAT)
+    def call(gm: GraphModule) -> None:
+        found.append(gm(ids))
+
+    @of_levels(Level.FLOAT)
+    def negate_output(gm: GraphModule) -> None:
+        [output] = gm.graph.find_nodes(op="output")
+        with gm.graph.inserting_before(output):
+            output.args = (gm.graph.call_function(torch.neg, (output.args[0],)),)
+
+    after = Pipeline((negate_output, call)).run(graph())
+    assert torch.equal(found[0], -graph()(ids))
+    assert torch.equal(after(ids), found[0])
+    assert "neg" in after.code
+
+
 def snapshot(gm: GraphModule) -> tuple[object, ...]:
     modules = tuple((name, type(module).__name__) for name, module in gm.named_modules())
     versions = tuple((n, id(t), t._version) for n, t in gm.state_dict(keep_vars=True).items())

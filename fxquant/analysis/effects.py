@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 from fxquant.analysis.lab import FLOAT_SETTING, Cuts, Lab, Setting, setting
 from fxquant.analysis.sites import SimulatedSite
@@ -17,6 +17,26 @@ from fxquant.analysis.sites import SimulatedSite
 Remember = Callable[[str, Callable[[], float]], float]
 Effect = Literal["alone", "rescue", "in_order"]
 EFFECTS: tuple[Effect, ...] = get_args(Effect)
+By = Literal["kinds", "blocks"]
+WORST: Final = "in_order:worst"
+
+
+@dataclass(frozen=True)
+class Trials:
+    """An exact effect: of each site, or ``by`` kinds or blocks, whose sites change together."""
+
+    effect: Effect
+    by: By | None = None
+
+    def __str__(self) -> str:
+        return self.effect if self.by is None else f"{self.effect}:{self.by}"
+
+
+GROUPED: Final = {
+    str(trials): trials for trials in (Trials(e, by) for e in EFFECTS for by in get_args(By))
+}
+TRIALS: Final = {effect: Trials(effect) for effect in EFFECTS} | GROUPED
+"""By the names that ``explain`` takes as methods."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fxquant.analysis.announcement import announce, least_seconds
 from fxquant.analysis.calibrated import attended_tokens
-from fxquant.analysis.effects import EFFECTS
+from fxquant.analysis.effects import EFFECTS, GROUPED, WORST
 from fxquant.analysis.inputs import (
     Windows,
     as_batches,
@@ -35,7 +35,7 @@ from fxquant.analysis.purse import Purse
 from fxquant.analysis.report import Explanation
 from fxquant.analysis.sites import simulated_sites
 from fxquant.analysis.store import Store, fingerprint
-from fxquant.analysis.study import WORST, Study
+from fxquant.analysis.study import Study
 from fxquant.errors import SchemeError
 from fxquant.files.doors import Location
 from fxquant.files.locks import writable
@@ -46,7 +46,6 @@ from fxquant.recipes.repairs import resolve_repairs
 from fxquant.run.batches import Batches
 from fxquant.schemes.scheme import Scheme, SchemeLike, as_scheme
 
-GROUPED = tuple(f"{effect}:{by}" for effect in EFFECTS for by in ("kinds", "blocks"))
 METHODS = (*EFFECTS, WORST, *GROUPED, "causes", "causes:kinds", "path", "first_order")
 DEFAULT_METHODS = (WORST, "in_order:kinds", "causes")
 FULL_METHODS = ("in_order", "causes", "causes:kinds", "rescue", "path")

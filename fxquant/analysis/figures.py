@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from fxquant.analysis.channels import Decode, group_shares, worst_channels, worst_tokens
-from fxquant.analysis.effects import EFFECTS
+from fxquant.analysis.effects import EFFECTS, GROUPED, By
 from fxquant.analysis.local import LocalFigures
 from fxquant.analysis.parts import Cause
 from fxquant.analysis.path import PathResult, PathSite
@@ -16,11 +16,6 @@ from fxquant.analysis.sites import Place
 from fxquant.analysis.validation import Agreement, agreement
 
 Found = Mapping[str, Mapping[str, float]]  # method -> site or group -> nats
-
-
-def is_grouped(method: str) -> bool:
-    """Whether a method's figures are of kinds or blocks rather than of sites."""
-    return ":" in method
 
 
 def site_figures(
@@ -37,7 +32,7 @@ def site_figures(
         site=path,
         kind=place.kind,
         block=place.block,
-        effects={n: v[path] for n, v in found.items() if not is_grouped(n) and path in v},
+        effects={n: v[path] for n, v in found.items() if n not in GROUPED and path in v},
         path=None if along is None else dict(along.causes),
         causes=None,
         energy=dict(local.energy),
@@ -55,7 +50,7 @@ def site_figures(
 
 
 def group_figures(
-    by: str,
+    by: By,
     members: Mapping[str, Sequence[str]],
     figures: Mapping[str, SiteFigures],
     found: Found,
@@ -72,7 +67,8 @@ def group_figures(
         sums = {m: sum(each.effects[m] for each in inside) for m in whole}
         if inside[0].path is not None:
             sums["path"] = sum(sum((each.path or {}).values()) for each in inside)
-        measured = {method: v[name] for method, v in found.items() if method.endswith(f":{by}")}
+        joint = [method for method in found if method in GROUPED and GROUPED[method].by == by]
+        measured = {method: found[method][name] for method in joint}
         rows.append(GroupFigures(name, len(paths), sums, measured, causes.get(name)))
     return tuple(rows)
 
@@ -87,7 +83,7 @@ def validate(
         "local SQNR": {name: -each.sqnr_db for name, each in local.items()},
         "local MSE": {name: each.mse for name, each in local.items()},
     }
-    nats = {name: values for name, values in found.items() if not is_grouped(name)}
+    nats = {name: values for name, values in found.items() if name not in GROUPED}
     if path is not None:
         name = "path (refused)" if path.refused else "path"
         nats[name] = {site: each.total for site, each in path.sites.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxquant.analysis.calibrated import READ_TOKENS
-from fxquant.analysis.effects import EFFECTS
+from fxquant.analysis.effects import TRIALS, WORST, By
 from fxquant.analysis.inputs import named_graph
 from fxquant.analysis.int8_product import multiplies_int8
 from fxquant.analysis.lab import FLOAT_SETTING, Lab
@@ -152,9 +152,8 @@ def predict(
 def _method(
     method: str, sites: Sequence[PlannedSite], where: dict[str, Place], worst: int
 ) -> Iterator[Step]:
-    effect, _, by = method.partition(":")
     parts = max(site.parts for site in sites)
-    if method == "in_order:worst":
+    if method == WORST:
         runs: dict[str, list[PlannedSite]] = {}
         for site in sites:
             runs.setdefault(where[site.path].block or site.path, []).append(site)
@@ -163,10 +162,12 @@ def _method(
         most = max(inner, default=0.0)
         whole = ends + min(max(ALLOWANCE, most), sum(inner))
         yield Step(method, whole, whole)
-    elif effect in EFFECTS:
-        yield Step(method, 1 + sum(_firsts(sites, where, by)), 0.0)
+    elif method in TRIALS:
+        yield Step(method, 1 + sum(_firsts(sites, where, TRIALS[method].by)), 0.0)
     elif method == "causes:kinds":
-        yield Step(method, sum(1 + 2**parts * first for first in _firsts(sites, where, by)), 0.0)
+        yield Step(
+            method, sum(1 + 2**parts * first for first in _firsts(sites, where, "kinds")), 0.0
+        )
     elif method == "causes":
         yield Step(method, 2.0**parts - 2, 2.0**parts - 2)
         own = sorted((2**site.parts - 2 for site in sites if site.parts > 1), reverse=True)
@@ -176,9 +177,9 @@ def _method(
         yield Step(method, MOST_FORWARDS[method], MOST_FORWARDS[method])
 
 
-def _firsts(sites: Sequence[PlannedSite], where: dict[str, Place], by: str) -> list[float]:
+def _firsts(sites: Sequence[PlannedSite], where: dict[str, Place], by: By | None) -> list[float]:
     """The share of the graph behind the first site of each group; without groups, of each site."""
-    if not by:
+    if by is None:
         return [site.behind for site in sites]
     firsts: dict[str, float] = {}
     for site in sites:  # in graph order

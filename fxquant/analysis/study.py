@@ -12,8 +12,19 @@ from fxquant.analysis.bench import Bench
 from fxquant.analysis.causes import causes_of, present_causes
 from fxquant.analysis.channels import Decode
 from fxquant.analysis.counterfactuals import Recovery
-from fxquant.analysis.effects import EFFECTS, Group, as_effects, effects, first_site, walk_to
-from fxquant.analysis.figures import Found, group_figures, is_grouped, site_figures, validate
+from fxquant.analysis.effects import (
+    EFFECTS,
+    GROUPED,
+    TRIALS,
+    WORST,
+    By,
+    Group,
+    as_effects,
+    effects,
+    first_site,
+    walk_to,
+)
+from fxquant.analysis.figures import Found, group_figures, site_figures, validate
 from fxquant.analysis.lab import FLOAT_SETTING
 from fxquant.analysis.local import local_figures
 from fxquant.analysis.parts import EVERY_PART, Cause, Parts
@@ -34,7 +45,6 @@ from fxquant.analysis.validation import shared_draw
 from fxquant.analysis.worst_first import ALLOWANCE, Losses, steps
 from fxquant.ir.graph import info
 
-WORST = "in_order:worst"
 OWN_CAUSES = "causes of the worst sites"
 
 
@@ -80,8 +90,8 @@ class Study(Bench):
         chosen = self._chosen(order[:worst])
         tried = counterfactuals(self, chosen, self.local, self.loss_float, self.loss_quantized)
         recovered = self._recovery(order, figures, ranking) if worst else ()
-        grouped = [m for m in methods if m.partition(":")[0] in EFFECTS and is_grouped(m)]
-        found |= {m: self._effects(m) for m in grouped if m != WORST and self._fits(m)}
+        grouped = [m for m in methods if m in GROUPED]
+        found |= {m: self._effects(m) for m in grouped if self._fits(m)}
         own = self._own_causes(chosen) if "causes" in methods and chosen else {}
         figures.update({name: replace(figures[name], causes=own[name]) for name in own})
         return Explanation(
@@ -155,7 +165,7 @@ class Study(Bench):
 
     # Effects --------------------------------------------------------------------------------------
 
-    def _members(self, by: str) -> dict[str, list[SimulatedSite]]:
+    def _members(self, by: By) -> dict[str, list[SimulatedSite]]:
         """Sites by kind or block; those outside the blocks form groups of their role."""
         groups: dict[str, list[SimulatedSite]] = {}
         for each in self.sites:
@@ -165,14 +175,15 @@ class Study(Bench):
         return groups
 
     def _effects(self, method: str) -> dict[str, float]:
-        effect, _, by = method.partition(":")
+        trials = TRIALS[method]
         groups = [Group(each.path, (each,)) for each in self.sites]
-        if by:
-            groups = [Group(name, tuple(sites)) for name, sites in self._members(by).items()]
+        if trials.by is not None:
+            members = self._members(trials.by)
+            groups = [Group(name, tuple(sites)) for name, sites in members.items()]
         with self.lab.meter.measuring(method):
-            trials = effects(self.lab, effect, groups, self.sites, self.remember(method))  # type: ignore[arg-type]
-            losses = dict(self.progress.over(trials, method, len(groups)))
-        return as_effects(effect, losses, self.loss_float, self.loss_quantized)  # type: ignore[arg-type]
+            found = effects(self.lab, trials.effect, groups, self.sites, self.remember(method))
+            losses = dict(self.progress.over(found, method, len(groups)))
+        return as_effects(trials.effect, losses, self.loss_float, self.loss_quantized)
 
     def _worst_first(self, wanted: int) -> dict[str, dict[str, float]]:
         """in_order of the worst blocks' sites, and of all blocks."""
@@ -254,7 +265,7 @@ class Study(Bench):
 
     def _groups(
         self,
-        by: str,
+        by: By,
         figures: dict[str, SiteFigures],
         found: Found,
         causes: dict[str, dict[Cause, float]],

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import enum
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard, TypeVar
@@ -213,6 +214,9 @@ def clone_sharing_storage(module: ModuleT, *, hooks: bool = False) -> ModuleT:
     for parameter in module.parameters():
         memo[id(parameter)] = nn.Parameter(_over_storage_of(parameter), requires_grad=False)
     for part in module.modules():
+        for value in part.__dict__.values():  # a module has a dozen, which deepcopy is slow at
+            if type(value) in (dict, OrderedDict) and not value:
+                memo[id(value)] = type(value)()
         for tensor in _tensors({k: v for k, v in part.__dict__.items() if k != "_parameters"}):
             memo.setdefault(id(tensor), _over_storage_of(tensor))
         for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values()):

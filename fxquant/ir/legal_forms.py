@@ -70,7 +70,8 @@ LEGAL = (
     Form("code_linear", OPS.code_linear.default, INEXACT, "code_gemm, rescale and add_bias in one"),
 )
 
-
+_MODULES = tuple((form.target, form) for form in LEGAL if isinstance(form.target, type))
+_FUNCTIONS = {form.target: form for form in LEGAL if not isinstance(form.target, type)}
 STORES = (OPS.store_kv.default, OPS.store_kv_to.default)
 _PRODUCTS = (OPS.int_matmul.default, OPS.code_matmul.default)
 
@@ -115,15 +116,10 @@ def erase_observers(gm: GraphModule) -> None:
 
 def form_of(gm: GraphModule, node: Node) -> Form | None:
     """The row of LEGAL that describes ``node``, None for a plain float node."""
-    for form in LEGAL:
-        if isinstance(form.target, type):
-            if node.op == "call_module" and isinstance(
-                gm.get_submodule(str(node.target)), form.target
-            ):
-                return form
-        elif is_op(node, form.target):
-            return form
-    return None
+    if node.op == "call_module":
+        module = gm.get_submodule(str(node.target))
+        return next((form for kind, form in _MODULES if isinstance(module, kind)), None)
+    return _FUNCTIONS.get(node.target) if node.op == "call_function" else None
 
 
 def _fail(after: str, node: Node, what: str, site: str | None = None) -> NoReturn:

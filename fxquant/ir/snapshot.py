@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,28 +48,50 @@ class _State:
     kind: str
 
     def same_as(self, other: _State) -> bool:
-        return (self.args is other.args or self.args == other.args) and (
-            self.target,
-            self.kwargs,
-            self.tag,
-            self.kind,
-        ) == (other.target, other.kwargs, other.tag, other.kind)
+        return self.tag == other.tag and self.computes_as(other)
+
+    def computes_as(self, other: _State) -> bool:
+        """Whether it is the same node and calls the same of the same, whatever is known of it."""
+        return (
+            self.node is other.node
+            and (self.args is other.args or self.args == other.args)
+            and (self.target, self.kwargs, self.kind) == (other.target, other.kwargs, other.kind)
+        )
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A graph at one moment: references to its nodes' fields, weak ones to its tensors."""
+    """A graph at one moment: references to its nodes' fields, weak ones to its tensors.
+
+    ``writes``: how often each tensor has been written into, by the leaf that holds it.
+    """
 
     states: tuple[_State, ...]
     leaves: dict[str, tuple[weakref.ref[Any], ...]]
+    writes: dict[str, tuple[int, ...]]
 
     @classmethod
     def take(cls, gm: GraphModule) -> Snapshot:
         states = tuple(_states(gm))
-        return cls(states, _leaves(gm, states))
+        leaves = _leaves(gm, states)
+        writes = {path: tuple(map(_writes, refs)) for path, refs in leaves.items()}
+        return cls(states, leaves, writes)
 
     def nodes(self) -> set[Node]:
         return {state.node for state in self.states}
+
+    def changed_function(self, before: Snapshot) -> str | None:
+        """The first node, or path of a leaf, that computes something else than before; None where
+        the graph is the same function bit for bit, whatever its nodes are said to be."""
+        for old, new in itertools.zip_longest(before.states, self.states):
+            if old is None or new is None or not new.computes_as(old):
+                changed = next(state for state in (new, old) if state is not None)
+                return f"node {changed.node.name}"
+        for path, refs in self.leaves.items():
+            same = _same_objects(refs, before.leaves[path])
+            if not same or self.writes[path] != before.writes[path]:
+                return path
+        return None
 
     def since(self, before: Snapshot) -> tuple[Delta, frozenset[str]]:
         """What changed, and the sites where it did."""
@@ -130,6 +153,11 @@ def _tensors(module: nn.Module) -> list[Tensor]:
         for tensor in (*part._parameters.values(), *part._buffers.values())
         if tensor is not None
     ]
+
+
+def _writes(tensor: weakref.ref[Any]) -> int:
+    value = tensor()
+    return 0 if value is None or value.is_inference() else int(value._version)
 
 
 def _same_objects(a: Sequence[weakref.ref[Any]], b: Sequence[weakref.ref[Any]]) -> bool:

@@ -26,9 +26,9 @@ def certified_chunk(weight_codes: Tensor, max_code: int) -> int:
     ``weight_codes`` int8 [N, K]. Bounds every partial sum by max over rows of sum_k |w_q| times
     max_code, which must stay below 2**24.
     """
-    if weight_codes.numel() == 0:
+    if weight_codes.numel() == 0 or 128 * weight_codes.shape[-1] * max_code < EXACT_LIMIT:
         return 0
-    largest_row = int(weight_codes.to(torch.int32).abs().sum(dim=-1).max())
+    largest_row = int(weight_codes.to(torch.int32).abs_().sum(dim=-1).max())
     return 0 if largest_row * max_code < EXACT_LIMIT else CHUNK
 
 
