@@ -41,6 +41,8 @@ _OPTIONS: Final = {
     "use_tqdm_on_load": False,
     "disable_log_stats": True,
 }
+# Linears that it joins, and those joined to them.
+_JOINED: Final = {"q_proj": ("k_proj", "v_proj"), "gate_proj": ("up_proj",)}
 _WORDS: Final = 600
 
 
@@ -48,7 +50,7 @@ class Vllm:
     """A process that runs one export after another."""
 
     def __init__(self) -> None:
-        self._said: IO[bytes] = tempfile.TemporaryFile()
+        self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115: as long as the process
         given = {**_SURROUNDINGS, **os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
         self._process = subprocess.Popen(
             [sys.executable, str(_PROGRAM)],
@@ -62,7 +64,9 @@ class Vllm:
         self._holds = 0
 
     def open(self, folder: Path) -> None:
-        """Raises ExportError, in vLLM's words, where it does not load ``folder``."""
+        """Raises ExportError, in vLLM's words, where it does not load ``folder``, and where it
+        would run linears that it joins by the spec of the first."""
+        _check_joined(folder)
         asked = {"model": str(folder), "dtype": dtype_of(folder), **_OPTIONS}
         self._holds = self._answer({"open": asked}, f"does not load {folder}")["holds"]
 
@@ -114,12 +118,33 @@ def opened(folder: Path) -> Vllm:
     return engine
 
 
+def _check_joined(folder: Path) -> None:
+    """vLLM says nothing where such linears are of several groups: it takes the first one's."""
+    groups = _groups(folder)
+    kinds = {path: name for name, group in groups.items() for path in group["targets"]}
+    for path, kind in kinds.items():
+        parent, _, own = path.rpartition(".")
+        for others in _JOINED.get(own, ()):
+            other = f"{parent}.{others}"
+            if kinds.get(other, kind) != kind:
+                raise ExportError(
+                    f"runtime vllm joins {path} and {other} into one linear, and would run both by "
+                    "what is said of the first: give them one spec, or take --runtime transformers"
+                )
+
+
+def _groups(folder: Path) -> dict[str, Any]:
+    """Groups of the config; none for what is no compressed-tensors export."""
+    said = read_object(folder / CONFIG, ExportError).get("quantization_config", {})
+    groups: dict[str, Any] = said.get("config_groups", {})
+    return groups
+
+
 def dtype_of(folder: Path) -> str:
     """What vLLM is to compute in: float32 but where its kernels do not."""
-    said = read_object(folder / CONFIG, ExportError).get("quantization_config", {})
-    groups = said.get("config_groups")
-    packed = groups is None or any(
+    groups = _groups(folder).values()
+    packed = not groups or any(
         group["format"] == "pack-quantized" and group["input_activations"] is None
-        for group in groups.values()
+        for group in groups
     )
     return "float16" if packed else "float32"

@@ -4,8 +4,8 @@
 
 A line of JSON in, a line of JSON out. ``{"open": {...}}``, the arguments of vllm.LLM, is answered
 by ``{"holds": tokens}``; ``{"score": rows}``, lists of ids, by ``{"losses": rows}`` in nats, of all
-but each row's first; either by ``{"refused": words}`` where vLLM raises something. An engine that is
-opened closes the one before. It is run by its path and imports nothing of fxquant: vLLM binds
+but each row's first; either by ``{"refused": words}`` where vLLM raises something. An engine that
+is opened closes the one before. It is run by its path and imports nothing of fxquant: vLLM binds
 threads, prints, and sets what torch computes in, all of which stay in this process.
 """
 
@@ -50,10 +50,12 @@ def _clear() -> None:
 def _losses(vllm: Any, engine: Any, rows: list[list[int]]) -> list[list[float]]:
     asked = vllm.SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
     found = engine.generate([{"prompt_token_ids": row} for row in rows], asked, use_tqdm=False)
-    return [
-        [-step[token].logprob for step, token in zip(each.prompt_logprobs[1:], row[1:], strict=True)]
-        for each, row in zip(found, rows, strict=True)
-    ]
+    return [_of_row(each, row) for each, row in zip(found, rows, strict=True)]
+
+
+def _of_row(found: Any, row: list[int]) -> list[float]:
+    steps = zip(found.prompt_logprobs[1:], row[1:], strict=True)
+    return [-step[token].logprob for step, token in steps]
 
 
 if __name__ == "__main__":
