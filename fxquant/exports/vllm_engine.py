@@ -50,7 +50,7 @@ class Vllm:
     """A process that runs one export after another."""
 
     def __init__(self) -> None:
-        self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115: as long as the process
+        self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         given = {**_SURROUNDINGS, **os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
         self._process = subprocess.Popen(
             [sys.executable, str(_PROGRAM)],
