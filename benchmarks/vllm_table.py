@@ -242,7 +242,7 @@ def measure(names: list[str]) -> None:
 def said(cell: Cell) -> str:
     """The reason of a cell."""
     if cell.refused:
-        return cell.refused.removeprefix("runtime vllm does not ").replace("\\n", " ")[:_WORDS]
+        return cell.refused.removeprefix("runtime vllm ").replace("\\n", " ")[:_WORDS]
     if cell.kind == CODES:
         return (
             f"{cell.equal} of {WINDOWS} windows are equal, and the mean is {cell.mean:+.1e} apart; "
@@ -258,16 +258,20 @@ def said(cell: Cell) -> str:
 def table() -> str:
     """What stands between the marks."""
     data = json.loads(KEPT.read_text())
+    reasons: dict[str, int] = {}
     body = []
     for name, cells in data["models"].items():
         for target, scheme, kept in cells:
             cell = Cell(**kept)
+            why = said(cell)
+            note = f" ({reasons.setdefault(why, len(reasons) + 1)})" if why else ""
             largest = "" if cell.refused else f"{cell.difference:.1e}"
-            body.append([name, target, f"`{scheme}`", cell.kind, largest, said(cell)])
-    head = ("model", "format", "scheme", "in vLLM", "largest difference", "why")
+            body.append([name, target, f"`{scheme}`", f"{cell.kind}{note}", largest])
+    head = ("model", "format", "scheme", "in vLLM", "largest difference, nats")
     text = tabulate(body, head, "github", disable_numparse=True)
+    notes = "\n".join(f"{number}. {reason}" for reason, number in reasons.items())
     made = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
-    return f"{data['engine']} on {data['processor']}; {made}\n\n{text}"
+    return f"{data['engine']} on {data['processor']}; {made}\n\n{text}\n\n{notes}"
 
 
 def rendered(page: str) -> str:
