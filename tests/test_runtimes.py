@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
-import types
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
 import fxquant
 from fxquant.cli.main import main
@@ -158,46 +153,6 @@ def test_a_runtime_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
             runtime_named(name)
     with pytest.raises(ExportError, match="known are onnxruntime, transformers, vllm"):
         runtime_named("llamacpp")
-
-
-def test_vllm_is_asked_for_each_tokens_logprob(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of a stand-in: the losses are those of the logits behind its log probabilities."""
-    logits = torch.randn(3, 7, 11)
-    ids = torch.randint(11, (3, 7))
-
-    class Model:
-        def __init__(self, **options: Any) -> None:
-            assert options["model"] == str(tmp_path)
-            held = types.SimpleNamespace(max_model_len=8)
-            self.llm_engine = types.SimpleNamespace(model_config=held)
-
-        def generate(self, prompts: Any, asked: Any, use_tqdm: bool) -> list[Any]:
-            assert [each["prompt_token_ids"] for each in prompts] == ids.tolist()
-            return [types.SimpleNamespace(prompt_logprobs=steps(row)) for row in range(len(ids))]
-
-    def steps(row: int) -> list[Any]:
-        found: list[Any] = [None]
-        for place in range(1, ids.shape[1]):
-            given = torch.log_softmax(logits[row, place - 1].double(), -1)
-            token = int(ids[row, place])
-            found.append({token: types.SimpleNamespace(logprob=float(given[token]))})
-        return found
-
-    stand_in: Any = types.ModuleType("vllm")
-    stand_in.LLM, stand_in.SamplingParams = Model, lambda **options: options
-    monkeypatch.setitem(sys.modules, "vllm", stand_in)
-    losses = RUNTIMES["vllm"].open(tmp_path)
-    with pytest.raises(ExportError, match=r"windows of 8 are too long.*--length 7 or less"):
-        losses(torch.randint(11, (3, 8)))
-    found: Tensor = losses(ids)
-    assert torch.allclose(found, fxquant_losses(logits, ids), atol=1e-6)
-
-
-def fxquant_losses(logits: Tensor, ids: Tensor) -> Tensor:
-    wanted = torch.log_softmax(logits[:, :-1].double(), -1).gather(2, ids[:, 1:, None])
-    return -wanted[..., 0].float()
 
 
 def test_a_damaged_record_is_said(tmp_path: Path) -> None:

