@@ -134,7 +134,7 @@ class Engine:
         return _copied(ctypes.addressof(found.contents), (len(ids), size))
 
     def products(self, ids: Tensor) -> list[Product]:
-        """Those of weights, in the order in which the engine makes them, for token ids int64 [T]."""
+        """Those of weights, in the engine's order, for token ids int64 [T]."""
         self._products = []
         try:
             self.logits(ids)
@@ -145,7 +145,7 @@ class Engine:
     def _node(self, address: int, asked: bool, _: Any) -> bool:
         """Called before a node, whether it is wanted, and behind it."""
         if self._products is None:
-            return False if asked else True
+            return not asked
         try:
             node = _Tensor.from_address(address)
             if self._names.ggml_op_name(node.op) != b"MUL_MAT":

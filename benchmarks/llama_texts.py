@@ -35,6 +35,7 @@ def random_texts(count: int = 300, seed: int = 0) -> list[str]:
         pool = source.choice((*_POOLS, "", ""))
         if pool:
             return source.choice(pool)
-        return chr(source.choice((source.randrange(0x20, 0xD800), source.randrange(0xE000, 0x20000))))
+        low, high = source.choice(((0x20, 0xD800), (0xE000, 0x20000)))
+        return chr(source.randrange(low, high))
 
     return ["".join(character() for _ in range(source.randrange(1, 41))) for _ in range(count)]

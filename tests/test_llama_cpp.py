@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import normalizers, pre_tokenizers
+from tokenizers import pre_tokenizers
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks.llama_check import same_tokens, tried
@@ -18,7 +18,7 @@ from fxquant.exports import gguf
 from fxquant.exports.gguf_file import MODEL
 from tests.architectures import build, randomize
 from tests.test_export_compressed import tiny_llama
-from tests.test_export_gguf import MIXED, SIZES, llama_for, qwen, trained
+from tests.test_export_gguf import SIZES, llama_for, qwen, trained
 from tests.test_gguf_tokenizers import QWEN2, by_pattern
 
 pytestmark = pytest.mark.skipif(
@@ -41,7 +41,11 @@ MODELS: dict[str, Any] = {
     "Qwen 2": lambda: qwen(2),
     "Qwen 3": lambda: qwen(3),
 }
-SCHEMES = ("fp", "w8-g32-fp16", "w4-g32-fp16", "w4-g32-fp16-asym+gptq", MIXED)
+MIXED = (
+    '{"scheme": "w4-g32-fp16", "overrides": {"embeddings": "w8-g32-fp16", "head": "w8-g32-fp16", '
+    '"*.down_proj": "w4-g32-fp16-asym", "*.o_proj": "fp"}}'
+)
+SCHEMES = ("fp", "w8-g32-fp16", "w4-g32-fp16", "w4-g32-fp16-asym", MIXED)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
