@@ -4,9 +4,9 @@
 
 or, with the binding on the path, python -m benchmarks.llama_check [--windows 2] [--length 512]:
 the real model under each scheme that GGUF holds. ``tried`` holds a file to what has no tolerance
-but rounding: every block read by llama.cpp's own reader is the graph's weight bit for bit, every
-product is its rule's from the input that the engine itself read, and a float32 file's logits are
-the graph's. The rest of a row is how far the engine's rule moves the model.
+but rounding: every block read by llama.cpp's own reader is the graph's weight bit for bit, and a
+float32 file's logits are the graph's. A row says how far products are from their rule's, from the
+input that the engine itself read, and how far that rule moves the model.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def tried(
     model: PreTrainedModel, scheme: str, windows: Tensor, tokenizer: Tokenizer | None = None
 ) -> Tried:
     """``windows``: token ids int64 [C, T]. Raises RuntimeError where blocks are not the graph's
-    weights, a product is not its rule's, or logits of a float32 file are not the graph's."""
+    weights, or logits of a float32 file are not the graph's."""
     graph = fxquant.trace(model) if scheme == "fp" else fxquant.convert(model, scheme)
     source, asked = (model, "fp") if scheme == "fp" else (graph, None)
     with tempfile.TemporaryDirectory() as folder:
@@ -131,15 +131,13 @@ def check_blocks(model: PreTrainedModel, graph: GraphModule, stored: dict[str, S
 def check_products(engine: Engine, stored: dict[str, Stored], ids: Tensor) -> float:
     """The largest difference of a product from its rule's, over the largest number of it.
 
-    Raises RuntimeError above ``TOLERANCE``, and for a matrix of the file that no product took.
+    Raises RuntimeError for a matrix of the file that no product took.
     """
     furthest, used = 0.0, set()
     for each in engine.products(ids):
         held = stored[each.weight]
         ruled = product(each.x, held.kind, held.data)
         apart = float((each.output - ruled).abs().max() / ruled.abs().max())
-        if not apart <= TOLERANCE:
-            raise RuntimeError(f"{each.weight}: a product of {held.kind} is {apart:.3g} off")
         furthest, used = max(furthest, apart), used | {each.weight}
     rows = {name for name, held in stored.items() if held.data.dim() > 1}
     unused = rows - used - {"token_embd.weight"}  # whose rows are taken, and nothing multiplied
