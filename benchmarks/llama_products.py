@@ -23,7 +23,9 @@ def product(x: Tensor, kind: str, stored: Tensor) -> Tensor:
         return x.to(_FLOATS[kind]).double() @ stored.view(_FLOATS[kind]).double().T
     rows = x.unflatten(1, (-1, _SIZE))
     largest = rows.abs().amax(-1, keepdim=True)
-    codes = (rows * torch.where(largest > 0, 127 / largest, 0)).round().double()
+    # A quotient: torch takes a number over a tensor as a product with the reciprocal.
+    inverse = torch.full_like(largest, 127) / largest
+    codes = (rows * torch.where(largest > 0, inverse, 0)).round().double()
     scale = largest / 127
     inputs = (codes * scale.half().double()).flatten(1)
     weight, least = read(kind, stored)
