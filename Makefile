@@ -11,7 +11,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: venv demo readme test test-5 test-torchao test-all test-anywhere vllm-check lint bench clean
+.PHONY: venv demo readme test test-5 test-torchao vllm-check llama-check gptq-check gptqmodel \
+  test-all test-anywhere lint bench clean
 
 venv: $(STAMP)
 
@@ -46,6 +47,23 @@ test-5:
 test-torchao: venv
 	test -d .torchao || $(INSTALL) --no-deps --target .torchao 'torchao>=0.18,<0.19'
 	PYTHONPATH=.torchao $(BIN)/pytest -q tests/test_torchao.py
+
+# GGUF files in llama.cpp, whose Python binding is built here once, in some minutes.
+llama-check: venv
+	test -d .llama || CMAKE_ARGS='-DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF' \
+	  $(INSTALL) --no-deps --target .llama llama-cpp-python==0.3.36 diskcache==5.6.3
+	PYTHONPATH=.llama $(BIN)/pytest -q tests/test_llama_cpp.py
+	PYTHONPATH=.llama $(BIN)/python -m benchmarks.llama_check
+
+# Folders of GPTQ and AWQ in GPTQModel, on the CPU; it needs transformers 5.
+gptq-check:
+	$(MAKE) gptqmodel ENV=5
+
+gptqmodel: venv
+	test -d .gptqmodel || $(INSTALL) --no-deps --target .gptqmodel gptqmodel==7.7.0 \
+	  device-smi==0.5.7 pypcre==0.6.4 tokenicer==0.0.14 logbar==0.4.15 defuser==0.0.28 \
+	  torchao==0.18.0 threadpoolctl==3.8.0
+	PYTHONPATH=.gptqmodel $(BIN)/python -m benchmarks.gptq_check
 
 test-all: venv
 	$(BIN)/pytest -q -n auto --dist loadfile -m '' --seed fresh
@@ -84,4 +102,5 @@ bench: venv
 	$(BIN)/python -m benchmarks.readme_tables
 
 clean:
-	rm -rf .venv .venv-5 .venv-vllm .torchao results/demo results/demo-5 build dist *.egg-info
+	rm -rf .venv .venv-5 .venv-vllm .torchao .llama .gptqmodel results/demo results/demo-5 \
+	  build dist *.egg-info

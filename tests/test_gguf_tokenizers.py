@@ -34,10 +34,23 @@ def by_pattern(*, regex: bool = False, pattern: str = LLAMA3, invert: bool = Fal
 
 def test_patterns_that_llama_cpp_has_names_for() -> None:
     tokenizer = trained("Ġ", by_pattern())
-    assert vocabulary(tokenizer, 999).pre == "llama-bpe"
+    assert vocabulary(tokenizer, 999).pre == "smaug-bpe"
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
-    assert vocabulary(tokenizer, 999).pre == "llama-bpe"
+    assert vocabulary(tokenizer, 999).pre == "smaug-bpe"
+    assert vocabulary(trained("Ġ", by_pattern(), ignore_merges=True), 999).pre == "llama-bpe"
     assert vocabulary(trained("Ġ", by_pattern(pattern=QWEN2)), 999).pre == "qwen2"
+
+
+def test_bytes_that_llama_cpp_would_merge_differently_are_refused() -> None:
+    qwen, gpt2 = by_pattern(pattern=QWEN2), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    for split in (qwen, gpt2):
+        with pytest.raises(ExportError, match=r"no name.*ByteLevel and ignore_merges"):
+            vocabulary(trained("Ġ", split, ignore_merges=True), 999)
+    for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+        tokenizer = trained("Ġ", by_pattern())
+        setattr(tokenizer.backend_tokenizer.model, name, "##")
+        with pytest.raises(ExportError, match=rf"its {name} \('##'\)"):
+            vocabulary(tokenizer, 999)
 
 
 BYTES: dict[str, tuple[Any, Any]] = {

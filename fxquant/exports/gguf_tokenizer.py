@@ -21,8 +21,13 @@ _LETTERS: Final = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# What splits a text before BPE, and llama.cpp's name for it.
-_BY_SPLIT: Final = {_LETTERS % "{1,3}": "llama-bpe", _LETTERS % "": "qwen2"}
+# What splits a text before BPE, whether a part that is a token stays whole, whatever its merges
+# make of it, and llama.cpp's name for both.
+_BY_SPLIT: Final = {
+    (_LETTERS % "{1,3}", True): "llama-bpe",
+    (_LETTERS % "{1,3}", False): "smaug-bpe",
+    (_LETTERS % "", False): "qwen2",
+}
 _MARKING: Final = {"Prepend", "Replace"}  # of spaces, where SentencePiece's BPE is a fast one
 _BY_KINDS: Final = {("ByteLevel",): "gpt-2", ("Digits", "ByteLevel"): "smollm"}
 
@@ -64,6 +69,9 @@ def vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
     model = data["model"]
     if model["type"] != "BPE":
         raise _refused(tokenizer, f"its model is {model['type']}, and GGUF's for Llama are BPE")
+    for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(name):
+            raise _refused(tokenizer, f"its {name} ({model[name]!r}) has no place there")
     ids = tokenizer.get_vocab()
     if max(ids.values()) >= size:
         raise _refused(
@@ -147,12 +155,13 @@ def _pre(tokenizer: Tokenizer, data: Any) -> str:
     # What splits comes once: by a pattern of its own, or by that of ByteLevel.
     plain = all(not s["add_prefix_space"] and s["use_regex"] is not split for s in by_bytes)
     digits = all(step.get("individual_digits", True) for step in steps)
-    if plain and digits and not normal and kinds in _BY_KINDS:
+    whole = bool(data["model"].get("ignore_merges"))
+    if plain and digits and not normal and not whole and kinds in _BY_KINDS:
         return _BY_KINDS[kinds]
     if split and plain and normal in ((), ("NFC",)):
         pattern, isolated = steps[0]["pattern"].get("Regex", ""), steps[0]["behavior"] == "Isolated"
-        if isolated and not steps[0]["invert"] and pattern in _BY_SPLIT:
-            return _BY_SPLIT[pattern]
+        if isolated and not steps[0]["invert"] and (pattern, whole) in _BY_SPLIT:
+            return _BY_SPLIT[pattern, whole]
     raise _split(tokenizer, data)
 
 
@@ -163,7 +172,8 @@ def _check_pieces(tokenizer: Tokenizer, data: Any) -> None:
 
 
 def _split(tokenizer: Tokenizer, data: Any) -> ExportError:
-    kinds = " and ".join((*_normalizers(data), *_kinds(data))) or "none"
+    whole = ("ignore_merges",) if data["model"].get("ignore_merges") else ()
+    kinds = " and ".join((*_normalizers(data), *_kinds(data), *whole)) or "none"
     return _refused(
         tokenizer,
         "llama.cpp has no name that is known here for its way to normalize and split a text first "

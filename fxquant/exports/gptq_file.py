@@ -47,7 +47,7 @@ def gptq(
             (weights of 2, 3, 4 or 8 bits, however chosen), and ``calibration`` where that needs it.
         directory: a folder that is not there, is empty or holds an earlier export.
         check: unpack what was written, by another reading of the layout, and compare logits in
-            transformers, before it is put in place. The engines need CUDA, or are vLLM.
+            transformers, before it is put in place. Engines compute in fp16 or bf16.
 
     Scales are fp16 there: ``w4-g128-fp16`` has them so from the start, others go to the nearest.
     Symmetric weights are format "gptq", which keeps a zero point less one; asymmetric ones

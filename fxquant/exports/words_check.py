@@ -1,7 +1,7 @@
 """What a checkpoint of words computes: read from the files, unpacked bit by bit, run in float.
 
-The engines of these layouts need CUDA, or are vLLM in 16 bits, so that the layout is read here a
-second time, apart from how it was written.
+The engines of these layouts compute in fp16 or bf16, most of them on GPUs, so that the layout is
+read here a second time, apart from how it was written.
 """
 
 from __future__ import annotations
