@@ -163,8 +163,7 @@ def load(job: Job, tokenizer: bool = True) -> LoadedModel:
     """The job's model, without its tokenizer as ``load_model`` has it; raises what that does."""
     return load_model(
         job.model, dtype=job.dtype, device=job.device, revision=job.revision,
-        streamed=job.stream, tokenizer=tokenizer,
-    )  # fmt: skip
+        streamed=job.stream, tokenizer=tokenizer)  # fmt: skip
 
 
 def check_job(job: Job) -> list[Scheme]:
