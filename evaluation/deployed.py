@@ -30,7 +30,7 @@ from fxquant.frontends.pretrained import read_config
 from fxquant.ir.calibration import Calibration
 from fxquant.ir.graph import GraphInfo, Level, info
 from fxquant.recipes import conversion
-from fxquant.run.batches import check_ids
+from fxquant.run.batches import Batches, check_ids
 from fxquant.run.distributed import world_size
 from fxquant.schemes.scheme import Scheme, brief
 
@@ -46,12 +46,15 @@ class Deployed:
     calibration: Calibration
 
 
-def check_deployable(runtime: Runtime, graph: GraphModule, schemes: list[Scheme]) -> None:
-    """Raise ExportError for the first scheme that the runtime's format cannot hold, and for several
-    processes, before any work; ``graph``: the float one, or one that is saved as it is."""
+def check_deployable(
+    runtime: Runtime, graph: GraphModule, schemes: list[Scheme], calibration: Batches | None
+) -> None:
+    """Raise ExportError for the first scheme that the runtime's format cannot hold, given the data
+    to calibrate on that there are, and for several processes, before any work; ``graph``: the float
+    one, or one that is saved as it is."""
     if world_size() > 1:
         raise ExportError(f"runtime {runtime.name} runs in one process: start it without torchrun")
-    target = FORMATS[runtime.target].target
+    target = FORMATS[runtime.target].target.given(calibration)
     if info(graph).level != Level.FLOAT:
         check_converted(target, graph)
         return
@@ -97,19 +100,27 @@ def run_graph(
     *,
     batch_size: int = 1,
     scored: Tensor | None = None,
+    calibration: Batches | None = None,
 ) -> Deployed:
-    """Export ``gm``, a float or converted graph, to a folder that goes again, and run that.
+    """Export ``gm``, a float or converted graph, to a folder that goes again, and run that;
+    ``calibration``: for what the format itself fixes.
 
     Raises what the export raises, WriteError where the folder cannot be made.
     """
     is_float = info(gm).level == Level.FLOAT
     scheme = str(FLOAT) if is_float else info(gm).scheme
+    reads_data = FORMATS[runtime.target].target.reads_calibration(Scheme.parse(scheme))
     with temporary_folder(f"the export to {runtime.target} lies there") as parent:
         started = time.perf_counter()
         exported = FORMATS[runtime.target].export(
-            gm, parent / "export", scheme=scheme if is_float else None, check=False
+            gm,
+            parent / "export",
+            scheme=scheme if is_float else None,
+            calibration=calibration if reads_data else None,
+            check=False,
         )
         seconds = time.perf_counter() - started
+        read = read_facts(exported.path, runtime).calibration
         found = run_exported(
             exported.path,
             runtime,
@@ -118,7 +129,7 @@ def run_graph(
             brief(scheme),
             scored,
         )
-    return Deployed(found, seconds, info(gm).calibration)
+    return Deployed(found, seconds, read)
 
 
 def row_of(

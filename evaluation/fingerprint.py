@@ -11,6 +11,8 @@ from fxquant.evaluation.data import Source
 from fxquant.evaluation.job import Job
 from fxquant.evaluation.models import model_directory, versions, weights_hash
 from fxquant.evaluation.provenance import architecture
+from fxquant.exports.runtimes import Runtime
+from fxquant.exports.table import FORMATS
 from fxquant.files.whole_file import file_hash
 from fxquant.frontends.pretrained import read_config
 from fxquant.ir.graph import Level
@@ -48,9 +50,12 @@ def _directory_hash(directory: Path) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def depends_on_seed(scheme: Scheme) -> bool:
-    """Whether calibration windows, which the seed draws, may matter to the scheme."""
-    return reads_calibration(scheme)
+def depends_on_seed(scheme: Scheme, runtime: Runtime | None = None) -> bool:
+    """Whether calibration windows, which the seed draws, may matter to the scheme, or to what is
+    written for ``runtime`` under it."""
+    if reads_calibration(scheme) or runtime is None:
+        return reads_calibration(scheme)
+    return FORMATS[runtime.target].target.reads_calibration(scheme)
 
 
 def fingerprint(
@@ -59,7 +64,7 @@ def fingerprint(
     model: Identity,
     source: Source,
     calibration: Source | None,
-    engine: str = "",
+    runtime: Runtime | None = None,
 ) -> str:
     """sha256 over everything that determines one scheme's figures (but the number of threads,
     which may change the last digits of floating-point sums)."""
@@ -70,7 +75,7 @@ def fingerprint(
         "windows": [job.windows, job.length, job.length if job.stride is None else job.stride],
         # What is left over for calibration does not change what is evaluated.
         "calibration": _calibration(job, calibration or source)
-        if depends_on_seed(scheme)
+        if depends_on_seed(scheme, runtime)
         else None,
         "batch_size": job.batch_size,
         "device": job.device,
@@ -80,8 +85,8 @@ def fingerprint(
     level = running_level(job.level, job.device)
     if level != Level.INTEGER:  # results that were kept before there was a choice are of that one
         facts["level"] = level
-    if engine:
-        facts["engine"] = engine
+    if runtime is not None:
+        facts["engine"] = runtime.engine()
     return _hash(facts)
 
 
@@ -97,13 +102,13 @@ def _calibration(job: Job, drawn: Source) -> dict[str, object]:
     return facts
 
 
-def unavailable(job: Job, scheme: Scheme, reason: str, engine: str = "") -> str:
+def unavailable(job: Job, scheme: Scheme, reason: str, runtime: Runtime | None = None) -> str:
     """The fingerprint of a cell whose model, weights or text cannot be read.
 
     It is tried again next time: under its own fingerprint there is no result.
     """
-    seed = job.seed if depends_on_seed(scheme) else None
-    ran = [engine] if engine else []
+    seed = job.seed if depends_on_seed(scheme, runtime) else None
+    ran = [] if runtime is None else [runtime.engine()]
     return _hash([job.model, str(scheme), job.dataset, seed, reason, *ran])
 
 

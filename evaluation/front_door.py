@@ -241,7 +241,8 @@ def evaluate(
         level: to lower a quantized graph to; "auto": an integer graph on CUDA to kernels, which are
             the same bits, any other stays as it is. "kernels-inexact" has to be asked for.
         runtime: "onnxruntime", "transformers" or "vllm": export the graph, and score what that
-            engine computes.
+            engine computes; what its format fixes on data (``nvfp4``) is read from the calibration
+            windows of ``data``.
 
     Raises DataError (no windows, windows that the graph was calibrated on, ids of another
     vocabulary, a text without a tokenizer, an observed graph, which would count what it is
@@ -249,7 +250,8 @@ def evaluate(
     """
     check_batch_size(batch_size)
     cut = _cut(data, tokenizer)
-    subject = subject_of(model, runtime, level)
+    drawn = cut.batches if isinstance(cut, Windows) else None
+    subject = subject_of(model, runtime, level, drawn)
     facts = subject.facts
     scored, text = None, "token ids as given"
     if isinstance(cut, Windows):
@@ -258,7 +260,8 @@ def evaluate(
         ids = _stacked(token_windows(cut, facts))
     check_ids(ids, facts, "evaluation windows")
     overlap = _overlap(facts, cut, ids, allow_overlap)
-    found = subject.run(ids, batch_size, scored)
+    ran = subject.run(ids, batch_size, scored)
+    found = ran.losses
     return Evaluation(
         model=facts.model,
         scheme=facts.scheme,
@@ -270,7 +273,7 @@ def evaluate(
         setting=f"{subject.setting(batch_size)}; {version_words(versions())}",
         level=subject.level,
         overlap=overlap,
-        calibration=calibration_words(facts.calibration),
+        calibration=calibration_words(ran.calibration),
         weights=facts.weights,
         engine=subject.engine,
     )

@@ -159,11 +159,11 @@ def deployed_schemes(job: Job) -> list[Scheme]:
     return [as_scheme(each) for each in job.schemes]
 
 
-def load(job: Job) -> LoadedModel:
-    """The job's model; raises what ``load_model`` does."""
+def load(job: Job, tokenizer: bool = True) -> LoadedModel:
+    """The job's model, without its tokenizer as ``load_model`` has it; raises what that does."""
     return load_model(
-        job.model, dtype=job.dtype, device=job.device, revision=job.revision, streamed=job.stream
-    )
+        job.model, dtype=job.dtype, device=job.device, revision=job.revision,
+        streamed=job.stream, tokenizer=tokenizer)  # fmt: skip
 
 
 def check_job(job: Job) -> list[Scheme]:
@@ -296,7 +296,7 @@ def _rows(
     )
     deployed = schemes if as_it_is else deployed_schemes(job)
     if runtime is not None:
-        check_deployable(runtime, graph, deployed)
+        check_deployable(runtime, graph, deployed, windows.batches)
     steps = steps_of(converter, schemes, windows, job.batch_size, runtime, deployed)
     return measured(list(steps), provenance, job.output, say)
 

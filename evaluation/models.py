@@ -26,16 +26,21 @@ from fxquant.evaluation.kept_folder import is_intact, keep
 from fxquant.files.doors import Location, location, near_file, printable
 from fxquant.files.whole_file import file_hash
 from fxquant.frontends.hub import hub_is_reachable
-from fxquant.frontends.pretrained import read_config, read_gguf, read_model, read_tokenizer
+from fxquant.frontends.pretrained import (
+    hub_holds_tokenizer,
+    read_config,
+    read_gguf,
+    read_model,
+    read_tokenizer,
+)
 from fxquant.frontends.streaming import stream
+from fxquant.frontends.tokenizer_files import holds_tokenizer
 from fxquant.frontends.tracing import WEIGHTS_WERE, trace
 from fxquant.ir.calibration import versions as versions
 from fxquant.ir.graph import info, lowered_already
 from fxquant.pipeline.arguments import as_device, checked_call
 
 PACKAGE_PREFIX = "package:"
-# What save_pretrained of any tokenizer writes: one of these.
-_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -54,14 +59,24 @@ class LoadedModel:
 
     ``model`` is a graph where fxquant.save wrote it. ``weights``: what the float weights were
     before, where they have been coarser, such as "dequantized from GGUF: ..."; else "".
+    ``own_tokenizer``: None where it was not asked for.
     """
 
     model: PreTrainedModel | GraphModule
-    tokenizer: Tokenizer
+    own_tokenizer: Tokenizer | None
     name: str
     revision: str
     config: PretrainedConfig
     weights: str = ""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises ModelError where the model was loaded without its own."""
+        if self.own_tokenizer is None:
+            raise ModelError(
+                f"{self.name} was loaded without its tokenizer: load_model({self.name!r}) reads it"
+            )
+        return self.own_tokenizer
 
     @functools.cached_property
     def graph(self) -> GraphModule:
@@ -95,13 +110,14 @@ def load_model(
     device: str | torch.device = "cpu",
     revision: str | None = None,
     streamed: bool = False,
+    tokenizer: bool = True,
 ) -> LoadedModel:
     """Load ``name``: a hub name, a directory of save_pretrained, or ``package:DISTRIBUTION``.
 
     ``dtype`` "auto" is the stored one on CUDA and float32 on the CPU. A directory of fxquant.save
     gives its graph, in the dtype that it has. ``revision`` is of a hub name; ``streamed``: weights
-    stay in their files. Raises ModelError that says what is missing, CheckpointError for a damaged
-    saved graph.
+    stay in their files; ``tokenizer=False``: nothing is read of one, and none needs to be there.
+    Raises ModelError that says what is missing, CheckpointError for a damaged saved graph.
     """
     name = location(name, "name", ModelError)
     dtype = str(dtype).removeprefix("torch.")
@@ -112,28 +128,30 @@ def load_model(
             "it out"
         )
     if is_checkpoint(Path(name)):
-        return _load_saved(Path(name), dtype, device, streamed)
+        return _load_saved(Path(name), dtype, device, streamed, tokenizer)
     directory = model_directory(name)
     source = str(directory) if directory.exists() else name
     torch_dtype = resolve_dtype(dtype, device)
     if streamed:
-        return _open_streamed(directory, name, torch_dtype, device)
+        return _open_streamed(directory, name, torch_dtype, device, tokenizer)
     offline = directory.exists() or not hub_is_reachable()
-    tokenizer = read_tokenizer(source, revision, offline=offline)
+    own = read_tokenizer(source, revision, offline=offline) if tokenizer else None
     model = read_model(source, dtype=torch_dtype, revision=revision, offline=offline)
     model.config._name_or_path = name  # not the cache's folder
     found = weights_hash(directory) if directory.is_dir() else model.config._commit_hash
     weights = _weights(name, directory)
     setattr(model, WEIGHTS_WERE, weights)
     model = model.to(device).eval()
-    return LoadedModel(model, tokenizer, name, str(found), model.config, weights)
+    return LoadedModel(model, own, name, str(found), model.config, weights)
 
 
-def _load_saved(directory: Path, dtype: str, device: str, streamed: bool) -> LoadedModel:
+def _load_saved(
+    directory: Path, dtype: str, device: str, streamed: bool, tokenizer: bool
+) -> LoadedModel:
     if dtype != "auto":
         raise ModelError(f"{directory} is a saved graph: its dtype is part of it, omit --dtype")
-    tokenizer = read_saved_tokenizer(directory)
-    if tokenizer is None:
+    own = read_saved_tokenizer(directory) if tokenizer else None
+    if tokenizer and own is None:
         raise ModelError(
             f"{directory} holds no tokenizer, which an evaluation needs to cut text: save the "
             "graph again with fxquant.save(graph, directory, tokenizer); fxquant.load(directory) "
@@ -142,33 +160,42 @@ def _load_saved(directory: Path, dtype: str, device: str, streamed: bool) -> Loa
     graph = load(directory, device, stream=streamed)
     config = read_config(directory)
     found = weights_hash(directory)
-    return LoadedModel(graph, tokenizer, str(directory), found, config, info(graph).weights)
+    return LoadedModel(graph, own, str(directory), found, config, info(graph).weights)
 
 
 def read_saved_tokenizer(directory: Path, coded: bool = False) -> Tokenizer | None:
     """The tokenizer that was saved with a graph, or written with an export, whose weights are
     ``coded``; None where there is none."""
-    if not any((directory / name).exists() for name in _TOKENIZER_FILES):
+    if not holds_tokenizer(directory):
         return None
     return read_tokenizer(directory, coded=coded)
 
 
+def finds_tokenizer(name: str, revision: str | None = None) -> bool:
+    """Whether there are files of a tokenizer where ``load_model`` reads ``name`` from; they may
+    be damaged. Raises ModelError as that does for a name that is none."""
+    directory = Path(name) if is_checkpoint(Path(name)) else model_directory(name)
+    if directory.exists():
+        return holds_tokenizer(directory)
+    return hub_holds_tokenizer(name, revision, offline=not hub_is_reachable())
+
+
 def _open_streamed(
-    directory: Path, name: str, dtype: torch.dtype | str, device: str
+    directory: Path, name: str, dtype: torch.dtype | str, device: str, tokenizer: bool
 ) -> LoadedModel:
     if not directory.is_dir():
         raise ModelError(
             f"{name} is no directory: streaming reads the files of one, so download it first "
             "(hf download NAME --local-dir DIR)"
         )
-    tokenizer, config = read_tokenizer(directory), read_config(directory)
+    own, config = read_tokenizer(directory) if tokenizer else None, read_config(directory)
     model = stream(
         directory, dtype=dtype if isinstance(dtype, torch.dtype) else None, device=device
     )
     model.config._name_or_path = name
     weights = _weights(name, directory)
     setattr(model, WEIGHTS_WERE, weights)
-    return LoadedModel(model, tokenizer, name, weights_hash(directory), config, weights)
+    return LoadedModel(model, own, name, weights_hash(directory), config, weights)
 
 
 def _weights(name: str, directory: Path) -> str:

@@ -13,7 +13,7 @@ from fxquant.evaluation.converter import Converter, measure
 from fxquant.evaluation.deployed import row_of, run_graph
 from fxquant.evaluation.progress import say_finished
 from fxquant.evaluation.provenance import Provenance
-from fxquant.evaluation.results import Row, write_results
+from fxquant.evaluation.results import Row, in_engine, write_results
 from fxquant.evaluation.statistics import WindowSums
 from fxquant.evaluation.tables import LEGEND, format_table
 from fxquant.evaluation.token_windows import Windows
@@ -68,8 +68,14 @@ def deployed_row(
 ) -> Row:
     """The row of a scheme in an engine; a saved graph has no float model beside it."""
     beside = None if converter.as_it_is else reference
-    gm = converter.convert(scheme)
-    found = run_graph(gm, runtime, windows.evaluation, batch_size=batch_size, scored=windows.scored)
+    found = run_graph(
+        converter.convert(scheme),
+        runtime,
+        windows.evaluation,
+        batch_size=batch_size,
+        scored=windows.scored,
+        calibration=converter.calibration,
+    )
     return row_of(str(scheme), found, runtime, windows, beside)
 
 
@@ -114,10 +120,11 @@ def _finished(rows: Sequence[Row], steps: Sequence[Step]) -> str:
 
 def calibrated(provenance: Provenance, rows: Sequence[Row]) -> Provenance:
     """With what the rows' graphs were calibrated on, and which were where not all are."""
-    graphs = [row for row in rows if not row.engine] or rows
-    if any(row.calibration is None for row in graphs):
+    known = {row.scheme for row in rows if row.calibration and not row.engine}
+    own = [row for row in rows if not row.engine or row.scheme not in known]
+    if any(row.calibration is None for row in own):
         return provenance.calibrated(None)
-    records = [record for row in graphs for record in row.calibration or ()]
-    reading = [row.scheme for row in graphs if row.calibration]
-    others = [row.scheme for row in graphs if not row.calibration and row.scheme != str(Scheme())]
+    records = [record for row in own for record in row.calibration or ()]
+    reading = [in_engine(row.scheme, row.engine) for row in own if row.calibration]
+    others = [row.scheme for row in own if not row.calibration and row.scheme != str(Scheme())]
     return provenance.calibrated(records, reading if others and reading else ())

@@ -13,8 +13,7 @@ from transformers import PreTrainedModel
 
 from fxquant.errors import DataError
 from fxquant.evaluation import perplexity
-from fxquant.evaluation.deployed import check_deployable, run_exported, run_graph
-from fxquant.evaluation.perplexity import Perplexity
+from fxquant.evaluation.deployed import Deployed, check_deployable, run_exported, run_graph
 from fxquant.exports.runtimes import Runtime, read_facts, runtime_named
 from fxquant.files.doors import Location, as_path
 from fxquant.files.tensor_file import dtype_name
@@ -23,18 +22,20 @@ from fxquant.ir.counted import counted
 from fxquant.ir.graph import GraphInfo, Level, device_of, float_dtype, info
 from fxquant.ir.streamed import check_present
 from fxquant.recipes.running import as_run
+from fxquant.run.batches import Batches
 from fxquant.schemes.scheme import Scheme, brief
 
 
 @dataclass(frozen=True)
 class Subject:
     """Its facts, and where it is: a graph, or the folder of an export; ``runtime``: what runs it,
-    None for the graph itself."""
+    None for the graph itself; ``calibration``: for what its format fixes."""
 
     facts: GraphInfo
     graph: GraphModule | None
     folder: Path | None
     runtime: Runtime | None
+    calibration: Batches | None = None
 
     @property
     def engine(self) -> str:
@@ -44,18 +45,27 @@ class Subject:
     def level(self) -> str:
         return "" if self.runtime is not None else str(self.facts.level)
 
-    def run(self, ids: Tensor, batch_size: int, scored: Tensor | None) -> Perplexity:
+    def run(self, ids: Tensor, batch_size: int, scored: Tensor | None) -> Deployed:
         """Losses on windows int64 [N, L]; raises what ``perplexity.evaluate`` and exports do."""
-        label = brief(self.facts.scheme)
+        label, made = brief(self.facts.scheme), self.facts.calibration
+        if self.folder is not None:
+            assert self.runtime is not None
+            found = run_exported(self.folder, self.runtime, ids, batch_size, label, scored)
+            return Deployed(found, 0.0, made)
+        assert self.graph is not None
         if self.runtime is None:
-            assert self.graph is not None
-            return perplexity.evaluate(
+            found = perplexity.evaluate(
                 self.graph, ids, batch_size=batch_size, label=label, scored=scored
             )
-        if self.folder is not None:
-            return run_exported(self.folder, self.runtime, ids, batch_size, label, scored)
-        assert self.graph is not None
-        return run_graph(self.graph, self.runtime, ids, batch_size=batch_size, scored=scored).losses
+            return Deployed(found, 0.0, made)
+        return run_graph(
+            self.graph,
+            self.runtime,
+            ids,
+            batch_size=batch_size,
+            scored=scored,
+            calibration=self.calibration,
+        )
 
     def setting(self, batch_size: int) -> str:
         """Batch size, dtype, device and threads, and how an engine was run."""
@@ -70,9 +80,13 @@ class Subject:
 
 
 def subject_of(
-    model: PreTrainedModel | GraphModule | Location, runtime: str | None, level: str
+    model: PreTrainedModel | GraphModule | Location,
+    runtime: str | None,
+    level: str,
+    calibration: Batches | None,
 ) -> Subject:
-    """With the graph lowered to ``level`` (``as_run``), where it is run itself.
+    """With the graph lowered to ``level`` (``as_run``), where it is run itself; ``calibration``:
+    for what a runtime's format fixes.
 
     Raises ExportError for a runtime that is not there, what it cannot hold and a folder that is no
     export for it, DataError for an observed graph, what ``trace`` raises.
@@ -87,7 +101,7 @@ def subject_of(
     if facts.level == Level.OBSERVED:
         raise DataError("an observed graph counts all it sees: evaluate what convert returns")
     if engine is not None:
-        check_deployable(engine, graph, [Scheme()])
-        return Subject(facts, graph, None, engine)
+        check_deployable(engine, graph, [Scheme()], calibration)
+        return Subject(facts, graph, None, engine, calibration)
     graph = as_run(graph, level)
     return Subject(info(graph), graph, None, None)

@@ -100,11 +100,11 @@ class _Cell:
 
     @property
     def seed(self) -> int | None:
-        return self.job.seed if depends_on_seed(self.scheme) else None
+        return self.job.seed if depends_on_seed(self.scheme, self.runtime) else None
 
     def unavailable(self, reason: str) -> _Cell:
         """The cell where it cannot even be begun, which is not kept under its own fingerprint."""
-        name = unavailable(self.job, self.scheme, reason, self.engine)
+        name = unavailable(self.job, self.scheme, reason, self.runtime)
         return replace(self, fingerprint=name, broken=reason)
 
     def failed(self, reason: str) -> Result:
@@ -207,15 +207,15 @@ def _cells(
     for job in sweep.jobs():
         source, model = sources[str(job.dataset)], models[job.model]
         for scheme in schemes:
-            if not depends_on_seed(scheme) and job.seed != sweep.seeds[0]:
-                continue
             for runtime in _runners(job, scheme):
+                if not depends_on_seed(scheme, runtime) and job.seed != sweep.seeds[0]:
+                    continue
                 cell = _Cell(job, scheme, runtime, "")
                 broken = [found for found in (model, source) if isinstance(found, str)]
                 if isinstance(source, str) or isinstance(model, str):
                     yield cell.unavailable("; ".join(broken))
                 else:
-                    name = fingerprint(job, scheme, model, *source, engine=cell.engine)
+                    name = fingerprint(job, scheme, model, *source, runtime=runtime)
                     yield replace(cell, fingerprint=name)
 
 
@@ -333,7 +333,7 @@ class _Run:
         reference, size = self.reference(cell), cell.job.batch_size
         if cell.runtime is None:
             return measure(converter, cell.scheme, windows, size, reference)
-        check_deployable(cell.runtime, converter.graph, [cell.scheme])
+        check_deployable(cell.runtime, converter.graph, [cell.scheme], windows.batches)
         return deployed_row(converter, cell.scheme, cell.runtime, windows, size, reference)
 
     def reference(self, cell: _Cell) -> WindowSums | None:

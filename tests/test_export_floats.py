@@ -318,7 +318,7 @@ def test_the_command_line_reads_data_for_it(
     short = ["--length", "48", "--scheme", "nvfp4"]
     none = [*asked, *short, "--calibration-windows", "0", "--output", f"{tmp_path}/none"]
     assert main(none) == 2
-    assert "fxquant export of the float model reads some" in capsys.readouterr().err
+    assert "(fxquant export and evaluate of the float model read some;" in capsys.readouterr().err
     some = [*asked, *short, "--calibration-windows", "2", "--output", f"{tmp_path}/out"]
     assert main(some) == 0
     record = json.loads((tmp_path / "out" / RECORD).read_text())

@@ -59,6 +59,23 @@ def add_cache_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_tokenizer_argument(parser: argparse.ArgumentParser) -> None:
+    """Whether what is written holds the model's tokenizer."""
+    parser.add_argument(
+        "--no-tokenizer",
+        action="store_false",
+        dest="tokenizer",
+        help="leave the model's tokenizer out; it is read only where text is",
+    )
+
+
+def tokenizer_line(options: argparse.Namespace, tokenizer: object) -> str:
+    """What there is to say where ``tokenizer``, None for none, was asked for and not written."""
+    if tokenizer is not None or not options.tokenizer:
+        return ""
+    return f"no tokenizer is written: there is none in {options.model}"
+
+
 def add_level_argument(parser: argparse.ArgumentParser) -> None:
     """At which level quantized graphs are run."""
     parser.add_argument(

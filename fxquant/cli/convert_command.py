@@ -16,7 +16,9 @@ from fxquant.cli.arguments import (
     add_held_out_arguments,
     add_model_arguments,
     add_text_arguments,
+    add_tokenizer_argument,
     place,
+    tokenizer_line,
 )
 from fxquant.cli.converting import convert_as_asked
 from fxquant.errors import CheckpointError
@@ -38,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_text_arguments(parser)
     add_held_out_arguments(parser)
     add_cache_argument(parser)
+    add_tokenizer_argument(parser)
     parser.add_argument("--output", type=place, help="folder for fxquant.save")
     parser.add_argument(
         "--stream", action="store_true", help="leave weights in their files: larger than memory"
@@ -56,12 +59,14 @@ def run(options: argparse.Namespace) -> int:
     check_output(options)
     after_pass = dump_after(wanted, print) if wanted else None
     with held_target(options.output), workspace_folder() as workspace:
-        converted = convert_as_asked(options, after_pass, workspace)
+        keeps = options.tokenizer and options.output is not None
+        converted = convert_as_asked(options, after_pass, workspace, keeps_tokenizer=keeps)
         if options.output is not None:
             save(converted.graph, options.output, converted.tokenizer)
         print(inspect(converted.graph))
     if options.output is not None:
-        print(f"written to {options.output}")
+        said = [tokenizer_line(options, converted.tokenizer), f"written to {options.output}"]
+        print("\n".join(filter(None, said)))
     return 0
 
 

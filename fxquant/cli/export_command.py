@@ -14,7 +14,9 @@ from fxquant.cli.arguments import (
     add_held_out_arguments,
     add_model_arguments,
     add_text_arguments,
+    add_tokenizer_argument,
     place,
+    tokenizer_line,
 )
 from fxquant.cli.converting import Converted, convert_as_asked
 from fxquant.errors import DataError, ExportError
@@ -42,12 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stream", action="store_true", help="leave weights in their files: larger than memory"
     )
-    parser.add_argument(
-        "--no-tokenizer",
-        action="store_false",
-        dest="tokenizer",
-        help="leave the model's tokenizer out, where the format cannot hold it",
-    )
+    add_tokenizer_argument(parser)
     parser.add_argument(
         "--no-check",
         action="store_false",
@@ -68,13 +65,14 @@ def run(options: argparse.Namespace) -> int:
         exported = format_.export(
             found.graph,
             options.output,
-            tokenizer=found.tokenizer if options.tokenizer else None,
+            tokenizer=found.tokenizer,
             generation_config=found.generation_config,
             check=options.check,
             calibration=found.calibration,
             scheme="fp" if info(found.graph).level == Level.FLOAT else None,
         )
-    print(exported)
+    said = [str(exported), tokenizer_line(options, found.tokenizer)]
+    print("\n".join(filter(None, said)))
     return 0
 
 
@@ -97,10 +95,13 @@ def _converted(options: argparse.Namespace, format_: Format, workspace: Path) ->
     after_pass = refusing(target, scheme)
 
     def check(loaded: LoadedModel) -> None:
-        if options.tokenizer and target.check_tokenizer is not None:
-            target.check_tokenizer(loaded.tokenizer, loaded.model)
+        tokenizer = loaded.own_tokenizer if options.tokenizer else None
+        if tokenizer is not None and target.check_tokenizer is not None:
+            target.check_tokenizer(tokenizer, loaded.model)
 
-    return convert_as_asked(options, after_pass, workspace, check, reads_data)
+    return convert_as_asked(
+        options, after_pass, workspace, check, reads_data, keeps_tokenizer=options.tokenizer
+    )
 
 
 def _saved(options: argparse.Namespace) -> Converted:
@@ -114,4 +115,4 @@ def _saved(options: argparse.Namespace) -> Converted:
             f"out {' and '.join(named)}"
         )
     graph = load(folder, options.device, stream=options.stream)
-    return Converted(graph, read_saved_tokenizer(folder), None)
+    return Converted(graph, read_saved_tokenizer(folder) if options.tokenizer else None)

@@ -99,7 +99,7 @@ def site_refusal(spec: SiteSpec, length: int, calibrated: bool) -> Refusal | Non
     elif fixes_global_scale(activation) and not calibrated:
         reason = (
             "the global scale of an input is fixed there, on calibration data, and none are given "
-            "(fxquant export of the float model reads some; from Python, calibration=)"
+            "(fxquant export and evaluate of the float model read some; from Python, calibration=)"
         )
     if reason is None:
         return None

@@ -42,8 +42,10 @@ from fxquant.frontends.tokenizer_files import (
     FULL,
     SPECIAL_TOKENS,
     TOKENIZER_CONFIG,
+    TOKENIZER_FILES,
     check_tokenizer_config,
     check_tokenizer_files,
+    tokenizer_files,
 )
 from fxquant.frontends.weight_files import Stored, stored_weights
 from fxquant.frontends.weight_names import check_names, match
@@ -295,18 +297,29 @@ def _check_of_hub(name: str, revision: str | None, offline: bool) -> Path | None
     """
     read: dict[str, Path] = {}
     for file in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
-        with _reading(name, "tokenizer"):
-            found = cached_file(
-                name,
-                file,
-                revision=revision,
-                local_files_only=offline,
-                _raise_exceptions_for_missing_entries=False,
-            )
+        found = _of_hub(name, file, revision, offline)
         if found is not None:
-            read[file] = Path(found)
-            check_tokenizer_config(read[file])
+            read[file] = found
+            check_tokenizer_config(found)
     return read.get(TOKENIZER_CONFIG)
+
+
+def hub_holds_tokenizer(name: str, revision: str | None = None, *, offline: bool = False) -> bool:
+    """As ``holds_tokenizer``, of a hub model; ``offline`` as in read_config."""
+    return any(_of_hub(name, file, revision, offline) for file in TOKENIZER_FILES)
+
+
+def _of_hub(name: str, file: str, revision: str | None, offline: bool) -> Path | None:
+    """A tokenizer's file of a hub model, in the cache; None where it has none of that name."""
+    with _reading(name, "tokenizer"):
+        found = cached_file(
+            name,
+            file,
+            revision=revision,
+            local_files_only=offline,
+            _raise_exceptions_for_missing_entries=False,
+        )
+    return None if found is None else Path(found)
 
 
 def _check_fast(path: Path) -> None:
@@ -318,6 +331,11 @@ def _check_fast(path: Path) -> None:
 @contextlib.contextmanager
 def _reading(name: str, part: str) -> Iterator[None]:
     advice = "a directory needs what save_pretrained writes for a causal LM and its tokenizer"
+    held = tokenizer_files(Path(name)) if part == "tokenizer" else ()
+    if held:
+        there = "is there" if len(held) == 1 else "are there"
+        advice = f"of its files {', '.join(held)} {there}; {advice}"
+        advice += ", and convert and export take --no-tokenizer where no text is read"
     if not Path(name).exists():
         advice = f"a hub name needs the network or a filled cache; {advice}"
     with door(ModelError, f"cannot load {name}: {part}", _BAD_FILES, advice):

@@ -7,6 +7,7 @@ that it found in the folder, and takes any value as an argument of the tokenizer
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -20,7 +21,8 @@ from fxquant.frontends.model_config import CONFIG, refuse_adapter
 FULL: Final = "tokenizer.json"
 TOKENIZER_CONFIG: Final = "tokenizer_config.json"
 SPECIAL_TOKENS: Final = "special_tokens_map.json"
-_ONE_OF: Final = (
+# Of which one lies beside every model that has a tokenizer.
+TOKENIZER_FILES: Final = (
     FULL, TOKENIZER_CONFIG, "vocab.json", "vocab.txt", "merges.txt",
     "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
@@ -44,13 +46,23 @@ _TOKENS: Final = frozenset(
 )
 
 
+def holds_tokenizer(directory: Path) -> bool:
+    """Whether files of a tokenizer lie in a folder, whatever they hold."""
+    return bool(tokenizer_files(directory))
+
+
+def tokenizer_files(directory: Path) -> tuple[str, ...]:
+    """Names of a tokenizer's files in a folder; links that lead nowhere too."""
+    return tuple(name for name in TOKENIZER_FILES if os.path.lexists(directory / name))
+
+
 def check_tokenizer_files(directory: Path) -> None:
     """Raise ModelError for a folder without a tokenizer, or with one that would be read from
     anywhere else.
 
     Names file and field, also of a value of the wrong kind.
     """
-    if not any((directory / name).exists() for name in _ONE_OF):
+    if not holds_tokenizer(directory):
         refuse_adapter(directory)
         raise ModelError(_missing(directory))
     for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS):

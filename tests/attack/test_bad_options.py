@@ -64,7 +64,7 @@ CALLS: dict[str, tuple[Callable[..., object], dict[str, Any], tuple[str, ...]]] 
         fxquant.evaluate, {"model": GRAPH, "data": IDS},
         ("tokenizer", "batch_size", "allow_overlap"),
     ),
-    "load_model": (fxquant.load_model, {"name": SMALL_OPT}, ("revision", "streamed")),
+    "load_model": (fxquant.load_model, {"name": SMALL_OPT}, ("revision", "streamed", "tokenizer")),
 }  # fmt: skip
 ASKED = [(name, option) for name, (_, _, options) in CALLS.items() for option in options]
 
