@@ -13,8 +13,8 @@ from transformers import GenerationMixin, PreTrainedModel
 from fxquant.errors import CheckpointError, GraphAttributeError, GraphCallError
 from fxquant.ir.graph import info
 from fxquant.ir.streamed import check_present
-from fxquant.run.apart import apart
 from fxquant.run.encodings import TAKEN as _INPUTS
+from fxquant.run.uncomputable import uncomputable
 
 # What instances of transformers' models have besides their class's attributes.
 _OF_A_MODEL = ("config", "generation_config", "name_or_path", "logits", "loss", "past_key_values")
@@ -45,10 +45,11 @@ class ScoringGraph(GraphModule):
     tokenizers return, is let go: causal models do not read it.
 
     Raises GraphAttributeError (an AttributeError, so ``hasattr`` is False) and GraphCallError (a
-    TypeError), also for ids that no table has, dtypes that torch has no kernel for, and tensors of
-    the graph that were moved or cast by themselves; GraphError for those on meta. Copies and
-    checkpoints keep the class. A pickle cannot hold a graph (torch.fx would trace its code anew,
-    without sites, levels and history): pickling one, by ``torch.save`` too, raises
+    TypeError), also for ids that no table has, dtypes that torch has no kernel for, values that an
+    operator does not take, and tensors of the graph that were moved or cast by themselves;
+    GraphError for those on meta. Copies and checkpoints keep the class. A pickle cannot hold a
+    graph (torch.fx would trace its code anew, without sites, levels and history): pickling one, by
+    ``torch.save`` too, raises
     CheckpointError, which names ``fxquant.save``.
     """
 
@@ -98,9 +99,9 @@ class ScoringGraph(GraphModule):
         except NotImplementedError as error:  # of a kernel: the message names it and the dtype
             raise GraphCallError(f"torch cannot compute the graph here: {error}") from error
         except RuntimeError as error:
-            if (said := apart(self, error)) is None:
+            if (said := uncomputable(self, error)) is None:
                 raise
-            raise GraphCallError(said) from error
+            raise GraphCallError(f"a node of the graph cannot be computed: {said}") from error
 
     def _check_values(self, input_ids: Any) -> None:
         """GraphError for tensors on meta, with which torch computes linears of what memory holds;
