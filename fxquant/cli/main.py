@@ -142,5 +142,6 @@ def _run(options: argparse.Namespace) -> int:
         print(f"fxquant: interrupted by {name} before the first result", file=sys.stderr)
         return INTERRUPTED
     except FxquantError as error:
-        print(f"fxquant: error: {error}{notes_of(error)}", file=sys.stderr)
+        said = "\n".join(map(printable, f"{error}{notes_of(error)}".split("\n")))
+        print(f"fxquant: error: {said}", file=sys.stderr)
         return FAILED
