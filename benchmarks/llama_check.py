@@ -133,7 +133,8 @@ def check_products(engine: Engine, stored: dict[str, Stored], ids: Tensor) -> fl
 
     Raises RuntimeError for a matrix of the file that no product took.
     """
-    furthest, used = 0.0, set()
+    furthest = 0.0
+    used: set[str] = set()
     for each in engine.products(ids):
         held = stored[each.weight]
         ruled = product(each.x, held.kind, held.data)

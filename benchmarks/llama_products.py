@@ -30,10 +30,10 @@ def product(x: Tensor, kind: str, stored: Tensor) -> Tensor:
     inputs = (codes * scale.half().double()).flatten(1)
     weight, least = read(kind, stored)
     if least is None:
-        return inputs @ weight.T
+        return torch.matmul(inputs, weight.T)
     sums = (scale[..., 0] * codes.sum(-1).float()).half().double()  # [T, G]
     steps = weight - least.repeat_interleave(_SIZE, 1)
-    return inputs @ steps.T + sums @ least.T
+    return torch.matmul(inputs, steps.T) + torch.matmul(sums, least.T)
 
 
 def read(kind: str, stored: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -69,6 +69,7 @@ _TEXTS: dict[str, tuple[str, ...]] = {
 # What names grids and formats of scales among its arguments.
 _NAME_A_FORMAT = {f"fxquant.{schema.split('(')[0]}.default" for schema in COMPOSITE}
 _EQUATION = re.compile(r"[A-Za-z ]+,?[A-Za-z ]*->[A-Za-z ]*")  # at most two operands of einsum
+_LONGEST_EQUATION = 200
 _LARGEST, _NESTING, _NODES = 2**63, 6, 100_000
 # Functions of models that the tracer keeps whole: imported only where a graph calls them.
 _OF_MODELS = ("transformers.models.gptj.modeling_gptj.get_embed_positions",)
@@ -217,12 +218,17 @@ def _check_literal(op: str, target: str, value: Any, where: str) -> None:
         plain = op in ("call_function", "call_method") and value in _TEXTS.get(target, ())
         known = value in GRIDS or value in SCALES
         plain = plain or (op == "call_function" and target in _NAME_A_FORMAT and known)
-        if not plain and not (target == "torch.einsum" and _EQUATION.fullmatch(value)):
+        if not plain and not (target == "torch.einsum" and _is_equation(value)):
             raise CheckpointError(f"{where}: {target} does not take the text {value[:80]!r}")
     elif type(value) is int and not -_LARGEST <= value < _LARGEST:
         raise CheckpointError(f"{where}: an integer of more than 64 bits")
     elif type(value) is float and math.isnan(value):
         raise CheckpointError(f"{where}: an operand is NaN")
+
+
+def _is_equation(text: str) -> bool:
+    # Matching takes the square of the length.
+    return len(text) <= _LONGEST_EQUATION and _EQUATION.fullmatch(text) is not None
 
 
 def _encode(value: Any, where: str) -> Any:

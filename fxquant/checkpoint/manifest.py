@@ -19,7 +19,7 @@ from typing import Any
 
 from fxquant.checkpoint.saved_names import check_texts
 from fxquant.errors import CheckpointError
-from fxquant.files.doors import parse_json, reason
+from fxquant.files.doors import parse_json, printable, reason
 from fxquant.files.whole_file import file_hash
 
 MANIFEST = "manifest.json"
@@ -136,8 +136,8 @@ def _open_regular(path: Path) -> BufferedReader:
 
 def _not_regular(path: Path) -> CheckpointError:
     return CheckpointError(
-        f"{path} is no regular file (a link, a pipe or a device): a saved graph holds files only; "
-        "copy the folder with its links resolved, or save it again"
+        f"{printable(str(path))} is no regular file (a link, a pipe or a device): a saved graph "
+        "holds files only; copy the folder with its links resolved, or save it again"
     )
 
 
@@ -152,8 +152,9 @@ def _listing(directory: Path, listed: dict[str, Any]) -> dict[str, int]:
                 waiting.append(Path(entry.path))
             elif name not in (MANIFEST, *listed):
                 raise CheckpointError(
-                    f"{entry.path} is not among the files that were saved ({MANIFEST} lists "
-                    "them), and might change what the graph computes: move it elsewhere"
+                    f"{printable(entry.path)} is not among the files that were saved "
+                    f"({MANIFEST} lists them), and might change what the graph computes: move it "
+                    "elsewhere"
                 )
             elif not entry.is_file(follow_symlinks=False):
                 raise _not_regular(Path(entry.path))
@@ -196,7 +197,8 @@ def _check_version(path: Path, body: dict[str, Any]) -> None:
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{path} is damaged or was changed: {what}; save or copy it again")
+    said = f"{printable(str(path))} is damaged or was changed: {what}; save or copy it again"
+    return CheckpointError(said)
 
 
 def _canonical(body: dict[str, Any]) -> bytes:

@@ -12,6 +12,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from fxquant.checkpoint.fake_calls import ITEMS, run_call
+from fxquant.checkpoint.fake_effects import Effects, watched_call
 from fxquant.checkpoint.index_ranges import Range, check_lookup, range_of
 from fxquant.checkpoint.size_numbers import IN_PLACE, SEQUENCES, Bound, check_numbers
 from fxquant.checkpoint.size_rule import Sizes, extents, sizes_up_to
@@ -105,8 +107,10 @@ class _Rehearsal:
         self.masked = masked
         self.first = not made
         self.bounds: dict[Node, Bound] = {}
-        self.known: dict[Any, Any] = {}
+        self.known: dict[Any, tuple[Any, Effects]] = {}
         self.ranges: dict[Node, Range] = {}
+        # Whose values may be stored tensors or inputs, or views of them.
+        self.kept = {node for node in graph.nodes if node.op in ("placeholder", "get_attr")}
 
     def run(self) -> dict[Node, tuple[Any, ...]]:
         """The extents of what each node makes."""
@@ -121,13 +125,14 @@ class _Rehearsal:
         for node, top in zip(nodes, (self.stored.vocabulary - 1, 1), strict=False):
             self.ranges[node] = (0, top)
         elements: dict[Node, int] = {}
+        total = 0  # of the elements of values that are still needed
         found: dict[Node, tuple[Any, ...]] = {}
         for node in nodes[len(inputs) : -1]:
             args, kwargs = map_arg((node.args, node.kwargs), lambda used: values[used])
             try:
                 with _silent("torch._subclasses.fake_tensor"):  # it prints what it raises
                     values[node] = self._value(node, args, kwargs)
-                elements[node] = self._count(node, values[node], sum(elements.values()))
+                elements[node] = self._count(node, values[node], total)
             except Exception as error:  # whatever the file's operands make torch raise
                 said = printable(" ".join(str(error).split())[:200])
                 raise CheckpointError(
@@ -135,9 +140,10 @@ class _Rehearsal:
                     f"operands: {type(error).__name__}: {said}"
                 ) from error
             found[node] = extents(values[node])
+            total += elements[node]
             for used in (node, *node.all_input_nodes):
                 if last.get(used, node) is node:
-                    elements.pop(used, None)
+                    total -= elements.pop(used, 0)
         if [value._version for value in kept] != versions:
             raise CheckpointError("a node writes into a stored tensor or an input")
         (result,) = nodes[-1].args
@@ -149,13 +155,27 @@ class _Rehearsal:
         self.bounds[node] = check_numbers(node, args, self.bounds)
         self._check_indices(node, args)
         key = _alike(node, args, kwargs)
-        if key is not None and key in self.known:
-            return self.known[key]
-        value = run_call(node, args, kwargs, self.stored.tensors, self.stored.leaves)
-        _forget_data(value)
-        if key is not None:
-            self.known[key] = value
+        done = None if key is None else self.known.get(key)
+        if done is None:
+            call = partial(run_call, node, args, kwargs, self.stored.tensors, self.stored.leaves)
+            done = watched_call(call, (args, kwargs))
+            _forget_data(done[0])
+            if key is not None:
+                self.known[key] = done
+        value, effects = done
+        self._follow(node, effects)
         return value
+
+    def _follow(self, node: Node, effects: Effects) -> None:
+        """Whether a view is one of a stored tensor is told by the nodes: of calls that are alike
+        only one is made."""
+        reached = node.args[:1] if node.target in IN_PLACE else node.all_input_nodes
+        if self.kept.isdisjoint(each for each in reached if isinstance(each, Node)):
+            return
+        if effects.writes:
+            raise TypeError("writes into what may be a stored tensor or an input; clone it before")
+        if effects.shares:
+            self.kept.add(node)
 
     def _check_indices(self, node: Node, args: tuple[Any, ...]) -> None:
         found = range_of(node, args, self.ranges, self.size[1])

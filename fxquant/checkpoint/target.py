@@ -4,6 +4,7 @@ killed one."""
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 import tempfile
@@ -23,8 +24,14 @@ def held_target(target: Path | None, error: type[FxquantError] = CheckpointError
     if target is None:
         yield
         return
-    with hold(target.parent / f".{target.name}.lock", str(target), error):
+    place = _place(target)
+    with hold(place.parent / f".{place.name}.lock", str(target), error):
         yield
+
+
+def _place(target: Path) -> Path:
+    """Where a link leads, so that a folder with two names has one writer and stays where it is."""
+    return Path(os.path.realpath(target)) if target.is_symlink() else target
 
 
 @contextlib.contextmanager
@@ -34,7 +41,8 @@ def saving(target: Path, error: type[FxquantError] = CheckpointError) -> Iterato
     What a save that was killed left beside ``target`` is removed; an earlier checkpoint that it
     had moved away already is moved back.
     """
-    with hold(target.parent / f".{target.name}.saving.lock", str(target), error):
+    given, target = target, _place(target)
+    with hold(target.parent / f".{target.name}.saving.lock", str(given), error):
         for kind in ("old", "partial"):
             pattern = re.compile(rf"\.{re.escape(target.name)}\.{kind}-[a-z0-9_]{{8}}")
             for left in filter(lambda path: pattern.fullmatch(path.name), target.parent.iterdir()):
@@ -48,6 +56,7 @@ def saving(target: Path, error: type[FxquantError] = CheckpointError) -> Iterato
 def partial_folder(target: Path) -> Iterator[Path]:
     """A new folder beside ``target``, gone with the block: Ctrl-C too must not leave half of what
     is written behind."""
+    target = _place(target)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
         yield partial
@@ -57,6 +66,7 @@ def partial_folder(target: Path) -> Iterator[Path]:
 
 def put_in_place(partial: Path, target: Path) -> None:
     """Let ``partial`` be ``target``; what stands there goes once it does."""
+    target = _place(target)
     partial.chmod(0o755)  # mkdtemp's is private
     if not target.exists():
         partial.rename(target)

@@ -145,6 +145,6 @@ def _run(options: argparse.Namespace) -> int:
         print(f"fxquant: interrupted by {name} before the first result", file=sys.stderr)
         return INTERRUPTED
     except FxquantError as error:
-        said = f"{error}{notes_of(error)}".split("\n")  # a value may hold what a terminal obeys
-        print("\n".join(map(printable, [f"fxquant: error: {said[0]}", *said[1:]])), file=sys.stderr)
+        said = "\n".join(map(printable, f"{error}{notes_of(error)}".split("\n")))
+        print(f"fxquant: error: {said}", file=sys.stderr)
         return FAILED

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
+import os
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,6 +30,10 @@ from fxquant.run.batches import Batches
 from fxquant.schemes.scheme import SchemeLike
 
 NAME: Final = "aoti"
+_CACHE: Final = "TORCHINDUCTOR_CACHE_DIR"
+_NO_ROOM: Final = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOTDIR,
+)  # fmt: skip
 _CAUSE: Final = "compiled kernels sum floats in another order"
 
 
@@ -108,10 +114,32 @@ def _write(gm: GraphModule, folder: Path) -> None:
             held_errors(folder / MODEL) as file,
         ):
             inductor.aoti_compile_and_package(program, package_path=file)
-    except (exc.CppCompileError, exc.InductorError) as error:
+    except (exc.CppCompileError, exc.InductorError, OSError) as error:
+        unwritten = _unwritten(error)
+        if unwritten is not None:
+            raise ExportError(
+                f"{NAME}: the compiler cannot write its own files: {unwritten}; they lie in "
+                f"{os.environ.get(_CACHE, 'the folder that torch chooses')} and in TMPDIR: make "
+                f"room there, or name other folders in {_CACHE} and TMPDIR"
+            ) from error
+        if isinstance(error, OSError):
+            raise
         last = (str(error).strip().splitlines() or ["no word"])[-1].strip()
         raise ExportError(
             f"{NAME}: the graph does not compile: {printable(last[:300])}; mend the C++ compiler, "
             "or take --to pt2"
         ) from error
     write_config(gm, folder)
+
+
+def _unwritten(error: Exception) -> str | None:
+    """What is said where one of the compiler's own files cannot be written; None for any other
+    error, and for one of a file without a name, which is the export's."""
+    inner = getattr(error, "inner_exception", error)
+    if isinstance(inner, OSError):
+        own = inner is not error or inner.filename
+        return printable(str(inner)) if own and inner.errno in _NO_ROOM else None
+    words = [os.strerror(number) for number in _NO_ROOM]
+    lines = [line.strip() for line in str(error).splitlines()]
+    said = (line for line in reversed(lines) if any(word in line for word in words))
+    return next((printable(line[:300]) for line in said), None)

@@ -6,8 +6,10 @@ is a fresh, aligned copy (a GEMM may round differently on unaligned operands).
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fxquant.errors import CheckpointError
-from fxquant.files.doors import parse_json
+from fxquant.files.doors import parse_json, reason
 
 OWN_PAGES = 2**20
 WEIGHTS = {
@@ -58,6 +60,7 @@ class TensorFile:
     """An open safetensors file: ``entries`` by name; ``read`` copies one tensor out of it.
 
     ``metadata``: what its writer noted, such as ``format``; None where it noted nothing.
+    ``stamp``: which file it was, and its time; one that was written to since is not read on.
     """
 
     path: Path
@@ -65,6 +68,7 @@ class TensorFile:
     start: int
     mapping: mmap.mmap = field(repr=False, compare=False)
     metadata: dict[str, str] | None = None
+    stamp: tuple[int, int, int] = (0, 0, 0)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TensorFile:
         return self  # immutable: copies of a graph read one file
@@ -79,8 +83,11 @@ class TensorFile:
                 length = int.from_bytes(file.read(8), "little")
                 header = parse_json(file.read(length), unique=True)
                 mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, SafetensorError, ValueError) as error:
+                stamp = _stamp(os.fstat(file.fileno()))
+        except (SafetensorError, ValueError) as error:
             raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {reason(error)}") from error
         metadata = header.pop("__metadata__", None)
         strangers = {entry["dtype"] for entry in header.values()} - set(DTYPES)
         if strangers:
@@ -89,7 +96,7 @@ class TensorFile:
             name: Entry(DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"][0])
             for name, entry in header.items()
         }
-        return cls(path, entries, 8 + length, mapping, metadata)
+        return cls(path, entries, 8 + length, mapping, metadata, stamp)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A fresh CPU tensor of the stored shape, in ``dtype`` (None: the stored one)."""
@@ -103,6 +110,7 @@ class TensorFile:
         return self._copied(Entry(entry.dtype, shape, begin), dtype)
 
     def _copied(self, entry: Entry, dtype: torch.dtype | None) -> Tensor:
+        self._check_unchanged()
         count = math.prod(entry.shape)
         result = _fresh(count, dtype or entry.dtype)
         if count:
@@ -114,6 +122,24 @@ class TensorFile:
                 )
             result.copy_(stored)
         return result.view(entry.shape)
+
+    def _check_unchanged(self) -> None:
+        """What was cut off a mapped file would end the process when it is read; a file that took
+        the place of this one does no harm, since this one is still mapped."""
+        cut = self.mapping.size() < len(self.mapping)
+        with contextlib.suppress(OSError):
+            now = _stamp(os.stat(self.path))
+            cut = cut or (now[:2] == self.stamp[:2] and now != self.stamp)
+        if cut:
+            raise CheckpointError(
+                f"{self.path} was written to while it was being read: let nothing write there, "
+                "and read it again"
+            )
+
+
+def _stamp(found: os.stat_result) -> tuple[int, int, int]:
+    """Which file it is, and when it was last written to."""
+    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 def _fresh(count: int, dtype: torch.dtype) -> Tensor:

@@ -14,10 +14,10 @@ from transformers import GenerationMixin, PreTrainedModel
 from fxquant.errors import CheckpointError, GraphAttributeError, GraphCallError, GraphError
 from fxquant.ir.graph import device_of, info
 from fxquant.ir.streamed import check_present
-from fxquant.run.apart import apart
 from fxquant.run.batches import check_mask
 from fxquant.run.encodings import TAKEN as _INPUTS
 from fxquant.run.encodings import UNUSED
+from fxquant.run.uncomputable import uncomputable
 
 # What instances of transformers' models have besides their class's attributes.
 _OF_A_MODEL = ("config", "generation_config", "name_or_path", "logits", "loss", "past_key_values")
@@ -53,10 +53,10 @@ class ScoringGraph(GraphModule):
 
     Raises GraphAttributeError (an AttributeError, so ``hasattr`` is False) and GraphCallError (a
     TypeError) for any other input, also for ids that no table has, inputs on another device, dtypes
-    that torch has no kernel for, and tensors of the graph that were moved or cast by themselves;
-    GraphError for those on meta. Copies and
-    checkpoints keep the class. A pickle cannot hold a graph (torch.fx would trace its code anew,
-    without sites, levels and history): pickling one, by ``torch.save`` too, raises
+    that torch has no kernel for, values that an operator does not take, and tensors of the graph
+    that were moved or cast by themselves; GraphError for those on meta. Copies and checkpoints keep
+    the class. A pickle cannot hold a graph (torch.fx would trace its code anew, without sites,
+    levels and history): pickling one, by ``torch.save`` too, raises
     CheckpointError, which names ``fxquant.save``.
     """
 
@@ -118,9 +118,11 @@ class ScoringGraph(GraphModule):
         except NotImplementedError as error:  # of a kernel: the message names it and the dtype
             raise GraphCallError(f"torch cannot compute the graph here: {error}") from error
         except RuntimeError as error:
-            if (said := apart(self, error) or self._elsewhere(error, inputs)) is None:
+            if (said := self._elsewhere(error, inputs)) is not None:
+                raise GraphCallError(said) from error
+            if (said := uncomputable(self, error)) is None:
                 raise
-            raise GraphCallError(said) from error
+            raise GraphCallError(f"a node of the graph cannot be computed: {said}") from error
 
     def _checked(self, input_ids: Any, attention_mask: Any = None) -> dict[str, Any]:
         """The inputs, with ids of int64; GraphCallError for what are none.

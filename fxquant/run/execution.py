@@ -15,7 +15,7 @@ from fxquant.files.doors import reason
 from fxquant.ir.graph import tag
 from fxquant.ir.operands import op_name
 from fxquant.ir.streamed import held
-from fxquant.run.apart import apart
+from fxquant.run.uncomputable import uncomputable
 
 OnNode = Callable[[Node, Any], Any]
 # What torch raises for a row that a table lacks, and for a dtype that it has no kernel of.
@@ -39,7 +39,8 @@ class Executor:
     not change while an Executor of it is in use.
 
     A run raises GraphCallError, naming the node, for a row that a table lacks, a dtype that torch
-    has no kernel of, and tensors of the graph that were moved or cast by themselves.
+    has no kernel of, values that an operator does not take, and tensors of the graph that were
+    moved or cast by themselves.
     """
 
     def __init__(
@@ -134,6 +135,6 @@ class Executor:
                 f"{reason(error)}"
             ) from error
         except RuntimeError as error:
-            if (said := apart(self._gm, error)) is None:
+            if (said := uncomputable(self._gm, error)) is None:
                 raise
             raise GraphCallError(f"node {node.name}: {said}") from error

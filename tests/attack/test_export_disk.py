@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -16,13 +17,13 @@ from transformers import PreTrainedTokenizerFast
 
 import fxquant
 from fxquant.errors import CheckpointError, ExportError, FxquantError, WriteError
-from fxquant.exports import compressed_tensors, gguf
+from fxquant.exports import aoti, compressed_tensors, gguf
 from fxquant.exports.gguf_file import MODEL
 from fxquant.exports.pt2_program import _run
 from fxquant.files.native_writers import held_errors
 from fxquant.files.temporary import temporary_folder
 from tests.architectures import token_ids
-from tests.attack.test_disk import file_limit
+from tests.attack.test_disk import file_limit, small_disk
 from tests.hub_format import character_tokenizer
 from tests.test_export_compressed import tiny_llama
 
@@ -138,3 +139,18 @@ def test_a_temporary_folder_without_room_is_named(
     with pytest.raises(ExportError, match=f"{tmp_path}/gone/fxquant-.*TMPDIR"):
         _run("pt2", tmp_path / "model.pt2", probes)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.needs_program(shutil.which("g++"), "a C++ compiler")
+@pytest.mark.parametrize("options", ["", ",ro"])
+def test_a_compiler_without_room_for_its_files(
+    options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    graph = fxquant.convert(tiny_llama(), "w8")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(disk / "cache"))
+    said = rf"compiler cannot write its own files: .*; they lie in {disk}/cache.*TMPDIR"
+    with small_disk(disk, "64k", options), pytest.raises(ExportError, match=said):
+        aoti(graph, tmp_path / "out", check=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["disk"]
