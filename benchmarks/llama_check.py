@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -80,9 +81,7 @@ def tried(
         with Engine.of(path, windows.shape[1]) as engine:
             furthest = check_products(engine, stored, windows[0, :_PRODUCTS_ON])
             found = _beside(graph, engine, windows)
-    kinds: dict[str, int] = {}
-    for each in stored.values():
-        kinds[each.kind] = kinds.get(each.kind, 0) + 1
+    kinds = dict(Counter(each.kind for each in stored.values()))
     row = Tried(scheme, kinds, furthest, **found)
     if set(kinds) == {"F32"} and row.logits > TOLERANCE * row.largest:
         raise RuntimeError(f"a float file's logits are {row.logits:.3g} from the graph's")

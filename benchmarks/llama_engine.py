@@ -159,17 +159,15 @@ class Engine:
             self._failed = error
             return False
 
-    def token_ids(self, text: str, special: bool = True) -> list[int]:
-        """``special``: with what the file says of tokens before and behind a text. Special tokens
-        that the text spells out are read as such either way."""
+    def token_ids(self, text: str) -> list[int]:
+        """With the tokens that the file puts before and behind a text; special tokens that the text
+        spells out are read as such."""
         import llama_cpp
 
         data = text.encode()
         room = (llama_cpp.llama_token * (len(data) + 8))()
         vocabulary = llama_cpp.llama_model_get_vocab(self._model)
-        count = llama_cpp.llama_tokenize(
-            vocabulary, data, len(data), room, len(room), special, True
-        )
+        count = llama_cpp.llama_tokenize(vocabulary, data, len(data), room, len(room), True, True)
         if count < 0:
             raise RuntimeError(f"llama_tokenize returned {count} for {text!r}")
         return list(room[:count])

@@ -109,14 +109,13 @@ def run_graph(
     """
     is_float = info(gm).level == Level.FLOAT
     scheme = str(FLOAT) if is_float else info(gm).scheme
-    reads_data = FORMATS[runtime.target].target.reads_calibration(Scheme.parse(scheme))
     with temporary_folder(f"the export to {runtime.target} lies there") as parent:
         started = time.perf_counter()
         exported = FORMATS[runtime.target].export(
             gm,
             parent / "export",
             scheme=scheme if is_float else None,
-            calibration=calibration if reads_data else None,
+            calibration=calibration,
             check=False,
         )
         seconds = time.perf_counter() - started

@@ -53,9 +53,9 @@ def _directory_hash(directory: Path) -> str:
 def depends_on_seed(scheme: Scheme, runtime: Runtime | None = None) -> bool:
     """Whether calibration windows, which the seed draws, may matter to the scheme, or to what is
     written for ``runtime`` under it."""
-    if reads_calibration(scheme) or runtime is None:
-        return reads_calibration(scheme)
-    return FORMATS[runtime.target].target.reads_calibration(scheme)
+    return reads_calibration(scheme) or (
+        runtime is not None and FORMATS[runtime.target].target.reads_calibration(scheme)
+    )
 
 
 def fingerprint(

@@ -260,8 +260,7 @@ def evaluate(
         ids = _stacked(token_windows(cut, facts))
     check_ids(ids, facts, "evaluation windows")
     overlap = _overlap(facts, cut, ids, allow_overlap)
-    ran = subject.run(ids, batch_size, scored)
-    found = ran.losses
+    found, read = subject.run(ids, batch_size, scored)
     return Evaluation(
         model=facts.model,
         scheme=facts.scheme,
@@ -273,7 +272,7 @@ def evaluate(
         setting=f"{subject.setting(batch_size)}; {version_words(versions())}",
         level=subject.level,
         overlap=overlap,
-        calibration=calibration_words(ran.calibration),
+        calibration=calibration_words(read),
         weights=facts.weights,
         engine=subject.engine,
     )

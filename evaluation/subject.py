@@ -13,11 +13,13 @@ from transformers import PreTrainedModel
 
 from fxquant.errors import DataError
 from fxquant.evaluation import perplexity
-from fxquant.evaluation.deployed import Deployed, check_deployable, run_exported, run_graph
+from fxquant.evaluation.deployed import check_deployable, run_exported, run_graph
+from fxquant.evaluation.perplexity import Perplexity
 from fxquant.exports.runtimes import Runtime, read_facts, runtime_named
 from fxquant.files.doors import Location, as_path
 from fxquant.files.tensor_file import dtype_name
 from fxquant.frontends.tracing import trace
+from fxquant.ir.calibration import Calibration
 from fxquant.ir.counted import counted
 from fxquant.ir.graph import GraphInfo, Level, device_of, float_dtype, info
 from fxquant.ir.streamed import check_present
@@ -45,20 +47,22 @@ class Subject:
     def level(self) -> str:
         return "" if self.runtime is not None else str(self.facts.level)
 
-    def run(self, ids: Tensor, batch_size: int, scored: Tensor | None) -> Deployed:
-        """Losses on windows int64 [N, L]; raises what ``perplexity.evaluate`` and exports do."""
+    def run(
+        self, ids: Tensor, batch_size: int, scored: Tensor | None
+    ) -> tuple[Perplexity, Calibration]:
+        """Losses on windows int64 [N, L], and what was read to calibrate; raises what
+        ``perplexity.evaluate`` and exports do."""
         label, made = brief(self.facts.scheme), self.facts.calibration
         if self.folder is not None:
             assert self.runtime is not None
-            found = run_exported(self.folder, self.runtime, ids, batch_size, label, scored)
-            return Deployed(found, 0.0, made)
+            return run_exported(self.folder, self.runtime, ids, batch_size, label, scored), made
         assert self.graph is not None
         if self.runtime is None:
             found = perplexity.evaluate(
                 self.graph, ids, batch_size=batch_size, label=label, scored=scored
             )
-            return Deployed(found, 0.0, made)
-        return run_graph(
+            return found, made
+        ran = run_graph(
             self.graph,
             self.runtime,
             ids,
@@ -66,6 +70,7 @@ class Subject:
             scored=scored,
             calibration=self.calibration,
         )
+        return ran.losses, ran.calibration
 
     def setting(self, batch_size: int) -> str:
         """Batch size, dtype, device and threads, and how an engine was run."""

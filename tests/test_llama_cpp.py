@@ -61,7 +61,7 @@ def test_llama_cpp_computes_the_graph_by_its_rule(name: str, scheme: str) -> Non
 
 BYTES = {
     "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
-    "llama-bpe": by_pattern(),
+    "smaug-bpe": by_pattern(),
     "qwen2": by_pattern(pattern=QWEN2),
 }
 PIECES = {"byte_fallback": True, "unk_token": "<unk>", "fuse_unk": True}
@@ -69,6 +69,7 @@ PIECES = {"byte_fallback": True, "unk_token": "<unk>", "fuse_unk": True}
 
 def tokenizers() -> dict[str, PreTrainedTokenizerFast]:
     return {name: trained("Ġ", split) for name, split in BYTES.items()} | {
+        "llama-bpe": trained("Ġ", by_pattern(), ignore_merges=True),
         "pieces": trained("▁", None, **PIECES),
     }
 

@@ -20,7 +20,7 @@ from tests.hub_format import character_tokenizer
 from tests.test_export_compressed import tiny_llama
 
 SHORT = ("--length", "16", "--windows", "2", "--calibration-windows", "2")
-NONE = "no tokenizer is written: there is none in"
+NONE = "no tokenizer is written: none is found in"
 
 
 @pytest.fixture

@@ -73,7 +73,7 @@ def tokenizer_line(options: argparse.Namespace, tokenizer: object) -> str:
     """What there is to say where ``tokenizer``, None for none, was asked for and not written."""
     if tokenizer is not None or not options.tokenizer:
         return ""
-    return f"no tokenizer is written: there is none in {options.model}"
+    return f"no tokenizer is written: none is found in {options.model}"
 
 
 def add_level_argument(parser: argparse.ArgumentParser) -> None:

@@ -167,7 +167,8 @@ def _pre(tokenizer: Tokenizer, data: Any) -> str:
 
 def _check_pieces(tokenizer: Tokenizer, data: Any) -> None:
     """Raise ExportError for what SentencePiece's BPE does not do to a text first."""
-    if _kinds(data) not in ((), ("Metaspace",)) or not set(_normalizers(data)) <= _MARKING:
+    known = _kinds(data) in ((), ("Metaspace",)) and set(_normalizers(data)) <= _MARKING
+    if not known or data["model"].get("ignore_merges"):
         raise _split(tokenizer, data)
 
 

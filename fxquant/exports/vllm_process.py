@@ -27,9 +27,8 @@ def main() -> None:
         try:
             if "open" in asked:
                 if engine is not None:
-                    del engine
+                    engine = None
                     _clear()
-                engine = None
                 engine = vllm.LLM(**asked["open"])
                 found = {"holds": engine.llm_engine.model_config.max_model_len}
             else:
