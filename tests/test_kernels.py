@@ -401,3 +401,10 @@ def test_a_listing_names_the_parts() -> None:
     assert "x.codes @ weight.T" in text
     assert "x.scale" in text
     assert "12 columns a scale" in text
+
+
+def test_sums_in_floats_leave_no_negative_zero() -> None:
+    codes, weight = torch.zeros(300, 1, dtype=torch.int8), -torch.ones(300, 1, dtype=torch.int8)
+    half = torch.full((300, 1), 0.5)
+    operands = (codes, weight, half, half, None, None, None, None, torch.zeros(300, 1))
+    assert agree("int_linear", *operands, 0, False)

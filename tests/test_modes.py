@@ -120,15 +120,24 @@ def figures() -> list[object]:
     ]
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[GraphModule], list[object]]:
+    """A folder with the model, and what is made of it in no mode."""
+    folder = tmp_path_factory.mktemp("modes")
+    models()[0].save_pretrained(folder / "model")
+    return folder, graphs(folder / "plain"), figures()
+
+
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 @pytest.mark.parametrize("mode", MODES)
-def test_a_mode_changes_nothing_and_stays(mode: str, tmp_path: Path) -> None:
-    models()[0].save_pretrained(tmp_path / "model")
-    wanted, values = graphs(tmp_path / "plain"), figures()
+def test_a_mode_changes_nothing_and_stays(
+    mode: str, plain: tuple[Path, list[GraphModule], list[object]]
+) -> None:
+    folder, wanted, values = plain
     before = state()
     with MODES[mode]():
         inside = state()
-        found, given = graphs(tmp_path / "under"), figures()
+        found, given = graphs(folder / mode), figures()
         assert state() == inside
     assert state() == before
     assert [same(*pair) for pair in zip(found, wanted, strict=True)] == [True] * len(wanted)

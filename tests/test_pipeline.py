@@ -301,8 +301,24 @@ def another_node(gm: GraphModule) -> None:
     node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
 
+def other_data(gm: GraphModule) -> None:
+    """The same parameter, never written into, over other memory."""
+    linear = gm.get_submodule(FC1)
+    assert isinstance(linear, nn.Linear)
+    linear.weight.data = linear.weight.data.clone()
+
+
+def other_setting(gm: GraphModule) -> None:
+    norm = next(module for module in gm.modules() if isinstance(module, nn.LayerNorm))
+    norm.eps = 0.5
+
+
 @pytest.mark.parametrize(
-    "change", [other_operand, other_order, other_weight, written_weight, another_node]
+    "change",
+    [
+        *(other_operand, other_order, other_weight, other_data, other_setting, written_weight),
+        another_node,
+    ],
 )
 def test_a_pass_that_only_names_may_change_no_node(change: Callable[[GraphModule], None]) -> None:
     """Also where no probe would see it."""

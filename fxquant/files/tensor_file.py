@@ -36,6 +36,7 @@ WEIGHTS = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
+FLOATS = frozenset(dtype for dtype in WEIGHTS.values() if dtype.is_floating_point)
 # Numbers that mean something with their scales alone: of saved graphs, and of no float model.
 CODES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 DTYPES = WEIGHTS | CODES

@@ -297,16 +297,20 @@ def parameters_on_meta() -> Iterator[None]:
 
     def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         original(module, name, parameter)
-        if parameter is not None:
+        if parameter is not None and not over:
             stand_in = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
             module._parameters[name] = stand_in
 
     def leave(model: PreTrainedModel) -> None:
         """Nothing to start with: the weights come from files."""
 
+    over = False
     original, init = nn.Module.register_parameter, PreTrainedModel.init_weights
-    with _replaced(
-        (nn.Module, "register_parameter", for_this_thread(register, original)),
-        (PreTrainedModel, "init_weights", for_this_thread(leave, init)),
-    ):
-        yield
+    try:
+        with _replaced(
+            (nn.Module, "register_parameter", for_this_thread(register, original)),
+            (PreTrainedModel, "init_weights", for_this_thread(leave, init)),
+        ):
+            yield
+    finally:
+        over = True  # what another thread has kept of this, and puts back, does nothing

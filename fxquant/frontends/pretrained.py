@@ -69,6 +69,14 @@ _JSON: Final = (
 _READ: Final = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "*.jinja")
 
 
+def _check_docstrings() -> None:
+    if sys.flags.optimize > 1:
+        raise ModelError(
+            "python -OO (PYTHONOPTIMIZE=2) strips docstrings, which transformers reads when it "
+            "makes a model's classes: run it without, or with -O"
+        )
+
+
 def read_config(
     source: str | Path, revision: str | None = None, *, offline: bool = False, coded: bool = False
 ) -> PretrainedConfig:
@@ -77,11 +85,6 @@ def read_config(
 
     Raises ModelError naming file and field.
     """
-    if sys.flags.optimize > 1:
-        raise ModelError(
-            "python -OO (PYTHONOPTIMIZE=2) strips docstrings, which transformers reads when it "
-            "makes a model's classes: run it without, or with -O"
-        )
     directory = Path(source)
     if directory.is_dir():
         check_files(directory)
@@ -166,6 +169,7 @@ def read_model(
     Raises ModelError where config and weights are not of one model, by the rules of
     ``weight_names.match``: before anything is read where ``source`` is a folder.
     """
+    _check_docstrings()
     directory = Path(source)
     config = read_config(source, revision, offline=offline)
     found: Mapping[str, Stored] = {}
@@ -190,6 +194,7 @@ def read_model(
 @exclusive
 def read_written(directory: Path) -> PreTrainedModel:
     """What transformers makes of a folder that an export wrote, codes and all; float32."""
+    _check_docstrings()
     with _reading(str(directory), "weights"), without_bars(True):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             directory,
@@ -226,6 +231,7 @@ def empty_model(
 
     Raises ModelError for values that make no model.
     """
+    _check_docstrings()
     with _reading(name, CONFIG), parameters_on_meta():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
@@ -242,6 +248,7 @@ def read_gguf(file: Path) -> tuple[PreTrainedModel, Tokenizer]:
 @exclusive
 def read_gguf_model(file: Path) -> PreTrainedModel:
     """The model of a GGUF file, float32, its blocks dequantized. Raises ModelError naming it."""
+    _check_docstrings()
     check_regular(file, ModelError)
     # transformers 5 may leave the weights packed, for kernels that it takes from the hub.
     options = {"quantization_config": _GGUF(dequantize=True)} if _GGUF is not None else {}

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Proxy
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from transformers import GenerationMixin, PreTrainedModel
 
 from fxquant.errors import CheckpointError, GraphAttributeError, GraphCallError, GraphError
+from fxquant.files.tensor_file import FLOATS
 from fxquant.ir.graph import device_of, info
 from fxquant.ir.streamed import check_present
 from fxquant.run.batches import check_mask
@@ -21,7 +23,6 @@ from fxquant.run.uncomputable import uncomputable
 
 # What instances of transformers' models have besides their class's attributes.
 _OF_A_MODEL = ("config", "generation_config", "name_or_path", "logits", "loss", "past_key_values")
-_FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _LET_GO = UNUSED - {"labels"}  # which ask for a loss
 _WHAT_IT_IS = (
     "this is a graph: graph(input_ids=ids, attention_mask=mask) returns the logits, a tensor "
@@ -74,7 +75,7 @@ class ScoringGraph(GraphModule):
         own = self.state_dict()
         for name, value in state_dict.items():
             given, held = getattr(value, "dtype", None), getattr(own.get(name), "dtype", None)
-            if None not in (given, held) and given != held and not {given, held} <= _FLOATS:
+            if None not in (given, held) and given != held and not {given, held} <= FLOATS:
                 raise GraphError(
                     f"{name} is of {given} there and of {held} in this graph: the state of a "
                     "graph under another scheme, or of the float model; fxquant.load reads a graph"
@@ -107,7 +108,7 @@ class ScoringGraph(GraphModule):
         if "input_ids" not in given or len(args) > len(_INPUTS) or len(set(given)) < len(given):
             raise GraphCallError(f"input_ids is needed, and each input once: {_WHAT_IT_IS}")
         inputs = dict(zip(_INPUTS, args, strict=False)) | kwargs
-        if not torch.compiler.is_compiling():
+        if not (torch.compiler.is_compiling() or isinstance(inputs["input_ids"], Proxy)):
             inputs = self._checked(**inputs)
             args = tuple(inputs[name] for name in _INPUTS[: len(args)])
             kwargs = {name: inputs[name] for name in kwargs}
@@ -139,9 +140,11 @@ class ScoringGraph(GraphModule):
 
     def _elsewhere(self, error: RuntimeError, inputs: dict[str, Any]) -> str | None:
         """What ``error`` comes of, if it comes of an input that is not where the graph is."""
-        device = device_of(self)
+        device = device_of(self)  # without an index where the user gave none
         for name, value in inputs.items():
-            if _OF_DEVICES.search(str(error)) and value is not None and value.device != device:
+            if value is None or not _OF_DEVICES.search(str(error)):
+                continue
+            if value.device.type != device.type or device.index not in (None, value.device.index):
                 return f"{name} is on {value.device}, the graph on {device}: {name}.to('{device}')"
         return None
 
@@ -174,9 +177,8 @@ def _tokens(ids: Any) -> Tensor:
 
 def _check_mask(mask: Any, ids: Tensor) -> None:
     _check_dense("attention_mask", mask)
-    known = (
-        type(mask) is Tensor and mask.device.type == "cpu" and torch._C._get_tracing_state() is None
-    )
+    traced = torch._C._get_tracing_state() is not None or get_proxy_mode() is not None
+    known = type(mask) is Tensor and mask.device.type == "cpu" and not traced
     if known and not torch._C._functorch.is_functorch_wrapped_tensor(mask):
         check_mask(mask, ids, "this call", GraphCallError)
     elif mask.shape != ids.shape:

@@ -22,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fxquant.errors import GraphError, ModelError, NonFiniteError, TracingError
+from fxquant.files.tensor_file import FLOATS
 from fxquant.frontends.attention import registered
 from fxquant.frontends.comparison import TESTED_TRANSFORMERS, Oracle, compare
 from fxquant.frontends.functional import make_functional
@@ -51,7 +52,6 @@ from fxquant.pipeline.arguments import checked_call
 # 4.52 scales OPT's attention twice (transformers issue 38277): perplexity 26 became 388418.
 BROKEN_TRANSFORMERS: Final = ("4.52",)
 FRONT_ENDS: Final = ("auto", "hf", "recorder")
-_COMPUTED: Final = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 HAS_TRACER: Final = importlib.util.find_spec("transformers.utils.fx") is not None
 
 
@@ -188,7 +188,7 @@ def _check_model(model: object) -> None:
             "encoders, encoder-decoders and headless models have no next-token loss"
         )
     for name, parameter in itertools.chain(model.named_parameters(), streamed_tensors(model)):
-        if parameter.is_floating_point() and parameter.dtype not in _COMPUTED:
+        if parameter.is_floating_point() and parameter.dtype not in FLOATS:
             raise ModelError(
                 f"{name} is of {parameter.dtype}, in which nothing is computed: give the model in "
                 "float32, float16 or bfloat16 (a quantized checkpoint is none to start from)"

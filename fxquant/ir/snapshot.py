@@ -63,18 +63,21 @@ class _State:
 class Snapshot:
     """A graph at one moment: references to its nodes' fields, weak ones to its tensors.
 
-    ``writes``: how often each tensor has been written into, by the leaf that holds it.
+    ``writes``: by leaf, a called module's plain settings, and of each tensor where its numbers are
+    and how often it has been written into.
     """
 
     states: tuple[_State, ...]
     leaves: dict[str, tuple[weakref.ref[Any], ...]]
-    writes: dict[str, tuple[int, ...]]
+    writes: dict[str, tuple[Any, ...]]
 
     @classmethod
     def take(cls, gm: GraphModule) -> Snapshot:
         states = tuple(_states(gm))
         leaves = _leaves(gm, states)
         writes = {path: tuple(map(_writes, refs)) for path, refs in leaves.items()}
+        for path in {str(state.target) for state in states if state.node.op == "call_module"}:
+            writes[path] += _settings(gm.get_submodule(path))
         return cls(states, leaves, writes)
 
     def nodes(self) -> set[Node]:
@@ -82,7 +85,8 @@ class Snapshot:
 
     def changed_function(self, before: Snapshot) -> str | None:
         """The first node, or path of a leaf, that computes something else than before; None where
-        the graph is the same function bit for bit, whatever its nodes are said to be."""
+        the graph is the same function, whatever its nodes are said to be, as far as nodes,
+        settings, storages and counted writes tell."""
         for old, new in itertools.zip_longest(before.states, self.states):
             if old is None or new is None or not new.computes_as(old):
                 changed = next(state for state in (new, old) if state is not None)
@@ -155,9 +159,17 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     ]
 
 
-def _writes(tensor: weakref.ref[Any]) -> int:
+def _settings(module: nn.Module) -> tuple[Any, ...]:
+    """As eps. Not ``extra_repr``, which would read a streamed tensor from its file."""
+    plain = (bool, int, float, str, tuple)
+    return tuple(item for item in vars(module).items() if isinstance(item[1], plain))
+
+
+def _writes(tensor: weakref.ref[Any]) -> tuple[int, int]:
     value = tensor()
-    return 0 if value is None or value.is_inference() else int(value._version)
+    if value is None or value.is_inference():
+        return 0, 0
+    return value.untyped_storage()._cdata, value._version
 
 
 def _same_objects(a: Sequence[weakref.ref[Any]], b: Sequence[weakref.ref[Any]]) -> bool:

@@ -164,3 +164,13 @@ def test_a_graph_inside_of_torch_s_transforms() -> None:
     torch.testing.assert_close(mapped[:, 0], expected)
     parameters: dict[str, Tensor] = dict(graph.named_parameters())
     assert torch.equal(torch.func.functional_call(graph, parameters, (IDS, mask)), expected)
+
+    class Within(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = graph
+
+        def forward(self, ids: Tensor) -> object:
+            return self.inner(ids)
+
+    assert torch.equal(torch.fx.symbolic_trace(Within())(IDS), graph(IDS))

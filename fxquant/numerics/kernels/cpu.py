@@ -227,8 +227,9 @@ def _rescale(
 
 def _is_nothing(nan: Tensor, scale: Tensor, weight_scale: Tensor | None, sums: Tensor) -> bool:
     """Whether adding ``nan`` leaves every bit: it holds no NaN, and no result before it is -0.0,
-    which + 0.0 would turn to 0.0: no product of whole numbers and scales is too small for fp32."""
-    if weight_scale is None or sums.numel() < _WORTH_ASKING:
+    which + 0.0 would turn to 0.0: no product of whole numbers and scales is too small for fp32.
+    Sums in floats may be -0.0 themselves, since a GEMM says nothing of the sign of a zero."""
+    if weight_scale is None or sums.is_floating_point() or sums.numel() < _WORTH_ASKING:
         return False
     least, other = float(scale.amin()), float(weight_scale.amin())
     normal = min(least, other) > 0 and least * other >= torch.finfo(torch.float32).tiny
