@@ -116,7 +116,11 @@ def test_no_node_writes_into_what_is_stored(name: str, saved: Path, tmp_path: Pa
 
 
 def test_a_tensor_of_the_graph_s_own_may_be_written_into(saved: Path, tmp_path: Path) -> None:
-    nodes = [GAIN, OWN, call("r", "functional.leaky_relu", node("c"), 0.5, inplace=True)]
+    nodes: list[list[Any]] = [
+        GAIN,
+        OWN,
+        call("r", "functional.leaky_relu", node("c"), 0.5, inplace=True),
+    ]
     graph, ids = fxquant.load(crafted(saved, tmp_path, nodes)), token_ids(2, 9)
     assert torch.equal(graph(ids), fxquant.load(saved)(ids))
     assert torch.equal(graph(ids), graph(ids))
