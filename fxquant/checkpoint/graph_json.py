@@ -71,6 +71,12 @@ _NAME_A_FORMAT = {f"fxquant.{schema.split('(')[0]}.default" for schema in COMPOS
 _EQUATION = re.compile(r"[A-Za-z ]+,?[A-Za-z ]*->[A-Za-z ]*")  # at most two operands of einsum
 _LONGEST_EQUATION = 200
 _LARGEST, _NESTING, _NODES = 2**63, 6, 100_000
+# Memory of the process, which no graph may show: what is written into them starts at 0.
+_UNSET = {
+    ("call_function", "torch.empty"): "torch.zeros",
+    ("call_function", "torch.empty_like"): "torch.zeros_like",
+    ("call_method", "new_empty"): "new_zeros",
+}
 # Functions of models that the tracer keeps whole: imported only where a graph calls them.
 _OF_MODELS = ("transformers.models.gptj.modeling_gptj.get_embed_positions",)
 
@@ -123,6 +129,7 @@ def decode_nodes(data: object) -> Graph:
         if not (isinstance(args, list) and isinstance(kwargs, dict) and isinstance(target, str)):
             raise CheckpointError(f"{where}: its target and arguments are of other types")
         _check_node(op, name, target, where)
+        target = _UNSET.get((op, target), target)
         decoded = tuple(_decode(value, nodes, where) for value in args)
         options = {key: _decode(value, nodes, where) for key, value in kwargs.items()}
         _check_arguments(op, target, decoded, options, where)
@@ -204,6 +211,9 @@ def _check_arguments(
             raise CheckpointError(
                 f"{where}: getattr of {str(args[1:])[:80]}, may be {', '.join(_ATTRIBUTES)}"
             )
+    dropped = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0)
+    if target == "functional.scaled_dot_product_attention" and dropped != 0:
+        raise CheckpointError(f"{where}: attention that drops scores at random")
     for value in (*args, *kwargs.values()):
         _check_literal(op, target, value, where)
 

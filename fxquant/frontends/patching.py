@@ -23,7 +23,12 @@ import torch._export.utils as export_utils
 import torch.export._trace as export_trace
 import torch.fx._symbolic_trace as symbolic
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    GenerationMixin,
+    PreTrainedModel,
+)
 
 try:
     import transformers.utils.fx as hf_fx
@@ -45,6 +50,7 @@ _PATCHED: tuple[tuple[Any, str], ...] = (
     (symbolic, "_new_patcher"),
     (symbolic, "CURRENT_PATCHER"),
     (PreTrainedModel, "init_weights"),
+    (GenerationMixin, "load_custom_generate"),
     (torch.compiler, "_is_compiling_flag"),
     (torch.compiler, "_is_exporting_flag"),
     *((module, "_compiling_state_context") for module in (export_utils, export_trace)),
@@ -314,3 +320,19 @@ def parameters_on_meta() -> Iterator[None]:
             yield
     finally:
         over = True  # what another thread has kept of this, and puts back, does nothing
+
+
+@contextlib.contextmanager
+def own_generate() -> Iterator[None]:
+    """In an ``exclusive`` function: models that this thread loads keep transformers' ``generate``.
+
+    transformers 4.57 imports custom_generate/generate.py of a local folder, trusted or not.
+    """
+
+    def none(*_: Any, **__: Any) -> None:
+        raise OSError("fxquant runs no code of a checkpoint")
+
+    original = GenerationMixin.load_custom_generate
+    replaced = for_this_thread(none, original)
+    with _replaced((GenerationMixin, "load_custom_generate", replaced)):
+        yield

@@ -1,8 +1,8 @@
 """The one place where transformers reads a model, a config or a tokenizer.
 
 No code of a checkpoint runs: trust_remote_code=False stands at every call (left out, transformers
-asks on a terminal, and ``yes |`` answers). What transformers and tokenizers raise becomes a
-ModelError of one sentence.
+asks on a terminal, and ``yes |`` answers), and ``own_generate`` where a model is read. What
+transformers and tokenizers raise becomes a ModelError of one sentence.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from fxquant.errors import ModelError
 from fxquant.files.doors import check_regular, check_text, door, read_object
 from fxquant.frontends.hub import without_bars, without_notices
 from fxquant.frontends.model_config import CONFIG, check_config, check_config_file
-from fxquant.frontends.patching import exclusive, parameters_on_meta
+from fxquant.frontends.patching import exclusive, own_generate, parameters_on_meta
 from fxquant.frontends.rust_tokenizers import rust_errors
 from fxquant.frontends.tokenizer_files import (
     FULL,
@@ -175,7 +175,7 @@ def read_model(
     found: Mapping[str, Stored] = {}
     if directory.is_dir():
         found, _ = match(empty_model(config, str(source)), stored_weights(directory), directory)
-    with _reading(str(source), "weights"), without_bars(directory.is_dir()):
+    with _reading(str(source), "weights"), without_bars(directory.is_dir()), own_generate():
         model, loading = AutoModelForCausalLM.from_pretrained(
             str(source),
             config=config,
@@ -195,7 +195,7 @@ def read_model(
 def read_written(directory: Path) -> PreTrainedModel:
     """What transformers makes of a folder that an export wrote, codes and all; float32."""
     _check_docstrings()
-    with _reading(str(directory), "weights"), without_bars(True):
+    with _reading(str(directory), "weights"), without_bars(True), own_generate():
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=torch.float32,
@@ -252,7 +252,7 @@ def read_gguf_model(file: Path) -> PreTrainedModel:
     check_regular(file, ModelError)
     # transformers 5 may leave the weights packed, for kernels that it takes from the hub.
     options = {"quantization_config": _GGUF(dequantize=True)} if _GGUF is not None else {}
-    with _reading(str(file), "GGUF"), without_notices():
+    with _reading(str(file), "GGUF"), without_notices(), own_generate():
         model = AutoModelForCausalLM.from_pretrained(
             str(file.parent),
             gguf_file=file.name,

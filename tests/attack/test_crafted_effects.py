@@ -145,3 +145,33 @@ def test_values_that_torch_does_not_take_are_one_error_of_a_call(
     with torch.no_grad(), pytest.raises(GraphCallError, match=f"node a: .*({message})"):
         Executor(graph).run(input_ids=ids)
     assert not capsys.readouterr().err
+
+
+UNSET: dict[str, list[Any]] = {
+    "empty": call("a", "torch.empty", [3]),
+    "empty_like": call("a", "torch.empty_like", IDS),
+    "new_empty": [METHOD, "a", "new_empty", [IDS, 3], {}],
+}
+
+
+@pytest.mark.parametrize("name", UNSET)
+def test_memory_of_the_process_is_not_shown(name: str, saved: Path, tmp_path: Path) -> None:
+    graph = fxquant.load(crafted(saved, tmp_path, [UNSET[name]]))
+    seen: dict[str, Any] = {}
+    Executor(graph).run(lambda n, v: seen.setdefault(n.name, v), input_ids=token_ids(2, 9))
+    assert not torch.count_nonzero(seen["a"])
+    assert not any("empty" in str(n.target) for n in graph.graph.nodes)
+    fxquant.save(graph, tmp_path / "again")
+    fxquant.load(tmp_path / "again")
+
+
+@pytest.mark.parametrize("given", [([None, 0.5], {}), ([], {"dropout_p": 0.5})])
+def test_a_graph_computes_the_same_each_time(given: Any, saved: Path, tmp_path: Path) -> None:
+    rest, options = given
+    nodes: list[list[Any]] = [
+        [METHOD, "f", "float", [IDS], {}],
+        [METHOD, "u", "unsqueeze", [node("f"), -1], {}],
+        call("a", "functional.scaled_dot_product_attention", *[node("u")] * 3, *rest, **options),
+    ]
+    with pytest.raises(CheckpointError, match="node 'a': attention that drops scores at random"):
+        fxquant.load(crafted(saved, tmp_path, nodes))

@@ -6,19 +6,29 @@ import ast
 import io
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
 
 import fxquant
 from fxquant.errors import ModelError
-from fxquant.frontends.pretrained import read_model, read_tokenizer
+from fxquant.exports import gguf
+from fxquant.exports.gguf_file import MODEL
+from fxquant.frontends.pretrained import (
+    read_gguf_model,
+    read_model,
+    read_tokenizer,
+    read_written,
+)
 from fxquant.frontends.streaming import stream
 from tests.architectures import opt
 from tests.attack.bad import SHORT, edit_json, exit_code, refused, write_model
 from tests.hub_format import character_tokenizer
 from tests.processes import FXQUANT, finished
+from tests.test_export_compressed import tiny_llama
 
 ROOT = Path(__file__).parents[2]
 PLANTED = """
@@ -142,6 +152,34 @@ def test_an_architecture_that_transformers_has_is_read_by_transformers(tmp_path:
         lambda data: data.update(auto_map={"AutoModelForCausalLM": "planted.M"}),
     )
     assert exit_code("evaluate", "--model", folder, "--schemes", "w8", *SHORT) == 0
+    assert not canary.exists()
+
+
+def plant_generate(folder: Path, canary: Path) -> None:
+    """transformers 4.57 would import it from any folder, and refuse one that is planted wrong."""
+    (folder / "custom_generate").mkdir()
+    planted = f"from pathlib import Path\nPath({str(canary)!r}).write_text('ran')\n"
+    (folder / "custom_generate" / "generate.py").write_text(planted)
+    (folder / "custom_generate" / "requirements.txt").write_text("no-such-package\n")
+
+
+def test_a_generate_of_its_own_is_left_alone(tmp_path: Path) -> None:
+    canary, folder = tmp_path / "canary", write_model(tmp_path / "model")
+    plant_generate(folder, canary)
+    for command in COMMANDS[:4]:
+        assert exit_code(command[0], "--model", folder, *command[1:]) == 0
+    model = read_model(folder, dtype="auto")
+    assert isinstance(model.generate, MethodType)  # transformers' own
+    read_written(folder)
+    assert not canary.exists()
+
+
+@pytest.mark.needs_program(find_spec("gguf"), "gguf, of the exports extra")
+def test_nor_is_one_beside_a_gguf_file_run(tmp_path: Path) -> None:
+    canary, folder = tmp_path / "canary", tmp_path / "out"
+    gguf(tiny_llama(), folder, scheme="w8-g32-fp16", check=False)
+    plant_generate(folder, canary)
+    read_gguf_model(folder / MODEL)
     assert not canary.exists()
 
 

@@ -142,7 +142,7 @@ def test_a_temporary_folder_without_room_is_named(
 
 
 @pytest.mark.needs_program(shutil.which("g++"), "a C++ compiler")
-@pytest.mark.parametrize("options", ["", ",ro"])
+@pytest.mark.parametrize("options", [pytest.param("", marks=pytest.mark.slow), ",ro"])
 def test_a_compiler_without_room_for_its_files(
     options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
