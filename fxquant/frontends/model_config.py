@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -37,6 +38,15 @@ def refuse_adapter(directory: Path) -> None:
         raise ModelError(
             f"{directory} holds an adapter (adapter_config.json), which would not be applied: "
             "merge it into the model's weights first"
+        )
+
+
+def check_python() -> None:
+    """ModelError where Python keeps no docstrings."""
+    if sys.flags.optimize > 1:
+        raise ModelError(
+            "python -OO (PYTHONOPTIMIZE=2) strips docstrings, which transformers reads when it "
+            "makes a model's classes: run it without, or with -O"
         )
 
 

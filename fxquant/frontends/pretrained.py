@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
@@ -35,7 +34,7 @@ from transformers.utils import cached_file
 from fxquant.errors import ModelError
 from fxquant.files.doors import check_regular, check_text, door, read_object
 from fxquant.frontends.hub import without_bars, without_notices
-from fxquant.frontends.model_config import CONFIG, check_config, check_config_file
+from fxquant.frontends.model_config import CONFIG, check_config, check_config_file, check_python
 from fxquant.frontends.patching import exclusive, own_generate, parameters_on_meta
 from fxquant.frontends.rust_tokenizers import rust_errors
 from fxquant.frontends.tokenizer_files import (
@@ -67,14 +66,6 @@ _JSON: Final = (
     "vocab.json",
 )
 _READ: Final = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "*.jinja")
-
-
-def _check_docstrings() -> None:
-    if sys.flags.optimize > 1:
-        raise ModelError(
-            "python -OO (PYTHONOPTIMIZE=2) strips docstrings, which transformers reads when it "
-            "makes a model's classes: run it without, or with -O"
-        )
 
 
 def read_config(
@@ -169,7 +160,7 @@ def read_model(
     Raises ModelError where config and weights are not of one model, by the rules of
     ``weight_names.match``: before anything is read where ``source`` is a folder.
     """
-    _check_docstrings()
+    check_python()
     directory = Path(source)
     config = read_config(source, revision, offline=offline)
     found: Mapping[str, Stored] = {}
@@ -194,7 +185,7 @@ def read_model(
 @exclusive
 def read_written(directory: Path) -> PreTrainedModel:
     """What transformers makes of a folder that an export wrote, codes and all; float32."""
-    _check_docstrings()
+    check_python()
     with _reading(str(directory), "weights"), without_bars(True), own_generate():
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             directory,
@@ -231,7 +222,7 @@ def empty_model(
 
     Raises ModelError for values that make no model.
     """
-    _check_docstrings()
+    check_python()
     with _reading(name, CONFIG), parameters_on_meta():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
@@ -248,7 +239,7 @@ def read_gguf(file: Path) -> tuple[PreTrainedModel, Tokenizer]:
 @exclusive
 def read_gguf_model(file: Path) -> PreTrainedModel:
     """The model of a GGUF file, float32, its blocks dequantized. Raises ModelError naming it."""
-    _check_docstrings()
+    check_python()
     check_regular(file, ModelError)
     # transformers 5 may leave the weights packed, for kernels that it takes from the hub.
     options = {"quantization_config": _GGUF(dequantize=True)} if _GGUF is not None else {}
