@@ -35,6 +35,11 @@ def setting(get: Callable[[], Any], put: Callable[[Any], object], value: Any) ->
         put(before)
 
 
+class Passing(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
 def dtype(value: torch.dtype) -> AbstractContextManager[None]:
     return setting(torch.get_default_dtype, torch.set_default_dtype, value)
 
@@ -53,11 +58,14 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "autocast in inference_mode": lambda: together(torch.inference_mode(), torch.autocast("cpu")),
     "a device": lambda: torch.device("meta"),
+    "a device in a default device": lambda: together(
+        setting(lambda: None, torch.set_default_device, "cpu"), torch.device("meta")
+    ),
     "a default device": lambda: setting(lambda: None, torch.set_default_device, "meta"),
     "float64": lambda: dtype(torch.float64),
     "bfloat16": lambda: dtype(torch.bfloat16),
     "anomaly": torch.autograd.detect_anomaly,
-    "a mode of a user's": TorchFunctionMode,
+    "a mode of a user's": Passing,
     "deterministic": lambda: setting(
         torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True
     ),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch._inductor import cpp_builder, exc
+from torch._inductor import cpp_builder, cpu_vec_isa, exc
 from torch.fx import GraphModule
 from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -117,6 +117,7 @@ def _write(gm: GraphModule, folder: Path) -> None:
     except (exc.CppCompileError, exc.InductorError, OSError) as error:
         unwritten = _unwritten(error)
         if unwritten is not None:
+            _forget_instructions()
             raise ExportError(
                 f"{NAME}: the compiler cannot write its own files: {unwritten}; they lie in "
                 f"{os.environ.get(_CACHE, 'the folder that torch chooses')} and in TMPDIR: make "
@@ -143,3 +144,15 @@ def _unwritten(error: Exception) -> str | None:
     lines = [line.strip() for line in str(error).splitlines()]
     said = (line for line in reversed(lines) if any(word in line for word in words))
     return next((printable(line[:300]) for line in said), None)
+
+
+def _forget_instructions() -> None:
+    """Torch asks the compiler, once a process, which of the processor's instructions it knows: one
+    that had no room knew none, and graphs compiled later would be told so."""
+    kinds = [cpu_vec_isa.VecISA]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+        for found in vars(kind).values():
+            if hasattr(found, "cache_clear"):
+                found.cache_clear()
+    cpu_vec_isa.valid_vec_isa_list.cache_clear()

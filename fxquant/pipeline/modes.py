@@ -35,6 +35,7 @@ def without_modes(step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         for kind in _AUTOCAST:
             if torch.is_autocast_enabled(kind):
                 modes.enter_context(torch.autocast(kind, enabled=False))
-        if torch.get_default_device().type != "cpu":
+        # Not get_default_device, which names a set_default_device over a device inside of it.
+        if torch.empty(0).device.type != "cpu":
             modes.enter_context(torch.device("cpu"))
         return step(*args, **kwargs)

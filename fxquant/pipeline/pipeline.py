@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxquant.errors import VerificationError
+from fxquant.errors import FxquantError, GraphCallError, VerificationError
 from fxquant.ir.graph import (
     Level,
     PassRecord,
@@ -31,6 +31,7 @@ from fxquant.pipeline.context import BARE, Context
 from fxquant.pipeline.modes import without_modes
 from fxquant.pipeline.options import check_options
 from fxquant.pipeline.recording import recorded, remember
+from fxquant.run.apart import apart
 from fxquant.run.probe import Probe, probe_for, relative_difference, run_probe
 from fxquant.schemes.spelling import spell_repair
 
@@ -122,7 +123,15 @@ class Pipeline:
     def _run(self, gm: GraphModule) -> GraphModule:
         info(gm)  # GraphError for what is no graph of ours
         check_present(gm)
-        gm = clone_sharing_storage(gm)
+        try:
+            return self._run_passes(clone_sharing_storage(gm))
+        except RuntimeError as error:
+            # Asked of the graph as it came: codes say no more what their weight's dtype was.
+            if isinstance(error, FxquantError) or (said := apart(gm, error)) is None:
+                raise
+            raise GraphCallError(said) from error
+
+    def _run_passes(self, gm: GraphModule) -> GraphModule:
         snapshot = Snapshot.take(gm)
         for current in self.sequence:
             gm, snapshot = _run_checked(current, gm, self.context, snapshot)

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import normalizers
+from torch._inductor import cpu_vec_isa
 from transformers import PreTrainedTokenizerFast
 
 import fxquant
 from fxquant.errors import CheckpointError, ExportError, FxquantError, WriteError
 from fxquant.exports import aoti, compressed_tensors, gguf
+from fxquant.exports.aoti_file import _forget_instructions
 from fxquant.exports.gguf_file import MODEL
 from fxquant.exports.pt2_program import _run
 from fxquant.files.native_writers import held_errors
@@ -149,8 +151,13 @@ def test_a_compiler_without_room_for_its_files(
     disk = tmp_path / "disk"
     disk.mkdir()
     graph = fxquant.convert(tiny_llama(), "w8")
+    _forget_instructions()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(disk / "cache"))
     said = rf"compiler cannot write its own files: .*; they lie in {disk}/cache.*TMPDIR"
     with small_disk(disk, "64k", options), pytest.raises(ExportError, match=said):
         aoti(graph, tmp_path / "out", check=False)
     assert [path.name for path in tmp_path.iterdir()] == ["disk"]
+    monkeypatch.undo()
+    found = str(cpu_vec_isa.pick_vec_isa())
+    _forget_instructions()
+    assert str(cpu_vec_isa.pick_vec_isa()) == found  # what is compiled next has lost nothing
