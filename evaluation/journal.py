@@ -47,7 +47,7 @@ class Result:
     @classmethod
     def from_line(cls, line: str) -> Result:
         """The inverse of to_line. Raises ValueError for other text."""
-        data = parse_json(line, strict=True)
+        data = parse_json(line, strict=True, unique=True)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f"its format is not this version's {FORMAT}")
         parts: dict[str, Any] = dict.fromkeys(("protocol", "figures", "provenance"))
@@ -59,6 +59,11 @@ class Result:
             parts["protocol"] = decode(Protocol, data["protocol"], "protocol")
         result = decode(cls, data, **parts)
         check_scheme(result.scheme, "scheme")
+        if result.figures is not None:
+            for name in ("scheme", "engine"):
+                own, other = getattr(result, name), getattr(result.figures, name)
+                if own != other:
+                    raise ValueError(f"{name}: {own!r}, and {other!r} in figures")
         return result
 
 

@@ -29,6 +29,7 @@ _NOT_FINITE = {"perplexity": math.inf, "bits_per_weight": math.nan, "delta_loss"
 
 # Beyond any sum of losses in nats: its square is still a float64.
 LARGEST = 1e100
+_ROUNDING = 1e-6  # of sums that were printed and added again
 
 
 def check_scheme(text: str, where: str) -> None:
@@ -106,8 +107,20 @@ class Row:
             raise ValueError(f"{where}level: {printable(self.level[:60])!r} is no level")
         if self.float_share is not None and not 0 <= self.float_share <= 1:
             raise ValueError(f"{where}float_share: {self.float_share} is no share, 0 to 1")
-        if any(abs(value) > LARGEST for value in self.window_nll):
-            raise ValueError(f"{where}window_nll: {max(self.window_nll, key=abs)} is no loss")
+        for value in self.window_nll:
+            if value > LARGEST or value < -_ROUNDING:
+                raise ValueError(f"{where}window_nll: {value} is no loss")
+        self._check_means(where)
+
+    def _check_means(self, where: str) -> None:
+        """Loss and perplexity must be of the windows; beyond fp64 a perplexity is infinite."""
+        mean = self.sums.loss
+        found = {"loss": self.loss}
+        if self.perplexity < math.inf:
+            found["perplexity"] = math.log(self.perplexity) if self.perplexity > 0 else math.nan
+        for name, value in found.items():
+            if not abs(value - mean) <= _ROUNDING * max(1.0, abs(mean)):
+                raise ValueError(f"{where}{name}: {getattr(self, name)} is not of its windows")
 
 
 def _finite(value: Any) -> Any:
@@ -206,7 +219,7 @@ def parse_results(content: bytes, path: Path) -> tuple[list[Row], Provenance, bo
     """Rows, provenance and whether all rows are there, of the content of the results.json at
     ``path``. Raises DataError that names the place of what is wrong."""
     try:
-        data = parse_json(content, strict=True)
+        data = parse_json(content, strict=True, unique=True)
         if not isinstance(data, dict) or not isinstance(data.get("rows"), list):
             raise ValueError("rows: expected a list")
         rows = [Row.from_json(row, f"rows[{n}]") for n, row in enumerate(data["rows"])]

@@ -9,6 +9,7 @@ import json
 import os
 import random
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,31 @@ def test_pipes_and_folders(name: str, tmp_path: Path, capsys: pytest.CaptureFixt
         refused(capsys, ("table", folder / name), name)
         if make is Path.mkdir:
             (folder / name).rmdir()
+
+
+FALSE: dict[str, tuple[Callable[[str], str], str]] = {
+    "another scheme": (lambda line: line.replace('"scheme": "w8"', '"scheme": "w4"', 1), "scheme"),
+    "another engine": (lambda line: line.replace("{", '{"engine": "llama.cpp 1", ', 1), "engine"),
+    "a key twice": (lambda line: line.replace("{", '{"scheme": "fp", ', 1), "twice"),
+    "another loss": (lambda line: line.replace('"loss": 2', '"loss": 1'), "figures.loss"),
+    "a negative loss": (lambda line: line.replace('_nll": [', '_nll": [-'), "figures.window_nll"),
+    "another perplexity": (lambda line: line.replace('ty": 1', 'ty": 2'), "figures.perplexity"),
+    "no perplexity": (lambda line: line.replace('ty": 1', 'ty": -1'), "figures.perplexity"),
+}
+
+
+@pytest.mark.parametrize("kind", FALSE)
+def test_lines_that_say_two_things(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_folder(tmp_path / "results") / "results.jsonl"
+    change, named = FALSE[kind]
+    lines = file.read_text().splitlines()
+    at = next(n for n, line in enumerate(lines) if '"scheme": "w8"' in line)
+    before, lines[at] = lines[at], change(lines[at])
+    assert lines[at] != before
+    file.write_text("\n".join(lines) + "\n")
+    refused(capsys, ("table", file), f"line {at + 1}", named)
 
 
 def write(path: Path, value: Any) -> None:
