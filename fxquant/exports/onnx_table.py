@@ -112,7 +112,8 @@ def int_matmul(left_codes: Any, right_codes: Any) -> Any:
 
 
 def column_scales(scale: Any, x: Any) -> Any:
-    return scale
+    # A value of its own: the exporter names what a node gives, and a static scale is an input.
+    return op.Identity(scale)
 
 
 def code_sum(codes: Any) -> Any:

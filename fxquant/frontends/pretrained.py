@@ -127,7 +127,8 @@ def read_tokenizer(
             trust_remote_code=False,
             **(arguments or {}),
         )
-        token_ids(tokenizer, "a")
+        if not len(token_ids(tokenizer, "a")) and not tokenizer.vocab_size:
+            raise ValueError("it has no vocabulary")
     return tokenizer
 
 

@@ -230,7 +230,7 @@ def test_without_docstrings_no_model_is_read(
 ) -> None:
     """transformers would blame the config for it."""
     without = SimpleNamespace(flags=SimpleNamespace(optimize=2))
-    monkeypatch.setattr("fxquant.frontends.pretrained.sys", without)
+    monkeypatch.setattr("fxquant.frontends.model_config.sys", without)
     for more in WAYS:
         command = ("evaluate", "--model", folder, "--schemes", "w8", *SHORT, *more)
         refused(capsys, command, "python -OO", "docstrings")
