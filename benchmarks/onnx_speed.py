@@ -35,7 +35,7 @@ def exported(model: Any, scheme: str | None, folder: Path) -> Path:
 
 
 def measured(path: Path, base: Step, ids: Tensor, rounds: int) -> float:
-    engine, given = session(path, **EXACT), inputs_of(ids, torch.ones_like(ids))
+    engine, given = session(path), inputs_of(ids, torch.ones_like(ids))
     steps: dict[str, Step] = {"float": base, "engine": lambda: engine.run(["logits"], given)}
     return ratios_to("float", steps, rounds)["engine"]
 

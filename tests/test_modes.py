@@ -14,10 +14,12 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 from transformers import PreTrainedModel
 
 import fxquant
 from fxquant.errors import ArgumentError
+from fxquant.frontends.patching import exclusive
 from tests.architectures import llama, opt, token_ids
 from tests.test_threads import alike
 
@@ -150,6 +152,12 @@ def test_a_mode_changes_nothing_and_stays(
     assert state() == before
     assert [same(*pair) for pair in zip(found, wanted, strict=True)] == [True] * len(wanted)
     assert given == values
+
+
+def test_torch_knows_its_constructors_before_they_are_patched() -> None:
+    """A device that is set around a call would not be that of those which it met patched."""
+    _device_constructors.cache_clear()
+    assert exclusive(_device_constructors.cache_info)().currsize == 1
 
 
 def test_a_model_that_was_made_in_inference_mode(tmp_path: Path) -> None:

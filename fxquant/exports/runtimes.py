@@ -61,9 +61,9 @@ class Runtime:
 
 
 def _onnxruntime(folder: Path) -> Losses:
-    from fxquant.exports.onnx_check import EXACT, inputs_of, session
+    from fxquant.exports.onnx_check import inputs_of, session
 
-    engine = session(folder / onnx_file.MODEL, **EXACT)
+    engine = session(folder / onnx_file.MODEL)
 
     def losses(ids: Tensor) -> Tensor:
         (logits,) = engine.run(["logits"], inputs_of(ids, torch.ones_like(ids)))

@@ -23,6 +23,7 @@ import torch._export.utils as export_utils
 import torch.export._trace as export_trace
 import torch.fx._symbolic_trace as symbolic
 from torch import nn
+from torch.utils._device import _device_constructors
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -125,6 +126,7 @@ class _Patcher(symbolic._Patcher):
 
 
 def _putting_back() -> Callable[[], None]:
+    _device_constructors()  # torch keeps what it finds at its first question, patched or not
     before = [(owner, name, inspect.getattr_static(owner, name)) for owner, name in _PATCHED]
     registered = [(registry, set(registry)) for registry in _REGISTRIES]
     level, thread, grad = _LOGGER.level, threading.get_ident(), torch.is_grad_enabled()

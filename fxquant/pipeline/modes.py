@@ -8,6 +8,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from torch._guards import detect_fake_mode
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from fxquant.errors import ArgumentError
 
@@ -36,6 +38,7 @@ def without_modes(step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
             if torch.is_autocast_enabled(kind):
                 modes.enter_context(torch.autocast(kind, enabled=False))
         # Not get_default_device, which names a set_default_device over a device inside of it.
-        if torch.empty(0).device.type != "cpu":
+        stack = _get_current_function_mode_stack()
+        if any(isinstance(mode, DeviceContext) and mode.device.type != "cpu" for mode in stack):
             modes.enter_context(torch.device("cpu"))
         return step(*args, **kwargs)
