@@ -29,9 +29,11 @@ SPEED: Final = (
     Ratio(DYNAMIC, "w8a8-dynamic-token, level integer", 0.45, 1.05),
     Ratio(f"{DYNAMIC}, kernels", "the same, level kernels", 0.45, 1.05),
     Ratio(f"{DYNAMIC}, compiled blocks", "the same, its blocks compiled", 0.38, 0.97),
-    Ratio(f"{DYNAMIC}, compiled", "the same, all of it compiled", 0.38, 0.97),
     Ratio(f"bfloat16: {DYNAMIC}", "in a bfloat16 model, to it: level integer", 0.75),
     Ratio(f"bfloat16: {DYNAMIC}, kernels", "in a bfloat16 model, to it: level kernels", 0.75),
+    Ratio(
+        f"bfloat16: {DYNAMIC}, compiled blocks", "in a bfloat16 model, to it: blocks compiled", 0.75
+    ),
     Ratio(STATIC, "w8a8-static:absmax, level integer"),
     Ratio(f"{STATIC}, kernels", "the same, level kernels"),
     Ratio("fake-quant module swap", "float fake-quant module swap, not exact"),
@@ -95,9 +97,8 @@ def column(data: dict[str, Any]) -> str:
     """A machine's name: its processor, its strongest instructions, what it was held to."""
     held = " held to AVX2" if data["held"] else ""
     strongest = next((name for name in _STRENGTH if name in data["features"]), "no AVX2")
-    older = ", older code" if data.get("note") else ""
     threads = counted(data["threads"], "thread")
-    return f"{data['processor']}, {strongest.upper().replace('_', '-')}, {threads}{held}{older}"
+    return f"{data['processor']}, {strongest.upper().replace('_', '-')}, {threads}{held}"
 
 
 def measured(data: dict[str, Any]) -> str:
@@ -113,11 +114,8 @@ def measured(data: dict[str, Any]) -> str:
         seconds,
         f"features {' '.join(data['features']) or 'none'}",
         f"integer GEMMs by {'int8 instructions' if data['int8'] else 'fp32'}",
+        f"{data['clock']} seconds",
     ]
-    if "clock" in data:
-        parts.append(f"{data['clock']} seconds")
     if data["held"]:
         parts.append(" ".join(f"{name}={value}" for name, value in data["held"].items()))
-    if note := data.get("note"):
-        parts.append(note)
     return ", ".join(parts)

@@ -299,6 +299,28 @@ def test_the_global_scale_of_an_input_is_that_of_the_data(tmp_path: Path) -> Non
     assert json.loads((again.path / RECORD).read_text())["calibration"][0]["tokens"] == 32
 
 
+def test_global_scales_that_vllm_would_make_one_are_told(tmp_path: Path) -> None:
+    model = tiny_llama()
+    exported = written(fxquant.convert(model, "wnvfp4"), tmp_path, check=False)
+    stored = load_file(exported.path / "model.safetensors")
+    times = []
+    for layer in range(2):
+        for names in (("q", "k", "v"), ("gate", "up")):
+            block = "self_attn" if "q" in names else "mlp"
+            paths = [f"model.layers.{layer}.{block}.{name}_proj" for name in names]
+            divisors = [float(stored[f"{path}.weight_global_scale"]) for path in paths]
+            times += [max(divisors) / each for each in divisors if each < max(divisors)]
+    told = f"{len(times)} linears of this model would come out too small there, by up to "
+    assert f"{told}{max(times):.3g} times" in exported.note
+    assert exported.note in str(exported)
+    assert json.loads((exported.path / RECORD).read_text())["note"] == exported.note
+    with torch.no_grad():  # one largest weight for all
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight[0, 0] = 8.0
+    assert compressed_tensors(model, tmp_path / "b", scheme="wnvfp4", check=False).note == ""
+
+
 def test_without_data_such_an_input_is_refused(tmp_path: Path) -> None:
     model = tiny_llama()
     for source, scheme in ((model, "nvfp4"), (fxquant.convert(model, "nvfp4"), None)):

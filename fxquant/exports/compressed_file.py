@@ -39,6 +39,7 @@ from fxquant.exports.compressed_rules import (
     under_engine_rules,
 )
 from fxquant.exports.folder import Exported, output_folder, write_export
+from fxquant.exports.joined import global_scales_apart
 from fxquant.exports.modules import Modules, check_modules, repair_refusal, write_modules
 from fxquant.exports.sites import CodedSite, coded_sites
 from fxquant.exports.source import Source, converted, generation_of
@@ -129,6 +130,7 @@ def compressed_tensors(
         write=lambda folder: _write(modules, folder, fixed),
         check=lambda folder: _check(gm, folder, check, fixed),
         extras=(tokenizer, generation_of(source, generation_config)),
+        note=global_scales_apart(gm),
     )
 
 

@@ -28,14 +28,16 @@ RECORD = "fxquant_export.json"
 
 @dataclass(frozen=True)
 class Exported:
-    """Where an export lies, and what its check found."""
+    """Where an export lies, what its check found, and what another engine would make of it."""
 
     path: Path
     target: str
     checked: Checked
+    note: str = ""
 
     def __str__(self) -> str:
-        return f"{self.checked}\nwritten to {self.path} ({self.target})"
+        lines = (str(self.checked), self.note, f"written to {self.path} ({self.target})")
+        return "\n".join(line for line in lines if line)
 
 
 def output_folder(given: Location) -> Path:
@@ -69,11 +71,12 @@ def write_export(
     write: Callable[[Path], None],
     check: Callable[[Path], Checked],
     extras: tuple[Tokenizer | GenerationConfig | None, ...],
+    note: str = "",
 ) -> Exported:
     """Let ``write`` fill a folder, ``check`` load it, and put it at ``directory`` if it is right.
 
-    ``extras`` are saved beside it. Raises ExportError where writing or the check fails, which
-    leaves what was there before.
+    ``extras`` are saved beside it, ``note`` is kept with what the check found. Raises ExportError
+    where writing or the check fails, which leaves what was there before.
     """
     target = output_folder(directory)
     with saving(target, ExportError), partial_folder(target) as partial:
@@ -101,11 +104,12 @@ def write_export(
                 for each in ("fxquant", "torch", "transformers")
             },
             "checked": asdict(found),
+            "note": note,
         }
         with _writing(target):
             (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             put_in_place(partial, target)
-    return Exported(target, name, found)
+    return Exported(target, name, found, note)
 
 
 def write_config(gm: GraphModule, folder: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import ExportError
+from fxquant.exports.joined import joined_to
 from fxquant.files.doors import printable, read_object
 from fxquant.frontends.model_config import CONFIG
 
@@ -41,8 +42,6 @@ _OPTIONS: Final = {
     "use_tqdm_on_load": False,
     "disable_log_stats": True,
 }
-# Linears that it joins, and those joined to them.
-_JOINED: Final = {"q_proj": ("k_proj", "v_proj"), "gate_proj": ("up_proj",)}
 _WORDS: Final = 600
 
 
@@ -123,9 +122,7 @@ def _check_joined(folder: Path) -> None:
     groups = _groups(folder)
     kinds = {path: name for name, group in groups.items() for path in group["targets"]}
     for path, kind in kinds.items():
-        parent, _, own = path.rpartition(".")
-        for others in _JOINED.get(own, ()):
-            other = f"{parent}.{others}"
+        for other in joined_to(path):
             if kinds.get(other, kind) != kind:
                 raise ExportError(
                     f"runtime vllm joins {path} and {other} into one linear, and would run both by "
