@@ -46,9 +46,10 @@ def jobs_table(result: dict[str, Any]) -> str:
 def page_table(result: dict[str, Any]) -> str:
     """All of it, with what made it and what was skipped."""
     dry = "A dry run on the CPU: no figures of a GPU. " if result["dry_run"] else ""
+    model = "a tiny OPT" if result["dry_run"] else "OPT-1.3B's shapes"
     made = (
         f"{dry}Ratios of medians of {result['rounds']} to Hugging Face's eager {result['dtype']} "
-        f"forward, OPT-1.3B's shapes with random weights, and the main job on {result['model']}; "
+        f"forward, {model} with random weights, and the main job on {result['model']}; "
         f"{result['device']}; {version_words(result['versions'])}; `python -m benchmarks.cuda`"
     )
     skipped = [f"{name}: {why}" for name, why in result["skipped"].items()]

@@ -123,22 +123,28 @@ def _matched(site: Site, node: Node) -> _WeightOnly | _Integers | _Product | str
 
 def _product(node: Node) -> _Product | str:
     """Of attention: its right operand, k^T, may be transposed behind its quantizer."""
-    if not is_op(node, OPS.rescale.default) or not is_op(
-        operands(node).sums, OPS.int_matmul.default
-    ):
+    if not is_op(node, OPS.rescale.default):
         return f"its output is made by {op_name(node) or node.op}"
-    rescale, codes = operands(node), operands(operands(node).sums)
+    rescale = operands(node)
+    if not is_op(rescale.sums, OPS.int_matmul.default):
+        return f"its sums are made by {op_name(rescale.sums) or rescale.sums.op}"
     if len(rescale.sums.users) > 1:
         return "something else reads its sums"
+    codes = operands(rescale.sums)
     left, right = codes.left_codes, _turned(codes.right_codes)
     own = (rescale.zero_point, rescale.weight_sum, rescale.weight_zero_point, rescale.x_sum)
     whole = all(each is None for each in own)
-    for side, scale in ((left, rescale.scale), (right, _turned(rescale.weight_scale))):
+    for side, scale in ((left, rescale.scale), (right, _right_scale(rescale.weight_scale))):
         whole &= is_op(side, OPS.quantize.default) and _quantizer(side) is not None
         whole = whole and operands(side).scale is scale and operands(side).zero_point is None
     if not whole or operands(left).x is not rescale.like:
         return "its operands are not those that integerize writes"
     return _Product(left, right, rescale.sums, node)
+
+
+def _right_scale(node: Any) -> Any:
+    """The scale of the right operand's quantizer: a static one is made a column's each."""
+    return operands(node).scale if is_op(node, OPS.column_scales.default) else _turned(node)
 
 
 def _turned(node: Any) -> Any:

@@ -71,6 +71,20 @@ def test_attention_has_its_derivative() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("length", [9, 200])
+def test_attention_under_autocast_is_torchs_compiled_or_not(length: int) -> None:
+    """A rotary embedding makes its operands float32, beside values in bfloat16."""
+    query, key, value = operands(length, torch.float32)
+    given = (query, key, value.bfloat16(), None, None)
+    compiled = torch.compile(lambda *call: attention(*call), backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = scaled_dot_product_attention(*given[:3], is_causal=True)
+        assert attention(*given).equal(wanted)
+        assert compiled(*given).equal(wanted)
+    assert wanted.dtype == torch.bfloat16
+
+
+@torch.no_grad()
 def test_a_graph_is_the_model_where_blocks_are_taken() -> None:
     model, ids = llama(), token_ids(2, 200)
     found, expected = fxquant.trace(model)(input_ids=ids), model(input_ids=ids).logits

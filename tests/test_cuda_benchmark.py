@@ -40,6 +40,7 @@ def test_a_dry_run_measures_every_step(tmp_path: Path, monkeypatch: pytest.Monke
     assert "replayed" not in job, "on the CPU nothing is captured"
     losses = [found["figures"]["evaluate w8a8-dynamic-token"][each]["loss"] for each in cuda.LEVELS]
     assert losses[0] == losses[1]
+    assert "forward, a tiny OPT with random weights" in cuda.page_table(found)
     assert "a dry run on the CPU" in found["skipped"]["Triton's kernels"] or (
         "not installed" in found["skipped"]["Triton's kernels"]
     )
@@ -78,6 +79,59 @@ def test_parts_together_are_what_was_packed(tmp_path: Path) -> None:
         member = archive.extractfile("wheels/some.bin")
         assert member is not None
         assert member.read() == data
+
+
+def test_links_are_packed_as_what_they_lead_to(tmp_path: Path) -> None:
+    """As the hub's cache has them: what they lead to lies outside of what is packed."""
+    blob, model = tmp_path / "blob", tmp_path / "model"
+    blob.write_bytes(b"weights")
+    model.mkdir()
+    (model / "model.safetensors").symlink_to("../blob")
+    parts = pack.pack(tmp_path / "parts", {"model": model}, 2**20)
+    with tarfile.open(fileobj=io.BytesIO(parts[0].read_bytes())) as archive:
+        packed = archive.getmember("model/model.safetensors")
+        member = archive.extractfile(packed)
+        assert packed.isreg()
+        assert member is not None
+        assert member.read() == b"weights"
+
+
+def test_parts_are_in_order_by_their_names(tmp_path: Path) -> None:
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "file").write_bytes(bytes(20000))
+    parts = pack.pack(tmp_path / "parts", {"some": tmp_path / "some"}, 17)
+    assert len(parts) > 1000
+    assert sorted(parts, key=str) == parts
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["new", "--part", "0"], "1 MiB or more"),
+        (["there"], "name a new folder"),
+        (["new", "--wheels", "nowhere"], "--wheels nowhere is no folder"),
+        (["new", "--model", "some/model"], "is no folder"),
+        (["there/new", "--model", "there"], "packed into itself"),
+        (["new", "--model", "lost"], "leads nowhere"),
+    ],
+)
+def test_what_cannot_be_packed_is_said_before_any_work(
+    arguments: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("there").mkdir()
+    Path("lost").mkdir()
+    Path("lost/weights").symlink_to("nothing")
+    monkeypatch.setattr(sys, "argv", ["pack", *arguments])
+    with pytest.raises(SystemExit):
+        pack.main()
+    assert said in capsys.readouterr().err
+    assert not Path("new").exists()
+    assert not Path("there/new").exists()
 
 
 def test_what_is_measured_is_on_the_disk_after_each_step() -> None:

@@ -239,7 +239,8 @@ def test_what_is_known_of_no_kernel_stays_with_its_reason() -> None:
 
 
 ATTENTION = ("w8a8-dynamic+attn8", "w8a8-static+attn8", "w8a8-dynamic-token+attn8+kv8", "w4+attn8")
-PRODUCTS = [("opt", ATTENTION[0], SINGLE), ("llama", ATTENTION[2], HALF)]
+PRODUCTS = [("opt", each, SINGLE) for each in ATTENTION[:2]]
+PRODUCTS += [("llama", ATTENTION[2], HALF)]
 OTHERS = [
     pytest.param(name, scheme, dtype, marks=pytest.mark.slow)
     for name in ("opt", "llama", "bloom")
@@ -264,6 +265,13 @@ def test_attentions_products_bit_for_bit(name: str, scheme: str, dtype: torch.dt
         assert same(found, logits)
         ours = {f"{site.path} y" for site in products}
         assert all(same(got[place], wanted[place]) for place in ours)
+
+
+def test_products_on_another_grid_stay_and_say_which() -> None:
+    fast = FuseKernels()(integer("opt", "w8a8-dynamic+attn8(format=fp8)"))
+    notes = {note.site: note.text for note in info(fast).notes if note.origin == "fuse_kernels"}
+    assert set(notes) == {site.path for site in info(fast).sites if site.role == "matmul"}
+    assert all(text.endswith("its sums are made by code_matmul.default") for text in notes.values())
 
 
 @given(

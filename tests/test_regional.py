@@ -94,6 +94,48 @@ def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
         compiled_blocks(graph)(token_ids(1, 5))
 
 
+@torch.no_grad()
+def test_calls_are_refused_as_the_graphs_are(uncompiled: list[Callable[..., Any]]) -> None:
+    graph, ids = fxquant.convert(llama(), "w8a8-dynamic-token"), token_ids(2, 9)
+    found = compiled_blocks(graph)
+    calls: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...] = (
+        ((ids[:0],), {}),
+        ((ids[0],), {}),
+        ((ids.float(),), {}),
+        ((ids.tolist(),), {}),
+        ((ids, torch.ones(2, 8)), {}),
+        ((ids, torch.ones(2, 1, 9, 9)), {}),
+        ((), {}),
+        ((ids,), {"labels": ids}),
+        ((ids,), {"input_ids": ids}),
+    )
+    for args, kwargs in calls:
+        with pytest.raises(GraphCallError) as wanted:
+            graph(*args, **kwargs)
+        with pytest.raises(GraphCallError) as told:
+            found(*args, **kwargs)
+        assert str(told.value) == str(wanted.value)
+    with pytest.raises(GraphCallError, match="cannot be computed here"):
+        found(ids + VOCABULARY)
+    assert torch.allclose(found(ids.int(), token_type_ids=ids), graph(ids), atol=1e-5)
+
+
+def test_a_block_that_cannot_be_computed_is_no_compilers_fault(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def failing(*_: Any) -> Any:
+        raise torch._dynamo.exc.TorchRuntimeError("dtypes differ")
+
+    monkeypatch.setattr(torch, "compile", lambda function, options: failing)
+    graph = fxquant.trace(llama())
+    found, ids = compiled_blocks(graph), token_ids(1, 5)
+    with pytest.raises(GraphCallError, match="dtypes differ; the graph itself runs uncompiled"):
+        found(ids)
+    graph.get_submodule("model.layers.0.mlp.down_proj").half()
+    with pytest.raises(GraphCallError, match="the graph's tensors do not go together"):
+        found(ids)
+
+
 def test_options_are_the_compilers_own() -> None:
     """They are names of inductor's, which torch.compile checks, and nothing outside sees them."""
     before = torch._inductor.config.get_config_copy()

@@ -29,7 +29,7 @@ def graphs() -> None:
         traced = fxquant.trace(build(num_hidden_layers=1))
         for scheme in (
             "w8a8-dynamic-token-asym",
-            "w4-g12-asym/a8-static",
+            "w4-g12-asym/a8-static+attn8",
             "w8a8-dynamic",
             "w4-g12+attn8",
         ):

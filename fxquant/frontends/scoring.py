@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -99,6 +99,11 @@ class ScoringGraph(GraphModule):
         raise GraphAttributeError(f"no attribute {name!r}: {_what_to_do(name)}")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.called(super().__call__, *args, **kwargs)
+
+    def called(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What ``run``, which computes the graph in its own way, makes of a call of the graph: the
+        same inputs are taken and refused, and what it raises is said alike."""
         for name in _LET_GO & kwargs.keys():
             del kwargs[name]
         for name in kwargs:
@@ -113,7 +118,7 @@ class ScoringGraph(GraphModule):
             args = tuple(inputs[name] for name in _INPUTS[: len(args)])
             kwargs = {name: inputs[name] for name in kwargs}
         try:
-            return super().__call__(*args, **kwargs)
+            return run(*args, **kwargs)
         except IndexError as error:
             raise self._beyond_its_tables(error, inputs["input_ids"]) from error
         except NotImplementedError as error:  # of a kernel: the message names it and the dtype

@@ -102,9 +102,11 @@ def attention(
 
 
 def _own_attention(*operands: Tensor) -> bool:
-    """Whether ours takes a causal call: it has no derivative, and other engines do not know it."""
+    """Whether ours takes a causal call: it has no derivative, other engines do not know it, and
+    autocast, which makes operands of one dtype for torch's, does not know it either."""
     wanted = torch.is_grad_enabled() and any(each.requires_grad for each in operands)
-    return operands[0].device.type == "cpu" and not (wanted or torch.compiler.is_exporting())
+    elsewhere = torch.compiler.is_exporting() or torch.is_autocast_enabled("cpu")
+    return operands[0].device.type == "cpu" and not (wanted or elsewhere)
 
 
 def store_kv(x: Tensor, bits: int) -> Tensor:

@@ -56,23 +56,29 @@ class CompiledBlocks:
     shapes: after a second length they take any. It reads the graph's own leaves: what is done to
     those is seen, a changed graph is not.
 
-    Calls raise GraphCallError where torch cannot compile here, with its reason.
+    Calls raise what the graph's own do, and GraphCallError where torch cannot compile here, with
+    its reason.
     """
 
     def __init__(self, gm: GraphModule, regions: Sequence[_Region]) -> None:
         head = final_head(gm)
+        self._gm: Any = gm
         self._executor = Executor(gm, instead={} if head is None else {head: _head(gm, head)})
         self._regions = tuple(regions)
         self.kinds = len({id(region.run) for region in regions})
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        logits: Tensor = self._gm.called(self._run, *args, **kwargs)
+        return logits
+
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def _run(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         executor = self._executor
         cut = executor.start(input_ids=input_ids, attention_mask=attention_mask)
         for region in self._regions:
             if cut.position < region.begin:
                 cut = executor.advance(cut, executor.nodes[region.begin])
-            cut = _through(region, cut)
+            cut = _through(region, cut, executor)
         logits: Tensor = executor.advance(cut).values[executor.nodes[-1]]
         return logits
 
@@ -154,11 +160,12 @@ def _head(gm: GraphModule, node: Node) -> Callable[[Tensor], Tensor]:
     return lambda x: linear(x, module.weight, module.bias)
 
 
-def _through(region: _Region, cut: Cut) -> Cut:
+def _through(region: _Region, cut: Cut, executor: Executor) -> Cut:
     values = dict(cut.values)
     try:
         found = region.run(region.leaves, *(values[node] for node in region.inputs))
     except _UNCOMPILED as error:
+        executor.advance(cut, executor.nodes[region.end])  # what cannot be computed at all says so
         # The backend's failure is wrapped in one that only names the backend.
         cause = getattr(error, "inner_exception", error)
         raise GraphCallError(
