@@ -14,6 +14,7 @@ from fxquant.evaluation.provenance import architecture
 from fxquant.exports.runtimes import Runtime
 from fxquant.exports.table import FORMATS
 from fxquant.files.whole_file import file_hash
+from fxquant.frontends.hub import hub_is_reachable
 from fxquant.frontends.pretrained import read_config
 from fxquant.ir.graph import Level
 from fxquant.recipes.repairs import reads_calibration
@@ -34,7 +35,8 @@ def identify_model(name: str, revision: str | None = None) -> Identity:
     """Find a model and what identifies it, without loading weights. Raises ModelError."""
     directory = model_directory(name)
     source = str(directory) if directory.is_dir() else name
-    config = read_config(source, revision)
+    offline = directory.is_dir() or not hub_is_reachable()
+    config = read_config(source, revision, offline=offline)
     found = _directory_hash(directory) if directory.is_dir() else str(config._commit_hash)
     return Identity(name, found, architecture(config))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxquant.checkpoint.manifest import is_checkpoint
-from fxquant.errors import DataError, ExportError, SchemeError
+from fxquant.errors import DataError, SchemeError
 from fxquant.evaluation.converter import Converter
 from fxquant.evaluation.data import (
     Source,
@@ -32,7 +32,6 @@ from fxquant.evaluation.deployed import (
 from fxquant.evaluation.models import (
     LoadedModel,
     check_device,
-    check_float,
     load_model,
     resolve_dtype,
     versions,
@@ -41,6 +40,7 @@ from fxquant.evaluation.overlap import check_saved_apart
 from fxquant.evaluation.provenance import Provenance, architecture
 from fxquant.evaluation.results import prepare_folder
 from fxquant.evaluation.rows import Outcome, Step, measured, steps_of
+from fxquant.evaluation.starting import check_saved
 from fxquant.evaluation.token_windows import Windows
 from fxquant.exports.folder import is_export
 from fxquant.exports.runtimes import Runtime, runtime_named
@@ -105,7 +105,7 @@ def run(job: Job, say: Callable[[str], None] = print) -> Outcome:
     With ``runtime``, a row of that engine, running the exported model, stands beside each graph's
     (the float one's where ``fp`` is among the schemes); an export's folder has its row alone.
     """
-    check_saved(job)
+    check_saved(job.model, job.schemes, job.runtime)
     if is_checkpoint(Path(job.model)) or is_export(Path(job.model)):
         job = replace(job, calibration_windows=0)  # it brings what it was calibrated on
     schemes = check_job(job)
@@ -245,22 +245,6 @@ def check_windows(windows: Windows, graph: GraphModule) -> None:
     """Raise DataError for token ids that the model has not, or windows longer than it takes."""
     check_ids(windows.evaluation, info(graph), "evaluation windows")
     check_ids(windows.calibration, info(graph), "calibration windows")
-
-
-def check_saved(job: Job) -> None:
-    """Raise DataError where no scheme is given and the model has none of its own, ModelError where
-    schemes are given and it is quantized already; ExportError for an export without a runtime."""
-    if is_export(Path(job.model)):
-        if job.runtime is None:
-            raise ExportError(f"{job.model} is an export: give --runtime, the engine to run it in")
-        if job.schemes:
-            raise ExportError(
-                f"{job.model} is an export, which has its scheme: leave out --schemes"
-            )
-    elif job.schemes:
-        check_float(job.model)
-    elif not is_checkpoint(Path(job.model)):
-        raise DataError("give --schemes, such as w8 w8a8-static (only a saved graph has its own)")
 
 
 @contextlib.contextmanager

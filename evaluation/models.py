@@ -23,6 +23,8 @@ from fxquant.checkpoint.save_load import load, saved_facts
 from fxquant.errors import ModelError
 from fxquant.evaluation.gguf import read_weights, write_weights
 from fxquant.evaluation.kept_folder import is_intact, keep
+from fxquant.exports.folder import is_export
+from fxquant.exports.runtimes import engines_of
 from fxquant.files.doors import Location, location, near_file, printable
 from fxquant.files.whole_file import file_hash
 from fxquant.frontends.hub import hub_is_reachable
@@ -51,6 +53,17 @@ def check_float(name: str) -> None:
     already = lowered_already(saved_facts(directory)) if is_checkpoint(directory) else ""
     if already:
         raise ModelError(f"{name}: {already}")
+
+
+def check_no_export(name: str) -> None:
+    """Raise ModelError where ``name`` is an export, which engines load and nothing starts from."""
+    if is_export(Path(name)):
+        target, engines = engines_of(Path(name))
+        run = f"; fxquant evaluate --runtime {engines} runs it" if engines else ""
+        raise ModelError(
+            f"{name} is an export to {target}, which no scheme starts from: name the model or the "
+            f"saved graph that it was made from{run}"
+        )
 
 
 @dataclass(frozen=True)
@@ -89,11 +102,12 @@ class LoadedModel:
 def model_directory(name: str) -> Path:
     """Where a model's files are; a path that does not exist for a hub name.
 
-    Raises ModelError for a package without a model and for a directory that is not there.
+    Raises ModelError for a package without a model, a directory that is not there and an export.
     """
     if name.startswith(PACKAGE_PREFIX):
         return package_model(name.removeprefix(PACKAGE_PREFIX))
     directory = Path(name)
+    check_no_export(name)
     if directory.is_file():
         raise ModelError(f"{name} is a file: give the directory {directory.parent}")
     # A hub name is NAME or OWNER/NAME.

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Protocol as Interface
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from fxquant.errors import ModelError
 from fxquant.evaluation.builtin_text import builtin_text
 from fxquant.evaluation.protocol import PLAIN, Recipe
 from fxquant.files.doors import as_path, read_text
+from fxquant.frontends.hub import hub_is_reachable
 from fxquant.frontends.pretrained import read_tokenizer, token_ids
 
 
@@ -109,8 +111,10 @@ def tokenizer_for(recipe: Recipe, tokenizer: Tokenizer, revision: str | None = N
     """
     if recipe.tokenizer == "default" or not tokenizer.is_fast:
         return tokenizer
+    place = tokenizer.name_or_path
     try:
-        return read_tokenizer(tokenizer.name_or_path, revision, fast=False)
+        offline = Path(place).exists() or not hub_is_reachable()
+        return read_tokenizer(place, revision, fast=False, offline=offline)
     except ModelError:
         return tokenizer
 

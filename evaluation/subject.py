@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
-from fxquant.errors import DataError
+from fxquant.errors import DataError, ExportError
 from fxquant.evaluation import perplexity
 from fxquant.evaluation.deployed import check_deployable, run_exported, run_graph
 from fxquant.evaluation.perplexity import Perplexity
-from fxquant.exports.runtimes import Runtime, read_facts, runtime_named
+from fxquant.exports.folder import is_export
+from fxquant.exports.runtimes import Runtime, engines_of, read_facts, runtime_named
 from fxquant.files.doors import Location, as_path
 from fxquant.files.tensor_file import dtype_name
 from fxquant.frontends.tracing import trace
@@ -100,6 +101,10 @@ def subject_of(
     if engine is not None and isinstance(model, str | os.PathLike):
         folder = as_path(model, "model")
         return Subject(read_facts(folder, engine), None, folder, engine)
+    if isinstance(model, str | os.PathLike) and is_export(Path(model)):
+        target, engines = engines_of(Path(model))
+        runs = f"name what runs it, as runtime= ({engines})" if engines else "no runtime runs it"
+        raise ExportError(f"{model} is an export to {target}: {runs}")
     graph = model if isinstance(model, GraphModule) else trace(model)
     facts = info(graph)
     check_present(graph)

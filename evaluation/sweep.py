@@ -29,7 +29,6 @@ from fxquant.evaluation.fingerprint import (
 from fxquant.evaluation.job import (
     Job,
     check_job,
-    check_saved,
     check_windows,
     cut,
     deployed_schemes,
@@ -44,6 +43,7 @@ from fxquant.evaluation.models import LoadedModel
 from fxquant.evaluation.progress import say_finished
 from fxquant.evaluation.results import Row, in_engine
 from fxquant.evaluation.rows import deployed_row
+from fxquant.evaluation.starting import check_saved
 from fxquant.evaluation.statistics import WindowSums
 from fxquant.evaluation.sweep_tables import format_results
 from fxquant.evaluation.token_windows import Windows
@@ -138,7 +138,7 @@ def run_sweep(
     check_processes()
     for job in sweep.jobs():
         if job.schemes:
-            check_saved(job)
+            check_saved(job.model, job.schemes, job.runtime)
     schemes = [scheme for job in sweep.jobs() for scheme in check_job(job)]
     schemes = list(dict.fromkeys(schemes))
     with Journal(path) as journal:

@@ -312,7 +312,7 @@ def _csv(found: Iterable[Group]) -> str:
 def _csv_row(made: Provenance, line: Line) -> dict[str, object]:
     difference, figure = line.difference, line.published
     calibration = None if figure is None else figure.calibration
-    protocol = made.protocol
+    protocol, bits = made.protocol, line.bits_per_weight
     return {
         "model": made.model,
         "revision": made.revision,
@@ -339,7 +339,7 @@ def _csv_row(made: Provenance, line: Line) -> dict[str, object]:
         "delta_loss": None if difference is None else difference.delta,
         "delta_error": None if difference is None else difference.error,
         "spread_over_seeds": line.spread,
-        "bits_per_weight": line.bits_per_weight,
+        "bits_per_weight": None if bits is None or math.isnan(bits) else bits,
         "share_clipped": line.share_clipped,
         "published_as": None if figure is None else figure.method,
         "published_calibration": None if calibration is None else calibration.words,

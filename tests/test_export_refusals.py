@@ -93,6 +93,13 @@ def test_every_hint_is_a_scheme_that_is_held(target: str, text: str) -> None:
             assert not again or place(again) != place(said)
 
 
+@pytest.mark.skipif(not find_spec("onnxscript"), reason="the exports extra")
+@pytest.mark.parametrize("text", ["fp8", "fp8-static", "mxfp4", "nvfp4", "we4m3/a8-dynamic-token"])
+def test_onnx_hints_keep_inputs_in_codes(text: str) -> None:
+    (nearest,) = advised(refused("onnx", "llama", Scheme.parse(text)), Scheme.parse(text))
+    assert nearest.spec.activation is not None
+
+
 EARLY = ("w8+rotate", "w8a8-static+correct_bias")
 WORDS = [name for name in ("gguf", "gptq", "awq") if name != "gguf" or find_spec(name)]
 REPAIRS = ("rotate", "gptq+correct_bias")

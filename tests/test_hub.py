@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import socket
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fxquant.cli.main import main
-from fxquant.evaluation import models
+from fxquant.errors import ModelError
+from fxquant.evaluation import models, source
+from fxquant.evaluation.protocol import PLAIN
 from fxquant.frontends import hub
 from fxquant.frontends.hub import without_notices
-from tests.models import SMALL_OPT
+from tests.models import SMALL_OPT, small_opt
 from tests.processes import FXQUANT, finished
 
 FAST = logging.getLogger("transformers.models.llama.tokenization_llama_fast")
@@ -26,6 +29,36 @@ def test_a_hub_name_without_a_network_is_one_line() -> None:
     (line,) = done.stderr.splitlines()
     assert line.startswith("fxquant: error: cannot load nobody/nothing: ")
     assert "needs the network or a filled cache" in line
+
+
+def test_a_preset_without_a_network_is_said_at_once(tmp_path: Path) -> None:
+    options = ["reproduce", "gptq-table", "--output", str(tmp_path / "out")]
+    done = finished([*FXQUANT, *options], HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 2
+    first, *rest = done.stderr.splitlines()
+    assert first == "fxquant: error: gptq-table cannot be run here yet:"
+    assert all(line.startswith(("  model ", "  dataset ", "    ")) for line in rest)  # none raw
+    assert [line.split(":")[0] for line in rest if line.startswith("  model ")] == [
+        f"  model facebook/opt-{size}" for size in ("125m", "350m", "1.3b")
+    ]
+
+
+def test_a_cached_models_slow_tokenizer_is_not_asked_of_an_unreachable_hub(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[bool] = []
+
+    def read(name: str, revision: str | None, *, fast: bool, offline: bool) -> None:
+        asked.append(offline)
+        raise ModelError("it has none")
+
+    tokenizer = small_opt()[1]
+    monkeypatch.setattr(tokenizer, "name_or_path", "nobody/nothing")
+    monkeypatch.setattr(source, "read_tokenizer", read)
+    monkeypatch.setattr(source, "hub_is_reachable", lambda: False)
+    recipe = replace(PLAIN, tokenizer="slow")
+    assert source.tokenizer_for(recipe, tokenizer) is tokenizer
+    assert asked == [True]
 
 
 def test_a_directory_does_not_ask_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

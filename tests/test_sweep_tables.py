@@ -277,6 +277,11 @@ def test_csv_has_full_numbers() -> None:
     assert float(rows[1]["delta_loss"]) == pytest.approx(0.05, abs=1e-12)
     assert float(rows[1]["delta_error"]) == pytest.approx(0.05, abs=1e-12)
     assert rows[1]["dataset"] == "wikitext2"
+    uncounted = result("w8", (2.7, 2.7))
+    assert uncounted.figures is not None
+    uncounted = replace(uncounted, figures=replace(uncounted.figures, bits_per_weight=math.nan))
+    _, row = csv.DictReader(io.StringIO(format_results([FP, uncounted], "csv")))
+    assert row["bits_per_weight"] == ""  # an engine's: nothing is not a number
 
 
 def test_a_failure_done_since_is_not_listed() -> None:

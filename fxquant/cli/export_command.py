@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from fxquant.checkpoint.manifest import is_checkpoint
 from fxquant.checkpoint.save_load import load
 from fxquant.checkpoint.target import held_target
 from fxquant.cli.arguments import (
@@ -21,10 +20,10 @@ from fxquant.cli.arguments import (
 from fxquant.cli.converting import Converted, convert_as_asked
 from fxquant.errors import DataError, ExportError
 from fxquant.evaluation.models import LoadedModel, read_saved_tokenizer
+from fxquant.evaluation.starting import saved_graph
 from fxquant.exports.folder import output_folder
 from fxquant.exports.table import FORMATS, Format
 from fxquant.exports.target import check_possible, refusing
-from fxquant.files.doors import as_path
 from fxquant.ir.graph import Level, info
 from fxquant.ir.streamed import workspace_folder
 from fxquant.schemes.scheme import as_scheme
@@ -105,9 +104,7 @@ def _converted(options: argparse.Namespace, format_: Format, workspace: Path) ->
 
 
 def _saved(options: argparse.Namespace) -> Converted:
-    folder = as_path(options.model, "the model")
-    if not is_checkpoint(folder):
-        raise DataError(f"{options.model} is no saved graph: give --scheme, such as w4-g128")
+    folder = saved_graph(options.model, "give --scheme, such as w4-g128")
     named = [name for name, value, usual in _of_conversions(options) if value != usual]
     if named:
         raise DataError(

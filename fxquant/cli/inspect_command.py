@@ -9,7 +9,6 @@ import sys
 from torch.fx import GraphModule
 
 from fxquant.analysis.inspection.inspection import Inspection, inspect
-from fxquant.checkpoint.manifest import is_checkpoint
 from fxquant.checkpoint.save_load import load
 from fxquant.cli.arguments import (
     add_held_out_arguments,
@@ -20,8 +19,7 @@ from fxquant.cli.arguments import (
 )
 from fxquant.cli.convert_command import check_names
 from fxquant.cli.converting import convert_as_asked
-from fxquant.errors import DataError
-from fxquant.files.doors import as_path
+from fxquant.evaluation.starting import saved_graph
 from fxquant.recipes.conversion import LEVELS
 
 
@@ -70,12 +68,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _saved(options: argparse.Namespace) -> GraphModule:
-    if not is_checkpoint(as_path(options.model, "the model")):
-        raise DataError(
-            f"{options.model} is no saved graph: give --scheme, such as w8a8-static, to see what "
-            "it becomes (fp: the traced model)"
-        )
-    return load(options.model, options.device)
+    advice = "give --scheme, such as w8a8-static, to see what it becomes (fp: the traced model)"
+    return load(saved_graph(options.model, advice), options.device)
 
 
 def render(found: Inspection, options: argparse.Namespace) -> str:

@@ -130,7 +130,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"{argument!r} is no text: results could not name it")
         if argument.endswith("=--"):  # which argparse takes for no value at all
             parser.error(f"{argument} has no value")
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:  # said by the command, whose -h has the known ones
+        chosen = commands.choices[options.command_name]
+        chosen.error(f"unrecognized arguments: {' '.join(unknown)}")
     options.command = shlex.join([parser.prog, *arguments])
     with saying(), terminable() as received:
         return received.status(_run(options))

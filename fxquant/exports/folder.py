@@ -18,7 +18,7 @@ from fxquant.checkpoint.dataclass_json import to_json
 from fxquant.checkpoint.target import is_empty, partial_folder, put_in_place, saving
 from fxquant.errors import ExportError
 from fxquant.exports.check import Checked
-from fxquant.files.doors import Location, as_path, door, read_object
+from fxquant.files.doors import Location, as_path, door, printable, read_object
 from fxquant.frontends.model_config import CONFIG
 from fxquant.frontends.rust_tokenizers import save_tokenizer
 from fxquant.ir.graph import info
@@ -57,11 +57,18 @@ def output_folder(given: Location) -> Path:
 
 def is_export(directory: Path) -> bool:
     """Whether ``directory`` holds the record of an export."""
+    return exported_to(directory) is not None
+
+
+def exported_to(directory: Path) -> str | None:
+    """The format that the record of an export in ``directory`` names; None where there is none."""
     try:
         data = read_object(directory / RECORD, ExportError)
     except ExportError:
-        return False
-    return data.get("format") == "fxquant export"
+        return None
+    if data.get("format") != "fxquant export":
+        return None
+    return printable(str(data.get("target")))[:40]
 
 
 def write_export(

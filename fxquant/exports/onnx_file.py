@@ -55,7 +55,8 @@ def refusal(gm: GraphModule, site: Site, spec: SiteSpec) -> Refusal | None:
     weight, activation = spec.weight, spec.activation
     assert weight is not None
     if not isinstance(weight.grid, IntegerGrid):
-        return Refusal(f"codes of {weight.grid.name} are not written here", "w8")
+        nearest = "w8" if activation is None else "w8a8-dynamic-token"
+        return Refusal(f"codes of {weight.grid.name} are not written here", nearest)
     if site.role == "embeddings" and (ragged := nearest_group(weight, site.shape[1])) is not None:
         return ragged
     if site.role == "embeddings" and weight.scale != FP32:

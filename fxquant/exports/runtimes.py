@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,9 +19,10 @@ from fxquant.checkpoint.dataclass_json import from_json
 from fxquant.errors import CheckpointError, ExportError, SchemeError
 from fxquant.exports import compressed_file, onnx_file, vllm_engine
 from fxquant.exports.compressed_rules import engine_logits, read_engine
-from fxquant.exports.folder import RECORD, is_export
-from fxquant.files.doors import printable, reason
+from fxquant.exports.folder import RECORD, exported_to, is_export
+from fxquant.files.doors import reason
 from fxquant.frontends.hub import without_notices
+from fxquant.frontends.patching import exclusive
 from fxquant.ir.calibration import CalibrationRecord
 from fxquant.ir.graph import GraphInfo, Level
 from fxquant.recipes.running import AUTO
@@ -72,8 +75,9 @@ def _onnxruntime(folder: Path) -> Losses:
     return losses
 
 
+@exclusive  # it replaces the process's stderr
 def _transformers(folder: Path) -> Losses:
-    with without_notices():
+    with without_notices(), contextlib.redirect_stderr(io.StringIO()):  # its bars
         engine = read_engine(folder)
 
     @torch.no_grad()
@@ -145,6 +149,13 @@ def runtime_named(name: str, device: str = "cpu", level: str = AUTO) -> Runtime:
     return runtime
 
 
+def engines_of(folder: Path) -> tuple[str, str]:
+    """The format of the export in ``folder``, and the runtimes that run it, such as "transformers
+    or vllm"; "" where none does."""
+    target = str(exported_to(folder))
+    return target, " or ".join(each.name for each in RUNTIMES.values() if each.target == target)
+
+
 def read_facts(folder: Path, runtime: Runtime) -> GraphInfo:
     """What the export in ``folder``, which ``runtime`` reads, says of its graph.
 
@@ -153,13 +164,12 @@ def read_facts(folder: Path, runtime: Runtime) -> GraphInfo:
     if not is_export(folder):
         raise ExportError(f"{folder} is no export: fxquant export --to {runtime.target} writes one")
     data = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    target = data.get("target")
+    target, engines = engines_of(folder)
     if target != runtime.target:
-        reads = [each.name for each in RUNTIMES.values() if each.target == target]
-        nearest = f"give --runtime {' or '.join(reads)}" if reads else "no runtime here reads it"
+        nearest = f"runtime {engines} does" if engines else "no runtime does"
         raise ExportError(
-            f"{folder} is an export to {printable(str(target))[:40]}, which {runtime.name} does "
-            f"not read: {nearest}"
+            f"{folder} is an export to {target}, which runtime {runtime.name} does not run: "
+            f"{nearest}"
         )
     try:
         facts = {name: from_json(kind, data[name]) for name, kind in _FACTS.items()}

@@ -149,7 +149,7 @@ def lowered_already(facts: GraphInfo) -> str:
     rest = further.get(facts.level, "")
     return (
         f"the graph is quantized already ({scheme}): {source}{rest}; as it is it can be called, "
-        "inspected, saved and evaluated"
+        "inspected, saved, exported and evaluated"
     )
 
 
