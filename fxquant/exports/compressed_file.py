@@ -34,6 +34,7 @@ from fxquant.exports.compressed_inputs import GLOBAL, fixed_scales, read_often, 
 from fxquant.exports.compressed_rules import (
     cause,
     engine_logits,
+    follow_routes,
     read_engine,
     take_buffers,
     under_engine_rules,
@@ -263,6 +264,7 @@ def _check(gm: GraphModule, folder: Path, wanted: bool, fixed: Mapping[str, Tens
             engine = read_engine(folder)
         ruled = under_engine_rules(gm, fixed)
         own = take_buffers(ruled, gm, engine)
+        follow_routes(ruled, engine)
         return compared(
             in_float32(gm),
             f"{name}, float32",
