@@ -27,6 +27,7 @@ from fxquant.exports.sites import CodedSite, coded_sites
 from fxquant.files.doors import door
 from fxquant.ir.graph import info, update_info
 from tests.architectures import build, gpt2, randomize
+from tests.environments import TRANSFORMERS_5
 from tests.models import SMALL_OPT, small_opt
 from tests.more_architectures import MORE
 
@@ -126,6 +127,18 @@ def test_biases_and_inputs_without_a_batch(scheme: str, tmp_path: Path) -> None:
     found = compressed_tensors(small_opt()[0], tmp_path / "out", scheme=scheme).checked
     assert found.under_rules <= 1e-6 * found.largest
     assert ("an input [tokens, K] has one scale there" in found.cause) is ("a8" in scheme)
+
+
+@ENGINE
+@pytest.mark.skipif(TRANSFORMERS_5, reason="experts of one parameter there are no linears")
+@pytest.mark.parametrize("name", ["mixtral", "olmoe"])  # one calls experts without tokens too
+@pytest.mark.parametrize("scheme", ["w8a8-dynamic-token", "w8a8-dynamic"])
+def test_an_expert_sees_the_tokens_that_are_routed_to_it(
+    name: str, scheme: str, tmp_path: Path
+) -> None:
+    found = compressed_tensors(MORE[name](), tmp_path / "out", scheme=scheme).checked
+    assert found.under_rules <= 1e-6 * found.largest
+    assert "an expert's range is of the tokens that are routed to it there" in found.cause
 
 
 @ENGINE

@@ -22,8 +22,9 @@ from fxquant.exports.table import FORMATS
 from fxquant.exports.target import check_converted, check_scheme
 from fxquant.schemes.scheme import Scheme
 from fxquant.schemes.specs import SiteSpec
-from tests.architectures import gpt2
+from tests.architectures import ARCHITECTURES, gpt2
 from tests.models import SMALL_OPT
+from tests.more_architectures import MORE
 from tests.test_export_compressed import Untouched, batches, tiny_llama
 
 SCHEMES = (
@@ -144,6 +145,33 @@ def test_repairs_that_modules_cannot_hold_are_refused_before_work(
         FORMATS[target].export(
             model, tmp_path / "out", scheme=scheme, calibration=Untouched(batches(model))
         )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("target", ["compressed-tensors", "gptq", "awq"])
+def test_a_linear_of_another_class_is_refused_before_work(target: str, tmp_path: Path) -> None:
+    """By its class first: another format of modules, which words advise, has none of it either."""
+    model = MORE["falcon-multi-query"]()
+    data = Untouched(batches(model))
+    with pytest.raises(ExportError, match="has a FalconLinear there") as found:
+        FORMATS[target].export(model, tmp_path / "out", scheme="w4-g16+gptq", calibration=data)
+    assert "nearest that it can: ONNX (--to onnx)" in str(found.value)
+
+
+@pytest.mark.parametrize("options", ["", "(online=false)"])
+@pytest.mark.parametrize("name", ["phi", "opt-no-bias"])
+def test_layer_norms_without_their_means_are_in_no_module(
+    name: str, options: str, tmp_path: Path
+) -> None:
+    """Phi's head has a bias, so that no tensor of a rotated graph is one too many."""
+    model, scheme = ARCHITECTURES[name](), f"w4-g32+rotate{options}"
+    data = Untouched(batches(model))
+    with pytest.raises(ExportError, match=r"LayerNorms.*the scheme without \+rotate$"):
+        FORMATS["gptq"].export(model, tmp_path / "out", scheme=f"{scheme}+gptq", calibration=data)
+    rotated = fxquant.convert(model, "w4-g32+rotate(online=false)", level="qdq")
+    for target in ("compressed-tensors", "gptq"):
+        with pytest.raises(ExportError, match=r"RMSNorm there.*the scheme without \+rotate$"):
+            FORMATS[target].export(rotated, tmp_path / "out", check=False)
     assert list(tmp_path.iterdir()) == []
 
 

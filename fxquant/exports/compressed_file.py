@@ -34,13 +34,15 @@ from fxquant.exports.compressed_inputs import GLOBAL, fixed_scales, read_often, 
 from fxquant.exports.compressed_rules import (
     cause,
     engine_logits,
+    follow_routes,
     read_engine,
     take_buffers,
     under_engine_rules,
 )
 from fxquant.exports.folder import Exported, output_folder, write_export
 from fxquant.exports.joined import global_scales_apart
-from fxquant.exports.modules import Modules, check_modules, repair_refusal, write_modules
+from fxquant.exports.module_refusals import kind_refusal, repair_refusal
+from fxquant.exports.modules import Modules, check_modules, write_modules
 from fxquant.exports.sites import CodedSite, coded_sites
 from fxquant.exports.source import Source, converted, generation_of
 from fxquant.exports.target import Refusal, Target
@@ -50,7 +52,6 @@ from fxquant.formats.floating import E4M3
 from fxquant.frontends.hub import without_notices
 from fxquant.frontends.patching import exclusive
 from fxquant.ir.graph import Level, Site
-from fxquant.ir.leaves import Conv1D
 from fxquant.numerics.weight_codes import GLOBAL_SCALE, WeightCodes
 from fxquant.pipeline.arguments import checked_call
 from fxquant.run.batches import Batches
@@ -66,8 +67,6 @@ def refusal(gm: GraphModule, site: Site, spec: SiteSpec, calibrated: bool) -> Re
     the scales that it fixes."""
     if site.role != "linear" and site.role != "head":
         return Refusal(f"it codes linears only, not {site.role}", "fp there")
-    if isinstance(gm.get_submodule(site.path), Conv1D):
-        return Refusal("it codes nn.Linear only, and this is a Conv1D", "ONNX (--to onnx)")
     return site_refusal(spec, site.shape[1], calibrated)
 
 
@@ -83,6 +82,7 @@ _WITH_DATA: Final = Target(
         "kv4": "transformers does not simulate the storage of a cache",
         "split_outliers": "a linear has codes or floats there, not some columns of each",
     },
+    check_kinds=kind_refusal,
     check_repairs=repair_refusal,
     fixes=lambda spec: fixes_global_scale(spec.activation),
 )
@@ -266,6 +266,7 @@ def _check(gm: GraphModule, folder: Path, wanted: bool, fixed: Mapping[str, Tens
             engine = read_engine(folder)
         ruled = under_engine_rules(gm, fixed)
         own = take_buffers(ruled, gm, engine)
+        follow_routes(ruled, engine)
         return compared(
             in_float32(gm),
             f"{name}, float32",

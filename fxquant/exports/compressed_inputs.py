@@ -72,8 +72,9 @@ def reciprocal(global_scale: Tensor | None) -> Tensor:
 class EngineInput(nn.Module):
     """float32 [..., K] to what its codes stand for.
 
-    ``fixed``: the global scale of what ``fixed_scales`` knows. ``shares_a_scale`` says, once it has
-    run, whether tokens did.
+    ``fixed``: the global scale of what ``fixed_scales`` knows. ``reached``: what the engine's
+    linear was last given, [..., K]: of an expert the tokens that are routed to it, where all are
+    given here. ``shares_a_scale`` and ``routed`` say, once it has run, whether tokens did, and were.
     """
 
     def __init__(self, site: CodedSite, fixed: Tensor | None) -> None:
@@ -82,7 +83,8 @@ class EngineInput(nn.Module):
         self.spec = site.spec.activation.tensor
         self.static = site.static_input()
         self.fixed = fixed
-        self.shares_a_scale = False
+        self.shares_a_scale = self.routed = False
+        self.reached: Tensor | None = None
 
     @property
     def of_integers(self) -> bool:
@@ -123,6 +125,8 @@ class EngineInput(nn.Module):
         token = self.spec.granularity == "token"
         axes = tuple(range(2, x.dim())) if token else ()
         self.shares_a_scale |= token and not axes
+        if not axes and self.reached is not None and 0 < self.reached.numel() < x.numel():
+            x, self.routed = self.reached, True
         if axes:
             low, high = x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)
         else:
@@ -147,6 +151,8 @@ class EngineInput(nn.Module):
                 yield "a dynamic scale is absmax/127.5 there, absmax/127 here"
         elif self.of_integers:
             yield "a code is rounded after its zero point is added there, before it here"
+        if self.routed:
+            yield "an expert's range is of the tokens that are routed to it there, of all here"
         if self.shares_a_scale:
             yield "an input [tokens, K] has one scale there, one a token here"
         if isinstance(self.spec.scale, PowerScale):

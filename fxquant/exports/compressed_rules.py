@@ -3,7 +3,7 @@ dequantized operands, and that library's own rules for codes of inputs and numbe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,6 +82,7 @@ class _Linear(nn.Module):
 
     def __init__(self, site: CodedSite, fixed: Tensor | None) -> None:
         super().__init__()
+        self.path = site.path
         bias = site.bias()
         self.weight = _weight(site)
         self.bias = None if bias is None else bias.float()
@@ -91,6 +92,25 @@ class _Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         given = x if self.coded is None else self.coded(x)
         return nn.functional.linear(given, self.weight, self.bias)
+
+
+def follow_routes(ruled: GraphModule, engine: nn.Module) -> None:
+    """Let each input of ``ruled`` know what ``engine``, run before it on the same tokens, was given
+    at that site: an expert there sees the tokens that are routed to it."""
+    for linear in _linears(ruled):
+        if linear.coded is not None:
+            engine.get_submodule(linear.path).register_forward_pre_hook(_noting(linear.coded))
+
+
+def _noting(coded: EngineInput) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        coded.reached = inputs[0].detach()
+
+    return note
+
+
+def _linears(ruled: GraphModule) -> list[_Linear]:
+    return [module for module in ruled.modules() if isinstance(module, _Linear)]
 
 
 def take_buffers(ruled: GraphModule, gm: GraphModule, engine: nn.Module) -> list[str]:
@@ -113,7 +133,7 @@ def take_buffers(ruled: GraphModule, gm: GraphModule, engine: nn.Module) -> list
 def cause(ruled: GraphModule, reasons: list[str]) -> str:
     """Why the engine's logits are not the graph's, from what ran under its rules and ``reasons``
     that are known."""
-    linears = [module for module in ruled.modules() if isinstance(module, _Linear)]
+    linears = _linears(ruled)
     inputs = [linear.coded for linear in linears if linear.coded is not None]
     found = [said for each in inputs for said in each.differences()]
     if any(linear.rounds_weight for linear in linears):

@@ -30,7 +30,8 @@ from fxquant.exports.gguf_model import (
 )
 from fxquant.exports.gguf_tokenizer import Vocabulary, vocabulary
 from fxquant.exports.half_scales import compared_in_half, in_half, scale_refusal, weight_specs
-from fxquant.exports.modules import Modules, repair_refusal
+from fxquant.exports.module_refusals import repair_refusal
+from fxquant.exports.modules import Modules
 from fxquant.exports.sites import codes_at
 from fxquant.exports.source import Source, converted, generation_of
 from fxquant.exports.target import Refusal, Target

@@ -18,7 +18,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 from fxquant.errors import ExportError, ModelError
 from fxquant.exports.shards import write_shards
 from fxquant.exports.sites import CodedSite, coded_sites
-from fxquant.exports.target import Refusal
 from fxquant.files.temporary import room_for, temporary_folder
 from fxquant.frontends.model_config import CONFIG
 from fxquant.frontends.pretrained import empty_model, read_config
@@ -26,7 +25,6 @@ from fxquant.ir.graph import float_dtype, info, tag
 from fxquant.ir.leaves import QuantizedParameters
 from fxquant.ir.operands import op_name
 from fxquant.ir.streamed import sources_of
-from fxquant.schemes.scheme import Scheme
 
 # Passes whose nodes are the float model's own, or what a quantized site stands as.
 _OF_THE_MODEL: Final = ("trace", "name_sites", "quantize", "integerize")
@@ -36,28 +34,11 @@ _BEHIND: Final = {
     "bias": ("correct_bias", "rotate"),
 }
 # Forms of a repair that leave everything in the model's own tensors.
-_MILDER: Final = {
+MILDER: Final = {
     "rotate_inputs": "the scheme with +rotate(online=false)",
     "smooth": "the scheme with +smooth",
     "awq": "the scheme without +awq",
 }
-
-
-def repair_refusal(gm: GraphModule, scheme: Scheme) -> tuple[str, Refusal] | None:
-    """What a repair of ``scheme`` would do to the float graph that no module of its model does,
-    with its place; None where none is known before it has run."""
-    for name, options in scheme.repairs:
-        if name == "rotate" and dict(options).get("online", True):
-            reason = "it rotates inputs by nodes of the graph, which no module of the model does"
-            return f"scheme {scheme}", Refusal(reason, _MILDER["rotate_inputs"])
-        if name != "correct_bias":
-            continue
-        for site in info(gm).sites:
-            coded = scheme.spec_for(site.path, site.role).weight is not None
-            if coded and getattr(gm.get_submodule(site.path), "bias", None) is None:
-                reason = "correct_bias would give it a bias, and the model's module there has none"
-                return site.path, Refusal(reason, "the scheme without +correct_bias")
-    return None
 
 
 @dataclass(frozen=True)
@@ -107,8 +88,9 @@ class Modules:
                 raise ExportError(
                     f"{target} cannot hold {tag(node).site or node.name}: {origin} put "
                     f"{_said(node)} into the graph, which no module of {self.name} does; nearest "
-                    f"that it can: {_MILDER.get(origin, self._without(origin))}"
+                    f"that it can: {MILDER.get(origin, self._without(origin))}"
                 )
+            self._check_called(target, node)
         for name, value in self._held():
             known = self.keys.get(name)
             if known is None or known.shape != value.shape:
@@ -129,6 +111,19 @@ class Modules:
                     f"{target} cannot hold {info(self.gm).model}: {self.name} needs {name}, which "
                     "the graph does not hold"
                 )
+
+    def _check_called(self, target: str, node: Node) -> None:
+        """Raise ExportError where the graph calls another kind of module than the model has."""
+        if node.op != "call_module":
+            return
+        path = str(node.target)
+        kind, held = self.kind(path), self.gm.get_submodule(path)
+        # Linears and embeddings are compared by their tensors; a streamed class is a subclass.
+        if kind is not None and not isinstance(held, (kind, nn.Linear, nn.Embedding)):
+            raise ExportError(
+                f"{target} cannot hold {path}: the graph calls {type(held).__name__} there, "
+                f"{self.name} {kind.__name__}; nearest that it can: {self._without('rotate')}"
+            )
 
     @cached_property
     def coded(self) -> set[str]:
@@ -226,17 +221,8 @@ class Modules:
 
 
 def check_modules(target: str, gm: GraphModule) -> None:
-    """Raise ExportError for what no module of the model does, or is no nn.Linear there."""
-    modules = Modules.of(gm)
-    for site in coded_sites(gm):
-        kind = modules.kind(site.path)
-        if kind is not nn.Linear:
-            found = "no module of that name" if kind is None else f"a {kind.__name__}"
-            raise ExportError(
-                f"{target} cannot hold {site.path}: it codes nn.Linear only, and {modules.name} "
-                f"has {found} there; nearest that it can: ONNX (--to onnx)"
-            )
-    modules.check(target)
+    """Raise ExportError for what stands in a converted graph that no module of its model does."""
+    Modules.of(gm).check(target)
 
 
 Layout = Callable[[CodedSite], dict[str, Tensor]]

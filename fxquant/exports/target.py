@@ -44,6 +44,8 @@ class Target:
         packages: that write it, by the names that they are imported under.
         streams: whether a streamed graph can be written.
         ready: raises ExportError where something else is missing that writes it.
+        check_kinds: the first linear that is to be coded and is of a kind that it cannot hold, with
+            the reason; asked before what is to be done there.
         check_repairs: why it cannot hold what a repair of a scheme does to this float graph.
         check_tokenizer: raises ExportError for a tokenizer that it cannot hold beside a model or
             graph, which may be in float still.
@@ -62,6 +64,7 @@ class Target:
     packages: tuple[str, ...] = ()
     streams: bool = True
     ready: Callable[[], None] | None = None
+    check_kinds: Callable[[GraphModule, Sequence[Site]], tuple[str, Refusal] | None] | None = None
     check_repairs: Callable[[GraphModule, Scheme], tuple[str, Refusal] | None] | None = None
     check_tokenizer: Callable[[Tokenizer, PreTrainedModel | GraphModule], None] | None = None
     fixes: Callable[[SiteSpec], bool] | None = None
@@ -164,11 +167,12 @@ def regrouped(spec: TensorSpec, length: int, whole: Granularity) -> TensorSpec:
 def _check_specs(
     target: Target, gm: GraphModule, specs: Sequence[tuple[Site, SiteSpec]], scheme: str
 ) -> None:
-    coded = 0
-    for site, spec in specs:
-        if spec.weight is None:
-            continue
-        coded += 1
+    coded = [(site, spec) for site, spec in specs if spec.weight is not None]
+    linears = [site for site, _ in coded if site.role in ("linear", "head")]
+    wrong = target.check_kinds(gm, linears) if target.check_kinds and linears else None
+    if wrong is not None:
+        raise _refused(target, *wrong)
+    for site, spec in coded:
         found = target.check_site(gm, site, spec)
         if found is not None:
             raise _refused(target, f"{site.path} ({spell_site(spec)})", found)

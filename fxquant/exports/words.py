@@ -14,12 +14,12 @@ from torch.fx import GraphModule
 
 from fxquant.errors import ExportError
 from fxquant.exports.half_scales import in_half, scale_refusal
-from fxquant.exports.modules import check_modules, repair_refusal
+from fxquant.exports.module_refusals import kind_refusal, repair_refusal
+from fxquant.exports.modules import check_modules
 from fxquant.exports.sites import CodedSite, coded_sites, groups
 from fxquant.exports.target import Refusal, Target, nearest_group
 from fxquant.formats.integer import IntegerGrid
 from fxquant.ir.graph import Level, Site
-from fxquant.ir.leaves import Conv1D
 from fxquant.schemes.specs import SiteSpec
 from fxquant.schemes.spelling import spell_site
 
@@ -33,8 +33,6 @@ def refusal(gm: GraphModule, site: Site, spec: SiteSpec, bits: tuple[int, ...]) 
     assert weight is not None
     if site.role != "linear":
         return Refusal(f"engines read the {site.role} in float", "fp there")
-    if isinstance(gm.get_submodule(site.path), Conv1D):
-        return Refusal("it codes nn.Linear only, and this is a Conv1D", "ONNX (--to onnx)")
     if spec.activation is not None:
         return Refusal("its engines run inputs in float", "w4-g128")
     if not isinstance(weight.grid, IntegerGrid) or weight.grid.bits not in bits:
@@ -62,6 +60,7 @@ def target_of_words(name: str, bits: tuple[int, ...], whole: bool) -> Target:
         check_graph=partial(check_modules, name),
         never={"attn8": attention, "kv8": attention, "kv4": attention, "split_outliers": row},
         check_specs=partial(check_alike, name, whole=whole),
+        check_kinds=kind_refusal,
         check_repairs=repair_refusal,
     )
 
