@@ -70,8 +70,8 @@ def pt2(
         check: run it in a fresh process, which knows torch alone, and compare logits, before it is
             put in place.
 
-    Codes and operators are the graph's, in its dtype, on the CPU. So are the logits, bit for bit but
-    where torch sums floats of a weight of another layout in another order; the check says so.
+    Codes and operators are the graph's, in its dtype, on the CPU. So are the logits, bit for bit
+    but where torch sums floats in another order, which the check says.
 
     Raises ExportError: a streamed graph; a folder that cannot be written; a check that fails.
     Nothing is written.
