@@ -17,10 +17,12 @@ import fxquant
 from fxquant.errors import ExportError
 from fxquant.exports.onnx_file import MODEL
 from fxquant.exports.onnx_file import onnx as export
-from fxquant.exports.onnx_prepare import prepared
+from fxquant.exports.onnx_prepare import prepared, shift_of
 from fxquant.exports.sites import coded_sites
-from tests.architectures import build, gpt2, randomize
+from fxquant.formats.integer import integer
+from tests.architectures import ARCHITECTURES, build, gpt2, randomize
 from tests.models import small_opt
+from tests.more_architectures import DENSE
 from tests.test_export_compressed import Untouched, batches, fresh_tokens
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -80,8 +82,7 @@ def compare(model: PreTrainedModel, scheme: str, folder: Path) -> Any:
     ids = fresh_tokens(model)
     for batch in (ids, ids[:1, :1], ids.repeat(2, 1)[:3, :9]):
         mask = torch.ones_like(batch)
-        if "a8-dynamic" not in scheme or "token" in scheme:
-            mask[0, : batch.shape[1] // 3] = 0
+        mask[0, : batch.shape[1] // 3] = 0
         with torch.no_grad():
             expected = graph(input_ids=batch, attention_mask=mask)[mask.bool()]
         apart = (run(exported.path, batch, mask)[mask.bool()] - expected).abs()
@@ -125,7 +126,79 @@ def test_what_stands_in_the_model(tmp_path: Path) -> None:
     assert four.data_type == onnx.TensorProto.INT4
     assert list(four.dims) == [64, 64]
     assert len(four.raw_data) == 64 * 64 // 2
-    assert stored["model.layers.0.mlp.up_proj.codes"].data_type == onnx.TensorProto.INT8
+    assert stored["model.layers.0.mlp.up_proj.codes"].data_type == onnx.TensorProto.UINT8
+
+
+def test_no_pair_of_products_saturates() -> None:
+    """As x86 without VNNI adds two of an unsigned by a signed byte, in 16 bits."""
+    for bits in range(2, 9):
+        pair = 2 * 255 * integer(bits, symmetric=False).codes[0]
+        assert (shift_of(bits) == 0) == (pair >= -(2**15))
+    model = one_block()
+    for scheme, kind in (("w8a8-static", torch.uint8), ("w4a8-static", torch.int8)):
+        graph = fxquant.convert(model, scheme, calibration=batches(model), level="integer")
+        copy = prepared(graph)
+        for site in coded_sites(graph):
+            assert copy.get_submodule(site.path).get_buffer("codes").dtype == kind
+        ids = fresh_tokens(model)
+        assert torch.equal(copy(input_ids=ids), graph(input_ids=ids))
+
+
+@RUNTIME
+def test_a_query_that_attends_to_nothing(tmp_path: Path) -> None:
+    """In rows of padding, and where a sliding window lies in it: what a range over all tokens
+    would see."""
+    model = ARCHITECTURES["mistral"]()
+    graph = fxquant.convert(model, "fp")
+    exported = export(graph, tmp_path / "out", scheme="fp")
+    ids = torch.randint(3, 128, (4, 19))
+    mask = torch.ones_like(ids)
+    mask[0, :7], mask[1, 5:], mask[2] = 0, 0, 0
+    with torch.no_grad():
+        expected = graph(input_ids=ids, attention_mask=mask)
+    found = run(exported.path, ids, mask)
+    assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
+@RUNTIME
+def test_bfloat16_inside_a_model_of_float32(tmp_path: Path) -> None:
+    """Falcon's ALiBi, whose products ONNX Runtime does not compute in bfloat16."""
+    exported = export(DENSE["falcon-alibi"](), tmp_path / "out", scheme="w8a8-dynamic")
+    assert exported.checked.passed
+    assert "codes of inputs" in exported.checked.cause
+
+
+@RUNTIME
+def test_a_model_of_another_dtype_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = one_block().bfloat16()
+    exported = export(
+        model, tmp_path / "out", scheme="w8a8-static+attn8", calibration=batches(model)
+    )
+    assert "in float32 (its own floats are bfloat16)" in exported.checked.cause
+    assert not [each for each in caplog.records if each.levelname != "DEBUG"]
+
+
+@RUNTIME
+def test_what_has_no_form_in_onnx_is_one_error(tmp_path: Path) -> None:
+    graph = fxquant.convert(one_block(), "w8", level="integer")
+    (output,) = graph.graph.find_nodes(op="output")
+    with graph.graph.inserting_before(output):
+        new = graph.graph.call_function(torch.special.bessel_j0, (output.args[0],))
+    new.meta = dict(output.args[0].meta)
+    output.args = (new,)
+    graph.recompile()
+    with pytest.raises(ExportError, match=r"no form in ONNX .*bessel_j0.*--to pt2"):
+        export(graph, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@RUNTIME
+def test_a_damaged_model_is_one_error(tmp_path: Path) -> None:
+    from fxquant.exports.onnx_check import session
+
+    (tmp_path / MODEL).write_bytes(b"\x08no model")
+    with pytest.raises(ExportError, match=r"ONNX Runtime does not load .*model.onnx.*export again"):
+        session(tmp_path / MODEL)
 
 
 @RUNTIME

@@ -18,6 +18,7 @@ from fxquant.exports.check import ALLOWED
 from fxquant.exports.pt2_file import MODEL
 from fxquant.exports.pt2_program import exported as program_of
 from fxquant.exports.pt2_program import of_any_size
+from tests.architectures import llama
 from tests.models import SMALL_OPT
 from tests.test_export_compressed import batches, tiny_llama
 from tests.test_export_onnx import one_block
@@ -171,6 +172,14 @@ def test_an_export_leaves_other_threads_their_kernels(monkeypatch: pytest.Monkey
     assert enabled == [bool(torch.backends.mkldnn.enabled)]
     targets = {str(node.target) for node in program.graph.nodes}
     assert not [name for name in targets if "int_mm" in name or "fxquant" in name]
+
+
+def test_a_model_of_one_position() -> None:
+    """Torch knows no length of any size of which the largest is 1."""
+    graph = fxquant.convert(llama(max_position_embeddings=1), "w8", level="integer")
+    ids = torch.randint(3, 128, (3, 1))
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(program_of(graph).module()(**given), graph(**given))
 
 
 def test_a_streamed_graph_is_refused(tmp_path: Path) -> None:

@@ -17,34 +17,42 @@ import onnx
 import onnxruntime
 import torch
 from onnx import TensorProto, helper
+from onnxruntime.capi import onnxruntime_pybind11_state
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxquant.errors import ExportError
 from fxquant.exports.check import ALLOWED, Checked, in_float32, random_tokens, version
 from fxquant.exports.onnx_names import ZERO_POINT, kind_of, output_names, value_names
-from fxquant.exports.onnx_prepare import prepared
-from fxquant.exports.onnx_table import SHIFT
+from fxquant.exports.onnx_prepare import SHIFT, prepared
 from fxquant.exports.pt2_program import INPUTS
 from fxquant.exports.sites import coded_sites
 from fxquant.files.doors import door
 from fxquant.ir.counted import counted
-from fxquant.ir.graph import is_op, site_outputs
+from fxquant.ir.graph import float_dtype, is_op, site_outputs
 from fxquant.ir.legal_forms import OPS
-from fxquant.ir.operands import operands
 from fxquant.run.execution import Executor, OnNode
 from fxquant.run.probe import Probe
 
 # Otherwise it codes the inputs of weight-only products too.
 EXACT: Final = {"session.qdq_matmulnbits_accuracy_level": "1"}
 _LESS: Final = "make room, or leave the check out: --no-check (check=False)"
+_OTHER: Final = "export again, or to another format: --to pt2"
+_REFUSALS: Final = tuple(
+    kind
+    for kind in vars(onnxruntime_pybind11_state).values()
+    if isinstance(kind, type) and issubclass(kind, Exception)
+)
 _SHARE: Final = 1e-2  # of codes that may differ, by one
 # Integers of an input, as the file holds them.
 _CODES: Final = {"codes": TensorProto.UINT8, ZERO_POINT: TensorProto.INT32}
 
 
 def session(path: Path, *, as_written: bool = False) -> Any:
-    """Under EXACT; ``as_written``: node by node, nothing that ONNX Runtime makes of several."""
+    """Under EXACT; ``as_written``: node by node, nothing that ONNX Runtime makes of several.
+
+    Raises ExportError where it does not load the file.
+    """
     options = onnxruntime.SessionOptions()
     if as_written:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -52,7 +60,8 @@ def session(path: Path, *, as_written: bool = False) -> Any:
     options.log_severity_level = 3
     for key, value in EXACT.items():
         options.add_session_config_entry(key, value)
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    with door(ExportError, f"ONNX Runtime does not load {path}", _REFUSALS, _OTHER):
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def inputs_of(ids: Tensor, mask: Tensor) -> dict[str, Any]:
@@ -94,11 +103,10 @@ class Shown:
 
 def check(gm: GraphModule, path: Path) -> Checked:
     """Run the model at ``path`` on random tokens, padded too."""
-    shown, engine, found = Shown(gm, path), session(path), _Found()
-    padded = not any(_whole(node) for node in shown.graph.graph.nodes)
+    engine, shown, found = session(path), Shown(gm, path), _Found()
     for ids in random_tokens(gm):
         mask = torch.ones_like(ids)
-        if padded and len(ids) > 1:
+        if len(ids) > 1:
             mask[0, : ids.shape[1] // 3] = 0
         (logits,) = engine.run(["logits"], inputs_of(ids, mask))
         found.add(shown, Probe(ids, mask), torch.from_numpy(logits))
@@ -161,12 +169,6 @@ def _logits(graph: GraphModule, probe: Probe, on_node: OnNode) -> Tensor:
     return probe.attended(found)
 
 
-def _whole(node: Node) -> bool:
-    """Whether it takes a range over all tokens: over what engines compute for padding, which is
-    theirs to choose."""
-    return is_op(node, OPS.choose_qparams.default) and operands(node).granularity == "tensor"
-
-
 def _apart(first: Tensor, second: Tensor) -> float:
     apart = float((first - second).abs().max())
     return apart if apart == apart else torch.inf
@@ -183,6 +185,9 @@ def _share(apart: Tensor, own: Tensor) -> float:
 
 def _said(gm: GraphModule, found: _Found) -> Checked:
     cause = "float sums in another order"
+    dtype = float_dtype(gm)
+    if dtype != torch.float32:
+        cause += f", beside the graph in float32 (its own floats are {dtype})".replace("torch.", "")
     if found.apart or found.flipped:
         cause += (
             f", by which {found.apart} of {counted(found.codes, 'code')} of inputs differ, and "

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import torch
 from torch.fx import GraphModule
+from torch.onnx._internal.exporter._errors import ConversionError, DispatchError
 from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -24,7 +25,7 @@ from fxquant.exports.pt2_program import INPUTS, of_any_size
 from fxquant.exports.sites import groups
 from fxquant.exports.source import Source, converted, generation_of
 from fxquant.exports.target import Refusal, Target, nearest_group
-from fxquant.files.doors import Location
+from fxquant.files.doors import Location, reason
 from fxquant.formats.integer import IntegerGrid
 from fxquant.formats.scales import FP32
 from fxquant.frontends.patching import exclusive, exporting
@@ -80,10 +81,10 @@ def refusal(gm: GraphModule, site: Site, spec: SiteSpec) -> Refusal | None:
 def check_graph(gm: GraphModule) -> None:
     """Raise ExportError for an operator that has no form in ONNX."""
     for node in gm.graph.nodes:
-        for op, reason in _NO_ROW.items():
+        for op, why in _NO_ROW.items():
             if is_op(node, op):
                 raise ExportError(
-                    f"{NAME} cannot hold {tag(node).site or node.name}: {reason}; nearest that it "
+                    f"{NAME} cannot hold {tag(node).site or node.name}: {why}; nearest that it "
                     f"can: the scheme without what {tag(node).origin} does there"
                 )
 
@@ -121,7 +122,7 @@ def onnx(
         directory: a folder that is not there, is empty or holds an earlier export.
         check: run it in ONNX Runtime and compare logits and codes, before it is put in place.
 
-    Products of two codes are MatMulInteger, exact; weights alone DequantizeLinear and MatMul, which
+    Products of two codes are MatMulInteger, exact on any processor; weights alone DequantizeLinear and MatMul, which
     the runtime makes one kernel. Sites' nodes carry their paths.
 
     Raises ExportError: the packages are missing, something that the format cannot hold, with the
@@ -143,9 +144,12 @@ def onnx(
 def _write(gm: GraphModule, folder: Path) -> None:
     import onnx as library
 
+    from fxquant.exports.onnx_bfloat import computed_in_float32
+
     copy = prepared(gm)
     exported, program = _made(copy)
     name_sites(program.model, copy, exported.graph_module)
+    computed_in_float32(program.model)
     _pack(program.model, four_bit(gm))
     program.save(folder / MODEL)
     library.checker.check_model(folder / MODEL)
@@ -166,30 +170,44 @@ def _made(copy: GraphModule) -> tuple[torch.export.ExportedProgram, Any]:
 def _translated(exported: torch.export.ExportedProgram) -> Any:
     from fxquant.exports.onnx_table import TABLE
 
-    return torch.onnx.export(
-        exported,
-        dynamo=True,
-        opset_version=OPSET,
-        custom_translation_table=TABLE,
-        input_names=list(INPUTS),
-        output_names=["logits"],
-        optimize=True,
-        verbose=False,
-    )
+    try:
+        return torch.onnx.export(
+            exported,
+            dynamo=True,
+            opset_version=OPSET,
+            custom_translation_table=TABLE,
+            input_names=list(INPUTS),
+            output_names=["logits"],
+            optimize=True,
+            verbose=False,
+        )
+    except ConversionError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, DispatchError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        raise ExportError(
+            f"{NAME}: torch has no form in ONNX for a part of the graph: {reason(cause)}; nearest "
+            "that holds it: --to pt2"
+        ) from error
 
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without what the exporter says of packages that are not installed."""
-    logger = logging.getLogger("torch.onnx")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    """Without what the exporter says of packages that are not installed, and its optimizer of
+    shapes."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def _pack(model: Any, paths: set[str]) -> None:

@@ -21,6 +21,7 @@ from fxquant.numerics.gemm import CHUNK, float_int_gemm
 
 _LIBRARY: Final = torch.library.Library("fxquant_onnx", "DEF")
 ONNX_OPS: Any = torch.ops.fxquant_onnx
+SHIFT: Final = 128  # from codes of int8 to uint8
 CODES: Final = "codes"  # the buffer that holds a site's codes, [K, N]
 
 
@@ -45,9 +46,11 @@ def coded_linear(
     return y if bias is None else y + bias
 
 
-def int_product(x_codes: Tensor, codes: Tensor) -> Tensor:
-    """int32 [..., N] of int8 [..., K] by [K, N], exact."""
+def int_product(x_codes: Tensor, codes: Tensor, shift: int) -> Tensor:
+    """int32 [..., N] of int8 [..., K] by [K, N], exact; ``codes`` uint8 where ``shift`` is 128."""
     rows = x_codes.reshape(-1, x_codes.shape[-1])
+    if shift:
+        codes = (codes.to(torch.int16) - shift).to(torch.int8)
     sums = float_int_gemm(rows, codes.t(), CHUNK)
     return sums.view(*x_codes.shape[:-1], codes.shape[1])
 
@@ -55,7 +58,7 @@ def int_product(x_codes: Tensor, codes: Tensor) -> Tensor:
 _SCHEMAS: Final = {
     "coded_linear(Tensor x, Tensor codes, Tensor scale, Tensor? zero_point, Tensor? bias,"
     " int group_size) -> Tensor": coded_linear,
-    "int_product(Tensor x_codes, Tensor codes) -> Tensor": int_product,
+    "int_product(Tensor x_codes, Tensor codes, int shift) -> Tensor": int_product,
 }
 for _schema, _function in _SCHEMAS.items():
     _LIBRARY.define(_schema)
@@ -87,6 +90,16 @@ def four_bit(gm: GraphModule) -> set[str]:
     }
 
 
+def shift_of(bits: int) -> int:
+    """How far above the graph's a weight's codes lie in a product of integers.
+
+    Without VNNI, x86 multiplies unsigned by signed bytes and adds pairs of products in 16 bits,
+    saturating: pairs of inputs up to 255 by codes of 7 bits fit, 2 * 255 * 64, those of 8 do not.
+    Products of two unsigned bytes are exact.
+    """
+    return SHIFT if 2 * 255 * 2 ** (bits - 1) > 2**15 - 1 else 0
+
+
 def _transpose(gm: GraphModule, site: CodedSite) -> None:
     held = site.codes()
     behind: tuple[Any, ...]
@@ -102,13 +115,16 @@ def _transpose(gm: GraphModule, site: CodedSite) -> None:
     else:
         bare = operands(output).y if is_op(output, OPS.add_bias.default) else output
         product = operands(bare).sums
-        target, x, behind = ONNX_OPS.int_product.default, site.quantize, ()
+        shift = shift_of(site.weight_spec.grid.bits)
+        if shift:
+            buffers[CODES] = (buffers[CODES].to(torch.int16) + shift).to(torch.uint8)
+        target, x, behind = ONNX_OPS.int_product.default, site.quantize, (shift,)
     module = gm.get_submodule(site.path)
     for name, value in buffers.items():
         module.register_buffer(name, value)
     with gm.graph.inserting_before(product):
         read = {name: gm.graph.get_attr(f"{site.path}.{name}") for name in buffers}
-        scales = (read["scale"], read.get("zero_point")) if behind else ()
+        scales = (read["scale"], read.get("zero_point")) if "scale" in read else ()
         arguments: tuple[Any, ...] = (x, read[CODES], *scales, *behind)
         new = gm.graph.create_node("call_function", target, arguments)
     new.meta = dict(product.meta)

@@ -2,7 +2,7 @@
 
 Codes of inputs are uint8 here, 128 above the graph's: the kernels of x86 multiply unsigned by
 signed or unsigned bytes, and only two unsigned ones without saturating. Zero points of the graph's
-own stay int32.
+own stay int32. Codes of 8-bit weights are 128 above the graph's too: see ``shift_of``.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ import onnx_ir as ir
 import torch
 from onnxscript import opset21 as op
 
-from fxquant.exports.onnx_prepare import ONNX_OPS
+from fxquant.exports.onnx_prepare import ONNX_OPS, SHIFT
 from fxquant.formats.scales import MIN_SCALE
 from fxquant.ir.legal_forms import OPS
 
 FLOAT, INT32 = ir.DataType.FLOAT.value, ir.DataType.INT32.value
 UINT8 = ir.DataType.UINT8.value
-SHIFT = 128
 
 
 def _constant(value: Any, dtype: Any) -> Any:
@@ -101,9 +100,12 @@ def coded_linear(
     return y if bias is None else op.Add(y, bias)
 
 
-def int_product(x_codes: Any, codes: Any) -> Any:
-    """Exact: the weight's zero point is 0, as no third operand says, the input's 128."""
-    return op.MatMulInteger(x_codes, codes, _constant(SHIFT, np.uint8))
+def int_product(x_codes: Any, codes: Any, shift: int) -> Any:
+    """Exact: the input's zero point is 128, the weight's ``shift``, 0 where none is said."""
+    zero = _constant(SHIFT, np.uint8)
+    if shift:
+        return op.MatMulInteger(x_codes, codes, zero, _constant(shift, np.uint8))
+    return op.MatMulInteger(x_codes, codes, zero)
 
 
 def int_matmul(left_codes: Any, right_codes: Any) -> Any:
@@ -143,11 +145,30 @@ def add_bias(y: Any, bias: Any, like: Any) -> Any:
     return op.Add(y, bias)
 
 
+def attention(query: Any, key: Any, value: Any, mask: Any, scale: float | None) -> Any:
+    """A query that attends to no key gives 0, as in torch, whose exporter lets it attend to all."""
+    width = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = op.MatMul(query, op.Transpose(key, perm=[0, 1, 3, 2]))
+    scores = op.Mul(scores, _float(width))
+    if mask is None:
+        length = op.Squeeze(op.Shape(query, start=2, end=3))
+        places = op.Range(_constant(0, np.int64), length, _constant(1, np.int64))
+        mask = op.LessOrEqual(places, op.Unsqueeze(places, _constant([-1], np.int64)))
+    elif mask.dtype != ir.DataType.BOOL:
+        scores = op.Add(scores, mask)
+        mask = op.Not(op.Equal(scores, _float(-np.inf)))
+    # A row whose keys are all masked has no softmax of its own.
+    low = _float(torch.finfo(torch.float32).min)
+    shares = op.Softmax(op.Where(mask, scores, low), axis=-1)
+    return op.MatMul(op.Where(mask, shares, _float(0)), value)
+
+
 TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     OPS.quantize.default: quantize,
     OPS.choose_qparams.default: choose_qparams,
     OPS.dequantize.default: dequantize,
     OPS.int_matmul.default: int_matmul,
+    OPS.attention.default: attention,
     OPS.column_scales.default: column_scales,
     OPS.code_sum.default: code_sum,
     OPS.rescale.default: rescale,

@@ -52,10 +52,11 @@ def exported(gm: GraphModule) -> torch.export.ExportedProgram:
 
 
 def of_any_size(gm: GraphModule) -> torch.export.ExportedProgram:
-    """The program of the graph's own operators; in a block of ``exporting``."""
+    """The program of the graph's own operators; in a block of ``exporting``. Its length is 1 where
+    the model holds no more."""
     most = info(gm).max_positions or 64
     ids = torch.zeros(2, min(7, most), dtype=torch.int64)
-    any_size = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    any_size = dict.fromkeys((0, 1) if most > 1 else (0,), torch.export.Dim.DYNAMIC)
     with torch.no_grad():
         return torch.export.export(
             gm,
