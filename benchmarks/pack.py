@@ -95,7 +95,7 @@ def main() -> None:
         parser.error(wrong)
     with tempfile.TemporaryDirectory() as place:
         source = Path(place) / "source.tar"
-        command = ["git", "-C", ROOT, "archive", "-o", source, "HEAD"]
+        command = ["git", "-C", str(ROOT), "archive", "-o", str(source), "HEAD"]
         try:
             subprocess.run(command, check=True)
         except (OSError, subprocess.CalledProcessError) as error:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import cuda, cuda_peers, pack, readme_tables
+from benchmarks import cuda, cuda_peers, cuda_table, pack, readme_tables
 from tests.models import SMALL_OPT
 
 
@@ -40,7 +40,7 @@ def test_a_dry_run_measures_every_step(tmp_path: Path, monkeypatch: pytest.Monke
     assert "replayed" not in job, "on the CPU nothing is captured"
     losses = [found["figures"]["evaluate w8a8-dynamic-token"][each]["loss"] for each in cuda.LEVELS]
     assert losses[0] == losses[1]
-    assert "forward, a tiny OPT with random weights" in cuda.page_table(found)
+    assert "forward, a tiny OPT with random weights" in cuda_table.page_table(found)
     assert "a dry run on the CPU" in found["skipped"]["Triton's kernels"] or (
         "not installed" in found["skipped"]["Triton's kernels"]
     )
