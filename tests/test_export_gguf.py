@@ -116,7 +116,8 @@ def test_how_a_token_is_sampled_is_kept(samples: bool, tmp_path: Path) -> None:
         for name, field in fields.items()
         if name.startswith(prefix)
     }
-    always, sampled = {"penalty_repeat": 1.25}, {"temp": 0.625, "top_k": 7, "top_p": 0.75}
+    always = {"penalty_repeat": 1.25, "penalty_last_n": -1}  # of all tokens, not the last 64
+    sampled = {"temp": 0.625, "top_k": 7, "top_p": 0.75}
     assert found == (always | sampled if samples else always)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,13 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, Pre
 from benchmarks.llama_check import TOLERANCE, same_tokens, tried
 from benchmarks.llama_engine import Engine
 from benchmarks.llama_texts import TEXTS, lines, random_texts
+from fxquant.errors import ExportError
 from fxquant.exports import gguf
 from fxquant.exports.gguf_file import MODEL
 from tests.architectures import build, randomize
 from tests.test_export_compressed import tiny_llama
 from tests.test_export_gguf import SIZES, llama_for, qwen, trained
+from tests.test_gguf_differences import HELD, random_pieces
 from tests.test_gguf_tokenizers import QWEN2, by_pattern
 
 pytestmark = pytest.mark.skipif(
@@ -71,6 +75,7 @@ def tokenizers() -> dict[str, PreTrainedTokenizerFast]:
     return {name: trained("Ġ", split) for name, split in BYTES.items()} | {
         "llama-bpe": trained("Ġ", by_pattern(), ignore_merges=True),
         "pieces": trained("▁", None, **PIECES),
+        **{name: made() for name, made in HELD.items()},
     }
 
 
@@ -80,4 +85,19 @@ def test_llama_cpp_gives_the_tokenizers_ids(name: str, tmp_path: Path) -> None:
     gguf(llama_for(tokenizer), tmp_path / "out", scheme="fp", tokenizer=tokenizer, check=False)
     with Engine.of(tmp_path / "out" / MODEL) as engine:
         texts = [*TEXTS, *lines(100), *random_texts(300, torch.initial_seed())]
+        assert same_tokens(tokenizer, engine, texts) == []
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_llama_cpp_joins_what_random_merges_do_or_it_is_refused(seed: int, tmp_path: Path) -> None:
+    tokenizer, source = random_pieces(seed), random.Random(seed)
+    texts = ["".join(source.choices("abcd ", k=source.randrange(1, 10))) for _ in range(300)]
+    try:
+        gguf(llama_for(tokenizer), tmp_path / "out", scheme="fp", tokenizer=tokenizer, check=False)
+    except ExportError as error:
+        joined = re.search(r"to the token '([abcd]+)', which its merges leave apart", str(error))
+        assert joined is not None
+        assert len(tokenizer.backend_tokenizer.model.tokenize(joined[1])) > 1
+        return
+    with Engine.of(tmp_path / "out" / MODEL) as engine:
         assert same_tokens(tokenizer, engine, texts) == []

@@ -25,8 +25,9 @@ from fxquant.exports.gguf_model import (
     add_generation,
     add_model,
     architecture,
+    known_config,
     unknown,
-    vocabulary_size,
+    unread,
 )
 from fxquant.exports.gguf_tokenizer import Vocabulary, vocabulary
 from fxquant.exports.half_scales import compared_in_half, in_half, scale_refusal, weight_specs
@@ -61,15 +62,15 @@ def refusal(gm: GraphModule, site: Site, spec: SiteSpec) -> Refusal | None:
     reason = unknown(gm)
     if reason:
         return Refusal(reason, "ONNX (--to onnx)")
-    if spec.activation is not None:
-        return Refusal("llama.cpp codes inputs by a rule of its own", "w8-g32-fp16")
-    if not kind_of(spec.weight):
-        eight = spec.weight.grid.bits > 4
-        asym = "-asym" if spec.weight.grid.has_zero_point and not eight else ""
-        nearest = "w8-g32-fp16" if eight else f"w4-g32-fp16{asym}"
-        return Refusal(f"its blocks are w8, w4 or w4-asym in groups of {SIZE} columns", nearest)
     if site.shape[1] % SIZE:
         return Refusal(f"blocks of {SIZE} do not divide its {site.shape[1]} columns", "fp there")
+    eight = spec.weight.grid.bits > 4
+    asym = "-asym" if spec.weight.grid.has_zero_point and not eight else ""
+    nearest = "w8-g32-fp16" if eight else f"w4-g32-fp16{asym}"
+    if spec.activation is not None:
+        return Refusal("llama.cpp codes inputs by a rule of its own", nearest)
+    if not kind_of(spec.weight):
+        return Refusal(f"its blocks are w8, w4 or w4-asym in groups of {SIZE} columns", nearest)
     return scale_refusal(spec.weight)
 
 
@@ -84,9 +85,9 @@ def check_graph(gm: GraphModule) -> None:
 def check_tokenizer(tokenizer: Tokenizer, source: Source) -> None:
     """Raise ExportError for a tokenizer that has no form beside the model of ``source``; a model
     that has none itself is refused for that."""
-    size = vocabulary_size(source)
-    if size is not None:
-        vocabulary(tokenizer, size)
+    config = known_config(source)
+    if config:
+        vocabulary(tokenizer, config["vocab_size"])
 
 
 TARGET: Final = Target(
@@ -139,12 +140,18 @@ def gguf(
     that fails. Nothing is written.
     """
     target = output_folder(directory)
-    if tokenizer is not None:
-        check_tokenizer(tokenizer, source)
+    config, generation = known_config(source), generation_of(source, generation_config)
+    words = None
+    if tokenizer is not None and config:
+        words = vocabulary(tokenizer, config["vocab_size"], config, generation)
+    reason = unread(config) if check and config else ""
+    if reason:
+        raise ExportError(
+            f"{NAME}: transformers, which loads the file for its check, does not read all of it: "
+            f"{reason}: --no-check (check=False) writes it for llama.cpp, which does"
+        )
     gm = converted(source, TARGET, scheme, calibration)
     modules = Modules.of(gm)
-    generation = generation_of(source, generation_config)
-    words = None if tokenizer is None else vocabulary(tokenizer, modules.model.config.vocab_size)
     return write_export(
         gm,
         target,
@@ -175,7 +182,7 @@ def _write(
     writer.add_quantization_version(library.GGML_QUANT_VERSION)
     parts = list(_parts(modules))
     writer.add_file_type(_file_type(library.LlamaFileType, parts))
-    add_model(writer, modules.model.config, info(modules.gm).model)
+    add_model(writer, modules.model.config, modules.config, info(modules.gm).model)
     _add_tokenizer(writer, words)
     if generation is not None:
         add_generation(writer, generation)
@@ -284,6 +291,10 @@ def _add_tokenizer(writer: Any, words: Vocabulary | None) -> None:
     ):
         if name in words.special:
             add(words.special[name])
+    for number, add in zip(
+        words.ends, (writer.add_eot_token_id, writer.add_eom_token_id), strict=False
+    ):
+        add(number)
     writer.add_add_bos_token(words.adds_bos)
     writer.add_add_eos_token(words.adds_eos)
     writer.add_add_space_prefix(words.adds_space)

@@ -14,19 +14,29 @@ from fxquant.ir.graph import info
 
 @dataclass(frozen=True)
 class Architecture:
-    """``name``: llama.cpp's; ``pairs``: whether it rotates neighbours, so that rows of q and k
-    stand in another order."""
+    """What a type of model is in llama.cpp, and what of its config the model itself reads.
+
+    Attributes:
+        name: llama.cpp's.
+        pairs: whether it rotates neighbours, so that rows of q and k stand in another order.
+        biases: what gives its linears biases that transformers does not read back.
+        windowed: whether a sliding window is of "all" layers, of "some", or of none.
+    """
 
     name: str
     pairs: bool = False
+    biases: tuple[str, ...] = ()
+    windowed: str = "some"
 
 
 ARCHITECTURES: Final = {
-    "llama": Architecture("llama", pairs=True),
-    "mistral": Architecture("llama", pairs=True),
+    "llama": Architecture("llama", True, ("attention_bias", "mlp_bias"), windowed=""),
+    "mistral": Architecture("llama", True, windowed="all"),
     "qwen2": Architecture("qwen2"),
-    "qwen3": Architecture("qwen3"),
+    "qwen3": Architecture("qwen3", biases=("attention_bias",)),
 }
+# What transformers takes for the length of a head of these, whatever the file says.
+_QWEN3_HEAD: Final = 128
 
 
 def unknown(gm: GraphModule) -> str:
@@ -36,35 +46,62 @@ def unknown(gm: GraphModule) -> str:
     if kind not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         return f"a model of type {kind} is not written here, of which {known} are"
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    # transformers 5 reads the one, 4 the other, where it keeps rope_theta apart.
+    rope = config.get("rope_scaling" if "rope_theta" in config else "rope_parameters") or {}
     scaled = rope.get("rope_type", rope.get("type", "default"))
     if scaled != "default":
         return f"its rotary embeddings are scaled ({scaled}), which transformers does not read back"
-    if config.get("hidden_act", "silu") != "silu":
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
         return f"llama.cpp gates with silu, not with {config['hidden_act']}"
-    window, most = config.get("sliding_window"), config.get("max_position_embeddings", 0)
-    if window and window < most and config.get("use_sliding_window", True):
+    if config.get("max_position_embeddings") is None:
+        return "its config has no max_position_embeddings, which a file holds"
+    window = _window(config, ARCHITECTURES[kind].windowed)
+    if window:
         return f"it attends to {window} tokens only, and the file's architecture has no window"
-    if config.get("mlp_bias") or (config.get("attention_bias") and kind != "qwen2"):
+    if any(config.get(name) for name in ARCHITECTURES[kind].biases):
         return "its linears have biases, which transformers does not read back"
     return ""
 
 
-def vocabulary_size(source: PreTrainedModel | GraphModule) -> int | None:
-    """Rows of the embedding; None for a model of a type that is not known."""
+def _window(config: dict[str, Any], windowed: str) -> int:
+    """To how many tokens a layer attends; 0 where all attend to every one."""
+    window = config.get("sliding_window")
+    if not window or not windowed or window >= config["max_position_embeddings"]:
+        return 0
+    if windowed == "some":
+        layers, first = config["num_hidden_layers"], config.get("max_window_layers", 28)
+        usual = ["sliding_attention"] * (config.get("use_sliding_window", False) and first < layers)
+        if "sliding_attention" not in (config.get("layer_types") or usual):
+            return 0
+    return int(window)
+
+
+def unread(config: dict[str, Any]) -> str:
+    """What transformers does not read of a file, which llama.cpp does; "" where it reads all."""
+    usual = config["hidden_size"] // config["num_attention_heads"]
+    head, kind = config.get("head_dim") or usual, config["model_type"]
+    taken = {"qwen2": usual, "qwen3": _QWEN3_HEAD}.get(kind, head)
+    if head == taken:
+        return ""
+    return f"its heads are of {head}, and transformers takes them of {taken} in a file of {kind}"
+
+
+def known_config(source: PreTrainedModel | GraphModule) -> dict[str, Any]:
+    """Of the model of ``source``, as config.json says it; {} for a type that is not known."""
     if isinstance(source, GraphModule):
-        kind = json.loads(info(source).config or "{}").get("model_type")
-        return info(source).vocab_size if kind in ARCHITECTURES else None
-    kind = getattr(getattr(source, "config", None), "model_type", None)  # of no model: none
-    return int(source.config.vocab_size) if kind in ARCHITECTURES else None
+        found: dict[str, Any] = json.loads(info(source).config or "{}")
+    else:
+        config = getattr(source, "config", None)  # of no model: none
+        found = {} if config is None else config.to_dict()
+    return found if found.get("model_type") in ARCHITECTURES else {}
 
 
 def architecture(gm: GraphModule) -> Architecture:
     return ARCHITECTURES[json.loads(info(gm).config)["model_type"]]
 
 
-def add_model(writer: Any, config: PretrainedConfig, name: str) -> None:
-    """Write the model's sizes and constants."""
+def add_model(writer: Any, config: PretrainedConfig, said: dict[str, Any], name: str) -> None:
+    """Write the model's sizes and constants; ``said``: the same config, as its graph keeps it."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_name(name)
     writer.add_context_length(config.max_position_embeddings)
@@ -77,14 +114,17 @@ def add_model(writer: Any, config: PretrainedConfig, name: str) -> None:
     writer.add_value_length(head)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(head)
-    writer.add_rope_freq_base(_theta(config))
+    writer.add_rope_freq_base(_theta(said))
     writer.add_vocab_size(config.vocab_size)
 
 
 def add_generation(writer: Any, config: GenerationConfig) -> None:
-    """Write how the model picks a token where it samples, and what it takes off repeated ones; the
-    rest of a generation config (lengths, beams, several ends) has no place in the format."""
+    """Write how the model picks a token where it samples, and what it takes off repeated ones,
+    wherever they stand; the rest of a generation config (lengths, beams) has no place in the
+    format."""
     writers = {"repetition_penalty": writer.add_sampling_penalty_repeat}
+    if getattr(config, "repetition_penalty", None) is not None:
+        writer.add_sampling_penalty_last_n(-1)  # llama.cpp looks at the last 64 otherwise
     if config.do_sample:
         writers |= {
             "temperature": writer.add_sampling_temp,
@@ -98,6 +138,6 @@ def add_generation(writer: Any, config: GenerationConfig) -> None:
             write(value)
 
 
-def _theta(config: PretrainedConfig) -> float:
-    rope = getattr(config, "rope_parameters", None)
-    return float(rope["rope_theta"] if rope else config.rope_theta)
+def _theta(config: dict[str, Any]) -> float:
+    own = config.get("rope_theta")  # of transformers 4, which reads nothing else
+    return float(config["rope_parameters"]["rope_theta"] if own is None else own)
