@@ -74,7 +74,7 @@ class EngineInput(nn.Module):
 
     ``fixed``: the global scale of what ``fixed_scales`` knows. ``reached``: what the engine's
     linear was last given, [..., K]: of an expert the tokens that are routed to it, where all are
-    given here. ``shares_a_scale`` and ``routed``: whether tokens did, and were, once it has run.
+    given here. ``shares_a_scale`` and ``routed`` say, once it has run, whether tokens did and were.
     """
 
     def __init__(self, site: CodedSite, fixed: Tensor | None) -> None:
