@@ -10,17 +10,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import fxquant
 from fxquant.errors import ExportError
 from fxquant.exports import awq, gptq, gptq_file
 from fxquant.exports.half_scales import in_half
 from fxquant.exports.sites import coded_sites
+from fxquant.exports.table import FORMATS
 from fxquant.exports.words import words
 from fxquant.numerics.weight_codes import min_max_codes
 from fxquant.schemes.scheme import Scheme
-from tests.architectures import gpt2
-from tests.test_export_compressed import Untouched, batches, tiny_llama
+from tests.architectures import build, gpt2
+from tests.environments import TRANSFORMERS_5
+from tests.test_export_compressed import ENGINE, Untouched, batches, tiny_llama
 
 
 def number(row: Tensor, bits: int, index: int) -> int:
@@ -203,3 +206,20 @@ def test_nothing_is_written_where_the_layout_is_wrong(
     with pytest.raises(ExportError, match=r"nothing is written.*largest difference"):
         gptq(tiny_llama(), tmp_path / "out", scheme="w4-g32")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(TRANSFORMERS_5, reason="Gemma 2 is eager there")
+@pytest.mark.parametrize("target", [pytest.param("compressed-tensors", marks=ENGINE), "gptq"])
+def test_attention_that_transformers_computes_otherwise_is_the_cause(
+    target: str, tmp_path: Path
+) -> None:
+    config = Gemma2Config(
+        vocab_size=96, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, attn_logit_softcapping=1.5,
+        query_pre_attn_scalar=16, max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    model = build(Gemma2ForCausalLM, config, attention="eager")
+    export = FORMATS[target].export
+    with pytest.raises(ExportError, match=r"nothing is written.*attention is sdpa there") as found:
+        export(model, tmp_path / "out", scheme="w4-g32-fp16" if target == "gptq" else "w4-g32")
+    assert "attn_implementation='eager'" in str(found.value)

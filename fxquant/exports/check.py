@@ -7,11 +7,12 @@ import importlib.metadata
 import importlib.util
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
+from transformers import PreTrainedModel
 
 from fxquant.errors import ExportError, ModelError
 from fxquant.files.doors import reason
@@ -144,6 +145,23 @@ def compared(
         tokens=sum(ids.numel() for ids in probes),
         cause=cause() if differences["graph"] else "bit for bit",
     )
+
+
+def by_attention(found: Checked, engine: PreTrainedModel, again: Callable[[], Checked]) -> Checked:
+    """``found``, with its cause where it did not pass and ``again`` does once ``engine`` computes
+    attention eagerly: transformers' usual way drops what some models do there (Gemma 2's cap)."""
+    usual = engine.config._attn_implementation
+    if found.passed or usual == "eager" or not engine._can_set_attn_implementation():
+        return found
+    engine.set_attn_implementation("eager")
+    if not again().passed:
+        return found
+    said = (
+        f"attention is {usual} there, which computes something else for this model than eager, as "
+        "in the graph: write it with --no-check (check=False), and read it with "
+        "attn_implementation='eager'"
+    )
+    return replace(found, cause=said)
 
 
 def in_float32(gm: GraphModule) -> GraphModule:

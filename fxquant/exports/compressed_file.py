@@ -17,7 +17,15 @@ from torch.fx import GraphModule
 from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fxquant.exports.check import Checked, compared, in_float32, loading, unchecked, version
+from fxquant.exports.check import (
+    Checked,
+    by_attention,
+    compared,
+    in_float32,
+    loading,
+    unchecked,
+    version,
+)
 from fxquant.exports.compressed_forms import (
     INTEGERS,
     NV4,
@@ -267,10 +275,12 @@ def _check(gm: GraphModule, folder: Path, wanted: bool, fixed: Mapping[str, Tens
         ruled = under_engine_rules(gm, fixed)
         own = take_buffers(ruled, gm, engine)
         follow_routes(ruled, engine)
-        return compared(
+        compare = partial(
+            compared,
             in_float32(gm),
             f"{name}, float32",
             lambda ids: engine_logits(engine, ids),
             ruled,
             lambda: cause(ruled, own),
         )
+        return by_attention(compare(), engine, compare)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule
+from transformers import PreTrainedModel
 
 from fxquant.errors import ExportError
-from fxquant.exports.check import Checked, compared, in_float32
+from fxquant.exports.check import Checked, by_attention, compared, in_float32
 from fxquant.exports.compressed_rules import take_buffers
 from fxquant.exports.sites import recorded_specs
 from fxquant.exports.target import Refusal
@@ -111,14 +113,16 @@ def spelled_in_half(spec: TensorSpec) -> str:
     return spell_weight(replace(spec, scale=FP16))
 
 
-def compared_in_half(gm: GraphModule, engine: nn.Module, name: str, minima: bool) -> Checked:
+def compared_in_half(gm: GraphModule, engine: PreTrainedModel, name: str, minima: bool) -> Checked:
     """transformers' float model of a file beside ``gm``, and beside the graph of the file."""
     ruled = in_float32(with_half_scales(gm, minima=minima))
     reasons = [each for each in (moved(gm, minima), *take_buffers(ruled, gm, engine)) if each]
-    return compared(
+    compare = partial(
+        compared,
         in_float32(gm),
         name,
         lambda ids: engine(input_ids=ids, use_cache=False).logits,
         ruled,
         lambda: "; ".join([*reasons, "float sums in another order"]),
     )
+    return by_attention(compare(), engine, compare)
