@@ -27,6 +27,7 @@ from triton.runtime.errors import OutOfResources
 
 from fxquant.formats.packing import unpack_int4
 from fxquant.ir import fused, operators
+from fxquant.numerics import quantization
 from fxquant.numerics.kernels import cuda, first_test, table, tiles, triton_gemm, triton_quantize
 from fxquant.numerics.kernels.first_test import Kind
 from tests.fused_calls import BRAIN, DTYPES, GRAINS, HALF, SINGLE, Calls, same
@@ -43,10 +44,14 @@ def calls(seed: int, dtype: torch.dtype) -> Iterator[tuple[str, Any, Any]]:
             operands = (x, grain, symmetric, qmin, 127)
             codes, scale, zero, nan = triton_quantize.quantize_rows(*operands)
             wanted = fused.quantize_rows(*operands)
-            # NaN as an int32 is what the device makes of it.
+            # NaN as an int32 is what the device makes of it, and codes follow from a zero point.
             finite = scale.isfinite()
-            ours = (codes, scale, zero * finite, nan)
-            yield "quantize_rows", ours, (*wanted[:2], wanted[2] * finite, wanted[3])
+            known = finite | symmetric
+            ours = (codes * known, scale, zero * finite, nan)
+            wanted = (wanted[0] * known, wanted[1], wanted[2] * finite, wanted[3])
+            yield "quantize_rows", ours, wanted
+    if x.numel():
+        yield "quantize_rows", *infinite(x)
     for shift in (None, torch.tensor(5, dtype=torch.int32)):
         static = (x, torch.tensor(0.013), shift, -128, 127)
         found = triton_quantize.quantize_static(*static)
@@ -61,6 +66,21 @@ def calls(seed: int, dtype: torch.dtype) -> Iterator[tuple[str, Any, Any]]:
             found = getattr(triton_gemm, name)(*site, size, packed)
             yield name, found, getattr(fused, name)(*site, size or 1024, packed)
             yield "weight", *weights(calls.weight_only(columns, size, packed), dtype)
+
+
+def infinite(x: Tensor) -> tuple[Any, Any]:
+    """Rows that hold an infinity, or both, as on CUDA, whose int32 of NaN is 0."""
+    x = x.nan_to_num().clone()
+    x[..., -1] = x[..., -1].abs() * torch.inf  # NaN where it was 0
+    x[..., 0] = -torch.inf
+    codes, scale, zero, nan = triton_quantize.quantize_rows(x, "token", False, -128, 127)
+    wanted_scale, _ = quantization.choose_qparams(
+        x, -128, 127, symmetric=False, granularity="token"
+    )
+    none = torch.zeros_like(wanted_scale, dtype=torch.int32)
+    wanted = quantization.encode(x, wanted_scale, none, -128, 127)
+    wanted_nan = quantization.nan_rows(x).to(x.dtype)
+    return (codes, scale, zero, nan), (wanted, wanted_scale, none, wanted_nan)
 
 
 def matrices(seed: int, dtype: torch.dtype) -> tuple[Any, ...]:

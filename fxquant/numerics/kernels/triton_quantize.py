@@ -70,8 +70,10 @@ def token_kernel(
         scale = _safe(tl.div_rn(high, steps) - tl.div_rn(low, steps))
         zero = QMIN - tl.div_rn(low, scale)
         zero = (zero + HALF_WAY) - HALF_WAY
+        # Of an infinite range it is NaN, which a minimum drops and CUDA makes 0 of.
+        bad_zero = zero != zero
         zero = tl.minimum(tl.maximum(zero, QMIN * 1.0), QMAX * 1.0)
-    zero = tl.where((zero != zero) | bad, 0.0, zero)
+        zero = tl.where(bad_zero | bad, 0.0, zero)
     scale = tl.where(bad, NAN, scale)
     tl.store(scales + row, scale)
     tl.store(zero_points + row, zero.to(tl.int32))
