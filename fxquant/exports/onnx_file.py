@@ -121,8 +121,8 @@ def onnx(
         directory: a folder that is not there, is empty or holds an earlier export.
         check: run it in ONNX Runtime and compare logits and codes, before it is put in place.
 
-    Products of two codes are MatMulInteger, exact on any processor; weights alone DequantizeLinear and MatMul, which
-    the runtime makes one kernel. Sites' nodes carry their paths.
+    Products of two codes are MatMulInteger, exact on any processor; weights alone DequantizeLinear
+    and MatMul, which the runtime makes one kernel. Sites' nodes carry their paths.
 
     Raises ExportError: the packages are missing, something that the format cannot hold, with the
     site (before any work where the scheme shows it); a folder that cannot be written; a check that
