@@ -104,6 +104,23 @@ def test_a_process_without_an_answer(
         pt2_program._run("pt2", tmp_path / "model.pt2", [])
 
 
+def test_torch_that_python_finds_only_by_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PYTHONPATH, which the fresh process leaves out; here Python is told of no packages at all."""
+    start = PROCESSES.run
+
+    def bare(command: list[str], **options: Any) -> Any:
+        return start([command[0], "-S", *command[1:]], **options)
+
+    monkeypatch.setattr(PROCESSES, "run", bare)
+    x = torch.randn(3, 4)
+    linear = torch.nn.Linear(4, 2)
+    torch.export.save(torch.export.export(linear, (), {"input": x}), tmp_path / "linear.pt2")
+    (found,) = pt2_program._run("pt2", tmp_path / "linear.pt2", [{"input": x}])
+    assert torch.equal(found, linear(x))
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_compiler_that_fails(
     wrapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

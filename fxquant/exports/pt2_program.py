@@ -136,7 +136,9 @@ def _run(kind: Kind, file: Path, probes: list[dict[str, Tensor]]) -> list[Tensor
         with room_for(given, what, ExportError), held_errors(given) as start:
             torch.save(probes, start)
         threads = str(torch.get_num_threads())
-        paths = map(str, (given, found))
+        # -I leaves out PYTHONPATH and the user's packages, where torch may lie.
+        folders = [each for each in sys.path if Path(each).is_absolute()]
+        paths = (*map(str, (given, found)), *folders)
         command = [sys.executable, "-I", fresh_program.__file__, kind, str(file), threads, *paths]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_BOUND)
