@@ -16,12 +16,12 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers import PreTrainedTokenizerFast as Tokens
 
 from fxquant.errors import ExportError
 from fxquant.exports import gguf
@@ -29,8 +29,6 @@ from fxquant.exports.gguf_file import MODEL
 from fxquant.exports.gguf_tokenizer import vocabulary
 from tests.architectures import build, randomize
 from tests.test_export_gguf import READER, SIZES, llama_for, trained
-
-Tokens = PreTrainedTokenizerFast
 
 
 def by_bytes() -> Tokens:
@@ -247,6 +245,14 @@ def test_what_a_model_reads_is_refused(case: str, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=said):
         gguf(build(model, config(**{**SIZES, **options})), tmp_path / "out", scheme="fp")
     assert list(tmp_path.iterdir()) == []
+
+
+@READER
+def test_float64_is_refused(tmp_path: Path) -> None:
+    model = build(LlamaForCausalLM, LlamaConfig(**SIZES)).double()
+    for scheme in ("fp", "w4-g32-fp16"):
+        with pytest.raises(ExportError, match="in float64"):
+            gguf(model, tmp_path / "out", scheme=scheme)
 
 
 @READER

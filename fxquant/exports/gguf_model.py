@@ -6,10 +6,11 @@ import json
 from dataclasses import dataclass
 from typing import Any, Final
 
+import torch
 from torch.fx import GraphModule
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from fxquant.ir.graph import info
+from fxquant.ir.graph import float_dtype, info
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ def unknown(gm: GraphModule) -> str:
     scaled = rope.get("rope_type", rope.get("type", "default"))
     if scaled != "default":
         return f"its rotary embeddings are scaled ({scaled}), which transformers does not read back"
+    if float_dtype(gm) == torch.float64:
+        return "it is in float64, and a file's products are in float32 at most: take model.float()"
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         return f"llama.cpp gates with silu, not with {config['hidden_act']}"
     if config.get("max_position_embeddings") is None:
