@@ -39,11 +39,10 @@ from fxquant.evaluation.job import (
     workspace_for,
 )
 from fxquant.evaluation.journal import Journal, Result
-from fxquant.evaluation.models import LoadedModel
+from fxquant.evaluation.models import LoadedModel, check_float, check_no_export
 from fxquant.evaluation.progress import say_finished
 from fxquant.evaluation.results import Row, in_engine
 from fxquant.evaluation.rows import deployed_row
-from fxquant.evaluation.starting import check_saved
 from fxquant.evaluation.statistics import WindowSums
 from fxquant.evaluation.sweep_tables import format_results
 from fxquant.evaluation.token_windows import Windows
@@ -137,8 +136,9 @@ def run_sweep(
     """
     check_processes()
     for job in sweep.jobs():
+        check_no_export(job.model)
         if job.schemes:
-            check_saved(job.model, job.schemes, job.runtime)
+            check_float(job.model)
     schemes = [scheme for job in sweep.jobs() for scheme in check_job(job)]
     schemes = list(dict.fromkeys(schemes))
     with Journal(path) as journal:

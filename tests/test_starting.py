@@ -52,6 +52,10 @@ def test_an_export_is_named_and_what_runs_it(
     error = capsys.readouterr().err
     said = f"give --runtime {engines}, the engine" if engines else "no --runtime runs it"
     assert f"is an export to {target}: {said}" in error
+    sweep = tmp_path / "s.toml"
+    sweep.write_text(f'models = ["{folder}"]\nschemes = ["w8"]\nruntime = "transformers"\n')
+    assert main(["sweep", str(sweep), "--output", str(tmp_path / "swept")]) == 2
+    assert f"{folder} is an export to {target}, which no scheme" in capsys.readouterr().err
     with pytest.raises(ModelError, match="which no scheme starts from"):
         fxquant.load_model(folder)
     runs = rf"as runtime= \({engines}\)" if engines else "no runtime runs it"
