@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerFast as Tokens
 from fxquant.errors import ExportError
 from fxquant.exports import gguf
 from fxquant.exports.gguf_file import MODEL
+from fxquant.exports.gguf_model import title
 from fxquant.exports.gguf_tokenizer import vocabulary
 from tests.architectures import build, randomize
 from tests.test_export_gguf import READER, SIZES, llama_for, trained
@@ -245,6 +246,12 @@ def test_what_a_model_reads_is_refused(case: str, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=said):
         gguf(build(model, config(**{**SIZES, **options})), tmp_path / "out", scheme="fp")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_is_no_path_and_none_that_llama_cpp_treats() -> None:
+    assert title("/home/someone/models/tiny", "llama") == "tiny"
+    assert title("owner/tiny", "llama") == "tiny"
+    assert title("owner/Phi-3-as-Llama", "llama") == "llama"
 
 
 @READER

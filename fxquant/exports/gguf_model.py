@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, Final
 
 import torch
@@ -36,6 +37,8 @@ ARCHITECTURES: Final = {
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3", biases=("attention_bias",)),
 }
+# Names of models whose special tokens llama.cpp gives flags of their own.
+_TREATED: Final = ("phi-3", "phi3", "modern-bert")
 # What transformers takes for the length of a head of these, whatever the file says.
 _QWEN3_HEAD: Final = 128
 
@@ -106,7 +109,7 @@ def architecture(gm: GraphModule) -> Architecture:
 def add_model(writer: Any, config: PretrainedConfig, said: dict[str, Any], name: str) -> None:
     """Write the model's sizes and constants; ``said``: the same config, as its graph keeps it."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer.add_name(name)
+    writer.add_name(title(name, config.model_type))
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -119,6 +122,13 @@ def add_model(writer: Any, config: PretrainedConfig, said: dict[str, Any], name:
     writer.add_rope_dimension_count(head)
     writer.add_rope_freq_base(_theta(said))
     writer.add_vocab_size(config.vocab_size)
+
+
+def title(name: str, kind: str) -> str:
+    """A model's name without the folders before it; ``kind`` where llama.cpp would treat the tokens
+    of that name otherwise."""
+    last = PurePath(name).name or name
+    return kind if any(each in last.lower() for each in _TREATED) else last
 
 
 def add_generation(writer: Any, config: GenerationConfig) -> None:
