@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import subprocess
 import tarfile
 import tempfile
@@ -76,7 +77,12 @@ def why_not(folder: Path, things: dict[str, Path], part: int) -> str:
             return f"--{name} {path} is no folder"
         if path.resolve() in folder.resolve().parents:
             return f"{folder} lies in --{name} {path} and would be packed into itself"
-        lost = next((each for each in path.rglob("*") if not each.exists()), None)
+        inside = (
+            Path(top) / leaf
+            for top, folders, files in os.walk(path, followlinks=True)
+            for leaf in (*folders, *files)
+        )
+        lost = next((each for each in inside if not each.exists()), None)
         if lost is not None:
             return f"--{name}: {lost} is a link that leads nowhere"
     return ""

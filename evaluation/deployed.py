@@ -55,14 +55,14 @@ def check_deployable(
     if world_size() > 1:
         raise ExportError(f"runtime {runtime.name} runs in one process: start it without torchrun")
     target = FORMATS[runtime.target].target.given(calibration)
-    if target.needs_codes and info(graph).level == Level.FLOAT and FLOAT in schemes:
+    if info(graph).level != Level.FLOAT:
+        check_converted(target, graph)
+        return
+    if target.needs_codes and FLOAT in schemes:
         raise ExportError(
             f"runtime {runtime.name} runs {target.name}, which holds no model in float: give "
             "schemes such as w8 and leave out fp, whose own row stands beside theirs"
         )
-    if info(graph).level != Level.FLOAT:
-        check_converted(target, graph)
-        return
     named = conversion.convert(graph, FLOAT, level="float")
     for scheme in schemes:
         check_scheme(target, named, scheme)

@@ -113,6 +113,8 @@ def test_parts_are_in_order_by_their_names(tmp_path: Path) -> None:
         (["new", "--model", "some/model"], "is no folder"),
         (["there/new", "--model", "there"], "packed into itself"),
         (["new", "--model", "lost"], "leads nowhere"),
+        (["new", "--model", "linked"], "linked/in/weights is a link that leads nowhere"),
+        (["new", "--model", "round"], "leads nowhere"),
     ],
 )
 def test_what_cannot_be_packed_is_said_before_any_work(
@@ -126,6 +128,9 @@ def test_what_cannot_be_packed_is_said_before_any_work(
     Path("there").mkdir()
     Path("lost").mkdir()
     Path("lost/weights").symlink_to("nothing")
+    for name, leads in (("linked", "../lost"), ("round", "../round")):
+        Path(name).mkdir()
+        Path(name, "in").symlink_to(leads)
     monkeypatch.setattr(sys, "argv", ["pack", *arguments])
     with pytest.raises(SystemExit):
         pack.main()

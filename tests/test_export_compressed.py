@@ -319,6 +319,12 @@ def test_what_save_pretrained_writes_is_there(tmp_path: Path) -> None:
     assert "lm_head.weight" not in names  # tied
 
 
+@ENGINE
+def test_a_coded_head_above_linears_of_another_class(tmp_path: Path) -> None:
+    scheme = '{"scheme": "fp", "overrides": {"lm_head": "w8"}}'
+    assert compressed_tensors(gpt2(), tmp_path / "out", scheme=scheme).checked.difference == 0
+
+
 def test_streamed_as_in_memory(tmp_path: Path) -> None:
     streamed = fxquant.load_model(SMALL_OPT, streamed=True).graph
     whole = compressed_tensors(small_opt()[0], tmp_path / "whole", scheme="w4-g32", check=False)

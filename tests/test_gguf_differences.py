@@ -23,9 +23,10 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerFast as Tokens
 
+import fxquant
 from fxquant.errors import ExportError
 from fxquant.exports import gguf
-from fxquant.exports.gguf_file import MODEL
+from fxquant.exports.gguf_file import MODEL, check_tokenizer
 from fxquant.exports.gguf_model import title
 from fxquant.exports.gguf_tokenizer import vocabulary
 from tests.architectures import build, randomize
@@ -193,6 +194,9 @@ def test_where_a_model_stops_besides(tmp_path: Path) -> None:
     stops = GenerationConfig(eos_token_id=[x, y, z])
     with pytest.raises(ExportError, match=r"cannot hold the ends .*leave some out"):
         gguf(model, tmp_path / "b", generation_config=stops, **given)
+    model.generation_config = stops  # known before a conversion
+    with pytest.raises(ExportError, match="cannot hold the ends"):
+        check_tokenizer(tokenizer, model)
 
 
 KINDS: dict[str, Any] = {
@@ -246,6 +250,16 @@ def test_what_a_model_reads_is_refused(case: str, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=said):
         gguf(build(model, config(**{**SIZES, **options})), tmp_path / "out", scheme="fp")
     assert list(tmp_path.iterdir()) == []
+
+
+@READER
+def test_what_only_a_check_would_read_is_no_reason_without_one(tmp_path: Path) -> None:
+    made = build(Qwen3ForCausalLM, Qwen3Config(**{**SIZES, "head_dim": 32}))
+    randomize(made, 3)
+    made.save_pretrained(tmp_path / "model")
+    streamed = fxquant.load_model(tmp_path / "model", streamed=True, tokenizer=False).graph
+    found = gguf(streamed, tmp_path / "out", scheme="w4-g32-fp16").checked
+    assert "streamed" in found.skipped
 
 
 def test_a_name_is_no_path_and_none_that_llama_cpp_treats() -> None:

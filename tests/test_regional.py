@@ -107,6 +107,7 @@ def test_calls_are_refused_as_the_graphs_are(uncompiled: list[Callable[..., Any]
         ((ids, torch.ones(2, 1, 9, 9)), {}),
         ((), {}),
         ((ids,), {"labels": ids}),
+        ((ids,), {"run": ids}),
         ((ids,), {"input_ids": ids}),
     )
     for args, kwargs in calls:

@@ -19,7 +19,7 @@ FROM_A_MODEL = (
     "convert --scheme w8",
     "inspect",
     "inspect --scheme w8",
-    "export --to onnx --output {out}",
+    "export --to gptq --output {out}",
     "export --to compressed-tensors --scheme w8 --output {out}",
     "explain --scheme w8a8-static",
     "plan --budget 0.1",
@@ -42,8 +42,6 @@ def test_an_export_is_named_and_what_runs_it(
     for command in FROM_A_MODEL:
         asked = command.format(out=tmp_path / "other").split()
         name, *rest = asked
-        if "onnx" in rest and target == "onnx":
-            pytest.importorskip("onnxscript")
         assert main([name, "--model", str(folder), *rest]) == 2
         error = capsys.readouterr().err
         assert f"{folder} is an export to {target}, which no scheme starts from" in error

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
@@ -73,7 +73,7 @@ class Checked:
         return text
 
 
-def unchecked(gm: GraphModule, check: bool, packages: tuple[str, ...]) -> Checked | None:
+def unchecked(gm: nn.Module, check: bool, packages: tuple[str, ...]) -> Checked | None:
     """What there is to say where an engine is not asked; None where it can be."""
     if not check:
         return Checked(skipped="as asked")

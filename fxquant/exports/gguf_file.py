@@ -87,7 +87,7 @@ def check_tokenizer(tokenizer: Tokenizer, source: Source) -> None:
     that has none itself is refused for that."""
     config = known_config(source)
     if config:
-        vocabulary(tokenizer, config["vocab_size"])
+        vocabulary(tokenizer, config["vocab_size"], config, generation_of(source, None))
 
 
 TARGET: Final = Target(
@@ -127,8 +127,8 @@ def gguf(
             ("fp" too), and ``calibration`` where that needs it.
         directory: a folder that is not there, is empty or holds an earlier export.
         tokenizer: kept in the file, with its chat template; without one the file has no vocabulary.
-        generation_config: in place of the model's; the file holds how a token is sampled, and
-            nothing else of it.
+        generation_config: in place of the model's; the file holds how a token is sampled and
+            where it stops, and nothing else of it.
         check: load it with transformers and compare logits, before it is put in place.
 
     Scales are fp16 there. Those of a scheme such as ``w4-g32-fp16`` are so from the start, and the
@@ -144,7 +144,8 @@ def gguf(
     words = None
     if tokenizer is not None and config:
         words = vocabulary(tokenizer, config["vocab_size"], config, generation)
-    reason = unread(config) if check and config else ""
+    runs = bool(config) and unchecked(source, check, ("accelerate",)) is None
+    reason = unread(config) if runs else ""
     if reason:
         raise ExportError(
             f"{NAME}: transformers, which loads the file for its check, does not read all of it: "

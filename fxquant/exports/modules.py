@@ -22,7 +22,7 @@ from fxquant.files.temporary import room_for, temporary_folder
 from fxquant.frontends.model_config import CONFIG
 from fxquant.frontends.pretrained import empty_model, read_config
 from fxquant.ir.graph import float_dtype, info, tag
-from fxquant.ir.leaves import QuantizedParameters
+from fxquant.ir.leaves import Conv1D, QuantizedParameters
 from fxquant.ir.operands import op_name
 from fxquant.ir.streamed import sources_of
 
@@ -118,8 +118,8 @@ class Modules:
             return
         path = str(node.target)
         kind, held = self.kind(path), self.gm.get_submodule(path)
-        # Linears and embeddings are compared by their tensors; a streamed class is a subclass.
-        if kind is not None and not isinstance(held, (kind, nn.Linear, nn.Embedding)):
+        # These are compared by their tensors; a streamed class is a subclass.
+        if kind is not None and not isinstance(held, (kind, nn.Linear, nn.Embedding, Conv1D)):
             raise ExportError(
                 f"{target} cannot hold {path}: the graph calls {type(held).__name__} there, "
                 f"{self.name} {kind.__name__}; nearest that it can: {self._without('rotate')}"

@@ -19,7 +19,7 @@ from fxquant.checkpoint.dataclass_json import from_json
 from fxquant.errors import CheckpointError, ExportError, SchemeError
 from fxquant.exports import compressed_file, onnx_file, vllm_engine
 from fxquant.exports.compressed_rules import engine_logits, read_engine
-from fxquant.exports.folder import RECORD, exported_to, is_export
+from fxquant.exports.folder import RECORD, exported_to
 from fxquant.files.doors import reason
 from fxquant.frontends.hub import without_notices
 from fxquant.frontends.patching import exclusive
@@ -161,11 +161,12 @@ def read_facts(folder: Path, runtime: Runtime) -> GraphInfo:
 
     Raises ExportError for anything else, and for a record that is damaged.
     """
-    if not is_export(folder):
+    target = exported_to(folder)
+    if target is None:
         raise ExportError(f"{folder} is no export: fxquant export --to {runtime.target} writes one")
     data = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    target, engines = engines_of(folder)
     if target != runtime.target:
+        _, engines = engines_of(folder)
         nearest = f"runtime {engines} does" if engines else "no runtime does"
         raise ExportError(
             f"{folder} is an export to {target}, which runtime {runtime.name} does not run: "

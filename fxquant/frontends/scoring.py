@@ -101,7 +101,7 @@ class ScoringGraph(GraphModule):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.called(super().__call__, *args, **kwargs)
 
-    def called(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def called(self, run: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """What ``run``, which computes the graph in its own way, makes of a call of the graph: the
         same inputs are taken and refused, and what it raises is said alike."""
         for name in _LET_GO & kwargs.keys():

@@ -147,9 +147,10 @@ def lowered_already(facts: GraphInfo) -> str:
         Level.INTEGER: ", FuseKernels()(graph) fuses it into kernels",
     }
     rest = further.get(facts.level, "")
+    kept = ", saved, exported" if facts.level in further else ""
     return (
         f"the graph is quantized already ({scheme}): {source}{rest}; as it is it can be called, "
-        "inspected, saved, exported and evaluated"
+        f"inspected{kept} and evaluated"
     )
 
 
