@@ -68,6 +68,7 @@ def test_an_export_is_measured_where_it_lies(
     text = fxquant.windows("builtin", tokenizer, count=2, length=40, calibration=2)
     graph = fxquant.convert(model, "w8a8-static", calibration=text.batches)
     folder = compressed_tensors(graph, tmp_path / "ct", tokenizer=tokenizer, check=False).path
+    capsys.readouterr()
     assert evaluated(tmp_path / "out", "--runtime", "transformers", model=folder) == 0
     (row,), made = read_results(tmp_path / "out" / "results.json")
     assert (row.scheme, row.engine) == ("w8a8-static", RUNTIMES["transformers"].engine())
