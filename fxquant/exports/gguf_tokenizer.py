@@ -105,7 +105,9 @@ def vocabulary(
     tokens = _tokens(ids, size)
     by_bytes = not model.get("byte_fallback") or "ByteLevel" in _kinds(data)
     pre = _pre(tokenizer, data) if by_bytes else "default"
-    ranks = _check_bytes(tokenizer, data) if by_bytes else _check_pieces(tokenizer, data)
+    if by_bytes:
+        _check_bytes(tokenizer, data)
+    ranks = {} if by_bytes else _ranks(tokenizer, data)
     reason = added_refusal(data, not by_bytes and bool(data["normalizer"]))
     if reason:
         raise _refused(tokenizer, reason)
@@ -212,8 +214,8 @@ def _pre(tokenizer: Tokenizer, data: Any) -> str:
     raise _split(tokenizer, data)
 
 
-def _check_bytes(tokenizer: Tokenizer, data: Any) -> dict[str, int]:
-    """Raise ExportError for what llama.cpp does not do with bytes behind the split; no ranks."""
+def _check_bytes(tokenizer: Tokenizer, data: Any) -> None:
+    """Raise ExportError for what llama.cpp does not do with bytes behind the split."""
     model = data["model"]
     if not model["merges"]:
         raise _refused(tokenizer, "it has no merges, and llama.cpp loads no BPE without them")
@@ -227,10 +229,9 @@ def _check_bytes(tokenizer: Tokenizer, data: Any) -> dict[str, int]:
             f"{missing[0]!r}, a byte of usual text, is no token, and where one is missing "
             "llama.cpp joins others than it",
         )
-    return {}
 
 
-def _check_pieces(tokenizer: Tokenizer, data: Any) -> dict[str, int]:
+def _ranks(tokenizer: Tokenizer, data: Any) -> dict[str, int]:
     """The rank of each token. Raises ExportError for what SentencePiece's BPE does not do."""
     known = _kinds(data) in ((), ("Metaspace",)) and set(_normalizers(data)) <= _MARKING
     if not known or data["model"].get("ignore_merges"):
